@@ -1,0 +1,35 @@
+"""Make big neural networks small: product-quantize their weights.
+
+>>> import rpq_convert as rpq
+>>> report = rpq.convert(model, bits=4)
+
+The names below are loaded on first use, so that `rpq --help` does not wait for torch.
+"""
+
+from importlib import import_module
+from pkgutil import extend_path
+from typing import Any
+
+__path__ = extend_path(__path__, __name__)  # cli/ and configs/ lie beside this folder in a checkout
+
+from rpq_convert.version import __version__
+
+_HOMES = {
+    "convert": "conversion", "convert_checkpoint": "conversion", "plan": "conversion",
+    "save": "checkpoint", "load": "checkpoint", "restore": "checkpoint", "restore_checkpoint": "checkpoint",
+    "verify": "checkpoint", "audit": "checkpoint", "model_size": "checkpoint", "VerifyError": "checkpoint",
+    "Plan": "planning", "Job": "planning", "Skip": "planning", "Rule": "rules", "PlanError": "rules", "preset_names": "rules",
+    "Spec": "spec", "WeightView": "view", "RPQWeight": "weight", "register_layer": "layers", "RPQLayer": "layers",
+    "Report": "report.schema", "SourceError": "source", "EncodeError": "encode", "FolderError": "folder",
+}  # fmt: skip
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'rpq_convert' has no attribute {name!r}")
+    return getattr(import_module(f"rpq_convert.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,367 @@
+"""Conversion: a model in memory, or a checkpoint as a stream. One core, `run_jobs`; they differ in source and sink.
+
+ source (name -> tensor) -> encode(job, tensor) in an executor -> sink: swap into the model | piece in the folder
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rpq_convert import layers
+from rpq_convert.encode import Encoded, build, encode
+from rpq_convert.executors import run
+from rpq_convert.folder import CARD, CONFIG, REPORT, Folder
+from rpq_convert.heads import head_rules
+from rpq_convert.planning import Job, Plan, make_plan
+from rpq_convert.report.schema import FileRow, Report
+from rpq_convert.rules import PlanError
+from rpq_convert.source import SourceError, open_folder
+from rpq_convert.version import __version__
+from rpq_convert.walk import walk, walk_headers
+
+Progress = Callable[[Job, Encoded | None], None]
+Factory = Callable[[], nn.Module]
+
+
+def plan(target: nn.Module | str | Path | Any, *, factory: str | Factory | None = None, **options: Any) -> Plan:
+    """Plan a conversion without reading a weight.
+
+    Args:
+        target: a live or meta model, a transformers config, a hub id, a folder, or a safetensors file.
+        factory: for a checkpoint that is not transformers': a callable or `"package:callable"` that builds the model.
+        options: those of `make_plan`: preset, bits, dim, codebooks, axis, rules, include, exclude, fit, seed, dtype, …
+
+    Example:
+        >>> rpq.plan(model, bits=4).explain("layers.0.fc1")
+    """
+    if isinstance(target, nn.Module):
+        return make_plan(walk(target), head_rules=head_rules(target), **options)
+    if not isinstance(target, (str, Path)):
+        from rpq_convert.integrations import transformers
+
+        empty = transformers.build_empty(target)
+        return make_plan(walk(empty), head_rules=head_rules(empty, target), **options)
+    opened = open_checkpoint(target, factory=factory, config_only=True)
+    return opened.plan(**options)
+
+
+class Opened:
+    """A checkpoint that was found: its empty model (None where only headers are known), tensors and config."""
+
+    def __init__(self, model: nn.Module | None, source: Any, config: dict[str, Any] | None, files: list[Path]) -> None:
+        self.model, self.source, self.config, self.files = model, source, config, files
+
+    def plan(self, **options: Any) -> Plan:
+        if self.model is not None:
+            return make_plan(walk(self.model), head_rules=head_rules(self.model), **options)
+        slots = walk_headers((i.name, i.dtype, i.shape) for i in self.source.infos.values())
+        note = "planned from tensor names and shapes alone: layer types are guesses; give a factory to convert"
+        return make_plan(slots, warnings=[note], **options)
+
+
+def open_checkpoint(
+    src: str | Path,
+    *,
+    factory: str | Factory | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    allow_pickle: bool = False,
+    config_only: bool = False,
+) -> Opened:
+    """Find a checkpoint and pair it with its empty model.
+
+    Raises:
+        SourceError: nothing found, a broken file, keys that do not fit the model, an already quantized checkpoint.
+    """
+    if factory is not None:
+        source = open_folder(src, allow_pickle=allow_pickle)
+        model = empty_from_factory(factory)
+        return Opened(model, _checked(model, source), None, [])
+    if Path(src).suffix == ".safetensors" or (Path(src).is_dir() and not (Path(src) / CONFIG).is_file()):
+        return Opened(None, open_folder(src, allow_pickle=allow_pickle), None, [])
+    from rpq_convert.integrations import transformers
+
+    get = transformers.fetch_config if config_only else transformers.resolve
+    where = {"revision": revision, "local_files_only": local_files_only}
+    folder = get(src, **where) if config_only else get(src, allow_pickle=allow_pickle, **where)
+    folder = folder.parent if folder.is_file() else folder
+    config = transformers.load_config(folder)
+    raw = json.loads((folder / CONFIG).read_text("utf8"))
+    method = (raw.get("quantization_config") or {}).get("quant_method")
+    if method:
+        raise SourceError(f"{src} is quantized already ({method}); start from the original weights")
+    model = transformers.build_empty(config)
+    source = None
+    if not config_only:
+        source = transformers.ModuleSource(model, open_folder(folder, allow_pickle=allow_pickle))
+        source.check()
+    return Opened(model, source, raw, transformers.extra_files(folder))
+
+
+def empty_from_factory(factory: str | Factory) -> nn.Module:
+    """Build a model with parameters on meta and real buffers, from a callable or `"package.module:callable"`."""
+    from rpq_convert.empty import parameters_on_meta
+
+    if isinstance(factory, str):
+        import importlib
+
+        module, _, name = factory.partition(":")
+        try:
+            factory = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as e:
+            raise SourceError(f"factory {factory!r}: {e}; write it as package.module:callable") from None
+    with parameters_on_meta():
+        return factory().eval()  # type: ignore[operator]
+
+
+def _checked(model: nn.Module, source: Any) -> Any:
+    """Refuse a source whose names are not the model's."""
+    slots = walk(model)
+    known = {n for s in slots for n in (s.name, *s.aliases)}
+    missing = [s.name for s in slots if not any(n in source for n in (s.name, *s.aliases))]
+    unused = [k for k in source if k not in known]
+    if missing or unused:
+        raise SourceError(
+            f"the checkpoint does not fit the model: {len(missing)} missing ({', '.join(missing[:3])}), "
+            f"{len(unused)} unknown ({', '.join(unused[:3])})"
+        )
+    return source
+
+
+def _from(source: Mapping[str, Tensor], names: tuple[str, ...]) -> Tensor:
+    return source[next((n for n in names if n in source), names[0])]
+
+
+def _encode(item: tuple[Job, Tensor, float | None]) -> Encoded:
+    job, tensor, std = item
+    return encode(job, tensor, std=std)
+
+
+def run_jobs(
+    jobs: Iterable[Job],
+    source: Mapping[str, Tensor],
+    *,
+    executor: str = "threads",
+    workers: int | None = None,
+    std: float | None = None,
+) -> Iterator[Encoded]:
+    """Encode every job, in order of completion; at most `workers` tensors are in memory."""
+    items = ((j, _from(source, (j.name, *j.aliases)).detach().to(getattr(torch, j.dtype)), std) for j in jobs)
+    yield from run(_encode, items, executor=executor, workers=workers or default_workers())
+
+
+def default_workers() -> int:
+    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def convert(
+    model: nn.Module,
+    *,
+    executor: str = "threads",
+    workers: int | None = None,
+    progress: Progress | None = None,
+    plan: Plan | None = None,
+    **options: Any,
+) -> Report:
+    """Convert a model in place.
+
+    Args:
+        model: any module; on meta with `fit="random"` it stays on meta but for codes and codebooks.
+        plan: a plan made before; otherwise one is made from the options.
+        options: those of `rpq.plan`: preset, bits, dim, codebooks, rules, include, exclude, fit, seed, …
+
+    Returns:
+        The size-audit report, with the measured error of every layer.
+
+    Raises:
+        PlanError: what was asked cannot be planned. EncodeError: NaN or infinite weights; the model is then unchanged.
+
+    Example:
+        >>> report = rpq.convert(model, bits=4); print(report)
+    """
+    plan = plan or make_plan(walk(model), head_rules=head_rules(model), **options)
+    source = {n: p.detach() for n, p in model.named_parameters(remove_duplicate=False)}
+    unknown = [j.name for j in plan.jobs if j.name not in source]
+    if unknown:
+        raise PlanError(f"the plan is for another model: it has no parameter {unknown[0]}")
+    std = getattr(getattr(model, "config", None), "initializer_range", None)
+    results: dict[str, Encoded] = {}
+    by_name = {j.name: j for j in plan.jobs}
+    for encoded in run_jobs(plan.jobs, source, executor=executor, workers=workers, std=std if _on_meta(source) else None):
+        results[encoded.name] = encoded
+        if progress:
+            progress(by_name[encoded.name], encoded)
+    source.clear()
+    for job in plan.jobs:
+        swap(model, job, results.pop(job.name) if plan.jobs else results[job.name])
+    dtype = plan.options.get("dtype")
+    if dtype:
+        _cast_rest(model, getattr(torch, dtype))
+    model._rpq_options = dict(plan.options)  # type: ignore[assignment]
+    return report_of(model, plan)
+
+
+def _on_meta(source: Mapping[str, Tensor]) -> bool:
+    return any(t.is_meta for t in source.values())
+
+
+def _cast_rest(model: nn.Module, dtype: torch.dtype) -> None:
+    inside = {id(t) for r in layers.layers_of(model).values() for t in r.parameters()}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None and id(p) not in inside and p.is_floating_point():
+                p.data = p.data.to(dtype)
+        for name, b in module._buffers.items():
+            if b is not None and b.is_floating_point() and name not in module._non_persistent_buffers_set:
+                module._buffers[name] = b.to(dtype)
+
+
+def swap(model: nn.Module, job: Job, encoded: Encoded) -> None:
+    """Put one result in the place of its parameter, under every name it has."""
+    module, name = layers.find(model, job.name)
+    old = getattr(module, name)
+    device = old.device if not old.is_meta else torch.device("cpu")
+    rpq = build(job, {k: t.to(device) for k, t in encoded.tensors.items()}, encoded.zero_row)
+    rpq.record = {  # type: ignore[assignment]
+        "layer": job.layer, "fit": job.fit, "seed": job.seed, "rule": job.rule, "padding_idx": job.padding_idx,
+        "error": encoded.error, "dead": encoded.dead, "seconds": encoded.seconds,
+    }  # fmt: skip
+    for parameter in rpq.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(old.requires_grad)
+    put_everywhere(model, (job.name, *job.aliases), rpq)
+
+
+def put_everywhere(model: nn.Module, paths: Iterable[str], rpq: nn.Module) -> None:
+    """Install one RPQWeight under several paths, which may lead to one module."""
+    for path in paths:
+        module, name = layers.find(model, path)
+        if name in module._parameters:
+            layers.put(module, name, rpq)  # type: ignore[arg-type]
+
+
+def plan_of(model: nn.Module, max_shard_size: str | int | None = None) -> Plan:
+    """Return the plan that describes a converted model as it stands, whoever converted it."""
+    from rpq_convert.planning import DEFAULT_SHARD, Skip, parse_size
+    from rpq_convert.spec import dtype_name
+
+    groups: dict[int, list[str]] = {}
+    found = layers.layers_of(model)
+    for path, rpq in found.items():
+        groups.setdefault(id(rpq), []).append(path)
+    jobs = []
+    for paths in groups.values():
+        rpq = found[paths[0]]
+        record = getattr(rpq, "record", {})
+        module, _ = layers.find(model, paths[0])
+        jobs.append(
+            Job(
+                name=paths[0], aliases=tuple(paths[1:]), layer=record.get("layer", layers.original_class(module).__name__),
+                shape=rpq.shape, dtype=dtype_name(rpq.dtype), view=rpq.view.names, spec=stored_spec(rpq),
+                fit=record.get("fit", "random"), seed=record.get("seed", 0), rule=record.get("rule", "built by hand"),
+                padding_idx=record.get("padding_idx"),
+            )  # fmt: skip
+        )
+    skips = [
+        Skip(s.name, s.aliases, s.layer, s.shape, dtype_name(s.dtype), s.reason or _why(model, s.name), s.buffer)
+        for s in walk(model)
+        if s.layer != "RPQWeight"
+    ]
+    options = getattr(model, "_rpq_options", {})
+    return Plan(tuple(jobs), tuple(skips), options, parse_size(max_shard_size or DEFAULT_SHARD))
+
+
+def stored_spec(rpq: Any) -> Any:
+    """Return the spec with the dtypes that the tensors have now (a model may have been cast)."""
+    from rpq_convert.spec import dtype_name
+
+    scales = None if rpq.scales is None else dtype_name(rpq.scales.dtype)
+    return replace(rpq.spec, codebook_dtype=dtype_name(rpq.codebooks.dtype), scales=scales)
+
+
+def _why(model: nn.Module, name: str) -> str:
+    return getattr(model, "_rpq_reasons", {}).get(name, "not converted")
+
+
+def report_of(model: nn.Module, plan: Plan) -> Report:
+    """Return the report of a converted model in memory."""
+    found = layers.layers_of(model)
+    facts = {j.name: getattr(found[j.name], "record", {}) for j in plan.jobs if j.name in found}
+    model._rpq_reasons = {s.name: s.reason for s in plan.skips}  # type: ignore[assignment]
+    return make_report(plan, facts, title=type(model).__name__)
+
+
+def make_report(plan: Plan, facts: Mapping[str, Mapping[str, Any]], title: str, files: Iterable[FileRow] = ()) -> Report:
+    """Join the plan's rows with what the fits measured."""
+    rows = tuple(
+        replace(r, **{k: facts[r.name].get(k) for k in ("error", "dead", "seconds")}) if r.name in facts else r
+        for r in plan.rows()
+    )
+    return Report(
+        title=title, rows=rows, files=tuple(files), warnings=plan.warnings, options=dict(plan.options),
+        predicted_bytes=plan.file_bytes, version=__version__,
+    )  # fmt: skip
+
+
+def convert_checkpoint(
+    src: str | Path,
+    out: str | Path,
+    *,
+    factory: str | Factory | None = None,
+    overwrite: bool = False,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    allow_pickle: bool = False,
+    executor: str = "threads",
+    workers: int | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Report:
+    """Convert a checkpoint tensor by tensor, whatever its size, into a folder.
+
+    Args:
+        src: a hub id, a transformers folder, or (with `factory`) a safetensors file or folder.
+        out: the folder to make; a killed run leaves `<out>.partial`, and the same call goes on from there.
+        factory: `"package.module:callable"` or a callable that builds the model, for what is not transformers'.
+        overwrite: replace `out`.
+        options: those of `rpq.plan`.
+
+    Raises:
+        SourceError, PlanError, EncodeError, FolderError: see their docs. Nothing is left under the name `out`.
+    """
+    from rpq_convert.checkpoint import write_rest
+
+    opened = open_checkpoint(
+        src, factory=factory, revision=revision, local_files_only=local_files_only, allow_pickle=allow_pickle
+    )
+    if opened.model is None:
+        raise SourceError(f"{src} has no config.json: give factory='package.module:callable' that builds its model")
+    plan = opened.plan(**options)
+    folder = Folder(out, plan, overwrite=overwrite)
+    waiting = [j for j in plan.jobs if not folder.done(j)]
+    by_name = {j.name: j for j in plan.jobs}
+    if progress:
+        for job in plan.jobs:
+            if folder.done(job):
+                progress(job, None)
+    for encoded in run_jobs(waiting, opened.source, executor=executor, workers=workers):
+        folder.put(encoded)
+        if progress:
+            progress(by_name[encoded.name], encoded)
+    aliases = {s.name: (s.name, *s.aliases) for s in plan.skips}
+    folder.write_weights(lambda name: _from(opened.source, aliases[name]))
+    facts = {j.name: folder.facts(j) for j in plan.jobs}
+    title = Path(str(src)).name
+    folder.copy(opened.files)
+    return write_rest(folder, opened.config, facts, title)
+
+
+__all__ = ["CARD", "REPORT", "convert", "convert_checkpoint", "plan", "plan_of", "run_jobs"]

@@ -1,0 +1,166 @@
+"""One job, one tensor, one result: the pure step that memory and streaming conversion share."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rpq_convert.planning import Job
+from rpq_convert.spec import DTYPES, dtype_of
+from rpq_convert.weight import RPQWeight
+
+
+class EncodeError(ValueError):
+    """A tensor cannot be encoded as its job says."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The stored tensors of one parameter, and what its fit measured.
+
+    Args:
+        name: the job's name.
+        tensors: `codebooks`, `codes` and perhaps `scales`, as the job's spec shapes them.
+        error: relative squared error `|W - W'|^2 / |W|^2`; None for random codebooks.
+        dead: codewords that no code uses.
+        seconds: wall time of the fit.
+        zero_row: a padding row that decodes to zeros.
+    """
+
+    name: str
+    tensors: Mapping[str, Tensor]
+    error: float | None
+    dead: int
+    seconds: float
+    zero_row: int | None = None
+
+
+def encode(job: Job, tensor: Tensor, *, std: float | None = None) -> Encoded:
+    """Fit codebooks and codes to a tensor; with `fit="random"`, draw them at the tensor's standard deviation.
+
+    Args:
+        job: what to do; its seed decides every random number.
+        tensor: the dense parameter. On meta it must be a random fit, and `std` the deviation to reach.
+
+    Raises:
+        EncodeError: wrong shape, NaN or infinite values, values out of the range of the codebooks' dtype.
+    """
+    start = time.perf_counter()
+    if tuple(tensor.shape) != job.shape:
+        raise EncodeError(f"{job.name}: the plan says {list(job.shape)}, the tensor is {list(tensor.shape)}")
+    if tensor.is_meta and job.fit != "random":
+        raise EncodeError(f"{job.name}: the tensor is on meta, so there is nothing to fit; use fit='random'")
+    dense = tensor.detach().to("cpu", torch.float32) if not tensor.is_meta else tensor
+    if not tensor.is_meta and not torch.isfinite(dense.sum()) and not torch.isfinite(dense).all():
+        bad = int((~torch.isfinite(dense)).sum())
+        raise EncodeError(f"{job.name} {list(job.shape)} holds {bad} NaN or infinite values; mend or exclude it")
+    encoded = _random(job, dense, std) if job.fit == "random" else _fit(job, dense)
+    tensors, dead, zero_row = encoded
+    error = None
+    if job.fit != "random":
+        error = relative_error(dense, build(job, tensors, zero_row, dtype=torch.float32))
+    return Encoded(job.name, tensors, error, dead, time.perf_counter() - start, zero_row)
+
+
+def build(job: Job, tensors: Mapping[str, Tensor], zero_row: int | None, dtype: torch.dtype | None = None) -> RPQWeight:
+    """Return the module that holds these tensors."""
+    rpq = RPQWeight(
+        job.spec, job.weight_view, job.shape, dtype=dtype or dtype_of(job.dtype), device="meta", zero_row=zero_row
+    )
+    for name, tensor in tensors.items():
+        rpq.register_parameter(name, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
+    rpq._probe = torch.empty(0, dtype=rpq.dtype, device=tensors["codes"].device)
+    return rpq
+
+
+@torch.no_grad()
+def relative_error(dense: Tensor, rpq: RPQWeight) -> float:
+    """Return `|W - W'|^2 / |W|^2`, 0 for a zero tensor that decodes to zeros."""
+    base = float(torch.linalg.vector_norm(dense, dtype=torch.float64)) ** 2
+    rest = float(torch.linalg.vector_norm(rpq().float().sub_(dense), dtype=torch.float64)) ** 2
+    return rest / base if base else (math.inf if rest else 0.0)
+
+
+def _fit(job: Job, dense: Tensor) -> tuple[dict[str, Tensor], int, int | None]:
+    from rpq_convert.fit import FITTERS  # numba: imported on use
+
+    spec, view = job.spec, job.weight_view
+    tensors: dict[str, Tensor] = {}
+    scaled = dense
+    if spec.scales is not None:
+        scales = row_scales(view.spread_scales(torch.empty(view.scale_shape(job.shape))).shape, dense)
+        stored = scales.to(DTYPES[spec.scales])
+        if not torch.isfinite(stored).all():
+            raise EncodeError(f"{job.name}: a row scale overflows {spec.scales}; use scales='float32'")
+        tensors["scales"] = stored.reshape(view.scale_shape(job.shape))
+        exact = stored.float()
+        scaled = dense / torch.where(exact > 0, exact, 1.0)
+    codebook_dtype = DTYPES[spec.codebook_dtype]
+    if float(scaled.abs().max()) > torch.finfo(codebook_dtype).max:
+        raise EncodeError(f"{job.name}: values overflow {spec.codebook_dtype} codebooks; use codebook_dtype='float32'")
+    try:
+        fitted = FITTERS[job.fit](
+            view.to_matrix(scaled, spec.axis), dim=spec.dim, books=spec.books, stages=spec.stages, seed=job.seed,
+            codebook_dtype=codebook_dtype,
+        )  # fmt: skip
+    except ValueError as e:
+        raise EncodeError(f"{job.name} {list(job.shape)}: {e}") from e
+    zero_row = None
+    if job.padding_idx is not None and not dense[job.padding_idx].any():
+        zero_row = job.padding_idx
+    return tensors | _stored(job, fitted.codebooks, fitted.codes), fitted.dead, zero_row
+
+
+def row_scales(shape: tuple[int, ...], dense: Tensor) -> Tensor:
+    """Return the root mean square of each output row, in a shape that broadcasts over the tensor."""
+    axes = [i for i, size in enumerate(shape) if size == 1 and dense.shape[i] != 1]
+    return torch.linalg.vector_norm(dense, dim=axes, keepdim=True) / math.sqrt(dense.numel() / math.prod(shape)) if axes else dense.abs()
+
+
+def _random(job: Job, tensor: Tensor, std: float | None) -> tuple[dict[str, Tensor], int, int | None]:
+    from rpq_convert.fit import FITTERS
+
+    spec, view = job.spec, job.weight_view
+    if std is None:
+        std = float(tensor.std(correction=0)) if not tensor.is_meta else default_std(job)
+    fitted = FITTERS["random"](
+        torch.empty(view.matrix_shape(job.shape, spec.axis), device="meta"), dim=spec.dim, books=spec.books,
+        stages=spec.stages, seed=job.seed, codebook_dtype=torch.float32,
+    )  # fmt: skip
+    codebooks = fitted.codebooks
+    tensors: dict[str, Tensor] = {}
+    if spec.scales is not None:
+        tensors["scales"] = torch.full(view.scale_shape(job.shape), std, dtype=DTYPES[spec.scales])
+    else:
+        codebooks = codebooks * std
+    codebooks = codebooks.to(DTYPES[spec.codebook_dtype])
+    return tensors | _stored(job, codebooks, fitted.codes), fitted.dead, job.padding_idx
+
+
+def _stored(job: Job, codebooks: Tensor, codes: Tensor) -> dict[str, Tensor]:
+    """Bring fitted tensors [stages, …] into the stored layout."""
+    if job.spec.layout == "rows":
+        codes = codes.transpose(1, 2)
+    if job.spec.stages == 1:
+        codebooks, codes = codebooks[0], codes[0]
+    return {"codebooks": codebooks.contiguous(), "codes": codes.contiguous()}
+
+
+def default_std(job: Job) -> float:
+    """Return the standard deviation that torch's own initialisation of this layer would give its weight."""
+    view = job.weight_view
+    if "Embedding" in job.layer:
+        return 1.0
+    inputs = [s for s, a in zip(job.shape, view.axes) if a not in ("out", "expert")]
+    if job.layer == "Bilinear":
+        return 1 / math.sqrt(3 * job.shape[1])
+    if job.layer == "MultiheadAttention":  # xavier_uniform
+        return math.sqrt(2 / sum(job.shape))
+    if view.axes[0] == "in":  # transposed convolutions: torch counts the second stored axis as fan-in
+        return 1 / math.sqrt(3 * math.prod(job.shape[1:]))
+    return 1 / math.sqrt(3 * math.prod(inputs))

@@ -1,0 +1,54 @@
+"""Executors: how jobs run. Each is a generator that maps a function over items and holds few of them at a time.
+
+An executor knows nothing of weights. It takes items lazily, so that at most `workers` tensors are read ahead, and yields
+results as they finish. Every job carries its own seed, so the results do not depend on which executor ran them.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from typing import Any
+
+NAMES = ("serial", "threads", "processes")
+
+
+def run(fn: Callable[[Any], Any], items: Iterable[Any], *, executor: str = "serial", workers: int = 1) -> Iterator[Any]:
+    """Yield `fn(item)` for every item, in the order of completion.
+
+    Args:
+        executor: `serial`; `threads` (fits release the interpreter lock); `processes` (spawned; `fn` and items must
+            be importable and picklable).
+        workers: how many run at once.
+    """
+    if executor not in NAMES:
+        raise ValueError(f"executor must be one of {', '.join(NAMES)}, not {executor!r}")
+    if executor == "serial" or workers <= 1:
+        yield from map(fn, items)
+    elif executor == "threads":
+        with ThreadPoolExecutor(workers) as pool:
+            yield from _bounded(pool, fn, items, workers)
+    else:
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            yield from _bounded(pool, fn, items, workers)
+
+
+def _bounded(pool: Executor, fn: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[Any]:
+    waiting: set[Future[Any]] = set()
+    source = iter(items)
+    try:
+        while True:
+            while len(waiting) < workers:
+                try:
+                    waiting.add(pool.submit(fn, next(source)))
+                except StopIteration:
+                    break
+            if not waiting:
+                return
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
+    finally:
+        for future in waiting:
+            future.cancel()

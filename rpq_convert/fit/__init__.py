@@ -1,0 +1,19 @@
+"""Fitters: a matrix -> codebooks and codes. Pure functions of their arguments and of a seed; one line per entry.
+
+Every fitter has the signature
+`fit(matrix, *, dim, books, stages, seed, codebook_dtype=torch.float32, importance=None) -> Fitted`.
+"""
+
+from collections.abc import Callable
+
+from rpq_convert.fit.additive import fit_additive
+from rpq_convert.fit.kmeans import fit_kmeans
+from rpq_convert.fit.random import Fitted, fit_random
+
+__all__ = ["FITTERS", "Fitted", "fit_additive", "fit_kmeans", "fit_random"]
+
+FITTERS: dict[str, Callable[..., Fitted]] = {
+    "random": fit_random,
+    "kmeans": fit_kmeans,
+    "additive": fit_additive,
+}

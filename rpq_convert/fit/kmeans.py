@@ -1,0 +1,451 @@
+"""k-means: one codeword per sub-vector.
+
+Seeding decides (k-means on a random sample clips the few largest weights, and they are what a language model lives on),
+so: the fit sees every point of a codebook up to FULL of them, else a stratified sample plus the extremes; k-means++ for
+dim <= 8; and after Lloyd's iterations `relocate` moves the cheapest codewords to the worst points as long as the error
+must fall. A line (dim 1) is solved by dynamic programming and refined on the sorted values instead.
+
+Points whose last coordinates are padding are a group of their own with fewer coordinates: they pull, and are judged by,
+the coordinates they have. Values are scaled by a power of two first, so no weight can overflow a square.
+
+Rejected: seeds among the largest by quota (steals codewords from Gaussian weights that need no such care), minibatch
+k-means (1-4 % worse at equal time), Elkan's bounds (branches cost more than distances at dim <= 8).
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from rpq_convert.fit.random import Fitted, check_layout, count_dead
+from rpq_convert.kernels.kmeans import CODEWORDS, accumulate, assign, distinct, line_start, neighbours, prefix_sums, seed_plus_plus
+
+FULL = 1 << 18  # a codebook with at most so many points is fitted on all of them
+SAMPLE = 1 << 17  # else on about so many of them (512 per codeword: 0.2 % above the error of a full fit), plus
+EXTREMES = 256  # the farthest ones, each with the weight of a sampled point
+LINE = 1 << 21  # the same for dim 1, where a fit is one sort
+CHUNK = 1 << 17  # points gathered at a time
+ITERATIONS = 25
+PIECES = 1024  # pieces of the line between which dynamic programming may cut
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Hold a checked, scaled fitting problem."""
+
+    matrix: torch.Tensor  # [n, L] fp32, as given
+    importance: torch.Tensor | None  # expanded to [n, L], largest 1
+    per_coordinate: bool  # importance differs inside some sub-vector
+    scale: float  # a power of two; points are matrix * scale, at most 1 in size
+    dim: int
+    books: int
+    blocks: int
+
+    def block_range(self, book: int) -> tuple[int, int]:
+        """Return the first block that reads `book` and the one after the last."""
+        return -(-book * self.blocks // self.books), -(-(book + 1) * self.blocks // self.books)
+
+    def spans(self, book: int) -> Iterator[tuple[int, int]]:
+        """Cut the blocks of a book into ranges of about CHUNK points; a tail block is a range of its own."""
+        low, high = self.block_range(book)
+        tail = high == self.blocks and self.matrix.shape[1] % self.dim != 0
+        step = max(1, CHUNK // self.matrix.shape[0])
+        for start in range(low, high - tail, step):
+            yield start, min(start + step, high - tail)
+        if tail:
+            yield high - 1, high
+
+    def points(self, low: int, high: int) -> np.ndarray:
+        """Gather the sub-vectors of a span, block-major: [r, m n], r = dim or less in the tail block."""
+        points = _gather(self.matrix, low, high, self.dim)
+        points *= np.float32(self.scale)
+        points += np.float32(0)  # -0 becomes 0
+        return points
+
+    def weights(self, low: int, high: int) -> np.ndarray:
+        """Gather a span's importance: [1, 1] (none), [1, m n] or [r, m n]."""
+        if self.importance is None:
+            return _ONE
+        weights = _gather(self.importance, low, high, self.dim)
+        return weights if self.per_coordinate else np.ascontiguousarray(weights[:1])
+
+
+@dataclass(frozen=True)
+class Group:
+    """Hold points with r coordinates, both ways round: distances read columns, sums read rows."""
+
+    columns: np.ndarray  # [r, N] fp32
+    rows: np.ndarray  # [N, r]
+    weights: np.ndarray  # [1, 1], [1, N] or [r, N]
+    row_weights: np.ndarray  # [1, 1], [N, 1] or [N, r]
+
+    @classmethod
+    def of(cls, columns: np.ndarray, weights: np.ndarray) -> "Group":
+        rows, row_weights = np.ascontiguousarray(columns.T), np.ascontiguousarray(weights.T)
+        return cls(np.ascontiguousarray(columns), rows, np.ascontiguousarray(weights), row_weights)
+
+    def take(self, index: np.ndarray) -> "Group":
+        weights = self.weights if self.weights.shape[1] == 1 else self.weights[:, index]
+        return Group.of(self.columns[:, index], weights)
+
+    def nearest(self, codebook: np.ndarray, *, quick: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """Return codes [N] and errors [N] under codebook [256, dim]."""
+        r = self.columns.shape[0]
+        weights = self.weights if self.weights.shape[0] > 1 else None
+        return assign(self.columns, weights, codebook[:, :r], quick=quick)
+
+
+_ONE = np.ones((1, 1), np.float32)
+
+
+def _gather(values: torch.Tensor, low: int, high: int, dim: int) -> np.ndarray:
+    part = values[:, low * dim : high * dim]  # [n, m r]
+    n, m = part.shape[0], high - low
+    return part.reshape(n, m, -1).permute(2, 1, 0).reshape(-1, m * n).contiguous().clone().numpy()
+
+
+def pose(matrix: torch.Tensor, importance: torch.Tensor | None, *, dim: int, books: int, stages: int) -> Problem:
+    """Check a fitter's arguments and scale the matrix; ValueError where no fit is possible."""
+    blocks = check_layout(matrix, dim=dim, books=books, stages=stages)
+    matrix = matrix.detach().to(device="cpu", dtype=torch.float32)
+    least, most = (float(v) for v in torch.aminmax(matrix))
+    if not (math.isfinite(least) and math.isfinite(most)):
+        raise ValueError("the matrix has NaN or infinite entries; a codeword cannot stand for them")
+    largest = max(-least, most)
+    # Squares of values below 2^-75 vanish in fp32, so the largest magnitude is brought near 1.
+    scale = 2.0 ** -max(-120, min(120, math.frexp(largest)[1])) if largest > 0 else 1.0
+    if importance is not None:
+        importance = importance.detach().to(device="cpu", dtype=torch.float32)
+        least, most = (float(v) for v in torch.aminmax(importance))
+        if not (math.isfinite(least) and math.isfinite(most) and least >= 0):
+            raise ValueError(f"importance must be finite and not negative, got values from {least} to {most}")
+        importance = (importance / most).expand(matrix.shape) if most > 0 else None
+    problem = Problem(matrix, importance, False, scale, dim, books, blocks)
+    if importance is None or dim == 1 or importance.stride(1) == 0:
+        return problem
+    for book in range(books):
+        for low, high in problem.spans(book):
+            weights = _gather(importance[:1] if importance.stride(0) == 0 else importance, low, high, dim)
+            if (weights != weights[:1]).any():
+                return Problem(matrix, importance, True, scale, dim, books, blocks)
+    return problem
+
+
+def generator(seed: int, *path: int) -> np.random.Generator:
+    """Return a generator of its own for a part of a fit."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed % 2**63, *path])))
+
+
+def few(problem: Problem, book: int, codes: np.ndarray) -> np.ndarray | None:
+    """Return the distinct sub-vectors [256, dim] of a book and write their codes, or None where there are more."""
+    table = np.zeros((CODEWORDS, problem.dim), np.float32)
+    slots = np.full(1024, -1, np.int32)
+    count = 0
+    for low, high in problem.spans(book):
+        points = problem.points(low, high)
+        rows = np.zeros((points.shape[1], problem.dim), np.float32)
+        rows[:, : points.shape[0]] = points.T
+        numbers = np.empty(points.shape[1], np.uint8)
+        count = distinct(rows, table, slots, count, numbers)
+        if count > CODEWORDS:
+            return None
+        codes[low:high] = numbers.reshape(high - low, -1)
+    return table
+
+
+def collect(problem: Problem, book: int, *, full: int, sample: int, rng: np.random.Generator) -> list[Group]:
+    """Gather what a codebook is fitted on: everything up to `full` points, else a stratified sample and the extremes.
+
+    At most two groups come back: whole sub-vectors, and those of a tail block.
+    """
+    n = problem.matrix.shape[0]
+    low, high = problem.block_range(book)
+    rate = 1.0 if n * (high - low) <= full else sample / (n * (high - low))
+    centre = float(problem.matrix[:, low * problem.dim : high * problem.dim].mean(dtype=torch.float64)) * problem.scale
+    parts: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}  # r -> [(columns, weights)]
+    far: dict[int, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}  # r -> [(columns, weights, distances)]
+    for span in problem.spans(book):
+        points, weights = problem.points(*span), problem.weights(*span)
+        r, total = points.shape
+        if rate < 1:
+            distance = ((points - np.float32(centre)) ** 2 * weights).sum(0)
+            top = _farthest(points, distance)
+            far.setdefault(r, []).append((points[:, top], _take(weights, top), distance[top]))
+            count = math.ceil(total * rate)
+            index = ((np.arange(count) + rng.random(count)) * (total / count)).astype(np.int64).clip(0, total - 1)
+            points, weights = points[:, index], _take(weights, index)
+        parts.setdefault(r, []).append((points, weights))
+    groups = []
+    for r, found in parts.items():
+        if r in far:
+            points = np.concatenate([p for p, _, _ in far[r]], axis=1)
+            distance = np.concatenate([d for _, _, d in far[r]])
+            weights = _join([w for _, w, _ in far[r]])
+            top = _farthest(points, distance)
+            found = [*found, (points[:, top], _take(weights, top))]
+        groups.append(Group.of(np.concatenate([p for p, _ in found], axis=1), _join([w for _, w in found])))
+    return groups
+
+
+def _farthest(points: np.ndarray, distance: np.ndarray) -> np.ndarray:
+    """Return the sorted indices of the EXTREMES largest distances and of every coordinate's least and largest."""
+    keep = min(EXTREMES, distance.size)
+    top = np.argpartition(distance, distance.size - keep)[distance.size - keep :]
+    return np.unique(np.concatenate([top, points.argmin(1), points.argmax(1)]))
+
+
+def _take(weights: np.ndarray, index: np.ndarray) -> np.ndarray:
+    return weights if weights.shape[1] == 1 else weights[:, index]
+
+
+def _join(weights: list[np.ndarray]) -> np.ndarray:
+    return weights[0] if weights[0].shape == (1, 1) else np.concatenate(weights, axis=1)
+
+
+def _centroids(groups: list[Group], codes: list[np.ndarray], codebook: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return each codeword's weighted mean [256, dim] (itself where it has no point) and its mass [256, dim], fp64."""
+    sums, mass = np.zeros(codebook.shape), np.zeros(codebook.shape)
+    for group, code in zip(groups, codes):
+        r = group.rows.shape[1]
+        part, part_mass = np.zeros((CODEWORDS, r)), np.zeros((CODEWORDS, r))
+        accumulate(group.rows, group.row_weights, code, part, part_mass)
+        sums[:, :r] += part
+        mass[:, :r] += part_mass if group.row_weights.shape[1] > 1 else part_mass[:, :1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(mass > 0, sums / mass, codebook).astype(np.float32), mass
+
+
+def relocate(groups: list[Group], codes: list[np.ndarray], codebook: np.ndarray, mass: np.ndarray, limit: int) -> int:
+    """Move up to `limit` codewords, in place, to the points with the largest errors where the total error must fall.
+
+    Moving codeword k away costs at most mass_k |c_k - c_nearest|^2, and a point that becomes a codeword saves at least
+    its own error. Codewords without points cost nothing. Returns the number moved.
+    """
+    neighbour, between = np.zeros(CODEWORDS, np.int64), np.zeros(CODEWORDS)
+    neighbours(codebook, neighbour, between)
+    cost = mass.max(1) * between
+    victims = [int(k) for k in np.argsort(cost, kind="stable")[:limit]]
+    worst: list[tuple[float, int, int]] = []  # (error, group, point)
+    for g, (group, code) in enumerate(zip(groups, codes)):
+        error = _errors(group, code, codebook)
+        top = np.argpartition(error, max(0, error.size - 4 * limit))[max(0, error.size - 4 * limit) :]
+        worst += [(float(error[p]), g, int(p)) for p in top]
+    worst.sort(key=lambda item: (-item[0], item[1], item[2]))
+    moved: list[int] = []
+    for error, g, p in worst:
+        while victims and int(neighbour[victims[0]]) in moved:
+            victims.pop(0)
+        if not victims or error <= cost[victims[0]] or error == 0:
+            break
+        point = groups[g].rows[p]
+        r, old = point.size, codebook[codes[g][p]]
+        own = float(((point - old[:r]) ** 2).sum())
+        if any(float(((point - codebook[k, :r]) ** 2).sum()) < own for k in moved):
+            continue
+        fresh = old.copy()
+        fresh[:r] = point
+        k = victims.pop(0)
+        codebook[k] = fresh
+        moved.append(k)
+    return len(moved)
+
+
+def _errors(group: Group, codes: np.ndarray, codebook: np.ndarray) -> np.ndarray:
+    error = np.zeros(codes.size, np.float32)
+    for j, column in enumerate(group.columns):
+        d = column - codebook[codes, j]
+        d *= d
+        error += d * group.weights[j] if group.weights.shape[0] > 1 else d
+    return error * group.weights[0] if group.weights.shape[0] == 1 else error
+
+
+def lloyd(groups: list[Group], codebook: np.ndarray, iterations: int) -> np.ndarray:
+    """Run Lloyd's iterations until no code changes; codebook [256, dim] -> [256, dim] fp32.
+
+    When they settle or end, `relocate` looks for codewords that serve better elsewhere and a few more follow.
+    """
+    before: list[np.ndarray] = []
+    left, moves = iterations, 3
+    while left > 0:
+        left -= 1
+        codes = [group.nearest(codebook)[0] for group in groups]
+        settled = bool(before) and all(np.array_equal(a, b) for a, b in zip(codes, before))
+        if not settled:
+            codebook, mass = _centroids(groups, codes, codebook)
+            before = codes
+        empty = int((mass.max(1) == 0).sum())
+        if empty or settled or left == 0:
+            moved = relocate(groups, codes, codebook, mass, limit=max(empty, 32)) if moves else 0
+            moves -= 1 if moves and not (empty and not settled and left) else 0
+            if settled and not moved:
+                break
+            if moved and moves:
+                left = max(left, 4)
+                before = []
+    return codebook
+
+
+def seed_codebook(groups: list[Group], dim: int, rng: np.random.Generator) -> np.ndarray:
+    """Choose 256 points: by k-means++ up to dim 8, beyond that (no gain there) at random. [256, dim] fp32."""
+    group = groups[0]
+    codebook = np.zeros((CODEWORDS, dim), np.float32)
+    r, total = group.columns.shape
+    if dim <= 8:
+        part = np.zeros((CODEWORDS, r), np.float32)
+        seed_plus_plus(group.columns, group.weights, int(rng.integers(total)), rng.random(CODEWORDS), part)
+        codebook[:, :r] = part
+    else:
+        index = rng.choice(total, CODEWORDS, replace=total < CODEWORDS)
+        codebook[:, :r] = group.rows[index]
+    return codebook
+
+
+def fit_points(groups: list[Group], dim: int, rng: np.random.Generator, iterations: int = ITERATIONS) -> np.ndarray:
+    """Fit one codebook [256, dim] fp32 to groups of points, the larger ones on an eighth of the points first."""
+    if dim == 1:
+        return fit_line(groups[0])
+    offset = np.zeros(dim, np.float32)
+    if dim > 4:  # the expanded distance needs small numbers
+        r = groups[0].columns.shape[0]
+        offset[:r] = groups[0].columns.mean(1, dtype=np.float64)
+        groups = [Group.of(g.columns - offset[: g.columns.shape[0], None], g.weights) for g in groups]
+    thin = groups
+    if groups[0].rows.shape[0] >= 1 << 15:
+        thin = []
+        for group in groups:
+            total = group.rows.shape[0]
+            thin.append(group.take(np.unique(np.r_[0:total:8, max(0, total - EXTREMES) : total])))
+    codebook = seed_codebook(thin, dim, rng)
+    if thin is not groups:
+        codebook = lloyd(thin, codebook, 15)
+    return lloyd(groups, codebook, iterations if thin is groups else iterations // 2) + offset
+
+
+def fit_line(group: Group) -> np.ndarray:
+    """Fit one codebook [256, 1] on a line: dynamic programming over 1024 pieces, then Lloyd on all sorted values."""
+    values, weights = group.columns[0], group.weights[0]
+    if weights.size > 1:
+        order = np.argsort(values)
+        values, weights = values[order], weights[order]
+        keep = weights > 0
+        if not keep.all():
+            values, weights = values[keep], weights[keep]
+    else:
+        values = np.sort(values)
+    prefix = np.empty((3, values.size + 1))  # of w, w x, w x^2
+    prefix_sums(values, weights, prefix)
+    cuts = _pieces(values)  # [M + 1] positions
+    starts = line_start(*np.ascontiguousarray(prefix[:, cuts]), min(CODEWORDS, cuts.size - 1))
+    edges = np.unique(cuts[starts])  # first position of every cell
+    for _ in range(200):
+        ends = np.r_[edges[1:], values.size]
+        w, f = prefix[0, ends] - prefix[0, edges], prefix[1, ends] - prefix[1, edges]
+        # A cell's mean by prefix sums may leave the cell by rounding where the cell is narrow.
+        means = np.clip(f / w, values[edges], values[ends - 1])
+        middle = 0.5 * (means[1:] + means[:-1])
+        moved = np.unique(np.r_[0, np.searchsorted(values, middle.astype(np.float32), side="left")])
+        moved = moved[moved < values.size]
+        if np.array_equal(moved, edges):
+            break
+        edges = moved
+    codebook = np.full((CODEWORDS, 1), means[-1], np.float32)
+    codebook[: means.size, 0] = means
+    return codebook
+
+
+def _pieces(values: np.ndarray) -> np.ndarray:
+    """Cut sorted values where an optimal fine quantiser would: density^(1/3) per piece (Panter and Dite 1951).
+
+    Returns positions [M + 1], 0 first, N last.
+    """
+    total = values.size
+    knots = np.unique(np.r_[np.linspace(0, total, 4097).astype(np.int64)[:-1], total - 1])
+    # Beside the quantiles a linear grid, so that a long thin tail has pieces of its own.
+    grid = np.linspace(float(values[0]), float(values[-1]), 2049)[1:-1]
+    knots = np.unique(np.r_[knots, np.searchsorted(values, grid.astype(np.float32))])
+    knots = knots[knots < total]
+    at = values[knots].astype(np.float64)
+    share = np.diff(knots) ** (1 / 3) * np.diff(at) ** (2 / 3)
+    level = np.r_[0.0, np.cumsum(share)]
+    if level[-1] <= 0:
+        return np.array([0, total], np.int64)
+    wanted = np.linspace(0, level[-1], PIECES + 1)
+    cuts = np.interp(wanted, level, knots.astype(np.float64)).astype(np.int64)
+    # Whole values only: equal values never fall into two pieces.
+    cuts = np.searchsorted(values, values[np.minimum(cuts, total - 1)], side="left")
+    tail = max(0, total - 64)
+    return np.unique(np.r_[0, np.arange(min(64, total)), cuts, np.arange(tail, total), total])
+
+
+def round_codebooks(codebooks: np.ndarray, problem: Problem, dtype: torch.dtype) -> tuple[torch.Tensor, np.ndarray]:
+    """Undo the scaling and round; returns the codebooks in `dtype` and the rounded values, scaled, in fp32."""
+    rounded = torch.from_numpy((codebooks.astype(np.float64) / problem.scale).astype(np.float32)).to(dtype)
+    wide = rounded.to(torch.float64)
+    if not bool(torch.isfinite(wide).all()):
+        raise ValueError(f"codewords as large as {float(np.abs(codebooks).max() / problem.scale):.3g} do not fit {dtype}")
+    return rounded, (wide.numpy() * problem.scale).astype(np.float32)
+
+
+def fit_kmeans(
+    matrix: torch.Tensor,
+    *,
+    dim: int,
+    books: int,
+    stages: int = 1,
+    seed: int,
+    codebook_dtype: torch.dtype = torch.float32,
+    importance: torch.Tensor | None = None,
+) -> Fitted:
+    """Fit codebooks by k-means so that sum importance (matrix - decoded)^2 is small.
+
+    matrix [n, L]; block b of a row reads codebook b * books // blocks. importance broadcasts to [n, L]. Codes are the
+    nearest codewords of the codebooks as rounded. At most 256 distinct sub-vectors per codebook are met exactly.
+    Raises ValueError for stages != 1, an impossible layout, NaN or infinity, or codewords too large for the dtype.
+
+    >>> fitted = fit_kmeans(torch.arange(12.0).reshape(3, 4), dim=2, books=1, stages=1, seed=0)
+    >>> fitted.codebooks[0, 0][fitted.codes[0, 0].long()].tolist()
+    [[0.0, 1.0], [4.0, 5.0], [8.0, 9.0]]
+    """
+    if stages != 1:
+        raise ValueError(f"kmeans fits one stage, got stages={stages}; the fitter 'additive' fits several")
+    problem = pose(matrix, importance, dim=dim, books=books, stages=stages)
+    codebooks = np.zeros((books, CODEWORDS, dim), np.float32)
+    codes = np.empty((problem.blocks, problem.matrix.shape[0]), np.uint8)
+    exact = []
+    for book in range(books):
+        table = few(problem, book, codes)
+        exact.append(table is not None)
+        codebooks[book] = fit_book(problem, book, generator(seed, book)) if table is None else table
+    rounded, near = round_codebooks(codebooks, problem, codebook_dtype)
+    for book in range(books):
+        if exact[book]:
+            continue  # own codeword: rounding keeps it the nearest
+        for low, high in problem.spans(book):
+            points = problem.points(low, high)
+            weights = problem.weights(low, high) if problem.per_coordinate else None
+            found, _ = assign(points, weights, near[book][:, : points.shape[0]])
+            codes[low:high] = found.reshape(high - low, -1)
+    out = torch.from_numpy(codes)[None]
+    return Fitted(rounded[None], out, count_dead(out, books))
+
+
+def fit_book(problem: Problem, book: int, rng: np.random.Generator) -> np.ndarray:
+    """Fit one codebook [256, dim], scaled fp32: on its points or a sample, then one step on all of them."""
+    n, dim = problem.matrix.shape[0], problem.dim
+    low, high = problem.block_range(book)
+    limit = LINE if dim == 1 else FULL
+    groups = collect(problem, book, full=limit, sample=LINE // 2 if dim == 1 else SAMPLE, rng=rng)
+    codebook = fit_points(groups, dim, rng)
+    if dim == 1 or n * (high - low) <= limit:
+        return codebook
+    sums, mass = np.zeros(codebook.shape), np.zeros(codebook.shape)
+    for span in problem.spans(book):
+        group = Group.of(problem.points(*span), problem.weights(*span))
+        codes, _ = group.nearest(codebook, quick=False)
+        means, part = _centroids([group], [codes], np.zeros_like(codebook))
+        sums += means.astype(np.float64) * part
+        mass += part
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(mass > 0, sums / mass, codebook).astype(np.float32)

@@ -1,0 +1,155 @@
+"""Layer types, and the surgery: change the parameter, inherit the layer.
+
+A converted module stays the object that it was. Its parameter `weight` becomes a child module `weight_rpq`, and its class
+becomes a generated `RPQ<Name>(RPQLayer, <its class>)` that differs in one thing: `weight` is a read-only property that
+returns a `ComputedWeight`. Forward, hooks, aliases and attributes are inherited. A new layer type is one line of
+`register_layer`; types of other libraries are named by a dotted string, so that nothing is imported for them.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+
+from rpq_convert.view import WeightView
+from rpq_convert.weight import ComputedWeight, RPQWeight, _refuse
+
+SUFFIX = "_rpq"
+LAYERS: dict[type | str, dict[str, WeightView]] = {}
+
+
+def register_layer(kind: type | str, **views: WeightView | str) -> None:
+    """Teach the walker a layer type: which of its parameters are weights, and their axes.
+
+    Args:
+        kind: a class, or its dotted name (`"transformers.pytorch_utils.Conv1D"`). Subclasses are found through it.
+        views: parameter name = `WeightView`, or just its axis names.
+
+    Example:
+        >>> register_layer("my_code.Scorer", table="out in")
+    """
+    LAYERS[kind] = {name: WeightView(v) if isinstance(v, str) else v for name, v in views.items()}
+
+
+EMBEDDING = WeightView("out in", axis="in")
+register_layer(nn.Linear, weight="out in")
+register_layer(nn.Conv1d, weight="out in k")
+register_layer(nn.Conv2d, weight="out in kh kw")
+register_layer(nn.Conv3d, weight="out in kd kh kw")
+register_layer(nn.ConvTranspose1d, weight="in out k")
+register_layer(nn.ConvTranspose2d, weight="in out kh kw")
+register_layer(nn.ConvTranspose3d, weight="in out kd kh kw")
+register_layer(nn.Embedding, weight=EMBEDDING)
+register_layer(nn.EmbeddingBag, weight=EMBEDDING)
+register_layer(nn.Bilinear, weight="out in in2")
+register_layer(
+    nn.MultiheadAttention,
+    in_proj_weight="out in", q_proj_weight="out in", k_proj_weight="out in", v_proj_weight="out in",
+)  # fmt: skip
+register_layer("transformers.pytorch_utils.Conv1D", weight="in out")
+
+# Fused mixture-of-experts weights: transformers marks every such class with `is_transposed`.
+EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "gate_proj", "down_proj")
+
+
+def class_names(kind: type) -> tuple[str, ...]:
+    """Return the dotted names of a class and its ancestors, nearest first, RPQ's generated classes left out."""
+    return tuple(f"{c.__module__}.{c.__qualname__}" for c in kind.__mro__ if not issubclass(c, RPQLayer))
+
+
+def find_view(module: nn.Module, name: str) -> WeightView | None:
+    """Return the view of the parameter `name` of this module, or None where the layer table has none."""
+    for kind, dotted in ((c, f"{c.__module__}.{c.__qualname__}") for c in type(module).__mro__):
+        for key in (kind, dotted):
+            if key in LAYERS:
+                return LAYERS[key].get(name)
+    transposed = getattr(module, "is_transposed", None)
+    if isinstance(transposed, bool) and name in EXPERT_WEIGHTS and getattr(module, name).ndim == 3:
+        return WeightView("expert in out" if transposed else "expert out in")
+    return None
+
+
+class RPQLayer:
+    """Mixed into the class of a converted module; the weights it names are computed, not stored."""
+
+    _rpq_names: tuple[str, ...] = ()
+    _rpq_original: type[nn.Module]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self._rpq_names:
+            return super().__setattr__(name, value)
+        if isinstance(value, ComputedWeight):  # tying: share the module, which is where the weight lives
+            self._modules[name + SUFFIX] = object.__getattribute__(value, "_rpq")  # type: ignore[attr-defined]
+            return None
+        raise _refuse("assigning to it", f"{type(self).__name__}.{name}")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _blank, (self._rpq_original, self._rpq_names), self.__getstate__()
+
+    def rpq_weights(self) -> dict[str, RPQWeight]:
+        """Return parameter name -> its RPQWeight."""
+        return {n: self._modules[n + SUFFIX] for n in self._rpq_names}  # type: ignore[attr-defined]
+
+
+def _blank(original: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    kind = rpq_class(original, names)
+    return kind.__new__(kind)
+
+
+def _computed(name: str) -> property:
+    def read(self: nn.Module) -> torch.Tensor:
+        rpq: Any = self._modules[name + SUFFIX]
+        # the compiler traces through the plain decode; eager code gets the lazy tensor
+        return rpq() if torch.compiler.is_compiling() else ComputedWeight(rpq, f"{type(self).__name__}.{name}")
+
+    return property(read, doc=f"The expanded {name}; read-only.")
+
+
+@functools.cache
+def rpq_class(original: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """Return the class `RPQ<original>` in which these parameters are computed; the same class for the same question."""
+    space = {name: _computed(name) for name in names}
+    space |= {"_rpq_names": names, "_rpq_original": original, "__module__": original.__module__, "__doc__": original.__doc__}  # type: ignore[dict-item]
+    return type(f"RPQ{original.__name__}", (RPQLayer, original), space)
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    return module._rpq_original if isinstance(module, RPQLayer) else type(module)
+
+
+def put(module: nn.Module, name: str, rpq: RPQWeight) -> None:
+    """Replace the parameter `name` of this module by an RPQWeight, in place."""
+    names = (*module._rpq_names, name) if isinstance(module, RPQLayer) else (name,)
+    kind = rpq_class(original_class(module), names)
+    del module._parameters[name]
+    module.__class__ = kind
+    module.add_module(name + SUFFIX, rpq)
+
+
+def take(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Undo `put`: give the module an ordinary parameter again."""
+    assert isinstance(module, RPQLayer)
+    names = tuple(n for n in module._rpq_names if n != name)
+    original = module._rpq_original
+    del module._modules[name + SUFFIX]  # type: ignore[attr-defined]
+    module.__class__ = rpq_class(original, names) if names else original  # type: ignore[assignment]
+    module.register_parameter(name, parameter)  # type: ignore[attr-defined]
+
+
+def find(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """Return (module, parameter name) of a dotted parameter path."""
+    parent, _, name = path.rpartition(".")
+    return model.get_submodule(parent), name
+
+
+def layers_of(model: nn.Module) -> dict[str, RPQWeight]:
+    """Return every dotted parameter path under RPQ -> its RPQWeight, tied ones under each of their names."""
+    return {
+        f"{path}.{name}".lstrip("."): rpq
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, RPQLayer)
+        for name, rpq in module.rpq_weights().items()
+    }

@@ -1,0 +1,456 @@
+"""Plan: what will happen to every parameter, and what the files will weigh, before a weight is read.
+
+A plan is a frozen, JSON-able value. The dry run prints it, the executor runs it, the checkpoint keeps it. It knows every
+tensor that will be written, so file sizes, headers and shards follow exactly (`Plan.files`); a test holds them to
+`os.stat`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from rpq_convert.report.schema import Row
+from rpq_convert.rules import PlanError, Rule, as_rule, load_preset, overlay, settings_for, split_bits
+from rpq_convert.spec import Spec, dtype_name, dtype_of
+from rpq_convert.view import WeightView
+from rpq_convert.walk import Slot
+
+FORMAT_VERSION = 1
+DEFAULT_PRESET = "8bit"
+DEFAULT_SHARD = "5GB"
+SAFETENSORS_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """One parameter to convert."""
+
+    name: str
+    aliases: tuple[str, ...]
+    layer: str
+    shape: tuple[int, ...]
+    dtype: str
+    view: str
+    spec: Spec
+    fit: str
+    seed: int
+    rule: str
+    padding_idx: int | None = None
+
+    @property
+    def weight_view(self) -> WeightView:
+        return WeightView(self.view)
+
+    @property
+    def dense_bytes(self) -> int:
+        return dtype_of(self.dtype).itemsize * math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> dict[str, int]:
+        return self.spec.nbytes(self.weight_view, self.shape)
+
+    @property
+    def expected_error(self) -> float:
+        return 1.0 if self.fit == "random" else self.spec.expected_error(self.weight_view, self.shape)
+
+
+@dataclass(frozen=True)
+class Skip:
+    """One parameter or buffer that stays dense, and why. `dtype` is what is written."""
+
+    name: str
+    aliases: tuple[str, ...]
+    layer: str
+    shape: tuple[int, ...]
+    dtype: str
+    reason: str
+    buffer: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return dtype_of(self.dtype).itemsize * math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Jobs, skips and everything that decides the files.
+
+    Args:
+        jobs, skips: in the order of the model's state dict.
+        options: what was asked, for the record.
+        max_shard_size: bytes of tensor data in one weight file.
+        warnings: plain sentences for the user.
+    """
+
+    jobs: tuple[Job, ...]
+    skips: tuple[Skip, ...]
+    options: Mapping[str, Any]
+    max_shard_size: int
+    warnings: tuple[str, ...] = ()
+
+    @cached_property
+    def entries(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Every tensor that is written: key -> (dtype, shape), skips first, then the jobs' tensors."""
+        found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        if self.jobs:  # a loader that does not know RPQ fails on this instead of running with random weights
+            found[self.jobs[0].name] = (torch.float32, (0,))
+        for skip in self.skips:
+            found[skip.name] = (dtype_of(skip.dtype), skip.shape)
+        for job in self.jobs:
+            for part, (dtype, shape) in job.spec.tensors(job.weight_view, job.shape).items():
+                found[f"{job.name}_rpq.{part}"] = (dtype, shape)
+        return found
+
+    @cached_property
+    def shards(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """Return (file name, keys) of each weight file."""
+        groups: list[list[str]] = [[]]
+        size = 0
+        for key, (dtype, shape) in self.entries.items():
+            n = dtype.itemsize * math.prod(shape)
+            if groups[-1] and size + n > self.max_shard_size:
+                groups.append([])
+                size = 0
+            groups[-1].append(key)
+            size += n
+        if len(groups) == 1:
+            return (("model.safetensors", tuple(groups[0])),)
+        return tuple((f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(g)) for i, g in enumerate(groups, 1))
+
+    @cached_property
+    def files(self) -> dict[str, int]:
+        """Return weight file name -> exact size in bytes, header included."""
+        return {name: file_size({k: self.entries[k] for k in keys}) for name, keys in self.shards}
+
+    @property
+    def file_bytes(self) -> int:
+        return sum(self.files.values())
+
+    @property
+    def tensor_bytes(self) -> int:
+        return sum(d.itemsize * math.prod(s) for d, s in self.entries.values())
+
+    def rows(self) -> tuple[Row, ...]:
+        """Return the report's rows as far as they are known before a fit."""
+        rows = [
+            Row(
+                name=j.name, layer=j.layer, shape=j.shape, dtype=j.dtype, decision="rpq", reason=j.rule,
+                dense_bytes=j.dense_bytes, codebook_bytes=j.nbytes["codebooks"], code_bytes=j.nbytes["codes"],
+                scale_bytes=j.nbytes.get("scales", 0), spec=f"{j.spec.describe()}, {j.fit}",
+                expected_error=j.expected_error, aliases=j.aliases,
+            )
+            for j in self.jobs
+        ]  # fmt: skip
+        rows += [
+            Row(
+                name=s.name, layer=s.layer, shape=s.shape, dtype=s.dtype, decision="buffer" if s.buffer else "dense",
+                reason=s.reason, dense_bytes=s.nbytes, other_bytes=s.nbytes, aliases=s.aliases,
+            )
+            for s in self.skips
+        ]  # fmt: skip
+        return tuple(rows)
+
+    def explain(self, name: str) -> str:
+        """Say what happens to one parameter, named by its path or its module's, and why."""
+        for job in self.jobs:
+            if name in _names(job):
+                b = job.nbytes
+                n, length = job.weight_view.matrix_shape(job.shape, job.spec.axis)
+                return (
+                    f"{job.name} ({job.layer}, {list(job.shape)} {job.dtype}) is converted by {job.rule}: a matrix of "
+                    f"{n} x {length}, {job.spec.describe()}, fit {job.fit}. {job.dense_bytes:,} bytes become "
+                    f"{sum(b.values()):,} ({', '.join(f'{k} {v:,}' for k, v in b.items())}), "
+                    f"{8 * sum(b.values()) / math.prod(job.shape):.3f} bits per weight; expected relative squared error "
+                    f"{job.expected_error:.2g}." + (f" Tied to {', '.join(job.aliases)}." if job.aliases else "")
+                )
+        for skip in self.skips:
+            if name in _names(skip):
+                return f"{skip.name} ({skip.layer}, {list(skip.shape)} {skip.dtype}) stays dense: {skip.reason}."
+        raise PlanError(f"no parameter named {name!r} in the plan")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"format_version": FORMAT_VERSION} | asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1)
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        if data.get("format_version") != FORMAT_VERSION:
+            raise PlanError(f"plan format {data.get('format_version')!r} is not {FORMAT_VERSION}; update rpq-convert")
+        lists = {"aliases": tuple, "shape": tuple}
+
+        def fields(d: Mapping[str, Any]) -> dict[str, Any]:
+            return {k: lists[k](v) if k in lists else Spec(**v) if k == "spec" else v for k, v in d.items()}
+
+        return cls(
+            jobs=tuple(Job(**fields(j)) for j in data["jobs"]),
+            skips=tuple(Skip(**fields(s)) for s in data["skips"]),
+            options=data["options"],
+            max_shard_size=data["max_shard_size"],
+            warnings=tuple(data["warnings"]),
+        )
+
+
+def _names(item: Job | Skip) -> set[str]:
+    return {n for full in (item.name, *item.aliases) for n in (full, full.rpartition(".")[0])}
+
+
+def header(entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
+    """Return the safetensors header of these tensors, padded as the library writes it (metadata format=pt)."""
+    rank = list(SAFETENSORS_NAMES)
+    order = sorted(entries.items(), key=lambda e: (-e[1][0].itemsize, e[0]))
+    del rank
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for key, (dtype, shape) in order:
+        end = at + dtype.itemsize * math.prod(shape)
+        table[key] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    return text + b" " * (-len(text) % 8)
+
+
+def file_size(entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> int:
+    """Return the size in bytes of a safetensors file that holds these tensors."""
+    return 8 + len(header(entries)) + sum(d.itemsize * math.prod(s) for d, s in entries.values())
+
+
+def parse_size(text: str | int) -> int:
+    """Return bytes from `5GB`, `300MiB`, `1e6` or a number."""
+    if isinstance(text, int):
+        value = text
+    else:
+        units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1}
+        upper = text.strip().upper()
+        unit = next((u for u in sorted(units, key=len, reverse=True) if upper.endswith(u)), "")
+        try:
+            value = int(float(upper.removesuffix(unit)) * units.get(unit, 1))
+        except ValueError:
+            raise PlanError(f"size {text!r} is not a number with an optional unit such as 5GB or 300MiB") from None
+    if value < 1:
+        raise PlanError(f"size {text!r} must be positive")
+    return value
+
+
+def job_seed(seed: int, name: str) -> int:
+    """Return a seed per parameter, so that results depend on no order of execution."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:4], "big")
+
+
+def make_plan(
+    slots: Sequence[Slot],
+    *,
+    preset: str | None = None,
+    bits: float | None = None,
+    dim: int | None = None,
+    codebooks: str | int | None = None,
+    axis: str | None = None,
+    rules: Iterable[Rule | Mapping[str, Any]] = (),
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    fit: str | None = None,
+    seed: int = 0,
+    grow: bool = False,
+    dtype: str | None = None,
+    max_shard_size: str | int = DEFAULT_SHARD,
+    head_rules: Sequence[Rule] | None = None,
+    warnings: Sequence[str] = (),
+) -> Plan:
+    """Decide for every slot. Pure: reads names, shapes and types alone.
+
+    Args:
+        slots: the model, from `walk` or `walk_headers`.
+        preset: a preset's name or TOML path; with no size option at all, `DEFAULT_PRESET`.
+        bits, dim: code bits per weight, or the length of a sub-vector.
+        codebooks: `"heads"`, the seed's rule, or a number: that many codebooks per parameter, one for each block.
+        axis: the cut axis for layers that allow both.
+        rules: overlay the preset, first match wins; one that matches nothing is an error.
+        include, exclude: patterns as in rules; only what is included and not excluded is converted.
+        fit: `kmeans`, `additive` or `random`, for everything.
+        grow: convert layers that would grow as well.
+        dtype: dtype of what stays dense, and of expanded weights; as stored by default.
+        head_rules: the rules that `codebooks="heads"` means for this model.
+
+    Raises:
+        PlanError: unknown preset or setting, conflicting sizes, a rule that matched nothing, a length that the number
+            of codebooks does not divide.
+    """
+    if sum(x is not None for x in (preset, bits, codebooks)) > 1:
+        raise PlanError("give one of preset, bits and codebooks, not several")
+    rules = [as_rule(r) for r in rules]
+    only, never = [Rule(p) for p in include], [Rule(p) for p in exclude]
+    base: dict[str, Any]
+    preset_rules: Sequence[Rule] = ()
+    if codebooks == "heads":
+        if head_rules is None:
+            raise PlanError("codebooks='heads' needs a model with attention heads; use bits, dim or a number of codebooks")
+        base, preset_rules = {"books": "blocks", "codebook_dtype": "float32", "scales": "none"}, head_rules
+    elif codebooks is not None:
+        try:
+            count = int(codebooks)
+        except ValueError:
+            raise PlanError(f"codebooks must be 'heads' or a number, not {codebooks!r}") from None
+        base = {"num_codebooks": count, "codebook_dtype": "float32", "scales": "none"}
+    else:
+        name = preset or (None if bits is not None or dim is not None else DEFAULT_PRESET)
+        chosen = load_preset(name) if name else None
+        base = dict(chosen.settings) if chosen else {"books": 1, "codebook_dtype": "float16", "scales": "float16"}
+        preset_rules = chosen.rules if chosen else ()
+        if bits is not None:
+            base = overlay(base, {"bits": bits})
+    if dim is not None:
+        base = overlay(base, {"dim": dim})
+        preset_rules = [Rule(r.match, overlay(r.settings, {"dim": dim})) for r in preset_rules]
+    forced = {k: v for k, v in (("axis", axis), ("fit", fit), ("grow", grow or None)) if v is not None}
+
+    hits: dict[int, int] = {}
+    jobs: list[Job] = []
+    skips: list[Skip] = []
+    floating = dtype_of(dtype) if dtype else None
+    for slot in slots:
+        for r in (*rules, *only, *never):
+            hits[id(r)] = hits.get(id(r), 0) + (not slot.buffer and r.matches(slot))
+        stored = floating if floating is not None and slot.dtype.is_floating_point else slot.dtype
+        decision = _decide(slot, stored, base, rules, preset_rules, only, never, forced, seed)
+        if isinstance(decision, Job):
+            jobs.append(decision)
+        else:
+            skips.append(
+                Skip(slot.name, slot.aliases, slot.layer, slot.shape, dtype_name(stored), decision, slot.buffer)
+            )
+    unmatched = [r.match for r in (*rules, *only, *never) if not hits.get(id(r))]
+    if unmatched:
+        some = ", ".join(s.name for s in slots[:3])
+        raise PlanError(f"no parameter matches {', '.join(map(repr, unmatched))}; names look like {some}")
+    options = {
+        "preset": preset, "bits": bits, "dim": dim, "codebooks": codebooks, "axis": axis, "fit": fit, "seed": seed,
+        "grow": grow, "dtype": dtype, "include": list(include), "exclude": list(exclude),
+        "rules": [{"match": r.match, **r.settings} for r in rules],
+    }  # fmt: skip
+    if all(options[k] is None for k in ("preset", "bits", "dim", "codebooks")):
+        options["preset"] = DEFAULT_PRESET
+    plan = Plan(tuple(jobs), tuple(skips), options, parse_size(max_shard_size), tuple(warnings))
+    return Plan(plan.jobs, plan.skips, options, plan.max_shard_size, (*warnings, *_warn(plan)))
+
+
+def _decide(
+    slot: Slot,
+    stored: torch.dtype,
+    base: Mapping[str, Any],
+    rules: Sequence[Rule],
+    preset_rules: Sequence[Rule],
+    only: Sequence[Rule],
+    never: Sequence[Rule],
+    forced: Mapping[str, Any],
+    seed: int,
+) -> Job | str:
+    """Return the slot's job, or the reason why it stays dense."""
+    settings, rule = settings_for(slot, base, preset_rules)
+    by = f"preset rule {rule.match!r}" if rule else "the default settings"
+    own = next((r for r in rules if r.matches(slot)), None)
+    if own is not None:
+        settings, by = overlay(settings, own.settings), f"rule {own.match!r}"
+        if any(k in own.settings for k in ("bits", "dim", "num_codebooks")) and "skip" not in own.settings:
+            settings.pop("skip", None)
+    view = WeightView(settings["view"]) if "view" in settings else slot.view
+    if slot.reason:
+        return slot.reason
+    if next((r for r in never if r.matches(slot)), None):
+        return "excluded"
+    if only and not any(r.matches(slot) for r in only):
+        return "not included"
+    if settings.get("skip"):
+        return f"skipped by {by}"
+    if view is None:
+        return f"raw parameter of {slot.layer}: no known axes; a rule with view='out in' converts it"
+    try:
+        view.check(slot.shape)
+    except ValueError as e:
+        raise PlanError(f"{slot.name}: {e}") from None
+    settings = overlay(settings, {k: v for k, v in forced.items() if k != "axis" or slot.view is None or view.axis == "out"})
+    if 0 in slot.shape:
+        return "empty"
+    spec = resolve(slot.name, slot.shape, view, settings)
+    fit = settings.get("fit") or ("additive" if spec.stages > 1 else "kmeans")
+    if fit not in ("kmeans", "additive", "random"):
+        raise PlanError(f"{slot.name}: fit must be kmeans, additive or random, not {fit!r}")
+    if fit == "kmeans" and spec.stages > 1:
+        fit = "additive"
+    job = Job(
+        name=slot.name, aliases=slot.aliases, layer=slot.layer, shape=slot.shape, dtype=dtype_name(stored),
+        view=view.names, spec=spec, fit=fit, seed=job_seed(seed, slot.name), rule=by, padding_idx=slot.padding_idx,
+    )  # fmt: skip
+    size = sum(job.nbytes.values())
+    if size >= job.dense_bytes and not settings.get("grow"):
+        return f"would grow from {job.dense_bytes:,} to {size:,} bytes"
+    return job
+
+
+def resolve(name: str, shape: tuple[int, ...], view: WeightView, settings: Mapping[str, Any]) -> Spec:
+    """Turn settings into the spec of one parameter."""
+    try:
+        axis = settings.get("axis") or view.axis
+        length = view.matrix_shape(shape, axis)[1]
+        books: Any = settings.get("books", 1)
+        stages = settings.get("stages", 1)
+        if "num_codebooks" in settings:
+            count = settings["num_codebooks"]
+            if not isinstance(count, int) or count < 1:
+                raise PlanError(f"num_codebooks must be a whole number of at least 1, not {count!r}")
+            if length % count:
+                near = sorted((d for d in range(1, length + 1) if length % d == 0), key=lambda d: abs(d - count))[:3]
+                raise PlanError(f"{count} codebooks do not divide its length of {length}; try {', '.join(map(str, near))}")
+            dim, books = length // count, count
+        elif "dim" in settings:
+            dim = settings["dim"]
+        else:
+            dim, stages = split_bits(settings["bits"])
+        blocks = math.ceil(length / dim) if isinstance(dim, int) and dim > 0 else 1
+        scales = settings.get("scales", "none")
+        return Spec(
+            dim=dim,
+            books=blocks if books == "blocks" else min(books, blocks),
+            stages=stages,
+            axis=axis,
+            codebook_dtype=settings.get("codebook_dtype", "float16"),
+            scales=None if scales == "none" else scales,
+            layout="rows" if view.axis == "in" and axis == "in" else "blocks",
+        )
+    except PlanError as e:
+        raise PlanError(f"{name} {list(shape)}: {e}") from None
+    except (ValueError, TypeError, KeyError) as e:
+        raise PlanError(f"{name} {list(shape)}: {e}") from None
+
+
+def _warn(plan: Plan) -> list[str]:
+    """Say plainly where most of the weights' information will go."""
+    fitted = [j for j in plan.jobs if j.fit != "random"]
+    weights = sum(math.prod(j.shape) for j in fitted)
+    if not weights:
+        return []
+    error = sum(math.prod(j.shape) * j.expected_error for j in fitted) / weights
+    bits = sum(math.prod(j.shape) * j.spec.bits for j in fitted) / weights
+    if error < 0.3:
+        return []
+    return [
+        f"{bits:.2g} code bits per weight keep little of pretrained weights (expected relative squared error {error:.2f} "
+        f"of 1): this size suits random codebooks and training (--fit random). To keep a pretrained model usable, use "
+        f"--preset {DEFAULT_PRESET}."
+    ]

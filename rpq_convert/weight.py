@@ -1,0 +1,343 @@
+"""RPQWeight: codebooks + codes (+ scales) that expand to a dense parameter, and the lazy tensor a layer sees.
+
+Two ideas carry the library:
+
+* `RPQWeight` is a module that owns the stored tensors. Calling it decodes.
+* `ComputedWeight` is what `layer.weight` returns: a tensor without memory. Asked for its shape or dtype it answers;
+  used by an operation in `HANDLERS` (embedding lookups today) it does just the work that is needed; used by any other
+  it decodes first. So a layer keeps its own forward, a subclass keeps its own, and no layer type needs code.
+
+Writing to a computed weight, or to a view of it, would be lost in a temporary tensor, so it raises. Rejected:
+`torch.nn.utils.parametrize` (replaces the class's `weight` for every instance, decodes on every read and lets in-place
+writes vanish) and rebuilding layers from their attributes (loses hooks, aliases and subclass behaviour).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rpq_convert.spec import CODEWORDS, Spec, dtype_name, dtype_of
+from rpq_convert.view import WeightView
+
+
+class RPQWeight(nn.Module):
+    """One parameter as codewords.
+
+    Args:
+        spec: how it is stored.
+        view: the parameter's axes.
+        shape: the parameter's shape.
+        dtype: dtype of the expanded weight (the codebooks may be narrower).
+        padding_idx: an embedding's padding row; it gets no gradient.
+        zero_row: a row of an embedding that expands to zeros, whatever its codes say (an untrained padding row).
+
+    Shape:
+        codebooks [books, 256, dim], codes uint8 [blocks, n] or [n, blocks], scales [out]; with several stages,
+        codebooks and codes have a leading stage axis.
+    """
+
+    codebooks: nn.Parameter
+    codes: nn.Parameter
+    scales: nn.Parameter | None
+
+    def __init__(
+        self,
+        spec: Spec,
+        view: WeightView,
+        shape: tuple[int, ...],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        zero_row: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec, self.view, self.shape, self.zero_row = spec, view, tuple(shape), zero_row
+        self._probe = torch.empty(0, dtype=dtype, device=device)  # follows .to() and remembers the expanded dtype
+        for name, (kind, size) in spec.tensors(view, self.shape).items():
+            empty = torch.zeros(size, dtype=kind, device=device)
+            self.register_parameter(name, nn.Parameter(empty, requires_grad=kind.is_floating_point))
+        if spec.scales is None:
+            self.register_parameter("scales", None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the expanded weight."""
+        return self._probe.dtype
+
+    @property
+    def trainable(self) -> bool:
+        return self.codebooks.requires_grad or (self.scales is not None and self.scales.requires_grad)
+
+    def forward(self) -> Tensor:
+        """Expand to the dense parameter, in its stored shape, contiguous, differentiable."""
+        matrix = self._expand(None)  # [n, L]
+        return self._finish(self.view.from_matrix(matrix, self.shape, self.spec.axis))
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Expand the rows `index [r]` of a two-axis parameter cut along its input axis: [r, L]."""
+        return self._finish(self._expand(index), index)
+
+    @property
+    def rows_are_entries(self) -> bool:
+        """Whether one row of the stored parameter is one row of `M`, so that `rows` serves lookups."""
+        return self.spec.axis == "in" and self.view.axes == ("out", "in")
+
+    def _expand(self, index: Tensor | None) -> Tensor:
+        spec = self.spec
+        length = self.view.matrix_shape(self.shape, spec.axis)[1]
+        codes = self.codes if spec.stages > 1 else self.codes.unsqueeze(0)  # [stages, blocks, n] or [stages, n, blocks]
+        if spec.layout == "blocks":
+            codes = codes.transpose(1, 2)  # [stages, n, blocks]
+        if index is not None:
+            codes = codes[:, index]
+        blocks = codes.shape[2]
+        table = self.codebooks.reshape(spec.stages, spec.books * CODEWORDS, spec.dim)
+        first = torch.arange(blocks, device=codes.device, dtype=torch.int32) * spec.books // blocks * CODEWORDS
+        total: Tensor | None = None
+        for stage in range(spec.stages):
+            part = F.embedding(codes[stage].int() + first, table[stage])  # [n, blocks, dim]
+            total = part if total is None else total + part
+        assert total is not None
+        return total.to(self.dtype).flatten(1)[:, :length]
+
+    def _finish(self, weight: Tensor, index: Tensor | None = None) -> Tensor:
+        """Apply row scales and the zero row to a stored-shape weight, or to the rows `index` of it."""
+        if self.scales is not None:
+            scales = self.scales if index is None else self.scales[index]
+            weight = weight * self.view.spread_scales(scales.to(self.dtype))
+        if self.zero_row is not None:
+            at = torch.arange(self.shape[0], device=weight.device) if index is None else index
+            weight = weight.masked_fill((at == self.zero_row)[:, None], 0)
+        return weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RPQWeight:
+        super()._apply(fn, recurse)
+        self._probe = fn(self._probe)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.shape)}, {self.spec.describe()}, {dtype_name(self.dtype)}"
+
+    def to_config(self) -> dict[str, Any]:
+        """Return the JSON-able description from which `from_config` rebuilds the module, empty."""
+        return {
+            **self.spec.to_dict(),
+            "view": self.view.names,
+            "shape": list(self.shape),
+            "dtype": dtype_name(self.dtype),
+            "zero_row": self.zero_row,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], device: torch.device | str | None = None) -> RPQWeight:
+        """Rebuild an empty module from `to_config`'s dict."""
+        rest = dict(config)
+        view = WeightView(rest.pop("view"))
+        shape, dtype, zero_row = tuple(rest.pop("shape")), dtype_of(rest.pop("dtype")), rest.pop("zero_row")
+        return cls(Spec(**rest), view, shape, dtype=dtype, device=device, zero_row=zero_row)
+
+
+def _refuse(what: str, owner: str) -> RuntimeError:
+    return RuntimeError(
+        f"{owner} is computed from RPQ codes, so {what} would be lost. Train its codebooks (<name>_rpq.codebooks), or "
+        "call rpq_convert.restore(model) first to get ordinary dense weights back."
+    )
+
+
+IN_PLACE = {"__setitem__"} | {f"__i{op}__" for op in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()}
+
+
+def _writes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], guarded: type) -> bool:
+    """Whether the call writes into a guarded tensor: an in-place method on it, or `out=` it."""
+    name = getattr(func, "__name__", "")
+    if name == "__set__":  # an attribute of the tensor; gradient bookkeeping on a computed weight is refused as well
+        return bool(args) and isinstance(args[0], guarded)
+    in_place = name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    target = next(iter(args), None) if args else kwargs.get("tensor", kwargs.get("self"))  # torch.nn.init names it
+    return (in_place and isinstance(target, guarded)) or isinstance(kwargs.get("out"), guarded)
+
+
+class DecodedView(Tensor):
+    """A read-only alias of a decoded weight (a slice, a transpose): reads like any tensor, refuses writes."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if _writes(func, args, kwargs, DecodedView):
+            raise _refuse(f"{getattr(func, '__name__', 'this')} on a view of it", "A weight")
+        with torch._C.DisableTorchFunctionSubclass():
+            out = func(*args, **kwargs)
+        return _guard_alias(out, next((a for a in args if isinstance(a, DecodedView)), None))
+
+
+def _guard_alias(out: Any, source: Tensor | None) -> Any:
+    """Wrap a result that shares memory with the decoded tensor, so that a write to it raises too."""
+    if source is None:
+        return out
+    if isinstance(out, (tuple, list)) and any(isinstance(o, Tensor) for o in out):
+        return type(out)([_guard_alias(o, source) for o in out]) if type(out) in (tuple, list) else out
+    if type(out) is not Tensor or out.device.type == "meta" or out.numel() == 0:
+        return out
+    with torch._C.DisableTorchFunctionSubclass():
+        if out.untyped_storage().data_ptr() == source.untyped_storage().data_ptr():
+            return out.as_subclass(DecodedView)
+    return out
+
+
+class ComputedWeight(Tensor):
+    """What `layer.weight` returns: the shape and dtype of the dense parameter, its values decoded when they are used."""
+
+    # transformers' initialisers leave a tensor alone that says so: there is nothing to initialise in a computed weight.
+    _is_hf_initialized = True
+    _rpq: RPQWeight
+    _name: str
+
+    @staticmethod
+    def __new__(cls, rpq: RPQWeight, name: str) -> ComputedWeight:
+        self = torch.Tensor._make_wrapper_subclass(cls, rpq.shape, dtype=rpq.dtype, device=rpq.codes.device)
+        self._rpq, self._name = rpq, name
+        return self
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in ATTRIBUTES and isinstance(args[0], ComputedWeight):
+            return ATTRIBUTES[func](args[0])
+        if _writes(func, args, kwargs, ComputedWeight):
+            target = next(a for a in (*args[:1], *kwargs.values()) if isinstance(a, ComputedWeight))
+            raise _refuse(f"{getattr(func, '__name__', 'this')} on it", object.__getattribute__(target, "_name"))
+        handler = HANDLERS.get(func)
+        if handler is not None:
+            done = handler(*args, **kwargs)
+            if done is not NotImplemented:
+                return done
+        decoded: dict[int, Tensor] = {}
+        args, kwargs = _decode_in(args, decoded), _decode_in(kwargs, decoded)
+        out = func(*args, **kwargs)
+        for source in decoded.values():
+            out = _guard_alias(out, source)
+        return out
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Reached only below autograd (code that switches __torch_function__ off): decoding here would cut the gradient.
+        decoded: dict[int, Tensor] = {}
+        with torch.no_grad():
+            return func(*_decode_in(args, decoded), **_decode_in(kwargs or {}, decoded))
+
+
+def _decode_in(value: Any, decoded: dict[int, Tensor]) -> Any:
+    """Return the argument tree with every computed weight decoded, each module once."""
+    if isinstance(value, ComputedWeight):
+        rpq = object.__getattribute__(value, "_rpq")
+        if id(rpq) not in decoded:
+            decoded[id(rpq)] = rpq()
+        return decoded[id(rpq)]
+    if type(value) in (tuple, list):
+        return type(value)(_decode_in(v, decoded) for v in value)
+    if type(value) is dict:
+        return {k: _decode_in(v, decoded) for k, v in value.items()}
+    return value
+
+
+def _rpq(weight: ComputedWeight) -> RPQWeight:
+    return object.__getattribute__(weight, "_rpq")
+
+
+def _size(weight: ComputedWeight, dim: int | None = None) -> Any:
+    size = torch.Size(_rpq(weight).shape)
+    return size if dim is None else size[dim]
+
+
+# Questions that need no values. Everything not listed decodes.
+ATTRIBUTES: dict[Any, Callable[[ComputedWeight], Any]] = {
+    Tensor.shape.__get__: _size,  # type: ignore[attr-defined]
+    Tensor.dtype.__get__: lambda w: _rpq(w).dtype,  # type: ignore[attr-defined]
+    Tensor.device.__get__: lambda w: _rpq(w).codes.device,  # type: ignore[attr-defined]
+    Tensor.ndim.__get__: lambda w: len(_rpq(w).shape),  # type: ignore[attr-defined]
+    Tensor.requires_grad.__get__: lambda w: _rpq(w).trainable,  # type: ignore[attr-defined]
+    Tensor.is_meta.__get__: lambda w: _rpq(w).codes.is_meta,  # type: ignore[attr-defined]
+    Tensor.is_cuda.__get__: lambda w: _rpq(w).codes.is_cuda,  # type: ignore[attr-defined]
+    Tensor.is_leaf.__get__: lambda w: False,  # type: ignore[attr-defined]
+    Tensor.grad.__get__: lambda w: None,  # type: ignore[attr-defined]
+    Tensor.dim: lambda w: len(_rpq(w).shape),
+    Tensor.numel: lambda w: _size(w).numel(),
+    Tensor.nelement: lambda w: _size(w).numel(),
+    Tensor.element_size: lambda w: _rpq(w).dtype.itemsize,
+    Tensor.is_floating_point: lambda w: True,
+    Tensor.is_complex: lambda w: False,
+    Tensor.is_contiguous: lambda w: True,
+}
+
+
+def _looked_up(index: Tensor, weight: Any, padding_idx: int | None) -> tuple[Tensor, Tensor, int | None] | None:
+    """Return (rows, new index, new padding_idx) so that a lookup runs on the few decoded rows it needs."""
+    if not isinstance(weight, ComputedWeight):
+        return None
+    rpq = _rpq(weight)
+    if not rpq.rows_are_entries or index.device.type == "meta" or not index.numel():
+        return None
+    entries = rpq.shape[0]
+    used, inverse = torch.unique(index, return_inverse=True)
+    if used[0] < 0 or used[-1] >= entries:
+        bad = used[0] if used[0] < 0 else used[-1]
+        raise IndexError(f"index {int(bad)} is out of range for an embedding of {entries} entries")
+    if padding_idx is None:
+        return rpq.rows(used), inverse, None
+    if padding_idx < 0:
+        padding_idx += entries
+    at = int(torch.searchsorted(used, padding_idx))
+    return rpq.rows(used), inverse, at if at < len(used) and int(used[at]) == padding_idx else None
+
+
+def _embedding(
+    input: Tensor,
+    weight: Any,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    found = _looked_up(input, weight, padding_idx)
+    if found is None:
+        return NotImplemented
+    rows, index, padding = found
+    if max_norm is not None:  # torch rescales the looked-up rows in place, outside autograd
+        rows = rows * 1  # a fresh tensor, so that the rescaling touches nothing that is saved for backward
+    # sparse gradients would be those of the decoded rows, which are no parameter: the codebooks' are dense and small
+    return F.embedding(index, rows, padding, max_norm, norm_type, scale_grad_by_freq, False)
+
+
+def _embedding_bag(
+    input: Tensor,
+    weight: Any,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Any:
+    found = _looked_up(input, weight, padding_idx)
+    if found is None:
+        return NotImplemented
+    rows, index, padding = found
+    if padding_idx is not None and padding is None:  # the padding row is not among the bags: leave it out of the call
+        padding_idx = None
+    return F.embedding_bag(
+        index, rows * 1 if max_norm is not None else rows, offsets, max_norm, norm_type, scale_grad_by_freq, mode,
+        False, per_sample_weights, include_last_offset, padding,
+    )  # fmt: skip
+
+
+# Operations that do better than decode-then-call; a handler that returns NotImplemented falls back to decoding.
+HANDLERS: dict[Any, Callable[..., Any]] = {F.embedding: _embedding, F.embedding_bag: _embedding_bag}
