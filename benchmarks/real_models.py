@@ -43,7 +43,9 @@ def minilm_folder() -> Path:
 @torch.inference_mode()
 def perplexity(model: Any, tokenizer: Any, text: str, *, window: int = 512, windows: int = 12, batch: int = 4) -> float:
     """Return the perplexity over the first `windows` windows of `window` tokens, each on its own."""
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0][: windows * window].view(-1, window)
+    ids = (
+        tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0][: windows * window].view(-1, window)
+    )
     total = count = 0.0
     for start in range(0, len(ids), batch):
         part = ids[start : start + batch]
@@ -58,7 +60,9 @@ def embed(model: Any, tokenizer: Any, sentences: list[str], batch: int = 32) -> 
     """Return the unit-length mean-pooled embeddings of the sentences: [sentences, width]."""
     out = []
     for start in range(0, len(sentences), batch):
-        x = tokenizer(sentences[start : start + batch], padding=True, truncation=True, max_length=256, return_tensors="pt")
+        x = tokenizer(
+            sentences[start : start + batch], padding=True, truncation=True, max_length=256, return_tensors="pt"
+        )
         h, mask = model(**x).last_hidden_state, x["attention_mask"].unsqueeze(-1)
         out.append(F.normalize((h * mask).sum(1) / mask.sum(1), dim=-1))
     return torch.cat(out)

@@ -50,7 +50,9 @@ def quantization_config(plan: Plan, facts: Mapping[str, Mapping[str, Any]]) -> d
     }
 
 
-def write_rest(folder: Folder, config: dict[str, Any] | None, facts: Mapping[str, Mapping[str, Any]], title: str) -> Report:
+def write_rest(
+    folder: Folder, config: dict[str, Any] | None, facts: Mapping[str, Mapping[str, Any]], title: str
+) -> Report:
     """Write config, report and model card beside the weights, and finish the folder."""
     plan = folder.plan
     merged = dict(config) if config is not None else {"library_name": "rpq-convert"}
@@ -72,7 +74,11 @@ def write_rest(folder: Folder, config: dict[str, Any] | None, facts: Mapping[str
 
 def model_card(report: Report, *, transformers: bool) -> str:
     """Return the README.md of an output folder."""
-    load = 'rpq.load("path/of/this/folder")' if transformers else 'rpq.load("path/of/this/folder", factory=your_model_function)'
+    load = (
+        'rpq.load("path/of/this/folder")'
+        if transformers
+        else 'rpq.load("path/of/this/folder", factory=your_model_function)'
+    )
     return (
         f"---\nlibrary_name: rpq-convert\ntags: [rpq, product-quantization]\n---\n\n# {report.title}, RPQ\n\n"
         "Weights product-quantized with rpq-convert: uint8 codes and small codebooks, expanded when used.\n\n"
@@ -80,7 +86,9 @@ def model_card(report: Report, *, transformers: bool) -> str:
     )
 
 
-def save(model: nn.Module, out: str | Path, *, overwrite: bool = False, max_shard_size: str | int | None = None) -> Report:
+def save(
+    model: nn.Module, out: str | Path, *, overwrite: bool = False, max_shard_size: str | int | None = None
+) -> Report:
     """Write a converted model to a folder; the same bytes as the streaming conversion would write.
 
     Raises:
@@ -97,8 +105,15 @@ def save(model: nn.Module, out: str | Path, *, overwrite: bool = False, max_shar
         facts[job.name] = {**getattr(rpq, "record", {}), "zero_row": rpq.zero_row}
         tensors = {k: t.detach().cpu().contiguous() for k, t in rpq.named_parameters()}
         record = facts[job.name]
-        folder.put(Encoded(job.name, tensors, record.get("error"), record.get("dead", 0), record.get("seconds", 0.0), rpq.zero_row))
-    state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+        folder.put(
+            Encoded(
+                job.name, tensors, record.get("error"), record.get("dead", 0), record.get("seconds", 0.0), rpq.zero_row
+            )
+        )
+    state = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
     folder.write_weights(lambda name: state[name])
     return write_rest(folder, _config_of(model), facts, type(model).__name__)
 
@@ -112,7 +127,9 @@ def _config_of(model: nn.Module) -> dict[str, Any] | None:
     return data | {"architectures": [layers.original_class(model).__name__]}
 
 
-def load(path: str | Path, *, factory: str | Factory | None = None, device: str | torch.device | None = None) -> nn.Module:
+def load(
+    path: str | Path, *, factory: str | Factory | None = None, device: str | torch.device | None = None
+) -> nn.Module:
     """Rebuild a converted model from its folder, in eval mode.
 
     Args:
@@ -135,7 +152,9 @@ def load(path: str | Path, *, factory: str | Factory | None = None, device: str 
             del plain.quantization_config
         model = transformers.build_empty(plain)
     else:
-        raise SourceError(f"{folder} is not a transformers model: pass factory=, the function that builds the dense model")
+        raise SourceError(
+            f"{folder} is not a transformers model: pass factory=, the function that builds the dense model"
+        )
     fill(model, config["quantization_config"], open_folder(folder))
     return model.to(device) if device is not None else model
 
@@ -151,9 +170,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise SourceError(f"{path} is not JSON: {e}") from None
     rpq = config.get("quantization_config") if isinstance(config, dict) else None
     if not isinstance(rpq, dict) or rpq.get("quant_method") != "rpq":
-        raise SourceError(f"{folder} is not an RPQ checkpoint: its config.json has no quantization_config of method rpq")
+        raise SourceError(
+            f"{folder} is not an RPQ checkpoint: its config.json has no quantization_config of method rpq"
+        )
     if rpq.get("format_version") != FORMAT_VERSION:
-        raise SourceError(f"{folder} has format version {rpq.get('format_version')!r}, this rpq-convert reads {FORMAT_VERSION}")
+        raise SourceError(
+            f"{folder} has format version {rpq.get('format_version')!r}, this rpq-convert reads {FORMAT_VERSION}"
+        )
     return config
 
 
@@ -216,7 +239,9 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
-def restore_checkpoint(path: str | Path, out: str | Path, *, overwrite: bool = False, max_shard_size: str | int = "5GB") -> Plan:
+def restore_checkpoint(
+    path: str | Path, out: str | Path, *, overwrite: bool = False, max_shard_size: str | int = "5GB"
+) -> Plan:
     """Write a plain dense checkpoint from an RPQ folder, one tensor in memory at a time (plus one weight file)."""
     from rpq_convert.planning import parse_size
 
@@ -291,7 +316,9 @@ def verify(path: str | Path, progress: Callable[[str], None] | None = None) -> l
                 raise VerifyError(f"{key} is missing from the weight files")
             info = source.infos[key]
             if (info.dtype, tuple(info.shape)) != (dtype, shape):
-                raise VerifyError(f"{key} is {list(info.shape)} {info.dtype}, its description says {list(shape)} {dtype}")
+                raise VerifyError(
+                    f"{key} is {list(info.shape)} {info.dtype}, its description says {list(shape)} {dtype}"
+                )
     for key in source:
         tensor = source[key]
         if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():

@@ -1,6 +1,6 @@
 """Conversion: a model in memory, or a checkpoint as a stream. One core, `run_jobs`; they differ in source and sink.
 
- source (name -> tensor) -> encode(job, tensor) in an executor -> sink: swap into the model | piece in the folder
+source (name -> tensor) -> encode(job, tensor) in an executor -> sink: swap into the model | piece in the folder
 """
 
 from __future__ import annotations
@@ -192,10 +192,13 @@ def convert(
     unknown = [j.name for j in plan.jobs if j.name not in source]
     if unknown:
         raise PlanError(f"the plan is for another model: it has no parameter {unknown[0]}")
-    std = getattr(getattr(model, "config", None), "initializer_range", None)
+    config = getattr(model, "config", None)  # OPT and a few others call it init_std
+    std = next((v for n in ("initializer_range", "init_std") if (v := getattr(config, n, None))), None)
     results: dict[str, Encoded] = {}
     by_name = {j.name: j for j in plan.jobs}
-    for encoded in run_jobs(plan.jobs, source, executor=executor, workers=workers, std=std if _on_meta(source) else None):
+    for encoded in run_jobs(
+        plan.jobs, source, executor=executor, workers=workers, std=std if _on_meta(source) else None
+    ):
         results[encoded.name] = encoded
         if progress:
             progress(by_name[encoded.name], encoded)
@@ -264,9 +267,16 @@ def plan_of(model: nn.Module, max_shard_size: str | int | None = None) -> Plan:
         module, _ = layers.find(model, paths[0])
         jobs.append(
             Job(
-                name=paths[0], aliases=tuple(paths[1:]), layer=record.get("layer", layers.original_class(module).__name__),
-                shape=rpq.shape, dtype=dtype_name(rpq.dtype), view=rpq.view.names, spec=stored_spec(rpq),
-                fit=record.get("fit", "random"), seed=record.get("seed", 0), rule=record.get("rule", "built by hand"),
+                name=paths[0],
+                aliases=tuple(paths[1:]),
+                layer=record.get("layer", layers.original_class(module).__name__),
+                shape=rpq.shape,
+                dtype=dtype_name(rpq.dtype),
+                view=rpq.view.names,
+                spec=stored_spec(rpq),
+                fit=record.get("fit", "random"),
+                seed=record.get("seed", 0),
+                rule=record.get("rule", "built by hand"),
                 padding_idx=record.get("padding_idx"),
             )  # fmt: skip
         )
@@ -299,7 +309,9 @@ def report_of(model: nn.Module, plan: Plan) -> Report:
     return make_report(plan, facts, title=type(model).__name__)
 
 
-def make_report(plan: Plan, facts: Mapping[str, Mapping[str, Any]], title: str, files: Iterable[FileRow] = ()) -> Report:
+def make_report(
+    plan: Plan, facts: Mapping[str, Mapping[str, Any]], title: str, files: Iterable[FileRow] = ()
+) -> Report:
     """Join the plan's rows with what the fits measured."""
     rows = tuple(
         replace(r, **{k: facts[r.name].get(k) for k in ("error", "dead", "seconds")}) if r.name in facts else r

@@ -31,7 +31,9 @@ def parameters_on_meta() -> Iterator[None]:
             meta = param.detach().to("meta")
             empty = nn.Parameter(meta, requires_grad=param.requires_grad) if kind is nn.Parameter else kind(meta)
             empty.__dict__.update(attributes)
-            param.data = param.data.new_empty(0)  # frees the memory; the object stays, so that a second registration is known
+            param.data = param.data.new_empty(
+                0
+            )  # frees the memory; the object stays, so that a second registration is known
             moved[id(param)] = (param, empty)
         self._parameters[name] = moved[id(param)][1]
 

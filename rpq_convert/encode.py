@@ -119,7 +119,11 @@ def _fit(job: Job, dense: Tensor) -> tuple[dict[str, Tensor], int, int | None]:
 def row_scales(shape: tuple[int, ...], dense: Tensor) -> Tensor:
     """Return the root mean square of each output row, in a shape that broadcasts over the tensor."""
     axes = [i for i, size in enumerate(shape) if size == 1 and dense.shape[i] != 1]
-    return torch.linalg.vector_norm(dense, dim=axes, keepdim=True) / math.sqrt(dense.numel() / math.prod(shape)) if axes else dense.abs()
+    return (
+        torch.linalg.vector_norm(dense, dim=axes, keepdim=True) / math.sqrt(dense.numel() / math.prod(shape))
+        if axes
+        else dense.abs()
+    )
 
 
 def _random(job: Job, tensor: Tensor, std: float | None) -> tuple[dict[str, Tensor], int, int | None]:
@@ -157,6 +161,8 @@ def default_std(job: Job) -> float:
     if "Embedding" in job.layer:
         return 1.0
     inputs = [s for s, a in zip(job.shape, view.axes) if a not in ("out", "expert")]
+    if job.layer == "Conv1D":  # transformers draws it at 0.02, whatever its size
+        return 0.02
     if job.layer == "Bilinear":
         return 1 / math.sqrt(3 * job.shape[1])
     if job.layer == "MultiheadAttention":  # xavier_uniform

@@ -24,7 +24,13 @@ from torch import Tensor
 from rpq_convert.encode import Encoded
 from rpq_convert.planning import Job, Plan
 
-PLAN, REPORT, MANIFEST, CONFIG, CARD = "rpq_plan.json", "rpq_report.json", "rpq_manifest.json", "config.json", "README.md"
+PLAN, REPORT, MANIFEST, CONFIG, CARD = (
+    "rpq_plan.json",
+    "rpq_report.json",
+    "rpq_manifest.json",
+    "config.json",
+    "README.md",
+)
 INDEX = "model.safetensors.index.json"
 
 
@@ -116,7 +122,10 @@ class Folder:
             if progress:
                 progress(name)
         if len(plan.shards) > 1:
-            index = {"metadata": {"total_size": plan.tensor_bytes}, "weight_map": {k: n for n, ks in plan.shards for k in ks}}
+            index = {
+                "metadata": {"total_size": plan.tensor_bytes},
+                "weight_map": {k: n for n, ks in plan.shards for k in ks},
+            }
             write_text(self.work / INDEX, json.dumps(index, indent=1))
 
     def write(self, name: str, text: str) -> None:

@@ -17,7 +17,7 @@ from rpq_convert.rules import Rule
 
 def head_rules(model: nn.Module | None, config: Any = None) -> Sequence[Rule] | None:
     """Return the rules for this model, or None where it has no attention heads that we know to find."""
-    if model is not None and type(model).__module__.startswith("vit_pytorch"):
+    if any(c.__module__.startswith("vit_pytorch") for c in type(model).__mro__):
         return _vit(model)
     config = config if config is not None else getattr(model, "config", None)
     size = head_size(config)

@@ -112,7 +112,12 @@ def _computed(name: str) -> property:
 def rpq_class(original: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     """Return the class `RPQ<original>` in which these parameters are computed; the same class for the same question."""
     space = {name: _computed(name) for name in names}
-    space |= {"_rpq_names": names, "_rpq_original": original, "__module__": original.__module__, "__doc__": original.__doc__}  # type: ignore[dict-item]
+    space |= {
+        "_rpq_names": names,
+        "_rpq_original": original,
+        "__module__": original.__module__,
+        "__doc__": original.__doc__,
+    }  # type: ignore[dict-item]
     return type(f"RPQ{original.__name__}", (RPQLayer, original), space)
 
 

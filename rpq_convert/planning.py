@@ -300,7 +300,9 @@ def make_plan(
     preset_rules: Sequence[Rule] = ()
     if codebooks == "heads":
         if head_rules is None:
-            raise PlanError("codebooks='heads' needs a model with attention heads; use bits, dim or a number of codebooks")
+            raise PlanError(
+                "codebooks='heads' needs a model with attention heads; use bits, dim or a number of codebooks"
+            )
         base, preset_rules = {"books": "blocks", "codebook_dtype": "float32", "scales": "none"}, head_rules
     elif codebooks is not None:
         try:
@@ -384,7 +386,9 @@ def _decide(
         view.check(slot.shape)
     except ValueError as e:
         raise PlanError(f"{slot.name}: {e}") from None
-    settings = overlay(settings, {k: v for k, v in forced.items() if k != "axis" or slot.view is None or view.axis == "out"})
+    settings = overlay(
+        settings, {k: v for k, v in forced.items() if k != "axis" or slot.view is None or view.axis == "out"}
+    )
     if 0 in slot.shape:
         return "empty"
     spec = resolve(slot.name, slot.shape, view, settings)
@@ -416,7 +420,9 @@ def resolve(name: str, shape: tuple[int, ...], view: WeightView, settings: Mappi
                 raise PlanError(f"num_codebooks must be a whole number of at least 1, not {count!r}")
             if length % count:
                 near = sorted((d for d in range(1, length + 1) if length % d == 0), key=lambda d: abs(d - count))[:3]
-                raise PlanError(f"{count} codebooks do not divide its length of {length}; try {', '.join(map(str, near))}")
+                raise PlanError(
+                    f"{count} codebooks do not divide its length of {length}; try {', '.join(map(str, near))}"
+                )
             dim, books = length // count, count
         elif "dim" in settings:
             dim = settings["dim"]

@@ -55,7 +55,9 @@ class WeightView:
         """Return `(n, L)` for a parameter of this stored shape."""
         self.check(shape)
         rows, cut = self.order(axis)
-        return math.prod(shape[i] for i in rows), math.prod(shape[i] for i in cut)
+        return math.prod([shape[i] for i in rows]), math.prod(
+            [shape[i] for i in cut]
+        )  # lists: torch.compile traces this
 
     def to_matrix(self, tensor: Tensor, axis: str) -> Tensor:
         """Return `M [n, L]`; a view of the tensor's memory where strides allow."""
@@ -80,7 +82,9 @@ class WeightView:
 
     def check(self, shape: tuple[int, ...]) -> None:
         if len(shape) != len(self.axes):
-            raise ValueError(f"view {self.names!r} has {len(self.axes)} axes, the parameter {tuple(shape)} {len(shape)}")
+            raise ValueError(
+                f"view {self.names!r} has {len(self.axes)} axes, the parameter {tuple(shape)} {len(shape)}"
+            )
 
 
 def check_axis(axis: str) -> None:

@@ -71,7 +71,7 @@ def walk(model: nn.Module) -> tuple[Slot, ...]:
     """Return the slots of a model, in the order of its state dict; the model may be on meta."""
     found: dict[int, list[tuple[str, nn.Module, str, Tensor, bool]]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, RPQLayer) or "rpq" in path.rsplit("_", 1)[-1:] and path.endswith("_rpq"):
+        if isinstance(module, RPQLayer) or ("rpq" in path.rsplit("_", 1)[-1:] and path.endswith("_rpq")):
             pass  # parameters of an RPQWeight are slots too: a second conversion leaves them as they are
         for name, tensor in module._parameters.items():
             if tensor is not None:
@@ -95,7 +95,10 @@ def _slot(places: list[tuple[str, nn.Module, str, Tensor, bool]]) -> Slot:
     reason = reason or next((r for _, m, n, t, b in places if not b and (r := _reason(m, n, t))), "")
     view = None if reason else find_view(module, name)
     if view is not None and len(view.axes) != len(shape):
-        view, reason = None, f"stored with {len(shape)} axes where {original_class(module).__name__} has {len(view.axes)}"
+        view, reason = (
+            None,
+            f"stored with {len(shape)} axes where {original_class(module).__name__} has {len(view.axes)}",
+        )
     names = tuple(dict.fromkeys(p[0] for p in places))
     return Slot(
         name=names[0],

@@ -149,7 +149,10 @@ def _refuse(what: str, owner: str) -> RuntimeError:
     )
 
 
-IN_PLACE = {"__setitem__"} | {f"__i{op}__" for op in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()}
+IN_PLACE = {"__setitem__"} | {
+    f"__i{op}__"
+    for op in ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"]
+}
 
 
 def _writes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], guarded: type) -> bool:
@@ -157,9 +160,12 @@ def _writes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     name = getattr(func, "__name__", "")
     if name == "__set__":  # an attribute of the tensor; gradient bookkeeping on a computed weight is refused as well
         return bool(args) and isinstance(args[0], guarded)
-    in_place = name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-    target = next(iter(args), None) if args else kwargs.get("tensor", kwargs.get("self"))  # torch.nn.init names it
-    return (in_place and isinstance(target, guarded)) or isinstance(kwargs.get("out"), guarded)
+    in_place = name in IN_PLACE or (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace") is True
+    target = (
+        next(iter(args), None) if args else kwargs.get("tensor", kwargs.get("input", kwargs.get("self")))
+    )  # torch.nn.init says tensor=
+    targets = target if isinstance(target, (list, tuple)) else [target]  # torch._foreach_add_ and its family take lists
+    return (in_place and any(isinstance(t, guarded) for t in targets)) or isinstance(kwargs.get("out"), guarded)
 
 
 class DecodedView(Tensor):
@@ -209,7 +215,8 @@ class ComputedWeight(Tensor):
         if func in ATTRIBUTES and isinstance(args[0], ComputedWeight):
             return ATTRIBUTES[func](args[0])
         if _writes(func, args, kwargs, ComputedWeight):
-            target = next(a for a in (*args[:1], *kwargs.values()) if isinstance(a, ComputedWeight))
+            first = args[0] if args and isinstance(args[0], (list, tuple)) else args[:1]
+            target = next(a for a in (*first, *kwargs.values()) if isinstance(a, ComputedWeight))
             raise _refuse(f"{getattr(func, '__name__', 'this')} on it", object.__getattribute__(target, "_name"))
         handler = HANDLERS.get(func)
         if handler is not None:
@@ -306,7 +313,11 @@ def _embedding(
 ) -> Any:
     found = _looked_up(input, weight, padding_idx)
     if found is None:
-        return NotImplemented
+        return (
+            F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, False)
+            if sparse
+            else NotImplemented
+        )
     rows, index, padding = found
     if max_norm is not None:  # torch rescales the looked-up rows in place, outside autograd
         rows = rows * 1  # a fresh tensor, so that the rescaling touches nothing that is saved for backward
@@ -328,6 +339,11 @@ def _embedding_bag(
     padding_idx: int | None = None,
 ) -> Any:
     found = _looked_up(input, weight, padding_idx)
+    if found is None and sparse:
+        return F.embedding_bag(
+            input, weight, offsets, max_norm, norm_type, scale_grad_by_freq, mode, False, per_sample_weights,
+            include_last_offset, padding_idx,
+        )  # fmt: skip
     if found is None:
         return NotImplemented
     rows, index, padding = found

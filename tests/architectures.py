@@ -18,9 +18,19 @@ def _clip():
 def _whisper():
     return tf.WhisperForConditionalGeneration(
         tf.WhisperConfig(
-            vocab_size=256, d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
-            decoder_attention_heads=4, encoder_ffn_dim=128, decoder_ffn_dim=128, num_mel_bins=16,
-            max_source_positions=50, max_target_positions=40, decoder_start_token_id=1, pad_token_id=0,
+            vocab_size=256,
+            d_model=64,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=128,
+            decoder_ffn_dim=128,
+            num_mel_bins=16,
+            max_source_positions=50,
+            max_target_positions=40,
+            decoder_start_token_id=1,
+            pad_token_id=0,
         )  # fmt: skip
     )
 
@@ -49,7 +59,14 @@ ARCHITECTURES = {
     "Whisper": _whisper,
     "CLIP": _clip,
     "ViT": lambda: tf.ViTForImageClassification(
-        tf.ViTConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, image_size=32, patch_size=8)
+        tf.ViTConfig(
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=128,
+            image_size=32,
+            patch_size=8,
+        )
     ),
 }
 

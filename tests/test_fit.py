@@ -1,7 +1,8 @@
 """What a fitter promises: exact where it can be, near the optimum where not, kind to extremes, the same bits always."""
 
+import subprocess
+import sys
 import threading
-import tracemalloc
 
 import numpy as np
 import pytest
@@ -176,7 +177,7 @@ def test_heavy_tails_are_not_clipped():
 
 
 def test_one_dimension_is_near_the_optimum():
-    # Panter and Dite: the best 256-level quantiser of a Gaussian has error sqrt(3) pi / 2 / 256^2 = 4.15e-5, less at the ends.
+    # Panter and Dite: a Gaussian's best 256 levels leave sqrt(3) pi / 2 / 256^2 = 4.15e-5, less at the ends.
     matrix = normal(1024, 256)
     assert relative(kmeans(matrix, dim=1, books=1, stages=1, seed=0), matrix) < 4.15e-5
     # and no Lloyd step from here may gain anything worth having
@@ -252,13 +253,12 @@ def test_tail_block(name, stages, books):
         assert_nearest(fitted, matrix, 8)
     if books == 5:
         assert (fitted.codebooks[:, 4, :, 2:] == 0).all()
-    # Two coordinates of eight are easy, whole blocks are no worse than without the tail.
     tail = (matrix - decode(fitted, 34))[:, 32:]
     assert float((tail**2).mean()) < 0.1
-    alone = FITTERS[name](matrix[:, :32], dim=8, books=min(books, 4), stages=stages, seed=0)
-    if books != 2:
-        whole = error(Fitted(fitted.codebooks, fitted.codes[:, :4], 0), matrix[:, :32]) if books == 1 else None
-        assert whole is None or whole < 1.06 * error(alone, matrix[:, :32])
+    if books == 1:  # whole blocks are hardly worse than without the tail
+        alone = FITTERS[name](matrix[:, :32], dim=8, books=1, stages=stages, seed=0)
+        whole = Fitted(fitted.codebooks, fitted.codes[:, :4], 0)
+        assert error(whole, matrix[:, :32]) < 1.06 * error(alone, matrix[:, :32])
 
 
 def test_tail_extremes_survive():
@@ -311,10 +311,17 @@ def test_extreme_magnitudes():
 
 
 def test_memory_never_holds_points_by_codewords():
-    matrix = normal(1024, 1024)  # dim 2: 524,288 points, so points x 256 floats would be 512 MiB
-    kmeans(matrix[:64], dim=2, books=1, stages=1, seed=0)  # compile first
-    tracemalloc.start()
-    kmeans(matrix, dim=2, books=1, stages=1, seed=0)
-    peak = tracemalloc.get_traced_memory()[1]  # numpy's arrays, numba's too where they outlive a call
-    tracemalloc.stop()
-    assert peak < 32 * 2**20
+    # Dim 2: 1,048,576 points, so points x 256 floats would be 1 GiB. A process of its own, since only the peak of all
+    # resident memory counts torch's, numpy's and numba's arrays alike.
+    code = """
+import resource, torch
+from rpq_convert.fit import FITTERS
+matrix = torch.randn(2048, 1024)
+for name, stages in (("kmeans", 1), ("additive", 2)):
+    FITTERS[name](matrix[:128], dim=2, books=1, stages=stages, seed=0)  # compile first
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+FITTERS["kmeans"](matrix, dim=2, books=1, stages=1, seed=0)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 64 * 1024  # KiB

@@ -6,8 +6,8 @@ refit of all codebooks (Babenko and Lempitsky 2014; Martinez et al. 2018). The r
 stages: given the others, a stage's codebook is the mean of what they leave. Starting from the present codebooks and
 stopping after a few sweeps is its regulariser.
 
-Rejected: normal equations by Cholesky (one 256 stages x 256 stages system per coordinate as soon as weights differ inside a
-sub-vector, and LAPACK's bits depend on its threads); ICM sweeps (more rounds for the same error than a beam of 8).
+Not used: normal equations by Cholesky (a system of 256 stages unknowns for every coordinate as soon as weights differ
+inside a sub-vector, and nothing promises LAPACK's bits at every thread count). Not tried: ICM sweeps.
 """
 
 import numpy as np
@@ -93,8 +93,8 @@ def fit_sum(problem: Problem, book: int, stages: int, seed: int) -> np.ndarray:
             left.append(Group.of(group.columns - codebooks[stage][codes, :r].T, group.weights))
         rest = left
     for _ in range(ROUNDS):
-        codes = [_encode(group, codebooks, FIT_BEAM) for group in groups]
-        codebooks = refit(groups, codes, codebooks)
+        found = [_encode(group, codebooks, FIT_BEAM) for group in groups]
+        codebooks = refit(groups, found, codebooks)
     return codebooks
 
 

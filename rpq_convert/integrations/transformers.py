@@ -93,7 +93,9 @@ def load_config(folder: str | Path) -> Any:
         raise SourceError(f"{path} is not JSON: {e}") from None
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     if kind not in transformers.CONFIG_MAPPING:
-        hint = "it needs code from the checkpoint, which is never run" if "auto_map" in raw else "unknown to transformers"
+        hint = (
+            "it needs code from the checkpoint, which is never run" if "auto_map" in raw else "unknown to transformers"
+        )
         raise SourceError(f"{path}: model type {kind!r}: {hint}; for your own model give factory=package:callable")
     return transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
 
@@ -151,12 +153,16 @@ class ModuleSource(Mapping[str, Tensor]):
                 groups.setdefault(name, (WeightRenaming(key, name), []))[1].append((key, key))
         self.plans: dict[str, tuple[str, Any, list[tuple[str, str]]]] = {}
         for first, (transform, parts) in groups.items():
-            names = [first] if type(transform) is WeightRenaming else list(self._run(first, transform, parts, shapes=True))
+            names = (
+                [first] if type(transform) is WeightRenaming else list(self._run(first, transform, parts, shapes=True))
+            )
             self.plans |= {n: (first, transform, parts) for n in names if n in state}
         for names in self._tied():
             home = next((n for n in names if n in self.plans), None)
             if home:
-                self.plans |= {n: self.plans[home] if n == home else ("", home, []) for n in names if n not in self.plans}
+                self.plans |= {
+                    n: self.plans[home] if n == home else ("", home, []) for n in names if n not in self.plans
+                }
         self.unresolved = [n for n in state if n not in self.plans]
 
     def _tied(self) -> list[list[str]]:

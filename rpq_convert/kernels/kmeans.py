@@ -2,15 +2,15 @@
 
 Points lie coordinate-major, [r, N], so that LLVM puts neighbouring points in neighbouring lanes: a tile of points stays
 in L1 while the 256 codewords stream past, best score and index beside it. Four codewords share each visit (two from
-dim 5 on, one from dim 9 on), which halves the loads. No points x 256 array ever exists. Callers run several fits in
-Python threads; nothing here starts a thread, so the order of every sum, and every bit, is fixed.
+dim 5 on, one from dim 9 on; the best of 1, 2, 4, 8 as timed). No points x 256 array ever exists. Callers run several
+fits in Python threads; nothing here starts a thread, so the order of every sum, and every bit, is fixed.
 
-Rejected: BLAS products plus an argmin (10x slower below dim 32, and its bits depend on its thread count); the expanded
-form |c|^2 - 2 x.c at dim <= 4 (two operations saved, but it loses the small differences between large numbers);
-`fastmath=True` (it would let NaN through and reorder sums that need not be).
+Not used: BLAS products plus an argmin (nothing promises the same bits at every thread count); the expanded form
+|c|^2 - 2 x.c at dim <= 4 (it saves little there and loses small differences between large numbers); `fastmath=True`
+(it reorders sums that need not be).
 """
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from numba import njit
@@ -22,7 +22,7 @@ FUSE = {"contract", "nsz"}  # a * b + c may fuse; nothing is reordered
 REORDER = {"contract", "nsz", "nnan", "reassoc"}  # for sums over lanes: LLVM's order, the same on every call
 
 
-@lru_cache(maxsize=None)
+@cache
 def _assign(r: int, form: str):
     """Compile nearest-codeword search for `r` coordinates; form: difference, product, weighted."""
     if r > WIDE:
@@ -77,7 +77,7 @@ def _assign(r: int, form: str):
     return assign
 
 
-@lru_cache(maxsize=None)
+@cache
 def _assign_wide(form: str):
     """The same for any number of coordinates, a slice of WIDE at a time; points come padded to a multiple of WIDE."""
     product, weighted = form == "product", form == "weighted"
@@ -187,7 +187,7 @@ def accumulate(rows, weights, codes, sums, mass):
 
 @njit(cache=True, nogil=True, fastmath=REORDER, error_model="numpy")
 def _shrink(points, weights, centre, nearest, chunks):
-    """nearest = min(nearest, weighted squared distance to centre); chunks[i] = its sum over points 256 i .. 256 i + 255."""
+    """nearest = min(nearest, weighted squared distance to centre); chunks[i] = its sum over the i-th 256 points."""
     r, total = points.shape
     per_coordinate = weights.shape[0] > 1
     d = np.empty(256, np.float32)
@@ -367,7 +367,7 @@ def neighbours(codebook, nearest, distance):
                     nearest[k] = i
 
 
-@lru_cache(maxsize=None)
+@cache
 def _beam(per_coordinate: bool):
     """Compile the beam search over stages; per_coordinate: weights differ inside a sub-vector, so no tables."""
 
@@ -377,8 +377,8 @@ def _beam(per_coordinate: bool):
         stages = codebooks.shape[0]
         base = np.empty(256, np.float32)
         score = np.empty((width, 256), np.float32)
-        # Sixteen minima per beam, over every sixteenth score: a pick then reads 8 + 16 + 16 numbers, where a sorted
-        # list with insertion cost four times the rest of the search.
+        # Sixteen minima per beam, over every sixteenth score: a pick then reads 8 + 16 + 16 numbers and has no
+        # branch to mispredict, unlike a sorted list with insertion.
         least = np.empty((width, 16), np.float32)
         half = np.empty(128, np.float32)
         top = np.empty(width, np.float32)
@@ -431,7 +431,7 @@ def _beam(per_coordinate: bool):
                                 score[b, k] += row[k]
                     for k in range(128):
                         u, v = score[b, k], score[b, k + 128]
-                        half[k] = v if v < u else u  # min() compiles to scalar code, and so do fewer, longer loops
+                        half[k] = v if v < u else u  # halving: one loop over 16 strided minima compiles to scalar code
                     for k in range(64):
                         u, v = half[k], half[k + 64]
                         half[k] = v if v < u else u
@@ -491,7 +491,7 @@ def encode_sum(rows, weights, codebooks, width):
     rows [N, r] fp32; weights None or [N, r]; codebooks [stages, 256, r] fp32. Returns codes [stages, N] uint8. Without
     weights the cost of one more stage is |c|^2 / 2 - x.c + (codewords so far).c, and the last term is a table.
     """
-    stages, _, r = codebooks.shape
+    stages = codebooks.shape[0]
     codes = np.empty((stages, rows.shape[0]), np.uint8)
     columns = np.ascontiguousarray(codebooks.transpose(0, 2, 1), np.float32)  # [stages, r, 256]
     wide = codebooks.astype(np.float64)

@@ -1,0 +1,242 @@
+"""The commands: each reads its options, calls one function of the library and shows what it returns."""
+
+import json as jsonlib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from typer import Argument, Option
+
+from . import options as o
+from .errors import catching
+from .show import progress, say, show_report, warn, width
+
+SETTINGS: dict[str, Any] = {"no_args_is_help": True, "pretty_exceptions_enable": False, "add_completion": False}
+EXIT_CODES = (
+    "Exit codes: 0 done, 2 usage, 3 plan, 4 input or output, 5 verification, 130 interrupted (run again to go on)."
+)
+
+
+def examples(*lines: str) -> str:
+    return "\n\n".join(["Examples:", *(f"  {line}" for line in lines), EXIT_CODES])
+
+
+group = typer.Typer(
+    **SETTINGS,
+    help="Make neural networks small: product-quantize their weights.",
+    epilog=examples(
+        "rpq plan facebook/opt-125m --bits 4", "rpq convert facebook/opt-125m --bits 4", "rpq audit opt-125m-rpq"
+    ),
+)
+main = typer.Typer(**SETTINGS)
+CONVERT_EPILOG = examples(
+    "rpq-convert facebook/opt-66b --codebooks heads",
+    "rpq-convert facebook/opt-125m --bits 4 --rule 'type:Embedding:bits=8' --exclude '*lm_head*'",
+    "rpq-convert weights.safetensors --factory mymodel:build --out small",
+)
+
+
+@main.command(epilog=CONVERT_EPILOG)
+@group.command(epilog=CONVERT_EPILOG)
+@catching
+def convert(
+    src: o.Source,
+    out: Annotated[
+        Path | None,
+        Option("--out", "-o", metavar="FOLDER", help="Where to write; the source's name and -rpq by default."),
+    ] = None,
+    preset: o.Preset = None,
+    bits: o.Bits = None,
+    codebooks: o.Codebooks = None,
+    dim: o.Dim = None,
+    axis: o.Axis = None,
+    fit: o.Fit = None,
+    grow: o.Grow = False,
+    seed: o.Seed = 0,
+    dtype: o.Dtype = None,
+    max_shard_size: o.MaxShardSize = None,
+    rule: o.Rule = None,
+    include: o.Include = None,
+    exclude: o.Exclude = None,
+    factory: o.Factory = None,
+    revision: o.Revision = None,
+    local_files_only: o.LocalFilesOnly = False,
+    allow_pickle: o.AllowPickle = False,
+    device: Annotated[Literal["cpu", "cuda"], Option(help="Where fits run; in this version on the CPU.")] = "cpu",
+    workers: Annotated[int | None, Option(min=1, help="Fits at once; up to 4 by default.")] = None,
+    executor: Annotated[Literal["serial", "threads", "processes"], Option(help="How fits run.")] = "threads",
+    dry_run: Annotated[bool, Option("--dry-run", help="Show the plan and the exact sizes; write nothing.")] = False,
+    overwrite: o.Overwrite = False,
+    json: o.Json = False,
+    quiet: Annotated[bool, Option("--quiet", "-q", help="No progress; warnings and errors only on stderr.")] = False,
+) -> None:
+    """Convert a checkpoint into a folder of RPQ weights, tensor by tensor, whatever its size."""
+    given = dict(locals())
+    if device != "cpu":
+        raise typer.BadParameter("fits run on the CPU in this version; use --device cpu", param_hint="--device")
+    asked, where = o.plan_options(given), o.open_options(given)
+    folder = o.output_for(src, out)
+    from rpq_convert.conversion import convert_checkpoint, make_report, open_checkpoint
+    from rpq_convert.folder import FolderError
+    from rpq_convert.source import SourceError
+
+    if not dry_run and folder.exists() and not overwrite:  # said before a download, not after
+        raise FolderError(f"{folder} exists; choose another folder or pass --overwrite")
+    opened = open_checkpoint(src, **where, config_only=True)
+    if opened.model is None and not dry_run:
+        raise SourceError(f"{src} has no config.json: give --factory package:callable, which builds its model")
+    plan = opened.plan(**asked)
+    del opened
+    warn(plan.warnings)
+    if dry_run:
+        return show_report(make_report(plan, {}, title=Path(src).name), json=json)
+    with progress(plan, quiet=quiet) as callback:
+        report = convert_checkpoint(
+            src, folder, overwrite=overwrite, executor=executor, workers=workers, progress=callback, **where, **asked
+        )
+    show_report(report, json=json)
+    if not quiet:
+        say(f"wrote {folder}")
+
+
+@group.command(
+    epilog=examples("rpq plan facebook/opt-66b --codebooks heads", "rpq plan model/ --bits 2 --explain layers.0.fc1")
+)
+@catching
+def plan(
+    src: o.Source,
+    preset: o.Preset = None,
+    bits: o.Bits = None,
+    codebooks: o.Codebooks = None,
+    dim: o.Dim = None,
+    axis: o.Axis = None,
+    fit: o.Fit = None,
+    grow: o.Grow = False,
+    seed: o.Seed = 0,
+    dtype: o.Dtype = None,
+    max_shard_size: o.MaxShardSize = None,
+    rule: o.Rule = None,
+    include: o.Include = None,
+    exclude: o.Exclude = None,
+    factory: o.Factory = None,
+    revision: o.Revision = None,
+    local_files_only: o.LocalFilesOnly = False,
+    allow_pickle: o.AllowPickle = False,
+    explain: Annotated[str | None, Option(metavar="NAME", help="Say what happens to one parameter, and why.")] = None,
+    json: o.Json = False,
+) -> None:
+    """Show what a conversion would do and weigh, without reading a weight; a hub id costs its config alone."""
+    given = dict(locals())
+    asked, where = o.plan_options(given), o.open_options(given)
+    from rpq_convert.conversion import make_report, open_checkpoint
+
+    made = open_checkpoint(src, **where, config_only=True).plan(**asked)
+    warn(made.warnings)
+    if explain is not None:
+        text = made.explain(explain)
+        print(jsonlib.dumps({"name": explain, "explanation": text}) if json else text)
+    elif json:
+        print(made.to_json())
+    else:
+        show_report(make_report(made, {}, title=Path(src).name), json=False)
+
+
+@group.command(epilog=examples("rpq audit opt-125m-rpq", "rpq audit opt-125m-rpq --format html --output audit.html"))
+@catching
+def audit(
+    folder: o.OutputFolder,
+    format: Annotated[
+        Literal["terminal", "json", "markdown", "csv", "html"], Option(help="How to write it.")
+    ] = "terminal",
+    output: Annotated[
+        Path | None, Option("--output", "-o", metavar="FILE", help="Write to a file instead of stdout.")
+    ] = None,
+    json: Annotated[bool, Option("--json", help="The same as --format json.")] = False,
+) -> None:
+    """Show a converted folder's size audit: every tensor, its bytes and its measured error."""
+    from rpq_convert.checkpoint import audit as read
+
+    report = read(folder)
+    views = {
+        "terminal": lambda: report.to_terminal(width()), "json": report.to_json, "markdown": report.to_markdown,
+        "csv": report.to_csv, "html": report.to_html,
+    }  # fmt: skip
+    text = views["json" if json else format]().rstrip("\n")
+    if output is None:
+        print(text)
+    else:
+        output.write_text(text + "\n", "utf8")
+        say(f"wrote {output}")
+
+
+@group.command(epilog=examples("rpq diff opt-125m-2bit opt-125m-4bit"))
+@catching
+def diff(
+    a: Annotated[Path, Argument(metavar="A", help="A converted folder.")],
+    b: Annotated[Path, Argument(metavar="B", help="Another, usually of the same model.")],
+) -> None:
+    """Show what differs in size and error between two converted folders."""
+    from rpq_convert.checkpoint import audit as read
+    from rpq_convert.report.text import diff as compare
+
+    print(compare(read(a), read(b)))
+
+
+@group.command(epilog=examples("rpq verify opt-125m-rpq"))
+@catching
+def verify(folder: o.OutputFolder, json: o.Json = False) -> None:
+    """Check a converted folder: hashes, headers, index, shapes, and that every number is finite."""
+    from rpq_convert.checkpoint import verify as check
+
+    files = check(folder)
+    print(
+        jsonlib.dumps({"folder": str(folder), "files": files})
+        if json
+        else f"{folder} is whole: {len(files)} files checked"
+    )
+
+
+@group.command(epilog=examples("rpq restore opt-125m-rpq opt-125m-dense"))
+@catching
+def restore(
+    folder: o.OutputFolder,
+    out: Annotated[Path, Argument(metavar="OUT", help="Where to write the dense checkpoint.")],
+    overwrite: o.Overwrite = False,
+) -> None:
+    """Write a plain dense checkpoint from a converted folder."""
+    o.apart(folder, out)
+    from rpq_convert.checkpoint import restore_checkpoint
+
+    written = restore_checkpoint(folder, out, overwrite=overwrite)
+    print(f"{out}: {written.file_bytes:,} bytes of dense weights")
+
+
+@group.command(epilog=examples("rpq presets", "rpq presets 4bit > mine.toml"))
+@catching
+def presets(name: Annotated[str | None, Argument(metavar="[NAME]", help="Print this preset's TOML.")] = None) -> None:
+    """List the presets, or print one as a start for your own."""
+    from importlib.resources import files
+
+    from rpq_convert.rules import load_preset, preset_names
+
+    if name is None:
+        for known in preset_names():
+            print(f"{known:<12} {load_preset(known).description}")
+        return
+    load_preset(name)
+    path: Any = Path(name) if name.endswith(".toml") else files("rpq_convert.configs") / f"{name}.toml"
+    print(path.read_text("utf8").rstrip("\n"))
+
+
+@group.command(epilog=examples("rpq env"))
+@catching
+def env(json: o.Json = False) -> None:
+    """Show versions and the machine, and say how to mend a torchvision that does not fit torch."""
+    from .environment import facts
+
+    found = facts()
+    if json:
+        print(jsonlib.dumps(found, indent=1))
+    else:
+        for key, value in found.items():
+            print(f"{key:<14} {value}")

@@ -1,0 +1,63 @@
+"""Errors become exit codes: one table, and one place that catches.
+
+Classes are named, not imported: most live beside torch, whose import takes seconds that a usage error should not cost.
+What is not in the table is a bug, and keeps its traceback. Typer would catch Ctrl-C by itself; it is caught here first,
+because only here is it known that the run can go on.
+"""
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import typer
+
+CODES = {
+    "PlanError": 3,
+    "SourceError": 4,
+    "EncodeError": 4,
+    "FolderError": 4,
+    "OSError": 4,
+    "VerifyError": 5,
+    "KeyboardInterrupt": 130,
+}
+RESUMABLE = "run the same command again to go on"
+
+
+def code_of(error: BaseException) -> int | None:
+    """Return the exit code of an error, by its nearest class in the table, or None for a bug."""
+    return next((CODES[c.__name__] for c in type(error).__mro__ if c.__name__ in CODES), None)
+
+
+def sentence(error: BaseException) -> str:
+    """Return the one line that says what went wrong."""
+    if isinstance(error, KeyboardInterrupt):
+        return f"interrupted; {RESUMABLE}"
+    text = " ".join(str(error).split()) or type(error).__name__
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in text:
+        return f"error: disk full: {text}; free some space and {RESUMABLE}"
+    return f"error: {text}"
+
+
+def catching(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a command: known errors become one line on stderr and their exit code; RPQ_TRACEBACK=1 adds the traceback."""
+
+    @wraps(command)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except BrokenPipeError:  # `rpq plan … | head`: Typer ends quietly
+            raise
+        except (Exception, KeyboardInterrupt) as e:
+            code = code_of(e)
+            if code is None:
+                raise
+            if os.environ.get("RPQ_TRACEBACK") == "1":
+                traceback.print_exc()
+            print(sentence(e), file=sys.stderr, flush=True)
+            raise typer.Exit(code) from None
+
+    return guarded

@@ -1,0 +1,130 @@
+"""The options that `convert` and `plan` share, each defined once, and what they mean to the library."""
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from typer import Argument, Option
+
+WHAT, SIZE, WHERE = "What to convert", "Size and quality", "Source"
+
+Source = Annotated[str, Argument(metavar="SRC", help="A hub id, a checkpoint folder, or a safetensors file.")]
+OutputFolder = Annotated[Path, Argument(metavar="FOLDER", help="A folder that rpq-convert wrote.")]
+Json = Annotated[bool, Option("--json", help="Print JSON to stdout, and nothing else there.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing output folder once the new one is whole.")]
+
+Preset = Annotated[
+    str | None, Option(help="A preset's name (see `rpq presets`) or a .toml file.", rich_help_panel=SIZE)
+]
+Bits = Annotated[float | None, Option(help="Code bits per weight, 0.05 to 8.", rich_help_panel=SIZE)]
+Codebooks = Annotated[
+    str | None,
+    Option(metavar="heads|N", help="'heads': sub-vectors as long as an attention head; or N codebooks per weight.", rich_help_panel=SIZE),
+]  # fmt: skip
+Dim = Annotated[int | None, Option(min=1, help="Length of a sub-vector.", rich_help_panel=SIZE)]
+Axis = Annotated[Literal["out", "in"] | None, Option(help="Axis to cut where both are possible.", rich_help_panel=SIZE)]
+Fit = Annotated[
+    Literal["kmeans", "additive", "random"] | None, Option(help="How codebooks are found.", rich_help_panel=SIZE)
+]
+Grow = Annotated[bool, Option("--grow", help="Convert layers that would grow as well.", rich_help_panel=SIZE)]
+Seed = Annotated[int, Option(min=0, help="Decides every random number.", rich_help_panel=SIZE)]
+Dtype = Annotated[
+    Literal["float32", "float16", "bfloat16"] | None,
+    Option(help="Dtype of what stays dense and of expanded weights; as stored by default.", rich_help_panel=SIZE),
+]
+MaxShardSize = Annotated[
+    str | None, Option(metavar="SIZE", help="Largest weight file, e.g. 5GB.", rich_help_panel=SIZE)
+]
+
+Rule = Annotated[
+    list[str] | None,
+    Option("--rule", metavar="PATTERN:KEY=VALUE,…", help="Settings for matching parameters; repeatable, first match wins.", rich_help_panel=WHAT),
+]  # fmt: skip
+Include = Annotated[
+    list[str] | None, Option(metavar="PATTERN", help="Convert only these; repeatable.", rich_help_panel=WHAT)
+]
+Exclude = Annotated[
+    list[str] | None, Option(metavar="PATTERN", help="Leave these dense; repeatable.", rich_help_panel=WHAT)
+]
+
+Factory = Annotated[
+    str | None,
+    Option(metavar="PACKAGE:CALLABLE", help="Builds the model of a checkpoint that is not transformers'.", rich_help_panel=WHERE),
+]  # fmt: skip
+Revision = Annotated[str | None, Option(help="Branch, tag or commit on the hub.", rich_help_panel=WHERE)]
+LocalFilesOnly = Annotated[bool, Option("--local-files-only", help="Never ask the hub.", rich_help_panel=WHERE)]
+AllowPickle = Annotated[
+    bool, Option("--allow-pickle", help="Read pickled weights, tensors only.", rich_help_panel=WHERE)
+]
+
+PLAN = ("preset", "bits", "dim", "axis", "fit", "grow", "seed", "dtype")
+OPEN = ("factory", "revision", "local_files_only", "allow_pickle")
+
+
+def plan_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `make_plan` from a command's parameters."""
+    options = {k: given[k] for k in PLAN}
+    options |= {k: tuple(given[k] or ()) for k in ("include", "exclude")}
+    codebooks = given["codebooks"]
+    options["codebooks"] = int(codebooks) if codebooks and codebooks.isascii() and codebooks.isdigit() else codebooks
+    options["rules"] = [parse_rule(r) for r in given["rule"] or ()]
+    if given["max_shard_size"]:
+        options["max_shard_size"] = given["max_shard_size"]
+    return options
+
+
+def open_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `open_checkpoint`; a factory may lie in the working directory."""
+    if given["factory"] and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    return {k: given[k] for k in OPEN}
+
+
+def parse_rule(text: str) -> dict[str, Any]:
+    """Turn `PATTERN:key=value,key=value` into a rule. The last colon divides, so `type:Linear:bits=4` is meant well."""
+    pattern, colon, settings = text.rpartition(":")
+    if not colon or not pattern or not settings:
+        raise typer.BadParameter(f"{text!r} is not PATTERN:key=value,key=value", param_hint="--rule")
+    rule: dict[str, Any] = {"match": pattern}
+    for item in settings.split(","):
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not equals and key in ("skip", "grow"):
+            value = "true"
+        elif not equals or not key or not value:
+            raise typer.BadParameter(f"{item!r} in {text!r} is not key=value", param_hint="--rule")
+        if key == "match":
+            raise typer.BadParameter(f"{text!r} sets match; the pattern goes before the colon", param_hint="--rule")
+        rule[key] = _value(value)
+    return rule
+
+
+def _value(text: str) -> bool | int | float | str:
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def output_for(src: str, out: Path | None) -> Path:
+    """Return the output folder; by default the last part of the source's name and `-rpq`, in the working directory."""
+    if out is None:
+        name = Path(src).resolve().name if Path(src).exists() else src.rstrip("/").rpartition("/")[2]
+        out = Path(f"{name.removesuffix('.safetensors')}-rpq")
+    return apart(Path(src), out)
+
+
+def apart(src: Path, out: Path) -> Path:
+    """Refuse an output that is the source or holds it: --overwrite would delete the original weights."""
+    real, target = src.resolve(), out.resolve()
+    if src.exists() and (target == real or target in real.parents):
+        raise typer.BadParameter(
+            f"{out} is or holds the source {src}; choose another folder", param_hint="the output folder"
+        )
+    return out

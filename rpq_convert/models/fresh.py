@@ -1,0 +1,101 @@
+"""Fresh models: build without weights, convert with random codes, initialise what is left.
+
+The dense model is never allocated: its parameters are born on meta, `convert(fit="random")` gives the large ones codes and
+codebooks, and `materialise` gives the rest (biases, norms, tokens) real memory and their module's own initialisation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from rpq_convert import layers
+from rpq_convert.conversion import convert
+from rpq_convert.empty import parameters_on_meta
+from rpq_convert.weight import RPQWeight
+
+
+def draw_seed(generator: torch.Generator | None = None) -> int:
+    """Draw a seed from the generator; from torch's global one by default, as the initialisation of any torch layer does."""
+    return int(torch.randint(2**31, (), generator=generator, device="cpu"))
+
+
+def fresh(kind: Any, *args: Any, seed: int | None = None, grow: bool = False, **kwargs: Any) -> Any:
+    """Return `kind(*args, **kwargs)` with random RPQ weights by the rule `codebooks="heads"`.
+
+    Args:
+        kind: a class or function that builds the dense model.
+        seed: decides every number; by default drawn from torch's global generator.
+        grow: convert small layers as well, which codebooks make larger.
+    """
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    with parameters_on_meta(), torch.random.fork_rng([], enabled=seed is not None):
+        model = kind(*args, **kwargs)  # a constructor may draw numbers before they go to meta
+        if hasattr(model, "tie_weights"):
+            model.tie_weights()
+    convert(model, codebooks="heads", fit="random", grow=grow, seed=draw_seed(generator))
+    return materialise(model, generator=generator)
+
+
+def materialise(model: nn.Module, *, generator: torch.Generator | None = None) -> nn.Module:
+    """Give every parameter that is still on meta real memory on the CPU and its module's own initialisation, in place.
+
+    A transformers model initialises each module by its `_init_weights`; elsewhere a module's `reset_parameters` does.
+    A raw parameter whose module has neither (a class token, position embeddings) is drawn from N(0, 1). Parameters that
+    are real, and RPQ weights, stay as they are.
+    """
+    real: dict[int, nn.Parameter] = {}
+    seed = None if generator is None else draw_seed(generator)
+    with torch.random.fork_rng([], enabled=seed is not None), torch.device("cpu"):
+        if seed is not None:  # the layers' own initialisers know only the global generator
+            torch.random.default_generator.manual_seed(seed)
+        for module in model.modules():
+            if isinstance(module, RPQWeight):
+                continue
+            new = []
+            for name, empty in module._parameters.items():
+                if empty is None or not empty.is_meta:
+                    continue
+                if id(empty) not in real:
+                    real[id(empty)] = nn.Parameter(
+                        torch.empty_like(empty, device="cpu"), requires_grad=empty.requires_grad
+                    )
+                    new.append(name)
+                module._parameters[name] = real[id(empty)]
+            if new:
+                _initialise(model, module, new)
+    return model
+
+
+def _initialise(model: nn.Module, module: nn.Module, names: list[str]) -> None:
+    twin = _twin(module, names)
+    with torch.no_grad():
+        for name in names:
+            twin._parameters[name].normal_()  # type: ignore[union-attr]
+    reset = getattr(twin, "reset_parameters", None) or getattr(twin, "_reset_parameters", None)
+    if hasattr(model, "_init_weights"):
+        model._init_weights(twin)  # type: ignore[operator]
+    elif reset is not None:
+        reset()
+
+
+def _twin(module: nn.Module, names: list[str]) -> nn.Module:
+    """Return a stand-in of the original class that shares just these parameters; all its other tensors are on meta.
+
+    So that the layer's own initialiser runs as it was written: on meta it writes nothing and reads shapes alone.
+    """
+    twin = object.__new__(layers.original_class(module))
+    twin.__dict__.update(module.__dict__)
+    twin._parameters = {
+        n: p if n in names or p is None else nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
+        for n, p in module._parameters.items()
+    }
+    twin._buffers = {n: None if b is None else b.to("meta") for n, b in module._buffers.items()}
+    twin._modules = dict(module._modules)
+    if isinstance(module, layers.RPQLayer):
+        for name, rpq in module.rpq_weights().items():
+            twin._parameters[name] = nn.Parameter(torch.empty(rpq.shape, dtype=rpq.dtype, device="meta"))
+            del twin._modules[name + layers.SUFFIX]
+    return twin

@@ -1,0 +1,205 @@
+"""The report as text: a terminal table of grouped rows, Markdown, CSV, and the difference of two reports.
+
+Layers that repeat (same type, shape, spec and decision; names equal but for their numbers) share one line, written like
+`layers.{0…31}.fc1.weight`. Grouping is one function, used by every view.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+
+from rpq_convert.report.schema import Report, Row, mean_error, ratio
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that differ in the numbers of their names alone."""
+
+    name: str
+    rows: tuple[Row, ...]
+
+    @property
+    def first(self) -> Row:
+        return self.rows[0]
+
+    @property
+    def bytes(self) -> int:
+        return sum(r.bytes for r in self.rows)
+
+    @property
+    def dense_bytes(self) -> int:
+        return sum(r.dense_bytes for r in self.rows)
+
+
+def group(rows: Iterable[Row]) -> list[Group]:
+    """Group rows by pattern, in the order of their first members."""
+    found: dict[tuple[object, ...], list[Row]] = {}
+    for r in rows:
+        pattern = re.sub(r"(?<![^.])\d+(?![^.])", "#", r.name)
+        found.setdefault((pattern, r.layer, r.shape, r.dtype, r.spec, r.decision, r.reason), []).append(r)
+    return [Group(_name(str(key[0]), members), tuple(members)) for key, members in found.items()]
+
+
+def _name(pattern: str, rows: Sequence[Row]) -> str:
+    parts = [r.name.split(".") for r in rows]
+    shown = []
+    for column, token in zip(zip(*parts), pattern.split(".")):
+        shown.append(_numbers(column) if token == "#" else token)
+    return ".".join(shown)
+
+
+def _numbers(column: Sequence[str]) -> str:
+    values = sorted({int(c) for c in column})
+    if len(values) == 1:
+        return str(values[0])
+    if len(values) > 2 and values == list(range(values[0], values[-1] + 1)):
+        return f"{{{values[0]}…{values[-1]}}}"
+    text = ",".join(map(str, values))
+    return f"{{{text}}}" if len(text) <= 12 else f"{{{values[0]}..{values[-1]}: {len(values)}}}"
+
+
+def megabytes(n: int) -> str:
+    """Return a size in MB of 2**20 bytes, three decimals, as the seed project prints sizes."""
+    return f"{n / 2**20:.3f}MB"
+
+
+def short(text: str, width: int) -> str:
+    """Return text of at most `width` characters, its middle replaced by … where it is longer."""
+    if len(text) <= width:
+        return text
+    if width < 2:
+        return text[:width]
+    left = (width - 1) // 2
+    return f"{text[:left]}…{text[len(text) - (width - 1 - left) :]}"
+
+
+def number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2g}"
+
+
+def terminal(report: Report, width: int = 80) -> str:
+    """Return the report for a terminal, no line longer than `width` (at least 60)."""
+    width = max(60, width)
+    lines = [short(f"{report.title}: {totals(report)}", width), ""]
+    name = width - 43
+    converted = group(r for r in report.rows if r.decision == "rpq")
+    if converted:
+        lines.append(f"{'converted':<{name}} {'n':>4} {'MB':>9} {'bits/w':>7} {'ratio':>7} {'error':>9}"[:width])
+        for g in converted:
+            error = mean_error(g.rows)
+            shown = number(error) if error is not None else f"~{number(g.first.expected_error)}"
+            lines.append(
+                f"{short(g.name, name):<{name}} {len(g.rows):>4} {g.bytes / 2**20:>9.3f} "
+                f"{g.first.bits_per_weight:>7.3f} {ratio(g.dense_bytes, g.bytes):>6.1f}x {shown:>9}"
+            )
+        lines.append("")
+    for title, decision in (("left dense", "dense"), ("buffers", "buffer")):
+        reasons: dict[str, list[Row]] = {}
+        for r in report.rows:
+            if r.decision == decision:
+                reasons.setdefault(re.sub(r"[\d,]{2,}", "#", r.reason), []).append(r)
+        if reasons:
+            lines.append(f"{title:<{width - 17}} {'n':>5} {'MB':>10}")
+        for reason, rows in sorted(reasons.items(), key=lambda kv: -sum(r.bytes for r in kv[1])):
+            text = rows[0].reason if len(rows) == 1 else reason
+            size = sum(r.bytes for r in rows)
+            lines.append(f"{short(text, width - 17):<{width - 17}} {len(rows):>5} {size / 2**20:>10.3f}")
+        if reasons:
+            lines.append("")
+    for part in ("codebook", "code", "scale", "other"):
+        n = report.total(f"{part}_bytes")
+        lines.append(f"{part + 's' if part != 'other' else 'dense tensors':<14} {megabytes(n):>15} {n:>20,} bytes")
+    lines.append(f"{'total':<14} {megabytes(report.bytes):>15} {report.bytes:>20,} bytes")
+    if report.predicted_bytes is not None:
+        n = report.predicted_bytes
+        lines.append(f"{'weight files':<14} {megabytes(n):>15} {n:>20,} bytes by plan, headers included")
+    if report.files:
+        n = report.weight_file_bytes
+        same = " as planned" if n == report.predicted_bytes else " DIFFERENT FROM THE PLAN"
+        lines.append(f"{'on disk':<14} {megabytes(n):>15} {n:>20,} bytes{same}")
+        others = report.file_bytes - n
+        lines.append(f"{'other files':<14} {megabytes(others):>15} {others:>20,} bytes")
+    for warning in report.all_warnings:
+        lines += ["", *_wrap(f"warning: {warning}", width)]
+    return "\n".join(lines)
+
+
+def totals(report: Report) -> str:
+    return (
+        f"{megabytes(report.dense_bytes)} -> {megabytes(report.bytes)}, {report.ratio:.1f}x smaller, "
+        f"{report.bits_per_weight:.2f} bits/weight, {100 * report.covered:.1f} % under RPQ"
+    )
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    import textwrap
+
+    return textwrap.wrap(text, width)
+
+
+def markdown(report: Report) -> str:
+    """Return a Markdown size table, rows grouped, for a model card."""
+    lines = [
+        f"**{totals(report)}**",
+        "",
+        "| tensor | layer | shape | how | dense | now | bits/weight | error |",
+        "|---|---|---|---|---:|---:|---:|---:|",
+    ]
+    for g in group(report.rows):
+        r = g.first
+        how = r.spec if r.decision == "rpq" else f"dense: {r.reason}"
+        many = f" (x{len(g.rows)})" if len(g.rows) > 1 else ""
+        cells = [
+            f"`{g.name}`{many}", r.layer, "x".join(map(str, r.shape)), how, megabytes(g.dense_bytes), megabytes(g.bytes),
+            f"{r.bits_per_weight:.3f}", number(mean_error(g.rows)),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(c.replace("|", "\\|").replace("\n", " ") for c in cells) + " |")
+    lines += [f"\n> **Warning**: {w}" for w in report.all_warnings]
+    return "\n".join(lines)
+
+
+def csv_table(report: Report) -> str:
+    """Return one line per tensor with every field."""
+    out = io.StringIO()
+    writer = csv.writer(out)
+    names = [f.name for f in fields(Row)]
+    writer.writerow([*names, "bytes", "bits_per_weight", "ratio"])
+    for r in report.rows:
+        values = [getattr(r, n) for n in names]
+        shown = [";".join(map(str, v)) if isinstance(v, tuple) else "" if v is None else v for v in values]
+        writer.writerow([*shown, r.bytes, r.bits_per_weight, r.ratio])
+    return out.getvalue()
+
+
+def diff(a: Report, b: Report) -> str:
+    """Return a Markdown table of what differs between two reports."""
+    left, right = {r.name: r for r in a.rows}, {r.name: r for r in b.rows}
+    lines = [
+        f"{a.title}: {totals(a)}",
+        f"{b.title}: {totals(b)}",
+        "",
+        "| tensor | bytes | bytes | change | error | error |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name in dict.fromkeys((*left, *right)):
+        x, y = left.get(name), right.get(name)
+        if x is not None and y is not None and (x.bytes, x.error, x.spec) == (y.bytes, y.error, y.spec):
+            continue
+        before, after = (x.bytes if x else 0), (y.bytes if y else 0)
+        cells = [
+            f"`{name}`",
+            f"{before:,}",
+            f"{after:,}",
+            f"{after - before:+,}",
+            number(x and x.error),
+            number(y and y.error),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines.append(
+        f"| total | {a.bytes:,} | {b.bytes:,} | {b.bytes - a.bytes:+,} | {number(a.error)} | {number(b.error)} |"
+    )
+    return "\n".join(lines)
