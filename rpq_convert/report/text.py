@@ -85,7 +85,7 @@ def terminal(report: Report, width: int = 80) -> str:
     """Return the report for a terminal, no line longer than `width` (at least 60)."""
     width = max(60, width)
     lines = [short(f"{report.title}: {totals(report)}", width), ""]
-    name = width - 43
+    name = width - 42
     converted = group(r for r in report.rows if r.decision == "rpq")
     if converted:
         lines.append(f"{'converted':<{name}} {'n':>4} {'MB':>9} {'bits/w':>7} {'ratio':>7} {'error':>9}"[:width])
@@ -116,10 +116,10 @@ def terminal(report: Report, width: int = 80) -> str:
     lines.append(f"{'total':<14} {megabytes(report.bytes):>15} {report.bytes:>20,} bytes")
     if report.predicted_bytes is not None:
         n = report.predicted_bytes
-        lines.append(f"{'weight files':<14} {megabytes(n):>15} {n:>20,} bytes by plan, headers included")
+        lines.append(f"{'weight files':<14} {megabytes(n):>15} {n:>20,} bytes by plan")
     if report.files:
         n = report.weight_file_bytes
-        same = " as planned" if n == report.predicted_bytes else " DIFFERENT FROM THE PLAN"
+        same = " as planned" if n == report.predicted_bytes else " NOT AS PLANNED"
         lines.append(f"{'on disk':<14} {megabytes(n):>15} {n:>20,} bytes{same}")
         others = report.file_bytes - n
         lines.append(f"{'other files':<14} {megabytes(others):>15} {others:>20,} bytes")

@@ -1,0 +1,119 @@
+"""Plan, convert, save, stream, verify and restore one small convnet, on real files."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import rpq_convert as rpq
+from rpq_convert.checkpoint import VerifyError
+
+
+def net():
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 64, 3, stride=2), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def source(tmp_path):
+    torch.manual_seed(0)
+    model = net().eval()
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors", model
+
+
+@pytest.mark.parametrize("executor", ["serial", "threads"])
+def test_streaming_equals_memory_and_plan_equals_disk(source, tmp_path, executor):
+    file, model = source
+    plan = rpq.plan(model, bits=4, max_shard_size="20KB")
+    options = {"bits": 4, "max_shard_size": "20KB"}
+    rpq.convert_checkpoint(file, tmp_path / "stream", factory=net, executor=executor, workers=2, **options)
+    rpq.convert(model, bits=4, executor=executor, workers=2)
+    rpq.save(model, tmp_path / "memory", max_shard_size="20KB")
+    names = sorted(p.name for p in (tmp_path / "stream").glob("*.safetensors"))
+    assert len(names) > 1
+    for name in names:
+        assert (tmp_path / "stream" / name).read_bytes() == (tmp_path / "memory" / name).read_bytes()
+        assert (tmp_path / "stream" / name).stat().st_size == plan.files[name]
+    x = torch.randn(2, 3, 16, 16)
+    loaded = rpq.load(tmp_path / "stream", factory=net)
+    assert torch.equal(loaded(x), model(x))
+    rpq.verify(tmp_path / "stream")
+
+
+def test_restore_writes_a_plain_checkpoint(source, tmp_path):
+    file, model = source
+    rpq.convert_checkpoint(file, tmp_path / "out", factory=net, bits=4)
+    rpq.restore_checkpoint(tmp_path / "out", tmp_path / "dense")
+    dense = net().eval()
+    dense.load_state_dict(load_file(tmp_path / "dense" / "model.safetensors"))
+    rpq.convert(model, bits=4)
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(dense(x), model(x))
+    rpq.restore(model)
+    assert type(model[0]) is nn.Conv2d and torch.equal(dense(x), model(x))
+
+
+def test_killed_run_goes_on(source, tmp_path):
+    file, _ = source
+
+    def kill(job, encoded):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rpq.convert_checkpoint(file, tmp_path / "out", factory=net, bits=4, executor="serial", progress=kill)
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").is_dir()
+    resumed = []
+    rpq.convert_checkpoint(
+        file, tmp_path / "out", factory=net, bits=4, progress=lambda job, e: resumed.append(e is None)
+    )
+    assert resumed.count(True) == 1
+    rpq.convert_checkpoint(file, tmp_path / "whole", factory=net, bits=4)
+    digests = [hashlib.sha256((tmp_path / n / "model.safetensors").read_bytes()).digest() for n in ("out", "whole")]
+    assert digests[0] == digests[1]
+
+
+def test_damage_is_named(source, tmp_path):
+    file, _ = source
+    rpq.convert_checkpoint(file, tmp_path / "out", factory=net, bits=4)
+    weights = tmp_path / "out" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(VerifyError, match="sha256"):
+        rpq.verify(tmp_path / "out")
+    weights.write_bytes(data[:-10])
+    with pytest.raises(rpq.SourceError, match="truncated, 10 bytes are missing"):
+        rpq.load(tmp_path / "out", factory=net)
+
+
+def test_bad_requests_are_refused_before_any_work(source, tmp_path):
+    file, model = source
+    with pytest.raises(rpq.PlanError, match="no parameter matches"):
+        rpq.plan(model, bits=4, rules=[{"match": "nothing.*", "bits": 2}])
+    with pytest.raises(rpq.PlanError, match="unknown preset"):
+        rpq.plan(model, preset="nope")
+    with pytest.raises(rpq.PlanError, match="do not divide"):
+        rpq.plan(model, codebooks=7, grow=True)
+    with pytest.raises(rpq.SourceError, match="does not exist"):
+        rpq.convert_checkpoint(tmp_path / "missing.safetensors", tmp_path / "out", factory=net)
+    (tmp_path / "there").mkdir()
+    with pytest.raises(rpq.FolderError, match="exists"):
+        rpq.convert_checkpoint(file, tmp_path / "there", factory=net, bits=4)
+    with torch.no_grad():
+        model[7].weight[0, 0] = float("nan")
+    with pytest.raises(rpq.EncodeError, match="7.weight"):
+        rpq.convert(model, bits=4)
+    assert type(model[0]) is nn.Conv2d
+
+
+def test_config_names_no_code(source, tmp_path):
+    file, _ = source
+    rpq.convert_checkpoint(file, tmp_path / "out", factory=net, bits=4)
+    text = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "factory" not in json.dumps(text) and text["quantization_config"]["quant_method"] == "rpq"
