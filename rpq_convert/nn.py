@@ -1,7 +1,7 @@
 """Layers built by hand, to be trained from random codes: `RPQLinear(1024, 4096, num_codebooks=16)`.
 
-Each constructor makes the torch layer on meta and converts it, so that what comes back is that torch layer (same forward,
-same arguments, `isinstance(x, nn.Linear)`) with a computed weight. Nothing of a layer is written down a second time: the
+Each constructor makes the torch layer on meta and converts it, so that what comes back is that torch layer (same
+forward, same arguments, `isinstance(x, nn.Linear)`) with a computed weight. Nothing of a layer is written twice: the
 constructors below are signatures, in RPQ-pytorch's order. Their classes answer `isinstance` and are never instantiated.
 """
 
@@ -21,8 +21,8 @@ from rpq_convert.spec import dtype_name
 from rpq_convert.weight import RPQWeight
 
 __all__ = [
-    "RPQBilinear", "RPQConv1d", "RPQConv2d", "RPQConv3d", "RPQConvTranspose1d", "RPQConvTranspose2d", "RPQConvTranspose3d",
-    "RPQEmbedding", "RPQLinear", "RPQWeight",
+    "RPQBilinear", "RPQConv1d", "RPQConv2d", "RPQConv3d", "RPQConvTranspose1d", "RPQConvTranspose2d",
+    "RPQConvTranspose3d", "RPQEmbedding", "RPQLinear", "RPQWeight",
 ]  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from rpq_convert.view import WeightView
 from rpq_convert.walk import Slot
 
 FORMAT_VERSION = 1
-DEFAULT_PRESET = "8bit"
+DEFAULT_PRESET = "5bit"  # the smallest within 10 % of SmolLM2-135M: docs/default-preset.md
 DEFAULT_SHARD = "5GB"
 SAFETENSORS_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",

@@ -23,7 +23,8 @@ LAYERS = {
         lambda **k: rnn.RPQConv2d(4, 6, (2, 3), 3, groups=2, padding_mode="circular", padding=1, **k),
         lambda: nn.Conv2d(4, 6, (2, 3), groups=2, padding_mode="circular", padding=1), [(1, 4, 6, 6)],
     ),
-    "Conv3d": (lambda **k: rnn.RPQConv3d(2, 4, 2, 4, dilation=2, **k), lambda: nn.Conv3d(2, 4, 2, dilation=2), [(1, 2, 4, 4, 4)]),
+    "Conv3d": (lambda **k: rnn.RPQConv3d(2, 4, 2, 4, dilation=2, **k), lambda: nn.Conv3d(2, 4, 2, dilation=2),
+        [(1, 2, 4, 4, 4)]),
     "ConvTranspose1d": (
         lambda **k: rnn.RPQConvTranspose1d(4, 6, 3, 3, stride=2, output_padding=1, **k),
         lambda: nn.ConvTranspose1d(4, 6, 3, stride=2, output_padding=1), [(2, 4, 5)],
@@ -32,7 +33,8 @@ LAYERS = {
         lambda **k: rnn.RPQConvTranspose2d(4, 8, 3, 2, groups=2, bias=False, **k),
         lambda: nn.ConvTranspose2d(4, 8, 3, groups=2, bias=False), [(1, 4, 5, 5)],
     ),
-    "ConvTranspose3d": (lambda **k: rnn.RPQConvTranspose3d(2, 4, 2, 2, **k), lambda: nn.ConvTranspose3d(2, 4, 2), [(1, 2, 3, 3, 3)]),
+    "ConvTranspose3d": (lambda **k: rnn.RPQConvTranspose3d(2, 4, 2, 2, **k), lambda: nn.ConvTranspose3d(2, 4, 2),
+        [(1, 2, 3, 3, 3)]),
 }  # fmt: skip
 layers = pytest.mark.parametrize("make, dense, shapes", LAYERS.values(), ids=LAYERS)
 

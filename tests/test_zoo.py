@@ -459,7 +459,7 @@ def test_frozen_parameters_stay_frozen():
 
 
 def test_a_fit_decodes_to_the_weight():
-    """At most 256 sub-vectors for a codebook: the fit is exact, so encoding and decoding read every view the same way."""
+    """At most 256 sub-vectors for a codebook: the fit is exact, so encoding and decoding agree on every view."""
     exact = {"dim": 2, "books": "blocks", "scales": "none", "codebook_dtype": "float32"}
     for row in zoo.ZOO:
         torch.manual_seed(0)

@@ -1,7 +1,7 @@
 """Fresh models: build without weights, convert with random codes, initialise what is left.
 
-The dense model is never allocated: its parameters are born on meta, `convert(fit="random")` gives the large ones codes and
-codebooks, and `materialise` gives the rest (biases, norms, tokens) real memory and their module's own initialisation.
+The dense model is never allocated: its parameters are born on meta, `convert(fit="random")` gives large ones codes and
+codebooks, and `materialise` gives the rest (biases, norms, tokens) real memory and their own initialisation.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rpq_convert.weight import RPQWeight
 
 
 def draw_seed(generator: torch.Generator | None = None) -> int:
-    """Draw a seed from the generator; from torch's global one by default, as the initialisation of any torch layer does."""
+    """Draw a seed from the generator; by default from torch's global one, as any torch layer's init does."""
     return int(torch.randint(2**31, (), generator=generator, device="cpu"))
 
 

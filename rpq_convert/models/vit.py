@@ -24,7 +24,7 @@ class SeedViT(ViT):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.to_patch_embedding = nn.Sequential(
-            *(m for m in self.to_patch_embedding.children() if not isinstance(m, nn.LayerNorm))
+            *(m for m in self.get_submodule("to_patch_embedding").children() if not isinstance(m, nn.LayerNorm))
         )
 
 
