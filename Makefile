@@ -18,7 +18,7 @@ $(VENV)/.test: $(VENV)/.demo
 demo: $(VENV)/.demo  ## convert a real pretrained model, audit it, reload it, measure what it still knows
 	$(BIN)/python examples/demo.py
 
-test: $(VENV)/.test
+test: lint
 	$(BIN)/python -m pytest -m "not slow and not gpu and not network"
 
 test-slow: $(VENV)/.test

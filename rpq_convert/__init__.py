@@ -22,7 +22,7 @@ _HOMES = {
     "Spec": "spec", "WeightView": "view", "RPQWeight": "weight", "register_layer": "layers", "RPQLayer": "layers",
     "Report": "report.schema", "SourceError": "source", "EncodeError": "encode", "FolderError": "folder",
 }  # fmt: skip
-__all__ = ["__version__", *_HOMES]
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604 - the keys are strings
 
 
 def __getattr__(name: str) -> Any:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from rpq_convert import layers
-from rpq_convert.conversion import Factory, empty_from_factory, make_report, plan_of, put_everywhere
+from rpq_convert.conversion import make_report, plan_of, put_everywhere
 from rpq_convert.encode import Encoded
 from rpq_convert.folder import CARD, CONFIG, MANIFEST, REPORT, Folder, sha256
+from rpq_convert.opened import Factory, empty_from_factory
 from rpq_convert.planning import FORMAT_VERSION, Plan, Skip
 from rpq_convert.report.schema import FileRow, Report
 from rpq_convert.source import SourceError, open_folder
@@ -43,7 +44,7 @@ def quantization_config(plan: Plan, facts: Mapping[str, Mapping[str, Any]]) -> d
         "quant_method": "rpq",
         "format_version": FORMAT_VERSION,
         "modules": modules,
-        "tied": {a: x.name for x in (*plan.jobs, *plan.skips) for a in x.aliases},
+        "tied": {a: x.name for items in (plan.jobs, plan.skips) for x in items for a in x.aliases},
         "guard": plan.jobs[0].name if plan.jobs else None,
         "plan_sha256": plan.sha256,
         "version": __version__,
@@ -55,7 +56,7 @@ def write_rest(
 ) -> Report:
     """Write config, report and model card beside the weights, and finish the folder."""
     plan = folder.plan
-    merged = dict(config) if config is not None else {"library_name": "rpq-convert"}
+    merged: dict[str, Any] = dict(config) if config is not None else {"library_name": "rpq-convert"}
     merged["quantization_config"] = quantization_config(plan, facts)
     if plan.options.get("dtype") and config is not None:
         merged["dtype"] = plan.options["dtype"]

@@ -5,7 +5,6 @@ source (name -> tensor) -> encode(job, tensor) in an executor -> sink: swap into
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -18,25 +17,35 @@ from torch import Tensor, nn
 from rpq_convert import layers
 from rpq_convert.encode import Encoded, build, encode
 from rpq_convert.executors import run
-from rpq_convert.folder import CARD, CONFIG, REPORT, Folder
+from rpq_convert.folder import CARD, REPORT, Folder
 from rpq_convert.heads import head_rules
+from rpq_convert.opened import Factory, open_checkpoint
 from rpq_convert.planning import Job, Plan, make_plan
 from rpq_convert.report.schema import FileRow, Report
 from rpq_convert.rules import PlanError
-from rpq_convert.source import SourceError, open_folder
+from rpq_convert.source import SourceError
 from rpq_convert.version import __version__
-from rpq_convert.walk import walk, walk_headers
+from rpq_convert.walk import walk
 
+FACTS = ("error", "dead", "seconds")  # what a fit measures
 Progress = Callable[[Job, Encoded | None], None]
-Factory = Callable[[], nn.Module]
 
 
-def plan(target: nn.Module | str | Path | Any, *, factory: str | Factory | None = None, **options: Any) -> Plan:
+def plan(
+    target: nn.Module | str | Path | Any,
+    *,
+    factory: str | Factory | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    allow_pickle: bool = False,
+    **options: Any,
+) -> Plan:
     """Plan a conversion without reading a weight.
 
     Args:
         target: a live or meta model, a transformers config, a hub id, a folder, or a safetensors file.
         factory: for a checkpoint that is not transformers': a callable or `"package:callable"` that builds the model.
+        revision, local_files_only, allow_pickle: where a checkpoint comes from, as for `convert_checkpoint`.
         options: those of `make_plan`: preset, bits, dim, codebooks, axis, rules, include, exclude, fit, seed, dtype, …
 
     Example:
@@ -49,91 +58,11 @@ def plan(target: nn.Module | str | Path | Any, *, factory: str | Factory | None 
 
         empty = transformers.build_empty(target)
         return make_plan(walk(empty), head_rules=head_rules(empty, target), **options)
-    opened = open_checkpoint(target, factory=factory, config_only=True)
+    opened = open_checkpoint(
+        target, factory=factory, revision=revision, local_files_only=local_files_only, allow_pickle=allow_pickle,
+        config_only=True,
+    )  # fmt: skip
     return opened.plan(**options)
-
-
-class Opened:
-    """A checkpoint that was found: its empty model (None where only headers are known), tensors and config."""
-
-    def __init__(self, model: nn.Module | None, source: Any, config: dict[str, Any] | None, files: list[Path]) -> None:
-        self.model, self.source, self.config, self.files = model, source, config, files
-
-    def plan(self, **options: Any) -> Plan:
-        if self.model is not None:
-            return make_plan(walk(self.model), head_rules=head_rules(self.model), **options)
-        slots = walk_headers((i.name, i.dtype, i.shape) for i in self.source.infos.values())
-        note = "planned from tensor names and shapes alone: layer types are guesses; give a factory to convert"
-        return make_plan(slots, warnings=[note], **options)
-
-
-def open_checkpoint(
-    src: str | Path,
-    *,
-    factory: str | Factory | None = None,
-    revision: str | None = None,
-    local_files_only: bool = False,
-    allow_pickle: bool = False,
-    config_only: bool = False,
-) -> Opened:
-    """Find a checkpoint and pair it with its empty model.
-
-    Raises:
-        SourceError: nothing found, a broken file, keys that do not fit the model, an already quantized checkpoint.
-    """
-    if factory is not None:
-        source = open_folder(src, allow_pickle=allow_pickle)
-        model = empty_from_factory(factory)
-        return Opened(model, _checked(model, source), None, [])
-    if Path(src).suffix == ".safetensors" or (Path(src).is_dir() and not (Path(src) / CONFIG).is_file()):
-        return Opened(None, open_folder(src, allow_pickle=allow_pickle), None, [])
-    from rpq_convert.integrations import transformers
-
-    get = transformers.fetch_config if config_only else transformers.resolve
-    where = {"revision": revision, "local_files_only": local_files_only}
-    folder = get(src, **where) if config_only else get(src, allow_pickle=allow_pickle, **where)
-    folder = folder.parent if folder.is_file() else folder
-    config = transformers.load_config(folder)
-    raw = json.loads((folder / CONFIG).read_text("utf8"))
-    method = (raw.get("quantization_config") or {}).get("quant_method")
-    if method:
-        raise SourceError(f"{src} is quantized already ({method}); start from the original weights")
-    model = transformers.build_empty(config)
-    source = None
-    if not config_only:
-        source = transformers.ModuleSource(model, open_folder(folder, allow_pickle=allow_pickle))
-        source.check()
-    return Opened(model, source, raw, transformers.extra_files(folder))
-
-
-def empty_from_factory(factory: str | Factory) -> nn.Module:
-    """Build a model with parameters on meta and real buffers, from a callable or `"package.module:callable"`."""
-    from rpq_convert.empty import parameters_on_meta
-
-    if isinstance(factory, str):
-        import importlib
-
-        module, _, name = factory.partition(":")
-        try:
-            factory = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as e:
-            raise SourceError(f"factory {factory!r}: {e}; write it as package.module:callable") from None
-    with parameters_on_meta():
-        return factory().eval()  # type: ignore[operator]
-
-
-def _checked(model: nn.Module, source: Any) -> Any:
-    """Refuse a source whose names are not the model's."""
-    slots = walk(model)
-    known = {n for s in slots for n in (s.name, *s.aliases)}
-    missing = [s.name for s in slots if not any(n in source for n in (s.name, *s.aliases))]
-    unused = [k for k in source if k not in known]
-    if missing or unused:
-        raise SourceError(
-            f"the checkpoint does not fit the model: {len(missing)} missing ({', '.join(missing[:3])}), "
-            f"{len(unused)} unknown ({', '.join(unused[:3])})"
-        )
-    return source
 
 
 def _from(source: Mapping[str, Tensor], names: tuple[str, ...]) -> Tensor:
@@ -219,7 +148,7 @@ def _on_meta(source: Mapping[str, Tensor]) -> bool:
 def _cast_rest(model: nn.Module, dtype: torch.dtype) -> None:
     inside = {id(t) for r in layers.layers_of(model).values() for t in r.parameters()}
     for module in model.modules():
-        for name, p in module._parameters.items():
+        for p in module._parameters.values():
             if p is not None and id(p) not in inside and p.is_floating_point():
                 p.data = p.data.to(dtype)
         for name, b in module._buffers.items():
@@ -278,7 +207,7 @@ def plan_of(model: nn.Module, max_shard_size: str | int | None = None) -> Plan:
                 seed=record.get("seed", 0),
                 rule=record.get("rule", "built by hand"),
                 padding_idx=record.get("padding_idx"),
-            )  # fmt: skip
+            )
         )
     skips = [
         Skip(s.name, s.aliases, s.layer, s.shape, dtype_name(s.dtype), s.reason or _why(model, s.name), s.buffer)
@@ -313,12 +242,12 @@ def make_report(
     plan: Plan, facts: Mapping[str, Mapping[str, Any]], title: str, files: Iterable[FileRow] = ()
 ) -> Report:
     """Join the plan's rows with what the fits measured."""
-    rows = tuple(
-        replace(r, **{k: facts[r.name].get(k) for k in ("error", "dead", "seconds")}) if r.name in facts else r
-        for r in plan.rows()
-    )
+    rows = []
+    for row in plan.rows():
+        measured: dict[str, Any] = {k: facts[row.name].get(k) for k in FACTS} if row.name in facts else {}
+        rows.append(replace(row, **measured))
     return Report(
-        title=title, rows=rows, files=tuple(files), warnings=plan.warnings, options=dict(plan.options),
+        title=title, rows=tuple(rows), files=tuple(files), warnings=plan.warnings, options=dict(plan.options),
         predicted_bytes=plan.file_bytes, version=__version__,
     )  # fmt: skip
 

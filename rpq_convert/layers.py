@@ -76,7 +76,7 @@ class RPQLayer:
     """Mixed into the class of a converted module; the weights it names are computed, not stored."""
 
     _rpq_names: tuple[str, ...] = ()
-    _rpq_original: type[nn.Module]
+    _rpq_original: Any  # the class it had
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in self._rpq_names:
@@ -94,7 +94,7 @@ class RPQLayer:
         return {n: self._modules[n + SUFFIX] for n in self._rpq_names}  # type: ignore[attr-defined]
 
 
-def _blank(original: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+def _blank(original: Any, names: tuple[str, ...]) -> nn.Module:
     kind = rpq_class(original, names)
     return kind.__new__(kind)
 
@@ -109,19 +109,19 @@ def _computed(name: str) -> property:
 
 
 @functools.cache
-def rpq_class(original: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+def rpq_class(original: Any, names: tuple[str, ...]) -> type[nn.Module]:
     """Return the class `RPQ<original>` in which these parameters are computed; the same class for the same question."""
-    space = {name: _computed(name) for name in names}
+    space: dict[str, Any] = {name: _computed(name) for name in names}
     space |= {
         "_rpq_names": names,
         "_rpq_original": original,
         "__module__": original.__module__,
         "__doc__": original.__doc__,
-    }  # type: ignore[dict-item]
+    }
     return type(f"RPQ{original.__name__}", (RPQLayer, original), space)
 
 
-def original_class(module: nn.Module) -> type[nn.Module]:
+def original_class(module: nn.Module) -> Any:
     return module._rpq_original if isinstance(module, RPQLayer) else type(module)
 
 

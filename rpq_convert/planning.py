@@ -214,9 +214,7 @@ def _names(item: Job | Skip) -> set[str]:
 
 def header(entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
     """Return the safetensors header of these tensors, padded as the library writes it (metadata format=pt)."""
-    rank = list(SAFETENSORS_NAMES)
     order = sorted(entries.items(), key=lambda e: (-e[1][0].itemsize, e[0]))
-    del rank
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for key, (dtype, shape) in order:
@@ -294,7 +292,7 @@ def make_plan(
     """
     if sum(x is not None for x in (preset, bits, codebooks)) > 1:
         raise PlanError("give one of preset, bits and codebooks, not several")
-    rules = [as_rule(r) for r in rules]
+    own = [as_rule(r) for r in rules]
     only, never = [Rule(p) for p in include], [Rule(p) for p in exclude]
     base: dict[str, Any]
     preset_rules: Sequence[Rule] = ()
@@ -327,24 +325,24 @@ def make_plan(
     skips: list[Skip] = []
     floating = dtype_of(dtype) if dtype else None
     for slot in slots:
-        for r in (*rules, *only, *never):
+        for r in (*own, *only, *never):
             hits[id(r)] = hits.get(id(r), 0) + (not slot.buffer and r.matches(slot))
         stored = floating if floating is not None and slot.dtype.is_floating_point else slot.dtype
-        decision = _decide(slot, stored, base, rules, preset_rules, only, never, forced, seed)
+        decision = _decide(slot, stored, base, own, preset_rules, only, never, forced, seed)
         if isinstance(decision, Job):
             jobs.append(decision)
         else:
             skips.append(
                 Skip(slot.name, slot.aliases, slot.layer, slot.shape, dtype_name(stored), decision, slot.buffer)
             )
-    unmatched = [r.match for r in (*rules, *only, *never) if not hits.get(id(r))]
+    unmatched = [r.match for r in (*own, *only, *never) if not hits.get(id(r))]
     if unmatched:
         some = ", ".join(s.name for s in slots[:3])
         raise PlanError(f"no parameter matches {', '.join(map(repr, unmatched))}; names look like {some}")
     options = {
         "preset": preset, "bits": bits, "dim": dim, "codebooks": codebooks, "axis": axis, "fit": fit, "seed": seed,
         "grow": grow, "dtype": dtype, "include": list(include), "exclude": list(exclude),
-        "rules": [{"match": r.match, **r.settings} for r in rules],
+        "rules": [{"match": r.match, **r.settings} for r in own],
     }  # fmt: skip
     if all(options[k] is None for k in ("preset", "bits", "dim", "codebooks")):
         options["preset"] = DEFAULT_PRESET

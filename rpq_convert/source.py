@@ -83,7 +83,7 @@ def _info(name: str, entry: Mapping[str, object], path: Path, base: int) -> Tens
         raise SourceError(f"{path}: tensor {name} has dtype {kind!r}, which is not supported")
     dtype = DTYPES[str(kind)]
     shape = tuple(int(s) for s in entry["shape"])  # type: ignore[attr-defined]
-    start, end = entry["data_offsets"]  # type: ignore[misc]
+    start, end = (int(i) for i in entry["data_offsets"])  # type: ignore[attr-defined]
     if min(shape, default=0) < 0 or end - start != dtype.itemsize * math.prod(shape):
         raise SourceError(f"{path}: tensor {name} {list(shape)} {kind} cannot fill {end - start} bytes")
     return TensorInfo(name, dtype, shape, path, base + start, base + end)
@@ -116,7 +116,7 @@ class SafetensorsSource(Mapping[str, Tensor]):
         data = torch.empty(info.end - info.start, dtype=torch.uint8)
         with open(info.file, "rb") as f:
             f.seek(info.start)
-            got = f.readinto(memoryview(data.numpy())) if len(data) else 0  # type: ignore[attr-defined]
+            got = f.readinto(data.numpy().data) if len(data) else 0
         if got != len(data):
             raise SourceError(f"{info.file}: {name} ended after {got:,} of {len(data):,} bytes; was the file changed?")
         return data.view(info.dtype).reshape(info.shape) if len(data) else torch.empty(info.shape, dtype=info.dtype)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rpq_convert.layers import RPQLayer, class_names, find_view, original_class
+from rpq_convert.layers import class_names, find_view, original_class
 from rpq_convert.view import WeightView
 
 
@@ -54,7 +54,7 @@ def _reason(module: nn.Module, name: str, tensor: Tensor) -> str:
         return "inside a ScriptModule, whose class is compiled"
     if isinstance(module, nn.utils.parametrize.ParametrizationList):
         return "parametrized: its module computes the weight from it"
-    if isinstance(module, nn.RNNBase) or isinstance(module, nn.RNNCellBase):
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         return "recurrent: torch reads its weights as flat C++ lists"
     if name.endswith(("_g", "_v", "_orig")) and isinstance(getattr(module, name.rpartition("_")[0], None), Tensor):
         return "old-style weight_norm or spectral_norm: a hook computes the weight from it"
@@ -71,8 +71,6 @@ def walk(model: nn.Module) -> tuple[Slot, ...]:
     """Return the slots of a model, in the order of its state dict; the model may be on meta."""
     found: dict[int, list[tuple[str, nn.Module, str, Tensor, bool]]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, RPQLayer) or ("rpq" in path.rsplit("_", 1)[-1:] and path.endswith("_rpq")):
-            pass  # parameters of an RPQWeight are slots too: a second conversion leaves them as they are
         for name, tensor in module._parameters.items():
             if tensor is not None:
                 found.setdefault(id(tensor), []).append((f"{path}.{name}".lstrip("."), module, name, tensor, False))
@@ -95,10 +93,8 @@ def _slot(places: list[tuple[str, nn.Module, str, Tensor, bool]]) -> Slot:
     reason = reason or next((r for _, m, n, t, b in places if not b and (r := _reason(m, n, t))), "")
     view = None if reason else find_view(module, name)
     if view is not None and len(view.axes) != len(shape):
-        view, reason = (
-            None,
-            f"stored with {len(shape)} axes where {original_class(module).__name__} has {len(view.axes)}",
-        )
+        reason = f"stored with {len(shape)} axes where {original_class(module).__name__} has {len(view.axes)}"
+        view = None
     names = tuple(dict.fromkeys(p[0] for p in places))
     return Slot(
         name=names[0],

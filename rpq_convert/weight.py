@@ -231,7 +231,7 @@ class ComputedWeight(Tensor):
         return out
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         # Reached only below autograd (code that switches __torch_function__ off): decoding here would cut the gradient.
         decoded: dict[int, Tensor] = {}
         with torch.no_grad():
@@ -271,7 +271,7 @@ ATTRIBUTES: dict[Any, Callable[[ComputedWeight], Any]] = {
     Tensor.is_meta.__get__: lambda w: _rpq(w).codes.is_meta,  # type: ignore[attr-defined]
     Tensor.is_cuda.__get__: lambda w: _rpq(w).codes.is_cuda,  # type: ignore[attr-defined]
     Tensor.is_leaf.__get__: lambda w: False,  # type: ignore[attr-defined]
-    Tensor.grad.__get__: lambda w: None,  # type: ignore[attr-defined]
+    Tensor.grad.__get__: lambda w: None,  # type: ignore[union-attr]
     Tensor.dim: lambda w: len(_rpq(w).shape),
     Tensor.numel: lambda w: _size(w).numel(),
     Tensor.nelement: lambda w: _size(w).numel(),

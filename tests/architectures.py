@@ -31,7 +31,7 @@ def _whisper():
             max_target_positions=40,
             decoder_start_token_id=1,
             pad_token_id=0,
-        )  # fmt: skip
+        )
     )
 
 

@@ -107,7 +107,7 @@ def test_bad_requests_are_refused_before_any_work(source, tmp_path):
         rpq.convert_checkpoint(file, tmp_path / "there", factory=net, bits=4)
     with torch.no_grad():
         model[7].weight[0, 0] = float("nan")
-    with pytest.raises(rpq.EncodeError, match="7.weight"):
+    with pytest.raises(rpq.EncodeError, match=r"7\.weight"):
         rpq.convert(model, bits=4)
     assert type(model[0]) is nn.Conv2d
 

@@ -100,7 +100,7 @@ def load_config(folder: str | Path) -> Any:
     return transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
 
 
-def model_class(config: Any) -> type:
+def model_class(config: Any) -> Any:
     """Return the class that `config.architectures` names, from transformers itself."""
     for name in config.architectures or ():
         found = getattr(transformers, name, None)
@@ -108,7 +108,8 @@ def model_class(config: Any) -> type:
             return found
         raise SourceError(f"transformers {transformers.__version__} has no model class {name!r}")
     try:
-        return transformers.MODEL_MAPPING[type(config)]
+        found = transformers.MODEL_MAPPING[type(config)]
+        return found[0] if isinstance(found, tuple) else found
     except KeyError:
         raise SourceError(f"config {type(config).__name__} names no architecture") from None
 

@@ -43,7 +43,7 @@ def fragment(report: Report) -> str:
             ("codebooks", "codebook_bytes"),
             ("scales", "scale_bytes"),
             ("kept dense", "other_bytes"),
-        )  # fmt: skip
+        )
     )
     warnings = "".join(f"<div class=warn>{escape(w)}</div>" for w in report.all_warnings)
     files = "".join(f"<li>{escape(f.name)}: {f.bytes:,} bytes</li>" for f in report.files)

@@ -195,8 +195,8 @@ def diff(a: Report, b: Report) -> str:
             f"{before:,}",
             f"{after:,}",
             f"{after - before:+,}",
-            number(x and x.error),
-            number(y and y.error),
+            number(x.error if x else None),
+            number(y.error if y else None),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     lines.append(

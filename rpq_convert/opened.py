@@ -1,0 +1,105 @@
+"""Opened: a checkpoint that was found, paired with the empty model that it fills.
+
+Three kinds: a transformers checkpoint (folder or hub id), whose config builds the model; a weight file and a factory, for
+every other model; and bare headers, from which a size can be planned but nothing converted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from rpq_convert.empty import parameters_on_meta
+from rpq_convert.folder import CONFIG
+from rpq_convert.heads import head_rules
+from rpq_convert.planning import Plan, make_plan
+from rpq_convert.source import SourceError, open_folder
+from rpq_convert.walk import walk, walk_headers
+
+Factory = Callable[[], nn.Module]
+
+
+class Opened:
+    """A checkpoint that was found: its empty model (None where only headers are known), tensors and config."""
+
+    def __init__(self, model: nn.Module | None, source: Any, config: dict[str, Any] | None, files: list[Path]) -> None:
+        self.model, self.source, self.config, self.files = model, source, config, files
+
+    def plan(self, **options: Any) -> Plan:
+        if self.model is not None:
+            return make_plan(walk(self.model), head_rules=head_rules(self.model), **options)
+        slots = walk_headers((i.name, i.dtype, i.shape) for i in self.source.infos.values())
+        note = "planned from tensor names and shapes alone: layer types are guesses; give a factory to convert"
+        return make_plan(slots, warnings=[note], **options)
+
+
+def open_checkpoint(
+    src: str | Path,
+    *,
+    factory: str | Factory | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    allow_pickle: bool = False,
+    config_only: bool = False,
+) -> Opened:
+    """Find a checkpoint and pair it with its empty model.
+
+    Raises:
+        SourceError: nothing found, a broken file, keys that do not fit the model, an already quantized checkpoint.
+    """
+    if factory is not None:
+        source = open_folder(src, allow_pickle=allow_pickle)
+        model = empty_from_factory(factory)
+        return Opened(model, _checked(model, source), None, [])
+    if Path(src).suffix == ".safetensors" or (Path(src).is_dir() and not (Path(src) / CONFIG).is_file()):
+        return Opened(None, open_folder(src, allow_pickle=allow_pickle), None, [])
+    from rpq_convert.integrations import transformers
+
+    if config_only:
+        folder = transformers.fetch_config(src, revision=revision, local_files_only=local_files_only)
+    else:
+        folder = transformers.resolve(
+            src, revision=revision, local_files_only=local_files_only, allow_pickle=allow_pickle
+        )
+    config = transformers.load_config(folder)
+    raw = json.loads((folder / CONFIG).read_text("utf8"))
+    method = (raw.get("quantization_config") or {}).get("quant_method")
+    if method:
+        raise SourceError(f"{src} is quantized already ({method}); start from the original weights")
+    model = transformers.build_empty(config)
+    if config_only:
+        return Opened(model, None, raw, transformers.extra_files(folder))
+    tensors = transformers.ModuleSource(model, open_folder(folder, allow_pickle=allow_pickle))
+    tensors.check()
+    return Opened(model, tensors, raw, transformers.extra_files(folder))
+
+
+def empty_from_factory(factory: str | Factory) -> nn.Module:
+    """Build a model with parameters on meta and real buffers, from a callable or `"package.module:callable"`."""
+    if isinstance(factory, str):
+        module, _, name = factory.partition(":")
+        try:
+            factory = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as e:
+            raise SourceError(f"factory {factory!r}: {e}; write it as package.module:callable") from None
+    with parameters_on_meta():
+        return factory().eval()  # type: ignore[operator]
+
+
+def _checked(model: nn.Module, source: Any) -> Any:
+    """Refuse a source whose names are not the model's."""
+    slots = walk(model)
+    known = {n for s in slots for n in (s.name, *s.aliases)}
+    missing = [s.name for s in slots if not any(n in source for n in (s.name, *s.aliases))]
+    unused = [k for k in source if k not in known]
+    if missing or unused:
+        raise SourceError(
+            f"the checkpoint does not fit the model: {len(missing)} missing ({', '.join(missing[:3])}), "
+            f"{len(unused)} unknown ({', '.join(unused[:3])})"
+        )
+    return source
