@@ -78,11 +78,19 @@ def build(job: Job, tensors: Mapping[str, Tensor], zero_row: int | None, dtype: 
     return rpq
 
 
+CHUNK = 1 << 18  # weights decoded at a time to measure an error
+
+
 @torch.no_grad()
 def relative_error(dense: Tensor, rpq: RPQWeight) -> float:
     """Return `|W - W'|^2 / |W|^2`, 0 for a zero tensor that decodes to zeros."""
-    base = float(torch.linalg.vector_norm(dense, dtype=torch.float64)) ** 2
-    rest = float(torch.linalg.vector_norm(rpq().float().sub_(dense), dtype=torch.float64)) ** 2
+    matrix = rpq.view.to_matrix(dense, rpq.spec.axis)  # [n, L]
+    base = rest = 0.0
+    step = max(1, CHUNK // matrix.shape[1])
+    for start in range(0, matrix.shape[0], step):
+        part = matrix[start : start + step].double()
+        base += float(part.square().sum())
+        rest += float(part.sub_(rpq.matrix_rows(start, start + step)).square_().sum())
     return rest / base if base else (math.inf if rest else 0.0)
 
 

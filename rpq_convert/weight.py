@@ -82,12 +82,25 @@ class RPQWeight(nn.Module):
         """Expand the rows `index [r]` of a two-axis parameter cut along its input axis: [r, L]."""
         return self._finish(self._expand(index), index)
 
+    @torch.no_grad()
+    def matrix_rows(self, start: int, stop: int) -> Tensor:
+        """Expand rows `start` to `stop` of the matrix view alone: [stop - start, L], not differentiable."""
+        part = self._expand(slice(start, stop))
+        if self.scales is not None:
+            spread = self.view.spread_scales(self.scales).expand(self.shape)
+            part = part * self.view.to_matrix(spread, self.spec.axis)[start:stop].to(self.dtype)
+        if self.zero_row is not None and self.spec.axis == "out":
+            part[:, self.zero_row] = 0
+        elif self.zero_row is not None and start <= self.zero_row < stop:
+            part[self.zero_row - start] = 0
+        return part
+
     @property
     def rows_are_entries(self) -> bool:
         """Whether one row of the stored parameter is one row of `M`, so that `rows` serves lookups."""
         return self.spec.axis == "in" and self.view.axes == ("out", "in")
 
-    def _expand(self, index: Tensor | None) -> Tensor:
+    def _expand(self, index: Tensor | slice | None) -> Tensor:
         spec = self.spec
         length = self.view.matrix_shape(self.shape, spec.axis)[1]
         codes = self.codes if spec.stages > 1 else self.codes.unsqueeze(0)  # [stages, blocks, n] or [stages, n, blocks]

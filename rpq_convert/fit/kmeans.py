@@ -121,7 +121,7 @@ def pose(matrix: torch.Tensor, importance: torch.Tensor | None, *, dim: int, boo
     """Check a fitter's arguments and scale the matrix; ValueError where no fit is possible."""
     blocks = check_layout(matrix, dim=dim, books=books, stages=stages)
     matrix = matrix.detach().to(device="cpu", dtype=torch.float32)
-    least, most = (float(v) for v in torch.aminmax(matrix))
+    least, most = float(matrix.amin()), float(matrix.amax())  # aminmax would copy a transposed matrix
     if not (math.isfinite(least) and math.isfinite(most)):
         raise ValueError("the matrix has NaN or infinite entries; a codeword cannot stand for them")
     largest = max(-least, most)
@@ -129,7 +129,7 @@ def pose(matrix: torch.Tensor, importance: torch.Tensor | None, *, dim: int, boo
     scale = 2.0 ** -max(-120, min(120, math.frexp(largest)[1])) if largest > 0 else 1.0
     if importance is not None:
         importance = importance.detach().to(device="cpu", dtype=torch.float32)
-        least, most = (float(v) for v in torch.aminmax(importance))
+        least, most = float(importance.amin()), float(importance.amax())
         if not (math.isfinite(least) and math.isfinite(most) and least >= 0):
             raise ValueError(f"importance must be finite and not negative, got values from {least} to {most}")
         importance = (importance / most).expand(matrix.shape) if most > 0 else None
@@ -174,7 +174,8 @@ def collect(problem: Problem, book: int, *, full: int, sample: int, rng: np.rand
     n = problem.matrix.shape[0]
     low, high = problem.block_range(book)
     rate = 1.0 if n * (high - low) <= full else sample / (n * (high - low))
-    centre = float(problem.matrix[:, low * problem.dim : high * problem.dim].mean(dtype=torch.float64)) * problem.scale
+    rows = problem.matrix[:, low * problem.dim : high * problem.dim].mean(1)  # fp64 means of fp32 rows: no wide copy
+    centre = float(rows.mean(dtype=torch.float64)) * problem.scale
     parts: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}  # r -> [(columns, weights)]
     far: dict[int, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}  # r -> [(columns, weights, distances)]
     for span in problem.spans(book):
