@@ -16,75 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from rpq_convert import layers
-from rpq_convert.conversion import make_report, plan_of, put_everywhere
+from rpq_convert.conversion import plan_of, put_everywhere
 from rpq_convert.encode import Encoded
 from rpq_convert.folder import CARD, CONFIG, MANIFEST, REPORT, Folder, sha256
 from rpq_convert.opened import Factory, empty_from_factory
 from rpq_convert.planning import FORMAT_VERSION, Plan, Skip
+from rpq_convert.record import write_rest
 from rpq_convert.report.schema import FileRow, Report
 from rpq_convert.source import SourceError, open_folder
-from rpq_convert.version import __version__
 from rpq_convert.weight import RPQWeight
 
 
 class VerifyError(ValueError):
     """A checkpoint folder is damaged."""
-
-
-def quantization_config(plan: Plan, facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the part of config.json from which the model is rebuilt."""
-    modules = {
-        j.name: {
-            **j.spec.to_dict(), "view": j.view, "shape": list(j.shape), "dtype": j.dtype,
-            "zero_row": facts[j.name].get("zero_row"),
-        }
-        for j in plan.jobs
-    }  # fmt: skip
-    return {
-        "quant_method": "rpq",
-        "format_version": FORMAT_VERSION,
-        "modules": modules,
-        "tied": {a: x.name for items in (plan.jobs, plan.skips) for x in items for a in x.aliases},
-        "guard": plan.jobs[0].name if plan.jobs else None,
-        "plan_sha256": plan.sha256,
-        "version": __version__,
-    }
-
-
-def write_rest(
-    folder: Folder, config: dict[str, Any] | None, facts: Mapping[str, Mapping[str, Any]], title: str
-) -> Report:
-    """Write config, report and model card beside the weights, and finish the folder."""
-    plan = folder.plan
-    merged: dict[str, Any] = dict(config) if config is not None else {"library_name": "rpq-convert"}
-    merged["quantization_config"] = quantization_config(plan, facts)
-    if plan.options.get("dtype") and config is not None:
-        merged["dtype"] = plan.options["dtype"]
-        merged.pop("torch_dtype", None)
-    folder.write(CONFIG, json.dumps(merged, indent=1))
-    report = make_report(plan, facts, title)
-    folder.write(CARD, model_card(report, transformers=config is not None))
-    sizes = tuple(
-        FileRow(p.name, p.stat().st_size) for p in sorted(folder.work.iterdir()) if p.is_file() and p.name != REPORT
-    )
-    report = make_report(plan, facts, title, sizes)
-    folder.write(REPORT, report.to_json())
-    folder.finish()
-    return report
-
-
-def model_card(report: Report, *, transformers: bool) -> str:
-    """Return the README.md of an output folder."""
-    load = (
-        'rpq.load("path/of/this/folder")'
-        if transformers
-        else 'rpq.load("path/of/this/folder", factory=your_model_function)'
-    )
-    return (
-        f"---\nlibrary_name: rpq-convert\ntags: [rpq, product-quantization]\n---\n\n# {report.title}, RPQ\n\n"
-        "Weights product-quantized with rpq-convert: uint8 codes and small codebooks, expanded when used.\n\n"
-        f"```python\nimport rpq_convert as rpq\n\nmodel = {load}\n```\n\n## Size\n\n{report.to_markdown()}\n"
-    )
 
 
 def save(

@@ -17,17 +17,16 @@ from torch import Tensor, nn
 from rpq_convert import layers
 from rpq_convert.encode import Encoded, build, encode
 from rpq_convert.executors import run
-from rpq_convert.folder import CARD, REPORT, Folder
+from rpq_convert.folder import Folder
 from rpq_convert.heads import head_rules
 from rpq_convert.opened import Factory, open_checkpoint
 from rpq_convert.planning import Job, Plan, make_plan
-from rpq_convert.report.schema import FileRow, Report
+from rpq_convert.record import make_report, write_rest
+from rpq_convert.report.schema import Report
 from rpq_convert.rules import PlanError
 from rpq_convert.source import SourceError
-from rpq_convert.version import __version__
 from rpq_convert.walk import walk
 
-FACTS = ("error", "dead", "seconds")  # what a fit measures
 Progress = Callable[[Job, Encoded | None], None]
 
 
@@ -238,20 +237,6 @@ def report_of(model: nn.Module, plan: Plan) -> Report:
     return make_report(plan, facts, title=type(model).__name__)
 
 
-def make_report(
-    plan: Plan, facts: Mapping[str, Mapping[str, Any]], title: str, files: Iterable[FileRow] = ()
-) -> Report:
-    """Join the plan's rows with what the fits measured."""
-    rows = []
-    for row in plan.rows():
-        measured: dict[str, Any] = {k: facts[row.name].get(k) for k in FACTS} if row.name in facts else {}
-        rows.append(replace(row, **measured))
-    return Report(
-        title=title, rows=tuple(rows), files=tuple(files), warnings=plan.warnings, options=dict(plan.options),
-        predicted_bytes=plan.file_bytes, version=__version__,
-    )  # fmt: skip
-
-
 def convert_checkpoint(
     src: str | Path,
     out: str | Path,
@@ -278,8 +263,6 @@ def convert_checkpoint(
     Raises:
         SourceError, PlanError, EncodeError, FolderError: see their docs. Nothing is left under the name `out`.
     """
-    from rpq_convert.checkpoint import write_rest
-
     opened = open_checkpoint(
         src, factory=factory, revision=revision, local_files_only=local_files_only, allow_pickle=allow_pickle
     )
@@ -303,6 +286,3 @@ def convert_checkpoint(
     title = Path(str(src)).name
     folder.copy(opened.files)
     return write_rest(folder, opened.config, facts, title)
-
-
-__all__ = ["CARD", "REPORT", "convert", "convert_checkpoint", "plan", "plan_of", "run_jobs"]
