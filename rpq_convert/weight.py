@@ -15,7 +15,8 @@ writes vanish) and rebuilding layers from their attributes (loses hooks, aliases
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ from torch.nn import functional as F
 
 from rpq_convert.spec import CODEWORDS, Spec, dtype_name, dtype_of
 from rpq_convert.view import WeightView
+
+if TYPE_CHECKING:
+    from rpq_convert.kernels.linear import Cut
 
 
 class RPQWeight(nn.Module):
@@ -73,14 +77,55 @@ class RPQWeight(nn.Module):
     def trainable(self) -> bool:
         return self.codebooks.requires_grad or (self.scales is not None and self.scales.requires_grad)
 
+    @cached_property
+    def cut(self) -> Cut:
+        """The coded matrix as kernels see it."""
+        from rpq_convert.kernels.linear import Cut
+
+        n, length = self.view.matrix_shape(self.shape, self.spec.axis)
+        return Cut(self.spec.axis, n, length, self.spec.dim, self.spec.books, self.spec.stages)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the kernels serve: real tensors on the CPU, with nothing that watches or rewrites torch's operations."""
+        return (
+            type(self.codes) is nn.Parameter
+            and self.codes.device.type == "cpu"
+            and self.dtype in (torch.float32, torch.bfloat16, torch.float16)
+            and not torch.compiler.is_compiling()
+            and torch._C._len_torch_dispatch_stack() == 0
+            and torch._C._functorch.peek_interpreter_stack() is None
+        )
+
+    def stages_codes(self) -> Tensor:
+        """Return the codes as [stages, blocks, n], a view."""
+        codes = self.codes if self.spec.stages > 1 else self.codes.unsqueeze(0)
+        return codes if self.spec.layout == "blocks" else codes.transpose(1, 2)
+
     def forward(self) -> Tensor:
         """Expand to the dense parameter, in its stored shape, contiguous, differentiable."""
-        matrix = self._expand(None)  # [n, L]
+        if not self.compiled:
+            matrix = self._expand(None)  # [n, L]
+            return self._finish(self.view.from_matrix(matrix, self.shape, self.spec.axis))
+        from rpq_convert.kernels.decode import decode
+
+        codes, axes = self.stages_codes(), self.view.axes
+        if axes[0] == "out" and "expert" not in axes:
+            weight = decode(codes, self.codebooks, self.scales, self.cut, self.dtype).view(self.shape)
+            return self._finish(weight, scaled=True)
+        weight = decode(codes, self.codebooks, None, self.cut, self.dtype)
+        matrix = weight if self.spec.axis == "in" else weight.T
         return self._finish(self.view.from_matrix(matrix, self.shape, self.spec.axis))
 
     def rows(self, index: Tensor) -> Tensor:
         """Expand the rows `index [r]` of a two-axis parameter cut along its input axis: [r, L]."""
-        return self._finish(self._expand(index), index)
+        if not self.compiled:
+            return self._finish(self._expand(index), index)
+        from rpq_convert.kernels.decode import decode_rows
+
+        index = index.long().contiguous()
+        rows = decode_rows(self.stages_codes(), self.codebooks, self.scales, index, self.cut, self.dtype)
+        return self._finish(rows, index, scaled=True)
 
     @torch.no_grad()
     def matrix_rows(self, start: int, stop: int) -> Tensor:
@@ -103,13 +148,15 @@ class RPQWeight(nn.Module):
     def _expand(self, index: Tensor | slice | None) -> Tensor:
         spec = self.spec
         length = self.view.matrix_shape(self.shape, spec.axis)[1]
-        codes = self.codes if spec.stages > 1 else self.codes.unsqueeze(0)  # [stages, blocks, n] or [stages, n, blocks]
-        if spec.layout == "blocks":
-            codes = codes.transpose(1, 2)  # [stages, n, blocks]
+        codes = self.stages_codes().transpose(1, 2)  # [stages, n, blocks]
         if index is not None:
             codes = codes[:, index]
         blocks = codes.shape[2]
         table = self.codebooks.reshape(spec.stages, spec.books * CODEWORDS, spec.dim)
+        if spec.stages > 1:
+            table = table.to(
+                torch.promote_types(table.dtype, torch.float32)
+            )  # sums of stages are not rounded on the way
         first = torch.arange(blocks, device=codes.device, dtype=torch.int32) * spec.books // blocks * CODEWORDS
         total: Tensor | None = None
         for stage in range(spec.stages):
@@ -118,9 +165,9 @@ class RPQWeight(nn.Module):
         assert total is not None
         return total.to(self.dtype).flatten(1)[:, :length]
 
-    def _finish(self, weight: Tensor, index: Tensor | None = None) -> Tensor:
+    def _finish(self, weight: Tensor, index: Tensor | None = None, *, scaled: bool = False) -> Tensor:
         """Apply row scales and the zero row to a stored-shape weight, or to the rows `index` of it."""
-        if self.scales is not None:
+        if self.scales is not None and not scaled:
             scales = self.scales if index is None else self.scales[index]
             weight = weight * self.view.spread_scales(scales.to(self.dtype))
         if self.zero_row is not None:
@@ -295,6 +342,46 @@ ATTRIBUTES: dict[Any, Callable[[ComputedWeight], Any]] = {
 }
 
 
+def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Any:
+    return _product(input, weight, bias, ("out", "in"))
+
+
+def _addmm(input: Tensor, mat1: Tensor, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    """`bias + x W`: how transformers' Conv1D calls its weight, stored [in, out]."""
+    if beta != 1 or alpha != 1 or input.ndim != 1:
+        return NotImplemented
+    return _product(mat1, mat2, input, ("in", "out"))
+
+
+def _product(x: Tensor, weight: Any, bias: Tensor | None, axes: tuple[str, ...]) -> Any:
+    """Multiply by a computed weight without expanding it, where that is the faster way."""
+    if not isinstance(weight, ComputedWeight) or isinstance(x, ComputedWeight) or isinstance(bias, ComputedWeight):
+        return NotImplemented
+    rpq = _rpq(weight)
+    if rpq.view.axes != axes or x.device.type != "cpu" or not rpq.compiled:
+        return NotImplemented
+    from rpq_convert.kernels.linear import decoded_linear, linear
+
+    cut = rpq.cut
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else rpq.dtype
+    if x.ndim == 0 or x.shape[-1] != cut.inputs or not x.numel() or (x.dtype != dtype and dtype == rpq.dtype):
+        return NotImplemented  # torch says what is wrong
+    training = torch.is_grad_enabled() and (x.requires_grad or rpq.trainable)
+    if rpq.zero_row is not None and training:
+        return NotImplemented
+    flat = x.reshape(-1, cut.inputs).to(dtype)
+    parts = (rpq.stages_codes(), rpq.codebooks, rpq.scales)
+    if cut.cost(flat.shape[0]) <= 1:
+        out = linear(flat, *parts, bias, cut)
+    elif training and dtype == rpq.dtype and axes == ("out", "in"):
+        out = decoded_linear(flat, *parts, bias, cut)
+    else:
+        return NotImplemented
+    if rpq.zero_row is not None:
+        out[:, rpq.zero_row] = 0 if bias is None else bias[rpq.zero_row].to(dtype)
+    return out.view(*x.shape[:-1], cut.outputs)
+
+
 def _looked_up(index: Tensor, weight: Any, padding_idx: int | None) -> tuple[Tensor, Tensor, int | None] | None:
     """Return (rows, new index, new padding_idx) so that a lookup runs on the few decoded rows it needs."""
     if not isinstance(weight, ComputedWeight):
@@ -304,15 +391,19 @@ def _looked_up(index: Tensor, weight: Any, padding_idx: int | None) -> tuple[Ten
         return None
     entries = rpq.shape[0]
     used, inverse = torch.unique(index, return_inverse=True)
-    if used[0] < 0 or used[-1] >= entries:
-        bad = used[0] if used[0] < 0 else used[-1]
-        raise IndexError(f"index {int(bad)} is out of range for an embedding of {entries} entries")
+    _check_range(used[0], used[-1], entries)
     if padding_idx is None:
         return rpq.rows(used), inverse, None
     if padding_idx < 0:
         padding_idx += entries
     at = int(torch.searchsorted(used, padding_idx))
     return rpq.rows(used), inverse, at if at < len(used) and int(used[at]) == padding_idx else None
+
+
+def _check_range(low: Tensor, high: Tensor, entries: int) -> None:
+    if low < 0 or high >= entries:
+        bad = low if low < 0 else high
+        raise IndexError(f"index {int(bad)} is out of range for an embedding of {entries} entries")
 
 
 def _embedding(
@@ -324,6 +415,14 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
+    if isinstance(weight, ComputedWeight) and max_norm is None and not scale_grad_by_freq:
+        rpq = _rpq(weight)
+        frozen = padding_idx is None or not (
+            torch.is_grad_enabled() and rpq.trainable
+        )  # no gradient to keep from a row
+        if frozen and rpq.rows_are_entries and rpq.compiled and input.device.type == "cpu" and input.numel():
+            _check_range(input.min(), input.max(), rpq.shape[0])
+            return rpq.rows(input.reshape(-1)).view(*input.shape, rpq.shape[1])
     found = _looked_up(input, weight, padding_idx)
     if found is None:
         return (
@@ -369,4 +468,9 @@ def _embedding_bag(
 
 
 # Operations that do better than decode-then-call; a handler that returns NotImplemented falls back to decoding.
-HANDLERS: dict[Any, Callable[..., Any]] = {F.embedding: _embedding, F.embedding_bag: _embedding_bag}
+HANDLERS: dict[Any, Callable[..., Any]] = {
+    F.linear: _linear,
+    torch.addmm: _addmm,
+    F.embedding: _embedding,
+    F.embedding_bag: _embedding_bag,
+}

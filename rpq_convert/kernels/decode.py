@@ -1,0 +1,130 @@
+"""Decoding with gradients: the whole weight, or the rows of an embedding. The torch face of `expand`.
+
+Saved for backward are codes and codebooks, never the weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rpq_convert.kernels import expand as e
+from rpq_convert.kernels.linear import Cut, _address, _flat, plain_weight, share
+from rpq_convert.kernels.team import run
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STEP = 64  # positions of one part
+
+
+def decode(codes: Tensor, codebooks: Tensor, scales: Tensor | None, cut: Cut, dtype: torch.dtype) -> Tensor:
+    """Return the weight [outputs, inputs], contiguous, in `dtype`: the plain decode's bits.
+
+    Args:
+        codes: uint8 [stages, blocks, n], any strides.
+        codebooks: [stages, books, 256, dim], of any float dtype.
+        scales: [outputs].
+    """
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (codebooks, scales)):
+        return _Decode.apply(codes, codebooks, scales, None, cut, dtype)
+    return _decode(codes, codebooks, scales, None, cut, dtype)
+
+
+def decode_rows(
+    codes: Tensor, codebooks: Tensor, scales: Tensor | None, index: Tensor, cut: Cut, dtype: torch.dtype
+) -> Tensor:
+    """Return rows `index` [k] int64 of a weight cut along its inputs: [k, inputs]."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (codebooks, scales)):
+        return _Decode.apply(codes, codebooks, scales, index, cut, dtype)
+    return _decode(codes, codebooks, scales, index, cut, dtype)
+
+
+def _fields(
+    codes: Tensor, tables: Tensor, scales: Tensor | None, index: Tensor | None, cut: Cut, out: Tensor, step: int,
+    grad: int = 0, grad_bytes: int = 0,
+) -> tuple[int, ...]:  # fmt: skip
+    rows = out.shape[0] if cut.axis == "in" else cut.n
+    return (
+        codes.data_ptr(), *codes.stride(), tables.data_ptr(), cut.stages, cut.books, cut.blocks, cut.dim, rows,
+        cut.length, out.data_ptr(), out.stride(0), _address(scales), _address(index), step, grad, grad_bytes,
+    )  # fmt: skip
+
+
+def _decode(
+    codes: Tensor, codebooks: Tensor, scales: Tensor | None, index: Tensor | None, cut: Cut, dtype: torch.dtype
+) -> Tensor:
+    if cut.stages > 1 and dtype != torch.float32:
+        wide = _decode(codes, codebooks, None, index, cut, torch.float32).to(dtype)
+        return _scale(wide, scales, index)
+    tables = codebooks.detach().to(dtype)
+    if cut.axis == "out":
+        tables = tables.transpose(-1, -2)
+    tables = tables.contiguous()
+    count = cut.outputs if index is None else index.numel()
+    out = torch.empty(count, cut.inputs, dtype=dtype, device=codes.device)
+    plain = dtype == torch.float32
+    factors = _flat(scales) if plain else None
+    fields = _fields(codes, tables, factors, index, cut, out, STEP)
+    if cut.axis == "in":
+        run(e.rows if plain else e.rows_short, fields, -(-count // STEP))
+    else:
+        run(e.columns if plain else e.columns_short, fields, cut.blocks)
+    return out if plain else _scale(out, scales, index)
+
+
+def _scale(weight: Tensor, scales: Tensor | None, index: Tensor | None) -> Tensor:
+    if scales is None:
+        return weight
+    scales = scales.detach() if index is None else scales.detach()[index]
+    return weight.mul_(scales.to(weight.dtype)[:, None])
+
+
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, codes: Tensor, codebooks: Tensor, scales: Any, index: Any, cut: Cut, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.save_for_backward(codes, codebooks, scales, index)
+        ctx.cut = cut
+        return _decode(codes, codebooks, scales, index, cut, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        codes, codebooks, scales, index = ctx.saved_tensors
+        cut, needs = ctx.cut, ctx.needs_input_grad
+        if torch.is_grad_enabled():  # a gradient of this gradient is wanted: ordinary operations have one
+            weight = plain_weight(codes, codebooks, scales, cut)
+            weight = weight if index is None else weight[index]
+            inner = [t for t, need in ((codebooks, needs[1]), (scales, needs[2])) if need]
+            grads = iter(torch.autograd.grad(weight, inner, gradient.to(weight.dtype), create_graph=True))
+            return None, next(grads) if needs[1] else None, next(grads) if needs[2] else None, None, None, None
+        dbooks = dscales = None
+        if needs[2]:
+            bare = _decode(codes, codebooks, None, index, cut, torch.float32)
+            rows = (bare * gradient).sum(1)
+            if index is not None:
+                rows = torch.zeros(cut.n, dtype=rows.dtype).index_add_(0, index, rows)
+            dscales = rows.to(scales.dtype)
+        if needs[1]:
+            dbooks = _gradient(gradient, codes, codebooks, scales, index, cut)
+        return None, dbooks, dscales, None, None, None
+
+
+def _gradient(
+    gradient: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, index: Tensor | None, cut: Cut
+) -> Tensor:
+    flat, factors = _flat(gradient), _flat(scales)
+    assert flat is not None
+    down = cut.axis == "out"
+    count = cut.blocks if down else flat.shape[0]
+    step = share(count, cut.stages * flat.numel(), 1)
+    pieces = max(1, -(-count // step))
+    own = 1 if down and cut.books == cut.blocks else pieces  # parts that share a codebook sum apart
+    grads = flat.new_zeros(own, cut.stages * cut.books * 256 * cut.dim)
+    fields = _fields(
+        codes, codebooks, factors, index, cut, flat, step, grads.data_ptr(), 4 * grads.shape[1] * (own > 1)
+    )
+    run(e.gradient_columns if down else e.gradient_rows, fields, pieces)
+    total = grads[0] if own == 1 else grads.sum(0)
+    return total.reshape(codebooks.shape).to(codebooks.dtype)

@@ -1,0 +1,209 @@
+"""Loops that decode: a whole matrix, or some of its rows, and the gradients of both.
+
+Codes are addressed as in `lookup`. Tables are [stages, books, 256, dim] where a sub-vector lies in one piece of the result
+(`axis` "in"), [stages, books, dim, 256] where it goes down a column ("out"). No index of eight bytes per weight and no
+array beside the result exists at any time. The arithmetic is that of torch's plain decode, in its order, so are the bits.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import carray, njit
+
+from rpq_convert.kernels.team import COUNT, FIRST, NEXT
+from rpq_convert.kernels.vectors import (
+    LANES,
+    address_of,
+    load,
+    read_byte,
+    read_float,
+    read_long,
+    read_short,
+    store,
+    take_number,
+    write_float,
+    write_short,
+)
+
+TOTAL = 32
+(
+    CODES, BY_STAGE, BY_BLOCK, BY_ROW, TABLES, STAGES, BOOKS, BLOCKS, DIM, ROWS, LENGTH, OUT, OUT_STRIDE, SCALES, INDEX,
+    STEP, GRAD, GRAD_BYTES,
+) = range(FIRST, FIRST + 18)  # fmt: skip
+TILE = 16  # rows decoded together, so that their codes share cache lines
+EIGHT = LANES[8]
+
+
+@njit(cache=True, nogil=True)
+def _book(a, stage, block):
+    return a[TABLES] + 1024 * a[DIM] * (stage * a[BOOKS] + block * a[BOOKS] // a[BLOCKS])
+
+
+@njit(cache=True, nogil=True)
+def _row(a, position):
+    """Return the row of M at a position of the result: the index's, or the position itself."""
+    return read_long(a[INDEX] + 8 * position) if a[INDEX] != 0 else position
+
+
+@njit(cache=True, nogil=True)
+def _rows(a, low, high):
+    """out [positions, length] = rows of M, for positions `low` to `high`."""
+    dim, blocks = a[DIM], a[BLOCKS]
+    for b in range(blocks):
+        begin = b * dim
+        some = min(dim, a[LENGTH] - begin)
+        for p in range(low, high):
+            r = _row(a, p)
+            to = a[OUT] + 4 * (p * a[OUT_STRIDE] + begin)
+            factor = read_float(a[SCALES] + 4 * r) if a[SCALES] != 0 else np.float32(1)
+            code = a[CODES] + b * a[BY_BLOCK] + r * a[BY_ROW]
+            word = _book(a, 0, b) + 4 * dim * read_byte(code)
+            if a[STAGES] == 1 and a[SCALES] == 0 and some % 8 == 0:
+                for j in range(0, some, 8):
+                    store(to + 4 * j, load(word + 4 * j, EIGHT))
+                continue
+            for j in range(some):
+                value = read_float(word + 4 * j)
+                for s in range(1, a[STAGES]):
+                    value += read_float(_book(a, s, b) + 4 * (dim * read_byte(code + s * a[BY_STAGE]) + j))
+                write_float(to + 4 * j, value * factor)
+
+
+@njit(cache=True, nogil=True)
+def _columns(a, b):
+    """out [length, n] = M transposed, rows of block `b`."""
+    dim, n = a[DIM], a[ROWS]
+    code = a[CODES] + b * a[BY_BLOCK]
+    for j in range(min(dim, a[LENGTH] - b * dim)):
+        to = a[OUT] + 4 * (b * dim + j) * a[OUT_STRIDE]
+        factor = read_float(a[SCALES] + 4 * (b * dim + j)) if a[SCALES] != 0 else np.float32(1)
+        word = _book(a, 0, b) + 1024 * j
+        if a[STAGES] == 1:
+            for r in range(n):
+                write_float(to + 4 * r, read_float(word + 4 * read_byte(code + r * a[BY_ROW])) * factor)
+            continue
+        for r in range(n):
+            value = read_float(word + 4 * read_byte(code + r * a[BY_ROW]))
+            for s in range(1, a[STAGES]):
+                at = read_byte(code + s * a[BY_STAGE] + r * a[BY_ROW])
+                value += read_float(_book(a, s, b) + 4 * (256 * j + at))
+            write_float(to + 4 * r, value * factor)
+
+
+@njit(cache=True, nogil=True)
+def _rows_short(a, low, high):
+    """As `_rows`, for one stage of 16-bit numbers without scales, which are copied whatever they mean."""
+    dim, blocks = a[DIM], a[BLOCKS]
+    for b in range(blocks):
+        begin = b * dim
+        book = a[TABLES] + 512 * dim * (b * a[BOOKS] // blocks)
+        for p in range(low, high):
+            r = _row(a, p)
+            to = a[OUT] + 2 * (p * a[OUT_STRIDE] + begin)
+            word = book + 2 * dim * read_byte(a[CODES] + b * a[BY_BLOCK] + r * a[BY_ROW])
+            for j in range(min(dim, a[LENGTH] - begin)):
+                write_short(to + 2 * j, read_short(word + 2 * j))
+
+
+@njit(cache=True, nogil=True)
+def _columns_short(a, b):
+    dim = a[DIM]
+    for j in range(min(dim, a[LENGTH] - b * dim)):
+        to = a[OUT] + 2 * (b * dim + j) * a[OUT_STRIDE]
+        word = a[TABLES] + 512 * (dim * (b * a[BOOKS] // a[BLOCKS]) + j)
+        for r in range(a[ROWS]):
+            write_short(to + 2 * r, read_short(word + 2 * read_byte(a[CODES] + b * a[BY_BLOCK] + r * a[BY_ROW])))
+
+
+@njit(cache=True, nogil=True)
+def _gradient_rows(a, low, high, grad):
+    """grad [stages, books, 256, dim] += OUT [positions, length] times scales, by code."""
+    dim = a[DIM]
+    for s in range(a[STAGES]):
+        for b in range(a[BLOCKS]):
+            begin = b * dim
+            book = 256 * (s * a[BOOKS] + b * a[BOOKS] // a[BLOCKS])
+            for p in range(low, high):
+                r = _row(a, p)
+                factor = read_float(a[SCALES] + 4 * r) if a[SCALES] != 0 else np.float32(1)
+                code = read_byte(a[CODES] + s * a[BY_STAGE] + b * a[BY_BLOCK] + r * a[BY_ROW])
+                to, value = grad + 4 * dim * (book + code), a[OUT] + 4 * (p * a[OUT_STRIDE] + begin)
+                for j in range(min(dim, a[LENGTH] - begin)):
+                    write_float(to + 4 * j, read_float(to + 4 * j) + read_float(value + 4 * j) * factor)
+
+
+@njit(cache=True, nogil=True)
+def _gradient_columns(a, low, high, grad):
+    """The same for OUT [length, n] and blocks `low` to `high`."""
+    dim = a[DIM]
+    for s in range(a[STAGES]):
+        for b in range(low, high):
+            book = 256 * (s * a[BOOKS] + b * a[BOOKS] // a[BLOCKS])
+            code = a[CODES] + s * a[BY_STAGE] + b * a[BY_BLOCK]
+            for j in range(min(dim, a[LENGTH] - b * dim)):
+                value = a[OUT] + 4 * (b * dim + j) * a[OUT_STRIDE]
+                factor = read_float(a[SCALES] + 4 * (b * dim + j)) if a[SCALES] != 0 else np.float32(1)
+                for r in range(a[ROWS]):
+                    to = grad + 4 * (dim * (book + read_byte(code + r * a[BY_ROW])) + j)
+                    write_float(to, read_float(to) + read_float(value + 4 * r) * factor)
+
+
+# ---- tasks: numbers count steps of STEP positions, or blocks -----------------------------------------------------------
+
+
+def rows(data):
+    a, base = carray(data, TOTAL), address_of(data)
+    while True:
+        part = take_number(base + 8 * NEXT)
+        if part >= a[COUNT]:
+            return
+        high = min((part + 1) * a[STEP], a[ROWS])
+        for low in range(part * a[STEP], high, TILE):
+            _rows(a, low, min(low + TILE, high))
+
+
+def columns(data):
+    a, base = carray(data, TOTAL), address_of(data)
+    while True:
+        block = take_number(base + 8 * NEXT)
+        if block >= a[COUNT]:
+            return
+        _columns(a, block)
+
+
+def rows_short(data):
+    a, base = carray(data, TOTAL), address_of(data)
+    while True:
+        part = take_number(base + 8 * NEXT)
+        if part >= a[COUNT]:
+            return
+        high = min((part + 1) * a[STEP], a[ROWS])
+        for low in range(part * a[STEP], high, TILE):
+            _rows_short(a, low, min(low + TILE, high))
+
+
+def columns_short(data):
+    a, base = carray(data, TOTAL), address_of(data)
+    while True:
+        block = take_number(base + 8 * NEXT)
+        if block >= a[COUNT]:
+            return
+        _columns_short(a, block)
+
+
+def gradient_rows(data):
+    a, base = carray(data, TOTAL), address_of(data)
+    while True:
+        part = take_number(base + 8 * NEXT)
+        if part >= a[COUNT]:
+            return
+        _gradient_rows(a, part * a[STEP], min((part + 1) * a[STEP], a[ROWS]), a[GRAD] + part * a[GRAD_BYTES])
+
+
+def gradient_columns(data):
+    a, base = carray(data, TOTAL), address_of(data)
+    while True:
+        part = take_number(base + 8 * NEXT)
+        if part >= a[COUNT]:
+            return
+        _gradient_columns(a, part * a[STEP], min((part + 1) * a[STEP], a[BLOCKS]), a[GRAD] + part * a[GRAD_BYTES])

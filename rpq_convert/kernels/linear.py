@@ -1,0 +1,376 @@
+"""A linear layer on codes: forward and backward without the weight. The torch face of `lookup`.
+
+Which primitive serves which pass: a layer cut along its inputs is a lookup forward and bins backward, one cut along its
+outputs the reverse. Saved for backward are the input, the codes and the codebooks; no dense weight and no dense gradient
+of one exists at any time. Work is cut into parts by shape alone: tokens 16 at a time, or blocks where tokens are few.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from rpq_convert.kernels import lookup as k
+from rpq_convert.kernels.tasks import CHUNK, TASKS, one_parts
+from rpq_convert.kernels.team import run
+from rpq_convert.kernels.vectors import HAS_HALF, HAS_PICK
+
+FEW = 3 if HAS_PICK else 1  # up to so many tokens go one by one
+PARTS = 4  # blocks are split into at most so many parts
+SMALL = 1 << 16  # codebooks of fewer numbers are kept wide
+WORTH = 1 << 18  # lookups that are worth a thread
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A coded matrix M [n, length]: rows in `blocks` sub-vectors of `dim`, `books` codebooks, `stages` summed.
+
+    `axis` "in": M's rows are outputs, its columns inputs; "out": the other way round.
+    """
+
+    axis: str
+    n: int
+    length: int
+    dim: int
+    books: int
+    stages: int
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.length // self.dim)
+
+    @property
+    def inputs(self) -> int:
+        return self.length if self.axis == "in" else self.n
+
+    @property
+    def outputs(self) -> int:
+        return self.n if self.axis == "in" else self.length
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        return self.stages, self.books, self.blocks, self.dim, self.n
+
+    @property
+    def room(self) -> int:
+        """Floats of scratch that hold one widened codebook."""
+        return 256 * self.dim
+
+    def cost(self, tokens: int) -> float:
+        """Return the time of this layer over that of decoding the weight and multiplying, roughly.
+
+        In multiply-adds of a dense product: a lookup counts 1.5, a bin 2.6, a table entry 0.9, a decoded weight 50 (from
+        benchmarks/linear.py, two cores of an AMD EPYC 9004). Few tokens are bound by memory, where codes always win.
+        """
+        adds = self.n * self.blocks * self.stages * (1.5 if self.axis == "in" else 2.6)
+        tables = 0.9 * 256 * self.length * self.stages
+        return tokens * (adds + tables) / (self.n * self.length * (tokens + 50))
+
+
+_READY: Any = WeakIdKeyDictionary()  # codebooks -> (state, books, norms)
+
+
+def ready(codebooks: Tensor) -> tuple[Tensor, Tensor]:
+    """Return codebooks [stages, books, 256, dim] as [stages, books, dim, 256], and their longest codewords' norms.
+
+    They are float32, or float16 where that is what they are and there are many, as memory is what limits a few tokens.
+    Kept while the tensor lives and does not change. Writes through `.data` leave no mark on a tensor's version, so some of
+    its values are compared as well.
+    """
+    if codebooks.is_inference():
+        return _prepare(codebooks)
+    values = codebooks.detach().reshape(-1)
+    state = (codebooks._version, codebooks.data_ptr(), codebooks.shape, values[:: values.numel() // 13].tolist())
+    held = _READY.get(codebooks)
+    if held is None or held[0] != state:
+        held = _READY[codebooks] = (state, *_prepare(codebooks))
+    return held[1], held[2]
+
+
+def _prepare(codebooks: Tensor) -> tuple[Tensor, Tensor]:
+    wide = codebooks.detach().float()
+    keep_half = codebooks.dtype == torch.float16 and codebooks.numel() > SMALL and HAS_HALF
+    kept = codebooks.detach() if keep_half else wide
+    return kept.transpose(-1, -2).contiguous(), torch.linalg.vector_norm(wide, dim=-1).amax(-1).contiguous()
+
+
+def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, bias: Tensor | None, cut: Cut) -> Tensor:
+    """Return `x W^T + bias` for the coded weight W [outputs, inputs], its rows times `scales`.
+
+    Args:
+        x: [tokens, inputs], float32, bfloat16 or float16; the result has its dtype, sums are float32.
+        codes: uint8 [stages, blocks, n], any strides.
+        codebooks: [stages, books, 256, dim] (one stage may lack the axis); the key under which tables are kept.
+        scales, bias: [outputs].
+    """
+    tensors = (x, codebooks, scales, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _Linear.apply(x, codes, codebooks, scales, bias, cut)
+    return _forward(x, codes, codebooks, scales, bias, cut)
+
+
+def _forward(
+    x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, bias: Tensor | None, cut: Cut
+) -> Tensor:
+    return apply(cut.axis == "in", x, codes, codebooks, cut, scales=scales, bias=bias).to(x.dtype)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, codebooks: Tensor, scales: Any, bias: Any, cut: Cut) -> Tensor:
+        ctx.save_for_backward(x, codes, codebooks, scales, bias)
+        ctx.cut = cut
+        return _forward(x, codes, codebooks, scales, bias, cut)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, codes, codebooks, scales, bias = ctx.saved_tensors
+        cut, needs = ctx.cut, ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            return _graph_backward(gradient, ctx.saved_tensors, cut, needs)
+        dx = dbooks = dscales = dbias = None
+        if needs[4]:
+            dbias = gradient.sum(0, dtype=torch.float32).to(bias.dtype)
+        if needs[3]:
+            bare = apply(cut.axis == "in", x, codes, codebooks, cut)
+            dscales = (bare * gradient).sum(0).to(scales.dtype)
+        if needs[2]:
+            dbooks, dx = _book_gradient(x, gradient, codes, codebooks, scales, cut, needs[0])
+        if needs[0] and dx is None:
+            dx = apply(cut.axis != "in", gradient, codes, codebooks, cut, factors=scales)
+        return None if dx is None else dx.to(x.dtype), None, dbooks, dscales, dbias, None
+
+
+def decoded_linear(
+    x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, bias: Tensor | None, cut: Cut
+) -> Tensor:
+    """The same as `linear` by decoding and a dense product, for cuts that lookups do not serve; saves no weight either."""
+    return _DecodedLinear.apply(x, codes, codebooks, scales, bias, cut)
+
+
+class _DecodedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, codebooks: Tensor, scales: Any, bias: Any, cut: Cut) -> Tensor:
+        from rpq_convert.kernels.decode import decode
+
+        ctx.save_for_backward(x, codes, codebooks, scales, bias)
+        ctx.cut = cut
+        return torch.nn.functional.linear(x, decode(codes, codebooks, scales, cut, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        from rpq_convert.kernels.decode import decode
+
+        x, codes, codebooks, scales, _ = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            return _graph_backward(gradient, ctx.saved_tensors, ctx.cut, needs)
+        books, factors = (
+            None if t is None else t.detach().requires_grad_(need)
+            for t, need in ((codebooks, needs[2]), (scales, needs[3]))
+        )
+        assert books is not None
+        with torch.enable_grad():
+            weight = decode(codes, books, factors, ctx.cut, x.dtype)
+        inner = [t for t in (books, factors) if t is not None and t.requires_grad]
+        grads = iter(torch.autograd.grad(weight, inner, gradient.T @ x) if inner else ())
+        return (
+            gradient @ weight.detach() if needs[0] else None, None, next(grads) if needs[2] else None,
+            next(grads) if needs[3] else None, gradient.sum(0) if needs[4] else None, None,
+        )  # fmt: skip
+
+
+def _graph_backward(gradient: Tensor, saved: tuple[Any, ...], cut: Cut, needs: tuple[bool, ...]) -> tuple[Any, ...]:
+    """The backward pass by ordinary operations, for when a gradient of this gradient is wanted."""
+    x, codes, codebooks, scales, bias = saved
+    weight = plain_weight(codes, codebooks, scales, cut)
+    wide = gradient.to(weight.dtype)
+    inner = [t for t, need in ((codebooks, needs[2]), (scales, needs[3])) if need]
+    dw = wide.T @ x.to(weight.dtype)
+    grads = iter(torch.autograd.grad(weight, inner, dw, create_graph=True) if inner else ())
+    return (
+        (wide @ weight).to(x.dtype) if needs[0] else None, None, next(grads) if needs[2] else None,
+        next(grads) if needs[3] else None, gradient.sum(0).to(bias.dtype) if needs[4] else None, None,
+    )  # fmt: skip
+
+
+def plain_weight(codes: Tensor, codebooks: Tensor, scales: Tensor | None, cut: Cut) -> Tensor:
+    """Return W [outputs, inputs] in float32 by ordinary, differentiable torch operations: the reference of this module."""
+    table = codebooks.reshape(cut.stages, cut.books * 256, cut.dim).float()
+    first = torch.arange(cut.blocks, device=codes.device) * cut.books // cut.blocks * 256
+    matrix = sum(
+        torch.nn.functional.embedding(codes[s].T.int() + first, table[s]).flatten(1)[:, : cut.length]
+        for s in range(cut.stages)
+    )  # [n, length]
+    weight: Any = matrix if cut.axis == "in" else matrix.T  # type: ignore[union-attr]
+    return weight if scales is None else weight * scales.float()[:, None]
+
+
+def _flat(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.detach().float().contiguous()
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _line(floats: int) -> int:
+    """Round up to whole cache lines."""
+    return -(-floats // 16) * 16
+
+
+def share(count: int, work: int, step: int) -> int:
+    """Return how many of `count` blocks make a part: a multiple of `step`, worth a thread."""
+    parts = max(1, min(PARTS, work // WORTH, count // step))
+    return -(-count // (parts * step)) * step
+
+
+def apply(
+    looks: bool, x: Tensor, codes: Tensor, codebooks: Tensor, cut: Cut, *,
+    factors: Tensor | None = None, scales: Tensor | None = None, bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Return `x M^T` (a lookup, x [tokens, length]) or `x M` (bins, x [tokens, n]) in float32.
+
+    `factors` multiply x's columns before, `scales` and `bias` the result's columns after.
+    """
+    x, factors, scales, bias = _flat(x), _flat(factors), _flat(scales), _flat(bias)  # type: ignore[assignment]
+    books, norms = ready(codebooks)
+    tokens = x.shape[0]
+    out = x.new_empty(tokens, cut.n if looks else cut.length)
+    keep = (x, factors, scales, bias, books, norms, codes, out)  # alive while addresses are used
+    call = Call(looks, cut, codes, books, norms)
+    if tokens <= FEW:
+        for t in range(tokens):
+            one = x[t] if factors is None else x[t] * factors
+            call.one(one, _address(scales), _address(bias), out.data_ptr() + 4 * t * out.shape[1])
+    else:
+        call.many(x, _address(factors), _address(scales), _address(bias), out)
+    del keep
+    return out
+
+
+class Call:
+    """One product with a coded matrix: the arguments of its tasks, and how its work is shared out."""
+
+    def __init__(self, looks: bool, cut: Cut, codes: Tensor, books: Tensor, norms: Tensor) -> None:
+        self.looks, self.cut, self.norms = looks, cut, norms.data_ptr()
+        self.place = (codes.data_ptr(), *codes.stride(), books.data_ptr(), *cut.shape, books.dtype == torch.float16)
+        self.picks = HAS_PICK and looks and codes.stride(2) == 1
+        inner = cut.blocks * cut.dim  # the cut side, padded
+        self.enters, self.leaves = (inner, cut.n) if looks else (cut.n, inner)
+        self.wide_in, self.wide_out = (cut.length, cut.n) if looks else (cut.n, cut.length)
+
+    def fields(
+        self, x: int, tokens: int, factors: int, scales: int, bias: int, out: int, *, part: int = 0, entered: int = 0,
+        sums: int = 0, sums_bytes: int = 0, parts: int = 0, scale_bits: int = 0,
+    ) -> tuple[int, ...]:  # fmt: skip
+        """Return a task's own fields, in the order of `tasks`."""
+        return (
+            *self.place, self.looks, x, self.wide_in, self.enters, factors, tokens, out, self.wide_out, self.leaves,
+            scales, bias, part, entered, sums, sums_bytes, parts, scale_bits,
+        )  # fmt: skip
+
+    def part(self, lanes: int) -> int:
+        """Return how many blocks make a part."""
+        cut = self.cut
+        return share(cut.blocks, cut.n * cut.blocks * cut.stages * max(1, lanes // 8), k.TOGETHER)
+
+    def many(self, x: Tensor, factors: int, scales: int, bias: int, out: Tensor) -> None:
+        """Serve tokens in groups of 8 or 16."""
+        tokens = x.shape[0]
+        lanes = 8 if tokens <= 8 else 16
+        groups, parts, leaves, enters, _ = TASKS[lanes]
+        count, part = -(-tokens // lanes), self.part(lanes)
+        pieces = -(-self.cut.blocks // part)
+        entered, left, tables = (
+            _line(lanes * self.enters),
+            _line(lanes * self.leaves),
+            256 * lanes * k.TOGETHER + self.cut.room,
+        )
+        if count >= min(4, pieces):
+            fields = self.fields(x.data_ptr(), tokens, factors, scales, bias, out.data_ptr())
+            return run(groups, fields, count, entered + left + tables)
+        own = pieces if self.looks else 1  # few tokens: lookups of a part are summed apart, bins have rows of their own
+        memory = x.new_empty(entered + own * left)
+        sums = memory.data_ptr() + 4 * entered
+        if not self.looks:
+            memory[entered:].zero_()
+        for start in range(0, tokens, lanes):
+            fields = self.fields(
+                x.data_ptr() + 4 * start * self.wide_in, min(lanes, tokens - start), factors, scales, bias,
+                out.data_ptr() + 4 * start * self.wide_out, part=part, entered=memory.data_ptr(), sums=sums,
+                sums_bytes=4 * left * (own > 1), parts=own,
+            )  # fmt: skip
+            run(enters, fields, 1)
+            run(parts, fields, pieces, tables)
+            run(leaves, fields, -(-self.wide_out // CHUNK))
+            if not self.looks and start + lanes < tokens:
+                memory[entered:].zero_()
+
+    def one(self, x: Tensor, scales: int, bias: int, out: int) -> None:
+        """Serve one token."""
+        cut, part = self.cut, self.part(1)
+        pieces = -(-cut.blocks // part)
+        own = pieces if self.looks else 1
+        left = _line(self.leaves)
+        padded = torch.nn.functional.pad(x, (0, self.enters - self.wide_in)) if self.enters > self.wide_in else x
+        scale = k.integer_scale(padded.data_ptr(), self.norms, (*cut.shape, 0)) if self.picks else math.nan
+        whole = scale == scale  # a NaN or an infinity in x goes the way of floats
+        memory = x.new_empty(own * left) if self.looks else x.new_zeros(left)
+        sums, apart = memory.data_ptr(), 4 * left * (own > 1)
+        fields = self.fields(
+            padded.data_ptr(), 1, 0, scales, bias, out, part=part, sums=sums, sums_bytes=apart,
+            scale_bits=struct.unpack("q", struct.pack("d", scale))[0] if whole else 0,
+        )  # fmt: skip
+        run(one_parts, fields, pieces, 256 * k.TOGETHER + cut.room)
+        if whole:
+            k.one_leave_whole(sums, own, apart, cut.n, scale, scales, bias, out)
+        else:
+            k.one_leave(sums, own, apart, self.wide_out, scales, bias, out)
+
+
+def _book_gradient(
+    x: Tensor, gradient: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, cut: Cut, wants_x: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return the codebooks' gradient and, where the same bins give it, the input's."""
+    x, gradient, factors = _flat(x), _flat(gradient), _flat(scales)  # type: ignore[assignment]
+    books, norms = ready(codebooks)
+    tokens = x.shape[0]
+    lanes = 8 if tokens <= 8 else 16
+    _, _, _, enters, task = TASKS[lanes]
+    groups = -(-tokens // lanes)
+    # what fills the bins has n columns, what meets them has `length`
+    sides = []
+    for looks, values, on_outputs in (
+        (False, gradient if cut.axis == "in" else x, cut.axis == "in"),
+        (True, x if cut.axis == "in" else gradient, cut.axis == "out"),
+    ):
+        call = Call(looks, cut, codes, books, norms)
+        entered = x.new_empty(groups, call.enters * lanes)
+        factor = _address(factors) if on_outputs else 0
+        run(enters, call.fields(values.data_ptr(), tokens, factor, 0, 0, 0, entered=entered.data_ptr()), groups)
+        sides.append(entered)
+    filling, meeting = sides
+    other = torch.zeros_like(meeting) if wants_x and cut.axis == "in" else None
+    part = share(cut.blocks, cut.n * cut.blocks * cut.stages * groups, 1)
+    pieces = -(-cut.blocks // part)
+    own = 1 if cut.books == cut.blocks else pieces  # parts that share a codebook sum apart
+    grads = x.new_zeros(own, cut.stages * cut.books * 256 * cut.dim)
+    fields = (
+        codes.data_ptr(), *codes.stride(), books.data_ptr(), *cut.shape,
+        books.dtype == torch.float16, filling.data_ptr(), meeting.data_ptr(), groups,
+        grads.data_ptr(), 4 * grads.shape[1] * (own > 1), _address(other), *[0] * 5, part,
+    )  # fmt: skip
+    run(task, fields, pieces, 256 * lanes * (1 + cut.dim) + cut.room)
+    dx = None
+    if other is not None:  # [groups, length padded, lanes] -> [tokens, length]
+        wide = other.view(groups, -1, lanes)[:, : cut.length]
+        dx = wide.transpose(1, 2).reshape(groups * lanes, cut.length)[:tokens].contiguous()
+    total = grads[0] if own == 1 else grads.sum(0)
+    return total.reshape(codebooks.shape).to(codebooks.dtype), dx

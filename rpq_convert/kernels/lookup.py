@@ -1,0 +1,465 @@
+"""Loops of the linear layer that never expands its weight.
+
+With `M [n, L]` cut along L into blocks, a product with M or its transpose needs two primitives (tokens stand side by side
+in a vector register, "lanes"):
+
+* lookup: `y[row] = sum_b T_b[code[b, row]]`, where `T_b[k] = <x_b, codeword k>` is a table of 256 rows made once per block;
+* bins: `B_b[code[b, row]] += x[row]`, then `y_b = codebook_b^T B_b`, the transpose of it.
+
+A layer cut along its inputs is a lookup forward and bins backward; one cut along its outputs the other way round. Both
+replace `n L` multiply-adds per token by `256 L` and `n L / dim` row additions.
+
+One token has no lanes. Its bins are plain numbers; its tables are kept as whole numbers of 24 bits, three byte tables in
+vector registers, from which one instruction picks 64 at a time (AVX-512 VBMI). The scale bounds every sum below 2^31, so
+the integer sums are exact and the result is as good as one in float32. Elsewhere it gathers.
+
+Everything is addressed by plain integers: `codes` with strides (stage, block, row) in bytes, codebooks as
+float32 or float16 [stages, books, dim, 256] (codewords side by side), the rest float32; shape is (stages, books, blocks,
+dim, n, half). Not used: 8-bit tables (1 % error) and 16-bit
+ones (1.6 times as fast at one token, 5e-5).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from rpq_convert.kernels.vectors import (
+    add,
+    add_planes,
+    load,
+    load_bytes,
+    load_half,
+    multiply_add,
+    natural,
+    pick,
+    prefetch,
+    read_byte,
+    read_float,
+    read_int,
+    spread,
+    store,
+    total,
+    width,
+    write_float,
+    write_int,
+    write_planes,
+)
+
+TOGETHER = 4  # blocks whose tables stand in the cache at once
+ZERO = np.float32(0)
+NATURAL = np.array([natural(i) for i in range(64)], np.int64)
+
+
+@njit(cache=True, nogil=True)
+def clear(address, floats):
+    """Zero a stretch of floats, 16 at a time; `floats` is rounded up."""
+    zero = spread(ZERO, np.int16(0))
+    for i in range(0, floats, 16):
+        store(address + 4 * i, zero)
+
+
+@njit(cache=True, nogil=True)
+def fetch(books, shape, stage, block, room):
+    """Return the address of a block's codebook as float32 [dim, 256]; float16 ones are widened into `room`.
+
+    It is read front to back here, or asked for in that order, because what follows strides through it.
+    """
+    _stages, count, blocks, dim, _n, half = shape
+    at = stage * count + block * count // blocks
+    if half:
+        start = books + 512 * dim * at
+        for i in range(0, 256 * dim, 16):
+            store(room + 4 * i, load_half(start + 2 * i))
+        return room
+    start = books + 1024 * dim * at
+    if count > 1:
+        for line in range(0, 1024 * dim, 64):
+            prefetch(start + line)
+    return start
+
+
+@njit(cache=True, nogil=True)
+def enter(tag, x, stride, tokens, length, padded, factors, to):
+    """Write x [tokens, length], times `factors [length]` if given, as [padded, lanes], the rest zeros.
+
+    Sixteen columns at a time, a cache line of every token: rows a power of two apart share their place in the cache.
+    """
+    row = 4 * width(tag)
+    for first in range(0, padded, 16):
+        last = min(first + 16, padded)
+        for t in range(width(tag)):
+            for i in range(first, last):
+                value = ZERO
+                if i < length and t < tokens:
+                    value = read_float(x + 4 * (t * stride + i))
+                    if factors != 0:
+                        value *= read_float(factors + 4 * i)
+                write_float(to + row * i + 4 * t, value)
+
+
+@njit(cache=True, nogil=True)
+def table(tag, book, dim, x, out):
+    """out [256, lanes] = codewords [dim, 256] x [dim, lanes]."""
+    row = 4 * width(tag)
+    for k in range(0, 256, 4):
+        a0 = spread(ZERO, tag)
+        a1 = a0
+        a2 = a0
+        a3 = a0
+        for j in range(dim):
+            v = load(x + row * j, tag)
+            c = book + 4 * (256 * j + k)
+            a0 = multiply_add(spread(read_float(c), tag), v, a0)
+            a1 = multiply_add(spread(read_float(c + 4), tag), v, a1)
+            a2 = multiply_add(spread(read_float(c + 8), tag), v, a2)
+            a3 = multiply_add(spread(read_float(c + 12), tag), v, a3)
+        store(out + row * k, a0)
+        store(out + row * (k + 1), a1)
+        store(out + row * (k + 2), a2)
+        store(out + row * (k + 3), a3)
+
+
+@njit(cache=True, nogil=True)
+def sum_four(tag, codes, by_block, by_row, low, high, tables, y):
+    row = 4 * width(tag)
+    for r in range(low, high):
+        c = codes + r * by_row
+        a = load(y + row * r, tag)
+        a = add(a, load(tables + row * read_byte(c), tag))
+        a = add(a, load(tables + row * (256 + read_byte(c + by_block)), tag))
+        a = add(a, load(tables + row * (512 + read_byte(c + 2 * by_block)), tag))
+        a = add(a, load(tables + row * (768 + read_byte(c + 3 * by_block)), tag))
+        store(y + row * r, a)
+
+
+@njit(cache=True, nogil=True)
+def sum_one(tag, codes, by_row, low, high, tables, y):
+    row = 4 * width(tag)
+    for r in range(low, high):
+        store(y + row * r, add(load(y + row * r, tag), load(tables + row * read_byte(codes + r * by_row), tag)))
+
+
+@njit(cache=True, nogil=True)
+def lookup(tag, codes, by_stage, by_block, by_row, books, shape, low, high, x, tables, room, y):
+    """Add blocks `low` to `high` of the lookup to y [n, lanes]; x [blocks dim, lanes], tables and room are scratch."""
+    row = 4 * width(tag)
+    stages, _count, _blocks, dim, n, _half = shape
+    for s in range(stages):
+        b = low
+        while b < high:
+            some = min(TOGETHER, high - b)
+            for q in range(some):
+                book = fetch(books, shape, s, b + q, room)
+                table(tag, book, dim, x + row * dim * (b + q), tables + row * 256 * q)
+            at = codes + s * by_stage + b * by_block
+            if some == TOGETHER:
+                sum_four(tag, at, by_block, by_row, 0, n, tables, y)
+            else:
+                for q in range(some):
+                    sum_one(tag, at + q * by_block, by_row, 0, n, tables + row * 256 * q, y)
+            b += some
+
+
+@njit(cache=True, nogil=True)
+def product(tag, book, dim, bins_, y):
+    """y [dim, lanes] += codewords [dim, 256] bins [256, lanes]."""
+    row = 4 * width(tag)
+    j = 0
+    while j + 4 <= dim:
+        a0, a1, a2, a3 = (
+            load(y + row * j, tag),
+            load(y + row * (j + 1), tag),
+            load(y + row * (j + 2), tag),
+            load(y + row * (j + 3), tag),
+        )
+        c = book + 1024 * j
+        for k in range(256):
+            v = load(bins_ + row * k, tag)
+            a0 = multiply_add(spread(read_float(c + 4 * k), tag), v, a0)
+            a1 = multiply_add(spread(read_float(c + 4 * (256 + k)), tag), v, a1)
+            a2 = multiply_add(spread(read_float(c + 4 * (512 + k)), tag), v, a2)
+            a3 = multiply_add(spread(read_float(c + 4 * (768 + k)), tag), v, a3)
+        store(y + row * j, a0)
+        store(y + row * (j + 1), a1)
+        store(y + row * (j + 2), a2)
+        store(y + row * (j + 3), a3)
+        j += 4
+    while j < dim:
+        a0 = load(y + row * j, tag)
+        a1 = spread(ZERO, tag)
+        c = book + 1024 * j
+        for k in range(0, 256, 2):
+            a0 = multiply_add(spread(read_float(c + 4 * k), tag), load(bins_ + row * k, tag), a0)
+            a1 = multiply_add(spread(read_float(c + 4 * k + 4), tag), load(bins_ + row * (k + 1), tag), a1)
+        store(y + row * j, add(a0, a1))
+        j += 1
+
+
+@njit(cache=True, nogil=True)
+def fill(tag, codes, by_block, by_row, some, n, x, bins_):
+    row = 4 * width(tag)
+    clear(bins_, 256 * width(tag) * some)
+    for r in range(n):
+        v = load(x + row * r, tag)
+        for q in range(some):
+            at = bins_ + row * (256 * q + read_byte(codes + q * by_block + r * by_row))
+            store(at, add(load(at, tag), v))
+
+
+@njit(cache=True, nogil=True)
+def bins(tag, codes, by_stage, by_block, by_row, books, shape, low, high, x, bins_, room, y):
+    """Add to y [blocks dim, lanes] what blocks `low` to `high` make of x [n, lanes]; bins_ and room are scratch."""
+    row = 4 * width(tag)
+    stages, _count, _blocks, dim, n, _half = shape
+    for s in range(stages):
+        b = low
+        while b < high:
+            some = min(2, high - b)
+            fill(tag, codes + s * by_stage + b * by_block, by_block, by_row, some, n, x, bins_)
+            for q in range(some):
+                book = fetch(books, shape, s, b + q, room)
+                product(tag, book, dim, bins_ + row * 256 * q, y + row * dim * (b + q))
+            b += some
+
+
+@njit(cache=True, nogil=True)
+def leave(tag, y, parts, part_bytes, low, high, scales, bias, out, stride, tokens):
+    """Write rows `low` to `high` of y [length, lanes], summed over its parts, as columns of out [tokens, length].
+
+    They are multiplied by `scales` and added to `bias` where given.
+    """
+    row = 4 * width(tag)
+    for first in range(low, high, 16):
+        last = min(first + 16, high)
+        for i in range(first, last):
+            if parts > 1:
+                a = load(y + row * i, tag)
+                for p in range(1, parts):
+                    a = add(a, load(y + p * part_bytes + row * i, tag))
+                store(y + row * i, a)
+        for t in range(tokens):
+            for i in range(first, last):
+                value = read_float(y + row * i + 4 * t)
+                if scales != 0:
+                    value *= read_float(scales + 4 * i)
+                if bias != 0:
+                    value += read_float(bias + 4 * i)
+                write_float(out + 4 * (t * stride + i), value)
+
+
+@njit(cache=True, nogil=True)
+def book_gradient(
+    tag, codes, by_stage, by_block, by_row, books, shape, low, high, x, g, groups, bins_, sums, room, grad, dx
+):
+    """Accumulate the codebooks' gradient of blocks `low` to `high`, and what the same bins give for the other operand.
+
+    x [groups, n, lanes] fills the bins, g [groups, blocks dim, lanes] meets them: grad [stages, books, 256, dim] gains
+    bins g^T. With `dx` [groups, blocks dim, lanes] (or 0), codewords^T bins is added to it. `sums` is scratch for
+    [256, dim, lanes].
+    """
+    row = 4 * width(tag)
+    stages, count, blocks, dim, n, _half = shape
+    zero = spread(ZERO, tag)
+    for s in range(stages):
+        for b in range(low, high):
+            at = s * count + b * count // blocks
+            book = fetch(books, shape, s, b, room) if dx != 0 else 0
+            for i in range(256 * dim):
+                store(sums + row * i, zero)
+            for group in range(groups):
+                fill(tag, codes + s * by_stage + b * by_block, by_block, by_row, 1, n, x + row * n * group, bins_)
+                other = row * dim * (group * blocks + b)
+                for j in range(dim):
+                    v = load(g + other + row * j, tag)
+                    for k in range(256):
+                        here = sums + row * (256 * j + k)
+                        store(here, multiply_add(load(bins_ + row * k, tag), v, load(here, tag)))
+                if dx != 0:
+                    product(tag, book, dim, bins_, dx + other)
+            for j in range(dim):
+                for k in range(256):
+                    here = grad + 4 * ((at * 256 + k) * dim + j)
+                    write_float(here, read_float(here) + total(load(sums + row * (256 * j + k), tag)))
+
+
+# ---- one token ---------------------------------------------------------------------------------------------------------
+
+
+@njit(cache=True, nogil=True)
+def integer_scale(x, norms, shape):
+    """Return the factor that keeps every table value below 2^23 and every sum of them below 2^31; NaN for a NaN in x.
+
+    norms [stages, books] are those of the longest codewords, so that |x_b| times the norm bounds a block's table.
+    """
+    stages, count, blocks, dim, _, _ = shape
+    most = 0.0
+    everything = 0.0
+    for b in range(blocks):
+        square = 0.0
+        for j in range(dim):
+            square += np.float64(read_float(x + 4 * (b * dim + j))) ** 2
+        for s in range(stages):
+            bound = np.sqrt(square) * read_float(norms + 4 * (s * count + b * count // blocks))
+            most = max(most, bound)
+            everything += bound
+    if not np.isfinite(everything):
+        return np.nan
+    return min(8388000.0 / most, 2147000000.0 / everything) if most > 0 else 1.0
+
+
+@njit(cache=True, nogil=True)
+def one_table(book, dim, x, to):
+    """to [256] = codewords [dim, 256] x [dim]: sixteen registers of results, the codebook read front to back."""
+    tag = np.int16(0)
+    a0 = a1 = a2 = a3 = a4 = a5 = a6 = a7 = a8 = a9 = a10 = a11 = a12 = a13 = a14 = a15 = spread(ZERO, tag)
+    for j in range(dim):
+        v = spread(read_float(x + 4 * j), tag)
+        c = book + 1024 * j
+        a0 = multiply_add(v, load(c + 0, tag), a0)
+        a1 = multiply_add(v, load(c + 64, tag), a1)
+        a2 = multiply_add(v, load(c + 128, tag), a2)
+        a3 = multiply_add(v, load(c + 192, tag), a3)
+        a4 = multiply_add(v, load(c + 256, tag), a4)
+        a5 = multiply_add(v, load(c + 320, tag), a5)
+        a6 = multiply_add(v, load(c + 384, tag), a6)
+        a7 = multiply_add(v, load(c + 448, tag), a7)
+        a8 = multiply_add(v, load(c + 512, tag), a8)
+        a9 = multiply_add(v, load(c + 576, tag), a9)
+        a10 = multiply_add(v, load(c + 640, tag), a10)
+        a11 = multiply_add(v, load(c + 704, tag), a11)
+        a12 = multiply_add(v, load(c + 768, tag), a12)
+        a13 = multiply_add(v, load(c + 832, tag), a13)
+        a14 = multiply_add(v, load(c + 896, tag), a14)
+        a15 = multiply_add(v, load(c + 960, tag), a15)
+    store(to + 0, a0)
+    store(to + 64, a1)
+    store(to + 128, a2)
+    store(to + 192, a3)
+    store(to + 256, a4)
+    store(to + 320, a5)
+    store(to + 384, a6)
+    store(to + 448, a7)
+    store(to + 512, a8)
+    store(to + 576, a9)
+    store(to + 640, a10)
+    store(to + 704, a11)
+    store(to + 768, a12)
+    store(to + 832, a13)
+    store(to + 896, a14)
+    store(to + 960, a15)
+
+
+@njit(cache=True, nogil=True)
+def one_lookup_whole(codes, by_stage, by_block, books, shape, low, high, x, scale, planes, room, y):
+    """Add blocks `low` to `high` of one token's lookup to y [n] int32, in the order of `natural`; rows lie side by side."""
+    stages, _count, _blocks, dim, n, _half = shape
+    tag = np.int16(0)
+    factor = spread(np.float32(scale), tag)
+    zero = spread(ZERO, tag)
+    whole = n // 64 * 64
+    for s in range(stages):
+        for b in range(low, high):
+            one_table(fetch(books, shape, s, b, room), dim, x + 4 * dim * b, planes + 768)
+            for at in range(0, 256, 16):
+                write_planes(planes + at, multiply_add(load(planes + 768 + 4 * at, tag), factor, zero))
+            a0, a1, a2, a3 = load_table(planes)
+            b0, b1, b2, b3 = load_table(planes + 256)
+            c0, c1, c2, c3 = load_table(planes + 512)
+            row = codes + s * by_stage + b * by_block
+            for r in range(0, whole, 64):
+                k = load_bytes(row + r)
+                add_planes(y + 4 * r, pick(k, a0, a1, a2, a3), pick(k, b0, b1, b2, b3), pick(k, c0, c1, c2, c3))
+            for r in range(whole, n):
+                k = planes + read_byte(row + r)
+                value = read_byte(k) | read_byte(k + 256) << 8 | read_byte(k + 512) << 16
+                write_int(y + 4 * r, np.int32(read_int(y + 4 * r) + (value ^ 0x800000) - 0x800000))
+
+
+@njit(cache=True, nogil=True)
+def load_table(planes):
+    return load_bytes(planes), load_bytes(planes + 64), load_bytes(planes + 128), load_bytes(planes + 192)
+
+
+@njit(cache=True, nogil=True)
+def one_leave_whole(y, parts, part_stride, n, scale, scales, bias, out):
+    """Write the sums as out [n] float32, scaled and shifted."""
+    whole = n // 64 * 64
+    for r in range(n):
+        at = y + 4 * (r // 64 * 64 + NATURAL[r % 64] if r < whole else r)
+        value = np.int64(read_int(at))
+        for p in range(1, parts):
+            value += read_int(at + p * part_stride)
+        result = np.float32(value / scale)
+        if scales != 0:
+            result *= read_float(scales + 4 * r)
+        if bias != 0:
+            result += read_float(bias + 4 * r)
+        write_float(out + 4 * r, result)
+
+
+@njit(cache=True, nogil=True)
+def one_lookup(codes, by_stage, by_block, by_row, books, shape, low, high, x, tables, room, y):
+    """Add blocks `low` to `high` of one token's lookup to y [n] float32."""
+    stages, _count, _blocks, dim, n, _half = shape
+    np.int16(0)
+    for s in range(stages):
+        b = low
+        while b < high:
+            some = min(TOGETHER, high - b)
+            for q in range(some):
+                one_table(fetch(books, shape, s, b + q, room), dim, x + 4 * dim * (b + q), tables + 1024 * q)
+            c = codes + s * by_stage + b * by_block
+            for r in range(n):
+                value = read_float(y + 4 * r)
+                for q in range(some):
+                    value += read_float(tables + 4 * (256 * q + read_byte(c + q * by_block + r * by_row)))
+                write_float(y + 4 * r, value)
+            b += some
+
+
+@njit(cache=True, nogil=True)
+def one_bins(codes, by_stage, by_block, by_row, books, shape, low, high, x, bins_, room, y):
+    """Add to y [blocks dim] what blocks `low` to `high` make of one token x [n]."""
+    stages, _count, _blocks, dim, n, _half = shape
+    tag = np.int16(0)
+    for s in range(stages):
+        b = low
+        while b < high:
+            some = min(TOGETHER, high - b)
+            clear(bins_, 256 * TOGETHER)
+            c = codes + s * by_stage + b * by_block
+            if some == TOGETHER:
+                for r in range(n):
+                    value = read_float(x + 4 * r)
+                    for q in range(TOGETHER):
+                        at = bins_ + 4 * (256 * q + read_byte(c + q * by_block + r * by_row))
+                        write_float(at, read_float(at) + value)
+            else:
+                for q in range(some):
+                    for r in range(n):
+                        at = bins_ + 4 * (256 * q + read_byte(c + q * by_block + r * by_row))
+                        write_float(at, read_float(at) + read_float(x + 4 * r))
+            for q in range(some):
+                book = fetch(books, shape, s, b + q, room)
+                for j in range(dim):
+                    a = spread(ZERO, tag)
+                    for k in range(0, 256, 16):
+                        a = multiply_add(load(book + 4 * (256 * j + k), tag), load(bins_ + 4 * (256 * q + k), tag), a)
+                    at = y + 4 * (dim * (b + q) + j)
+                    write_float(at, read_float(at) + total(a))
+            b += some
+
+
+@njit(cache=True, nogil=True)
+def one_leave(y, parts, part_stride, n, scales, bias, out):
+    """Write y [n], summed over its parts, scaled and shifted, as out [n]."""
+    for r in range(n):
+        value = read_float(y + 4 * r)
+        for p in range(1, parts):
+            value += read_float(y + p * part_stride + 4 * r)
+        if scales != 0:
+            value *= read_float(scales + 4 * r)
+        if bias != 0:
+            value += read_float(bias + 4 * r)
+        write_float(out + 4 * r, value)

@@ -1,0 +1,208 @@
+"""What one thread does of a linear layer: the tasks that `team` runs over the loops of `lookup`.
+
+A task's array holds its arguments as whole numbers, in the order of `Fields`. Each task is written for one number of
+lanes, as plain C functions take no type.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import carray, njit
+
+from rpq_convert.kernels import lookup as k
+from rpq_convert.kernels.team import COUNT, FIRST, NEXT, SCRATCH, SCRATCH_BYTES, SLOT
+from rpq_convert.kernels.vectors import address_of, from_bits, take_number
+
+TOTAL = 40
+# where the codes lie and their shape; one order for all tasks
+CODES, BY_STAGE, BY_BLOCK, BY_ROW, BOOKS, STAGES, BOOK_COUNT, BLOCKS, DIM, ROWS, HALF = range(FIRST, FIRST + 11)
+# linear: whether tables are looked up, what comes in and goes out, and how the work is cut
+(
+    LOOKS, X, WIDE_IN, ENTERS, FACTORS, TOKENS, OUT, WIDE_OUT, LEAVES, SCALES, BIAS, PART_BLOCKS, ENTERED, SUMS, SUMS_BYTES,
+    PARTS, SCALE_BITS,
+) = range(FIRST + 11, FIRST + 28)  # fmt: skip
+# gradient: sides [groups, columns, lanes] that fill and meet the bins
+FILL, MEET, GROUPS, GRAD, GRAD_BYTES, OTHER = range(FIRST + 11, FIRST + 17)
+
+
+@njit(cache=True, nogil=True)
+def _line(floats):
+    return (floats + 15) // 16 * 16
+
+
+@njit(cache=True, nogil=True)
+def _shape(a):
+    return a[STAGES], a[BOOK_COUNT], a[BLOCKS], a[DIM], a[ROWS], a[HALF]
+
+
+@njit(cache=True, nogil=True)
+def _kernel(tag, a, low, high, x, tables, y):
+    room = tables + 1024 * k.TOGETHER * k.width(tag)
+    codes, books, shape = a[CODES], a[BOOKS], _shape(a)
+    if a[LOOKS]:
+        k.lookup(tag, codes, a[BY_STAGE], a[BY_BLOCK], a[BY_ROW], books, shape, low, high, x, tables, room, y)
+    else:
+        k.bins(tag, codes, a[BY_STAGE], a[BY_BLOCK], a[BY_ROW], books, shape, low, high, x, tables, room, y)
+
+
+@njit(cache=True, nogil=True)
+def _enter(tag, a, group, to):
+    lanes = k.width(tag)
+    tokens = min(lanes, a[TOKENS] - group * lanes)
+    x = a[X] + 4 * group * lanes * a[WIDE_IN]
+    k.enter(tag, x, a[WIDE_IN], tokens, a[WIDE_IN], a[ENTERS], a[FACTORS], to)
+    return tokens
+
+
+@njit(cache=True, nogil=True)
+def _leave(tag, a, group, y, parts, low, high):
+    lanes = k.width(tag)
+    tokens = min(lanes, a[TOKENS] - group * lanes)
+    out = a[OUT] + 4 * group * lanes * a[WIDE_OUT]
+    k.leave(tag, y, parts, a[SUMS_BYTES], low, high, a[SCALES], a[BIAS], out, a[WIDE_OUT], tokens)
+
+
+@njit(cache=True, nogil=True)
+def _groups(tag, a, base):
+    """Serve whole groups of tokens, start to end."""
+    lanes = k.width(tag)
+    x = a[SCRATCH] + take_number(base + 8 * SLOT) * a[SCRATCH_BYTES]
+    y = x + 4 * _line(lanes * a[ENTERS])
+    tables = y + 4 * _line(lanes * a[LEAVES])
+    while True:
+        group = take_number(base + 8 * NEXT)
+        if group >= a[COUNT]:
+            return
+        _enter(tag, a, group, x)
+        k.clear(y, lanes * a[LEAVES])
+        _kernel(tag, a, 0, a[BLOCKS], x, tables, y)
+        _leave(tag, a, group, y, 1, 0, a[WIDE_OUT])
+
+
+@njit(cache=True, nogil=True)
+def _parts(tag, a, base):
+    """Serve ranges of blocks of one group that has entered: bins write their own rows, lookups sums of their own."""
+    lanes = k.width(tag)
+    tables = a[SCRATCH] + take_number(base + 8 * SLOT) * a[SCRATCH_BYTES]
+    while True:
+        part = take_number(base + 8 * NEXT)
+        if part >= a[COUNT]:
+            return
+        low = part * a[PART_BLOCKS]
+        y = a[SUMS] + part * a[SUMS_BYTES]
+        if a[LOOKS]:
+            k.clear(y, lanes * a[LEAVES])
+        _kernel(tag, a, low, min(low + a[PART_BLOCKS], a[BLOCKS]), a[ENTERED], tables, y)
+
+
+CHUNK = 1024  # rows of a sum that leave at a time
+
+
+@njit(cache=True, nogil=True)
+def _leaves(tag, a, base):
+    while True:
+        low = CHUNK * take_number(base + 8 * NEXT)
+        if low >= CHUNK * a[COUNT]:
+            return
+        _leave(tag, a, 0, a[SUMS], a[PARTS], low, min(low + CHUNK, a[WIDE_OUT]))
+
+
+@njit(cache=True, nogil=True)
+def _enters(tag, a, base):
+    """Bring every group of one operand into lanes, for the gradient."""
+    while True:
+        group = take_number(base + 8 * NEXT)
+        if group >= a[COUNT]:
+            return
+        _enter(tag, a, group, a[ENTERED] + 4 * k.width(tag) * a[ENTERS] * group)
+
+
+@njit(cache=True, nogil=True)
+def _gradient(tag, a, base):
+    lanes = k.width(tag)
+    bins = a[SCRATCH] + take_number(base + 8 * SLOT) * a[SCRATCH_BYTES]
+    while True:
+        part = take_number(base + 8 * NEXT)
+        if part >= a[COUNT]:
+            return
+        low = part * a[PART_BLOCKS]
+        k.book_gradient(
+            tag, a[CODES], a[BY_STAGE], a[BY_BLOCK], a[BY_ROW], a[BOOKS], _shape(a), low,
+            min(low + a[PART_BLOCKS], a[BLOCKS]), a[FILL], a[MEET], a[GROUPS], bins, bins + 1024 * lanes,
+            bins + 1024 * lanes * (1 + a[DIM]),
+            a[GRAD] + part * a[GRAD_BYTES], a[OTHER],
+        )  # fmt: skip
+
+
+def one_parts(data):
+    """Serve ranges of blocks of a single token, with integer tables where ENTERS says so."""
+    a, base = carray(data, TOTAL), address_of(data)
+    tables = a[SCRATCH] + take_number(base + 8 * SLOT) * a[SCRATCH_BYTES]
+    shape = _shape(a)
+    while True:
+        part = take_number(base + 8 * NEXT)
+        if part >= a[COUNT]:
+            return
+        low = part * a[PART_BLOCKS]
+        high = min(low + a[PART_BLOCKS], a[BLOCKS])
+        y = a[SUMS] + part * a[SUMS_BYTES]
+        if a[LOOKS]:
+            k.clear(y, a[LEAVES])
+        room = tables + 1024 * k.TOGETHER
+        if a[SCALE_BITS] != 0:
+            scale = from_bits(a[SCALE_BITS])
+            k.one_lookup_whole(
+                a[CODES], a[BY_STAGE], a[BY_BLOCK], a[BOOKS], shape, low, high, a[X], scale, tables, room, y
+            )
+        elif a[LOOKS]:
+            k.one_lookup(
+                a[CODES], a[BY_STAGE], a[BY_BLOCK], a[BY_ROW], a[BOOKS], shape, low, high, a[X], tables, room, y
+            )
+        else:
+            k.one_bins(a[CODES], a[BY_STAGE], a[BY_BLOCK], a[BY_ROW], a[BOOKS], shape, low, high, a[X], tables, room, y)
+
+
+def groups8(data):
+    _groups(np.int8(0), carray(data, TOTAL), address_of(data))
+
+
+def groups16(data):
+    _groups(np.int16(0), carray(data, TOTAL), address_of(data))
+
+
+def parts8(data):
+    _parts(np.int8(0), carray(data, TOTAL), address_of(data))
+
+
+def parts16(data):
+    _parts(np.int16(0), carray(data, TOTAL), address_of(data))
+
+
+def leaves8(data):
+    _leaves(np.int8(0), carray(data, TOTAL), address_of(data))
+
+
+def leaves16(data):
+    _leaves(np.int16(0), carray(data, TOTAL), address_of(data))
+
+
+def enters8(data):
+    _enters(np.int8(0), carray(data, TOTAL), address_of(data))
+
+
+def enters16(data):
+    _enters(np.int16(0), carray(data, TOTAL), address_of(data))
+
+
+def gradient8(data):
+    _gradient(np.int8(0), carray(data, TOTAL), address_of(data))
+
+
+def gradient16(data):
+    _gradient(np.int16(0), carray(data, TOTAL), address_of(data))
+
+
+TASKS = {
+    8: (groups8, parts8, leaves8, enters8, gradient8),
+    16: (groups16, parts16, leaves16, enters16, gradient16),
+}

@@ -1,0 +1,98 @@
+"""One kernel call on several threads: torch's own.
+
+torch multiplies in an OpenMP team whose idle threads spin for milliseconds, so a second pool of threads fights with the
+first for the cores. Here a compiled task runs in that same team, through the OpenMP library that torch has loaded: a
+dispatch costs 3 microseconds. Where that library is not found, ordinary Python threads run the task.
+
+A task is a C function of one argument, the address of an int64 array; it takes numbers from a counter there until none is
+left. What a number means follows from shapes alone, never from the number of threads, so results do not either.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numba import cfunc, types
+
+SIGNATURE = types.void(types.CPointer(types.int64))
+NEXT, COUNT, SLOT, SCRATCH, SCRATCH_BYTES = range(5)  # the first fields of every task's array
+FIRST = 5  # the first field of a task's own
+
+_pool: ThreadPoolExecutor | None = None
+_local = threading.local()
+
+
+def _forget() -> None:
+    global _pool
+    _pool = None  # a forked child has none of the threads
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+@cache
+def compiled(task: Callable[..., None]) -> Any:
+    """Compile a task (or read it from numba's cache on disk)."""
+    return cfunc(SIGNATURE, cache=True)(task)
+
+
+@cache
+def _openmp() -> Any:
+    """Return torch's `GOMP_parallel`, or None."""
+    torch.zeros(1)
+    try:
+        loaded = {m[0] for m in re.finditer(r"/\S*lib(?:gomp|iomp5|omp)\S*", Path("/proc/self/maps").read_text())}
+        inside = [p for p in loaded if Path(p).parent == Path(torch.__file__).parent / "lib"]
+        start = ctypes.CDLL(inside[0]).GOMP_parallel
+    except (OSError, IndexError, AttributeError):
+        return None
+    start.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    start.restype = None
+    return start
+
+
+def run(task: Callable[..., None], fields: Any, count: int, scratch_floats: int = 0) -> None:
+    """Run numbers 0 to `count` of a task on at most `torch.get_num_threads()` threads; return when all are done.
+
+    Args:
+        fields: the task's own fields.
+        scratch_floats: memory for each thread, at `fields[SCRATCH] + slot * fields[SCRATCH_BYTES]`.
+    """
+    global _pool
+    threads = max(1, min(torch.get_num_threads(), count))
+    line = -(-scratch_floats // 16) * 16
+    data = np.array([0, count, 0, _scratch(line * threads), 4 * line, *fields], np.int64)
+    function = compiled(task)
+    if threads == 1:
+        function.ctypes(ctypes.cast(data.ctypes.data, ctypes.POINTER(ctypes.c_int64)))
+        return
+    start = _openmp()
+    if start is not None:
+        start(function.address, data.ctypes.data, threads, 0)
+        return
+    if _pool is None:
+        _pool = ThreadPoolExecutor(max(2, os.cpu_count() or 2), thread_name_prefix="rpq-kernel")
+    at = ctypes.cast(data.ctypes.data, ctypes.POINTER(ctypes.c_int64))
+    others = [_pool.submit(function.ctypes, at) for _ in range(threads - 1)]
+    function.ctypes(at)
+    for other in others:
+        other.result()
+
+
+def _scratch(floats: int) -> int:
+    """Return the address of a buffer that belongs to the calling thread, aligned to a cache line."""
+    held = getattr(_local, "buffer", None)
+    if held is None or held.size < floats + 16:
+        held = _local.buffer = np.empty(floats + 16, np.float32)
+    return -(-held.ctypes.data // 64) * 64

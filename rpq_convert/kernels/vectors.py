@@ -1,0 +1,352 @@
+"""Vector registers inside numba: a numba type for `<16 x float>` and its like, and the few operations that kernels use.
+
+LLVM vectorises simple loops by itself, but not "add this row of 16 tokens to that one, chosen by a code": it must be told
+that a row is one register. `load16(address)` and its siblings emit one LLVM instruction each; addresses are plain integers,
+which also makes calls from Python cheap. A vector type that the processor lacks is split by LLVM, so the code runs
+everywhere. Only `pick` needs AVX-512 VBMI; ask `HAS_PICK` first.
+"""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import llvmlite.binding
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_model
+
+HAS_PICK = platform.machine() in ("x86_64", "AMD64") and bool(
+    llvmlite.binding.get_host_cpu_features().get("avx512vbmi")
+)
+HAS_HALF = platform.machine() in ("aarch64", "arm64") or bool(llvmlite.binding.get_host_cpu_features().get("f16c"))
+KINDS = {"f32": ir.FloatType(), "i8": ir.IntType(8), "i32": ir.IntType(32)}
+
+
+class Vector(types.Type):
+    """`lanes` values of a kind, one LLVM vector."""
+
+    def __init__(self, kind: str, lanes: int) -> None:
+        self.kind, self.lanes = kind, lanes
+        super().__init__(name=f"{kind}x{lanes}")
+
+
+def _llvm(vector: Vector) -> Any:
+    return ir.VectorType(KINDS[vector.kind], vector.lanes)
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, kind: Vector) -> None:
+        super().__init__(manager, kind, _llvm(kind))
+
+
+f32x8, f32x16, f32x32 = (Vector("f32", lanes) for lanes in (8, 16, 32))
+i8x64, i32x16 = Vector("i8", 64), Vector("i32", 16)
+
+
+def _pointer(builder: Any, address: Any, kind: Any) -> Any:
+    return builder.inttoptr(address, kind.as_pointer())
+
+
+# How many lanes a kernel uses is decided by the type of an argument, so that one source serves all and numba's cache on
+# disk knows them apart: int8, int16 and int32 stand for 8, 16 and 32 floats.
+LANES = {8: np.int8(0), 16: np.int16(0), 32: np.int32(0)}
+
+
+def _of(tag: Any) -> Vector:
+    return {8: f32x8, 16: f32x16, 32: f32x32}[tag.bitwidth]
+
+
+@intrinsic
+def width(context, tag):
+    """Return the number of lanes, a constant."""
+
+    def emit(context, builder, signature, args):
+        return ir.Constant(ir.IntType(64), tag.bitwidth)
+
+    return types.int64(tag), emit
+
+
+def _emit_load(vector: Vector) -> Any:
+    def emit(context, builder, signature, args):
+        return builder.load(_pointer(builder, args[0], _llvm(vector)), align=1)
+
+    return emit
+
+
+@intrinsic
+def load(context, address, tag):
+    """Read a vector."""
+    return _of(tag)(types.int64, tag), _emit_load(_of(tag))
+
+
+@intrinsic
+def load_bytes(context, address):
+    return i8x64(types.int64), _emit_load(i8x64)
+
+
+@intrinsic
+def load_half(context, address):
+    """Read 16 float16 as float32."""
+
+    def emit(context, builder, signature, args):
+        half = builder.load(_pointer(builder, args[0], ir.VectorType(ir.HalfType(), 16)), align=1)
+        return builder.fpext(half, _llvm(f32x16))
+
+    return f32x16(types.int64), emit
+
+
+@intrinsic
+def prefetch(context, address):
+    """Ask for the cache line of an address, to be read soon."""
+
+    def emit(context, builder, signature, args):
+        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+        ask = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        flags = [ir.Constant(word, v) for v in (0, 2, 1)]  # read, keep in the second level, data
+        builder.call(ask, [builder.inttoptr(args[0], byte), *flags])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), emit
+
+
+@intrinsic
+def spread(context, value, tag):
+    """Return a vector with one value in every lane."""
+    vector = _of(tag)
+
+    def emit(context, builder, signature, args):
+        kind, index = _llvm(vector), ir.IntType(32)
+        one = builder.insert_element(ir.Constant(kind, ir.Undefined), args[0], ir.Constant(index, 0))
+        order = ir.Constant(ir.VectorType(index, vector.lanes), [0] * vector.lanes)
+        return builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), order)
+
+    return vector(types.float32, tag), emit
+
+
+@intrinsic
+def store(context, address, vector):
+    """Write a vector to memory."""
+
+    def emit(context, builder, signature, args):
+        builder.store(args[1], _pointer(builder, args[0], _llvm(vector)), align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, vector), emit
+
+
+@intrinsic
+def add(context, a, b):
+    return a(a, a), lambda context, builder, signature, args: builder.fadd(*args)
+
+
+@intrinsic
+def multiply_add(context, a, b, c):
+    """Return a * b + c, rounded once."""
+
+    def emit(context, builder, signature, args):
+        kind = _llvm(a)
+        fma = ir.FunctionType(kind, [kind, kind, kind])
+        return builder.call(cgutils.get_or_insert_function(builder.module, fma, f"llvm.fma.v{a.lanes}f32"), args)
+
+    return a(a, a, a), emit
+
+
+@intrinsic
+def total(context, a):
+    """Return the sum of a vector's lanes, halves first."""
+
+    def emit(context, builder, signature, args):
+        value, lanes = args[0], a.lanes
+        while lanes > 1:
+            lanes //= 2
+            index = ir.VectorType(ir.IntType(32), lanes)
+            none = ir.Constant(value.type, ir.Undefined)
+            low = builder.shuffle_vector(value, none, ir.Constant(index, list(range(lanes))))
+            high = builder.shuffle_vector(value, none, ir.Constant(index, list(range(lanes, 2 * lanes))))
+            value = builder.fadd(low, high)
+        return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
+
+    return types.float32(a), emit
+
+
+@intrinsic
+def read_float(context, address):
+    def emit(context, builder, signature, args):
+        return builder.load(_pointer(builder, args[0], ir.FloatType()), align=4)
+
+    return types.float32(types.int64), emit
+
+
+@intrinsic
+def write_float(context, address, value):
+    def emit(context, builder, signature, args):
+        builder.store(args[1], _pointer(builder, args[0], ir.FloatType()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float32), emit
+
+
+@intrinsic
+def read_byte(context, address):
+    def emit(context, builder, signature, args):
+        return builder.zext(builder.load(_pointer(builder, args[0], ir.IntType(8))), ir.IntType(64))
+
+    return types.int64(types.int64), emit
+
+
+@intrinsic
+def read_long(context, address):
+    def emit(context, builder, signature, args):
+        return builder.load(_pointer(builder, args[0], ir.IntType(64)), align=8)
+
+    return types.int64(types.int64), emit
+
+
+@intrinsic
+def read_short(context, address):
+    """Read 16 bits, whatever they mean."""
+
+    def emit(context, builder, signature, args):
+        return builder.load(_pointer(builder, args[0], ir.IntType(16)), align=2)
+
+    return types.int16(types.int64), emit
+
+
+@intrinsic
+def write_short(context, address, value):
+    def emit(context, builder, signature, args):
+        builder.store(args[1], _pointer(builder, args[0], ir.IntType(16)), align=2)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int16), emit
+
+
+@intrinsic
+def read_int(context, address):
+    def emit(context, builder, signature, args):
+        return builder.load(_pointer(builder, args[0], ir.IntType(32)), align=4)
+
+    return types.int32(types.int64), emit
+
+
+@intrinsic
+def write_int(context, address, value):
+    def emit(context, builder, signature, args):
+        builder.store(args[1], _pointer(builder, args[0], ir.IntType(32)), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int32), emit
+
+
+@intrinsic
+def from_bits(context, bits):
+    """Return the float64 whose bits an int64 holds."""
+    return types.float64(types.int64), lambda c, builder, s, args: builder.bitcast(args[0], ir.DoubleType())
+
+
+@intrinsic
+def take_number(context, address):
+    """Return the int64 at an address and add one to it, as one step that no other thread divides."""
+
+    def emit(context, builder, signature, args):
+        one, pointer = ir.Constant(ir.IntType(64), 1), _pointer(builder, args[0], ir.IntType(64))
+        return builder.atomic_rmw("add", pointer, one, "seq_cst")
+
+    return types.int64(types.int64), emit
+
+
+@intrinsic
+def address_of(context, pointer):
+    """Return a C pointer as a whole number."""
+
+    def emit(context, builder, signature, args):
+        return builder.ptrtoint(args[0], ir.IntType(64))
+
+    return types.int64(pointer), emit
+
+
+# ---- tables of 256 bytes in four registers (AVX-512 VBMI) -------------------------------------------------------------
+
+
+@intrinsic
+def write_planes(context, address, scaled):
+    """Round 16 floats below 2^23 to whole numbers and write their three low bytes, 256 bytes apart."""
+
+    def emit(context, builder, signature, args):
+        whole, bytes_ = ir.VectorType(ir.IntType(32), 16), ir.VectorType(ir.IntType(8), 16)
+        kind = _llvm(f32x16)
+        rint = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind]), "llvm.rint.v16f32")
+        value = builder.fptosi(builder.call(rint, [args[1]]), whole)
+        for plane in range(3):
+            part = builder.trunc(builder.ashr(value, ir.Constant(whole, [8 * plane] * 16)), bytes_)
+            at = builder.add(args[0], ir.Constant(ir.IntType(64), 256 * plane))
+            builder.store(part, _pointer(builder, at, bytes_), align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, f32x16), emit
+
+
+@intrinsic
+def pick(context, codes, t0, t1, t2, t3):
+    """Return table[code] for 64 codes and a table of 256 bytes."""
+
+    def emit(context, builder, signature, args):
+        kind = _llvm(i8x64)
+        name = "llvm.x86.avx512.vpermi2var.qi.512"
+        permute = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind, kind, kind]), name)
+        codes, t0, t1, t2, t3 = args
+        low, high = builder.call(permute, [t0, codes, t1]), builder.call(permute, [t2, codes, t3])
+        upper = builder.icmp_signed("<", codes, ir.Constant(kind, [0] * 64))  # codes 128 and up
+        return builder.select(upper, high, low)
+
+    return i8x64(codes, t0, t1, t2, t3), emit
+
+
+@intrinsic
+def add_planes(context, address, b0, b1, b2):
+    """Add 64 numbers of 24 bits, given by their bytes, to 64 int32 in memory.
+
+    Bytes are interleaved within 16-byte lanes, which is one instruction each; so number 16 l + 4 q + e is found at
+    position 16 q + 4 l + e (`natural` gives the position of a number).
+    """
+
+    def emit(context, builder, signature, args):
+        address, b0, b1, b2 = args
+        kind = _llvm(i8x64)
+        sign = builder.ashr(b2, ir.Constant(kind, [7] * 64))
+
+        def interleave(a: Any, b: Any, high: bool, width: int) -> Any:
+            lanes = 16 // width
+            half = lanes // 2
+            order = []
+            for lane in range(4):
+                for i in range(half):
+                    at = lane * lanes + high * half + i
+                    order += [at, 4 * lanes + at]
+            return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), 4 * lanes), order))
+
+        words = ir.VectorType(ir.IntType(16), 32)
+        whole = ir.VectorType(ir.IntType(32), 16)
+        for high in (False, True):
+            low16 = builder.bitcast(interleave(b0, b1, high, 1), words)
+            high16 = builder.bitcast(interleave(b2, sign, high, 1), words)
+            for upper in (False, True):
+                value = builder.bitcast(interleave(low16, high16, upper, 2), whole)
+                at = builder.add(address, ir.Constant(ir.IntType(64), 64 * (2 * high + upper)))
+                pointer = _pointer(builder, at, whole)
+                builder.store(builder.add(builder.load(pointer, align=1), value), pointer, align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, b0, b1, b2), emit
+
+
+def natural(number: int) -> int:
+    """Return where `add_planes` keeps a number of a group of 64."""
+    lane, rest = divmod(number, 16)
+    quarter, element = divmod(rest, 4)
+    return 16 * quarter + 4 * lane + element
