@@ -26,11 +26,13 @@ from rpq_convert.walk import Slot
 FORMAT_VERSION = 1
 DEFAULT_PRESET = "5bit"  # the smallest within 10 % of SmolLM2-135M: docs/default-preset.md
 DEFAULT_SHARD = "5GB"
+# In the order of the library's own list, by which it sorts tensors in a file, last first.
 SAFETENSORS_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64",
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fn: "F8_E4M3", torch.int16: "I16", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int32: "I32", torch.float32: "F32", torch.complex64: "C64", torch.float64: "F64", torch.int64: "I64",
 }  # fmt: skip
+RANKS = {dtype: rank for rank, dtype in enumerate(SAFETENSORS_NAMES)}
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,7 @@ def _names(item: Job | Skip) -> set[str]:
 
 def header(entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
     """Return the safetensors header of these tensors, padded as the library writes it (metadata format=pt)."""
-    order = sorted(entries.items(), key=lambda e: (-e[1][0].itemsize, e[0]))
+    order = sorted(entries.items(), key=lambda e: (-RANKS[e[1][0]], e[0]))
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for key, (dtype, shape) in order:

@@ -117,13 +117,15 @@ class RPQWeight(nn.Module):
         matrix = weight if self.spec.axis == "in" else weight.T
         return self._finish(self.view.from_matrix(matrix, self.shape, self.spec.axis))
 
-    def rows(self, index: Tensor) -> Tensor:
+    def rows(self, index: Tensor, *, checked: bool = False) -> Tensor:
         """Expand the rows `index [r]` of a two-axis parameter cut along its input axis: [r, L]."""
         if not self.compiled:
             return self._finish(self._expand(index), index)
-        from rpq_convert.kernels.decode import decode_rows
+        from rpq_convert.kernels.decode import check_rows, decode_rows
 
         index = index.long().contiguous()
+        if checked:
+            check_rows(index, self.shape[0])
         rows = decode_rows(self.stages_codes(), self.codebooks, self.scales, index, self.cut, self.dtype)
         return self._finish(rows, index, scaled=True)
 
@@ -360,6 +362,7 @@ def _product(x: Tensor, weight: Any, bias: Tensor | None, axes: tuple[str, ...])
     rpq = _rpq(weight)
     if rpq.view.axes != axes or x.device.type != "cpu" or not rpq.compiled:
         return NotImplemented
+    from rpq_convert.kernels.decode import tiled_linear
     from rpq_convert.kernels.linear import decoded_linear, linear
 
     cut = rpq.cut
@@ -373,10 +376,8 @@ def _product(x: Tensor, weight: Any, bias: Tensor | None, axes: tuple[str, ...])
     parts = (rpq.stages_codes(), rpq.codebooks, rpq.scales)
     if cut.cost(flat.shape[0]) <= 1:
         out = linear(flat, *parts, bias, cut)
-    elif training and dtype == rpq.dtype and axes == ("out", "in"):
-        out = decoded_linear(flat, *parts, bias, cut)
     else:
-        return NotImplemented
+        out = (decoded_linear if training else tiled_linear)(flat, *parts, bias, cut)
     if rpq.zero_row is not None:
         out[:, rpq.zero_row] = 0 if bias is None else bias[rpq.zero_row].to(dtype)
     return out.view(*x.shape[:-1], cut.outputs)
@@ -391,19 +392,15 @@ def _looked_up(index: Tensor, weight: Any, padding_idx: int | None) -> tuple[Ten
         return None
     entries = rpq.shape[0]
     used, inverse = torch.unique(index, return_inverse=True)
-    _check_range(used[0], used[-1], entries)
+    if used[0] < 0 or used[-1] >= entries:
+        bad = used[0] if used[0] < 0 else used[-1]
+        raise IndexError(f"index {int(bad)} is out of range for an embedding of {entries} entries")
     if padding_idx is None:
         return rpq.rows(used), inverse, None
     if padding_idx < 0:
         padding_idx += entries
     at = int(torch.searchsorted(used, padding_idx))
     return rpq.rows(used), inverse, at if at < len(used) and int(used[at]) == padding_idx else None
-
-
-def _check_range(low: Tensor, high: Tensor, entries: int) -> None:
-    if low < 0 or high >= entries:
-        bad = low if low < 0 else high
-        raise IndexError(f"index {int(bad)} is out of range for an embedding of {entries} entries")
 
 
 def _embedding(
@@ -421,8 +418,7 @@ def _embedding(
             torch.is_grad_enabled() and rpq.trainable
         )  # no gradient to keep from a row
         if frozen and rpq.rows_are_entries and rpq.compiled and input.device.type == "cpu" and input.numel():
-            _check_range(input.min(), input.max(), rpq.shape[0])
-            return rpq.rows(input.reshape(-1)).view(*input.shape, rpq.shape[1])
+            return rpq.rows(input.reshape(-1), checked=True).view(*input.shape, rpq.shape[1])
     found = _looked_up(input, weight, padding_idx)
     if found is None:
         return (

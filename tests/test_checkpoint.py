@@ -46,6 +46,23 @@ def test_streaming_equals_memory_and_plan_equals_disk(source, tmp_path, executor
     rpq.verify(tmp_path / "stream")
 
 
+def test_predicted_size_of_every_dtype(tmp_path):
+    from rpq_convert.planning import SAFETENSORS_NAMES, file_size, header
+
+    generator = torch.Generator().manual_seed(0)
+    for round_ in range(5):
+        entries, tensors = {}, {}
+        for dtype in SAFETENSORS_NAMES:
+            for i in torch.randint(1, 2000, (2,), generator=generator).tolist():
+                name = f"{i}.weight.{SAFETENSORS_NAMES[dtype]}"
+                entries[name], tensors[name] = (dtype, (i,)), torch.zeros(i, dtype=dtype)
+        path = tmp_path / f"{round_}.safetensors"
+        save_file(tensors, path, metadata={"format": "pt"})
+        head = header(entries)
+        assert path.stat().st_size == file_size(entries)
+        assert path.read_bytes()[8 : 8 + len(head)] == head
+
+
 def test_restore_writes_a_plain_checkpoint(source, tmp_path):
     file, model = source
     rpq.convert_checkpoint(file, tmp_path / "out", factory=net, bits=4)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from rpq_convert.kernels import expand as e
-from rpq_convert.kernels.linear import Cut, _address, _flat, plain_weight, share
-from rpq_convert.kernels.team import run
+from rpq_convert.kernels.linear import Cut, _address, _flat, plain_weight, ready, share
+from rpq_convert.kernels.team import FIRST, run
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STEP = 64  # positions of one part
@@ -40,11 +40,19 @@ def decode_rows(
     return _decode(codes, codebooks, scales, index, cut, dtype)
 
 
+def check_rows(index: Tensor, entries: int) -> None:
+    """Raise IndexError where an index [k] int64 is not the number of an entry."""
+    bad = e.outside(index.data_ptr(), index.numel(), entries)
+    if bad != -1:
+        what = int(index.min()) if bad == -2 else bad
+        raise IndexError(f"index {what} is out of range for an embedding of {entries} entries")
+
+
 def _fields(
     codes: Tensor, tables: Tensor, scales: Tensor | None, index: Tensor | None, cut: Cut, out: Tensor, step: int,
     grad: int = 0, grad_bytes: int = 0,
 ) -> tuple[int, ...]:  # fmt: skip
-    rows = out.shape[0] if cut.axis == "in" else cut.n
+    rows = cut.n if index is None else index.numel()
     return (
         codes.data_ptr(), *codes.stride(), tables.data_ptr(), cut.stages, cut.books, cut.blocks, cut.dim, rows,
         cut.length, out.data_ptr(), out.stride(0), _address(scales), _address(index), step, grad, grad_bytes,
@@ -57,20 +65,49 @@ def _decode(
     if cut.stages > 1 and dtype != torch.float32:
         wide = _decode(codes, codebooks, None, index, cut, torch.float32).to(dtype)
         return _scale(wide, scales, index)
-    tables = codebooks.detach().to(dtype)
-    if cut.axis == "out":
-        tables = tables.transpose(-1, -2)
-    tables = tables.contiguous()
     count = cut.outputs if index is None else index.numel()
     out = torch.empty(count, cut.inputs, dtype=dtype, device=codes.device)
-    plain = dtype == torch.float32
+    task, unit, fields, kept = _task(codes, codebooks, scales, index, cut, out)
+    run(task, fields, -(-count // unit))
+    del kept
+    return out if dtype == torch.float32 else _scale(out, scales, index)
+
+
+def _task(
+    codes: Tensor, codebooks: Tensor, scales: Tensor | None, index: Tensor | None, cut: Cut, out: Tensor
+) -> tuple[Any, int, tuple[int, ...], Any]:
+    """Return the task that decodes, the output rows of one of its numbers, its fields, and what must stay alive."""
+    plain = out.dtype == torch.float32
+    tables = ready(codebooks, str(out.dtype).removeprefix("torch.") + (" down" if cut.axis == "out" else ""))
     factors = _flat(scales) if plain else None
     fields = _fields(codes, tables, factors, index, cut, out, STEP)
     if cut.axis == "in":
-        run(e.rows if plain else e.rows_short, fields, -(-count // STEP))
-    else:
-        run(e.columns if plain else e.columns_short, fields, cut.blocks)
-    return out if plain else _scale(out, scales, index)
+        return e.rows if plain else e.rows_short, STEP, fields, (tables, factors)
+    return e.columns if plain else e.columns_short, cut.dim, fields, (tables, factors)
+
+
+TILE = 1 << 19  # weights decoded at a time; they stay in the cache until they are multiplied
+
+
+def tiled_linear(
+    x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, bias: Tensor | None, cut: Cut
+) -> Tensor:
+    """Return `x W^T + bias` by decoding and multiplying some rows of W at a time; not differentiable."""
+    if x.dtype != torch.float32:
+        return torch.nn.functional.linear(x, _decode(codes, codebooks, scales, None, cut, x.dtype), bias)
+    out = x.new_empty(x.shape[0], cut.outputs)
+    unit = STEP if cut.axis == "in" else cut.dim
+    rows = -(-max(1, TILE // cut.inputs) // unit) * unit
+    buffer = x.new_empty(min(rows, cut.outputs), cut.inputs)
+    task, unit, fields, kept = _task(codes, codebooks, scales, None, cut, buffer)
+    place = e.OUT - FIRST
+    for low in range(0, cut.outputs, rows):
+        high = min(low + rows, cut.outputs)
+        shifted = (*fields[:place], buffer.data_ptr() - 4 * low * cut.inputs, *fields[place + 1 :])
+        run(task, shifted, -(-high // unit), first=low // unit)
+        out[:, low:high] = torch.nn.functional.linear(x, buffer[: high - low], None if bias is None else bias[low:high])
+    del kept
+    return out
 
 
 def _scale(weight: Tensor, scales: Tensor | None, index: Tensor | None) -> Tensor:

@@ -15,10 +15,12 @@ from rpq_convert.kernels.vectors import (
     LANES,
     address_of,
     load,
+    multiply,
     read_byte,
     read_float,
     read_long,
     read_short,
+    spread,
     store,
     take_number,
     write_float,
@@ -31,7 +33,9 @@ TOTAL = 32
     STEP, GRAD, GRAD_BYTES,
 ) = range(FIRST, FIRST + 18)  # fmt: skip
 TILE = 16  # rows decoded together, so that their codes share cache lines
+SOME = 16  # blocks of a tile that are decoded together
 EIGHT = LANES[8]
+ZERO, ONE = np.float32(0), np.float32(1)
 
 
 @njit(cache=True, nogil=True)
@@ -46,48 +50,113 @@ def _row(a, position):
 
 
 @njit(cache=True, nogil=True)
+def _copy(code, by_code, table, by_table, to, count, dim, factor):
+    """Write `count` sub-vectors side by side, times a factor; the table moves on by `by_table` bytes per sub-vector."""
+    if dim == 1:
+        for i in range(count):
+            write_float(to + 4 * i, read_float(table + i * by_table + 4 * read_byte(code + i * by_code)) * factor)
+    elif dim == 2:
+        for i in range(count):
+            word = table + i * by_table + 8 * read_byte(code + i * by_code)
+            write_float(to + 8 * i, read_float(word) * factor)
+            write_float(to + 8 * i + 4, read_float(word + 4) * factor)
+    elif dim % 8 == 0:
+        times = spread(factor, EIGHT)
+        for i in range(count):
+            word = table + i * by_table + 4 * dim * read_byte(code + i * by_code)
+            for j in range(0, 4 * dim, 32):
+                store(to + 4 * dim * i + j, multiply(load(word + j, EIGHT), times))
+    else:
+        for i in range(count):
+            word = table + i * by_table + 4 * dim * read_byte(code + i * by_code)
+            for j in range(0, 4 * dim, 4):
+                write_float(to + 4 * dim * i + j, read_float(word + j) * factor)
+
+
+@njit(cache=True, nogil=True)
+def _more(code, by_code, table, by_table, to, count, dim, factor):
+    """Add one more stage to what `_copy` wrote, then multiply by the factor."""
+    for i in range(count):
+        word = table + i * by_table + 4 * dim * read_byte(code + i * by_code)
+        at = to + 4 * dim * i
+        for j in range(0, 4 * dim, 4):
+            write_float(at + j, (read_float(at + j) + read_float(word + j)) * factor)
+
+
+@njit(cache=True, nogil=True)
 def _rows(a, low, high):
     """out [positions, length] = rows of M, for positions `low` to `high`."""
-    dim, blocks = a[DIM], a[BLOCKS]
-    for b in range(blocks):
-        begin = b * dim
-        some = min(dim, a[LENGTH] - begin)
+    dim, blocks, stages = a[DIM], a[BLOCKS], a[STAGES]
+    whole = a[LENGTH] // dim if a[BOOKS] == 1 or a[BOOKS] == blocks else 0
+    by_table = 1024 * dim if a[BOOKS] > 1 else 0
+    # codes of a row side by side are read in one go; else the rows of a tile share cache lines, some blocks at a time
+    step = max(1, whole) if a[BY_BLOCK] == 1 else SOME
+    for first in range(0, whole, step):
+        count = min(step, whole - first)
         for p in range(low, high):
             r = _row(a, p)
-            to = a[OUT] + 4 * (p * a[OUT_STRIDE] + begin)
-            factor = read_float(a[SCALES] + 4 * r) if a[SCALES] != 0 else np.float32(1)
-            code = a[CODES] + b * a[BY_BLOCK] + r * a[BY_ROW]
-            word = _book(a, 0, b) + 4 * dim * read_byte(code)
-            if a[STAGES] == 1 and a[SCALES] == 0 and some % 8 == 0:
-                for j in range(0, some, 8):
-                    store(to + 4 * j, load(word + 4 * j, EIGHT))
-                continue
-            for j in range(some):
-                value = read_float(word + 4 * j)
-                for s in range(1, a[STAGES]):
-                    value += read_float(_book(a, s, b) + 4 * (dim * read_byte(code + s * a[BY_STAGE]) + j))
-                write_float(to + 4 * j, value * factor)
+            scale = read_float(a[SCALES] + 4 * r) if a[SCALES] != 0 else ONE
+            to = a[OUT] + 4 * (p * a[OUT_STRIDE] + first * dim)
+            for s in range(stages):
+                code = a[CODES] + s * a[BY_STAGE] + first * a[BY_BLOCK] + r * a[BY_ROW]
+                factor = scale if s == stages - 1 else ONE
+                if s == 0:
+                    _copy(code, a[BY_BLOCK], _book(a, s, first), by_table, to, count, dim, factor)
+                else:
+                    _more(code, a[BY_BLOCK], _book(a, s, first), by_table, to, count, dim, factor)
+    for b in range(whole, blocks):  # a block that the length cuts short, or codebooks shared by some blocks
+        for p in range(low, high):
+            r = _row(a, p)
+            scale = read_float(a[SCALES] + 4 * r) if a[SCALES] != 0 else ONE
+            to = a[OUT] + 4 * (p * a[OUT_STRIDE] + b * dim)
+            for j in range(min(dim, a[LENGTH] - b * dim)):
+                value = ZERO
+                for s in range(stages):
+                    code = read_byte(a[CODES] + s * a[BY_STAGE] + b * a[BY_BLOCK] + r * a[BY_ROW])
+                    part = read_float(_book(a, s, b) + 4 * (dim * code + j))
+                    value = part if s == 0 else value + part
+                write_float(to + 4 * j, value * scale)
+
+
+@njit(cache=True, nogil=True)
+def outside(index, count, entries):
+    """Return the first of `count` int64 that is no entry's number, or -1 where all are; -2 for a negative one."""
+    for i in range(count):
+        value = read_long(index + 8 * i)
+        if value < 0:
+            return -2
+        if value >= entries:
+            return value
+    return -1
+
+
+@njit(cache=True, nogil=True)
+def _pick(code, by_row, table, to, n, factor):
+    for r in range(n):
+        write_float(to + 4 * r, read_float(table + 4 * read_byte(code + r * by_row)) * factor)
+
+
+@njit(cache=True, nogil=True)
+def _pick_more(code, by_row, table, to, n, factor):
+    for r in range(n):
+        at = to + 4 * r
+        write_float(at, (read_float(at) + read_float(table + 4 * read_byte(code + r * by_row))) * factor)
 
 
 @njit(cache=True, nogil=True)
 def _columns(a, b):
     """out [length, n] = M transposed, rows of block `b`."""
-    dim, n = a[DIM], a[ROWS]
-    code = a[CODES] + b * a[BY_BLOCK]
+    dim, stages = a[DIM], a[STAGES]
     for j in range(min(dim, a[LENGTH] - b * dim)):
         to = a[OUT] + 4 * (b * dim + j) * a[OUT_STRIDE]
-        factor = read_float(a[SCALES] + 4 * (b * dim + j)) if a[SCALES] != 0 else np.float32(1)
-        word = _book(a, 0, b) + 1024 * j
-        if a[STAGES] == 1:
-            for r in range(n):
-                write_float(to + 4 * r, read_float(word + 4 * read_byte(code + r * a[BY_ROW])) * factor)
-            continue
-        for r in range(n):
-            value = read_float(word + 4 * read_byte(code + r * a[BY_ROW]))
-            for s in range(1, a[STAGES]):
-                at = read_byte(code + s * a[BY_STAGE] + r * a[BY_ROW])
-                value += read_float(_book(a, s, b) + 4 * (256 * j + at))
-            write_float(to + 4 * r, value * factor)
+        scale = read_float(a[SCALES] + 4 * (b * dim + j)) if a[SCALES] != 0 else ONE
+        for s in range(stages):
+            code = a[CODES] + s * a[BY_STAGE] + b * a[BY_BLOCK]
+            factor = scale if s == stages - 1 else ONE
+            if s == 0:
+                _pick(code, a[BY_ROW], _book(a, s, b) + 1024 * j, to, a[ROWS], factor)
+            else:
+                _pick_more(code, a[BY_ROW], _book(a, s, b) + 1024 * j, to, a[ROWS], factor)
 
 
 @njit(cache=True, nogil=True)
@@ -125,7 +194,7 @@ def _gradient_rows(a, low, high, grad):
             book = 256 * (s * a[BOOKS] + b * a[BOOKS] // a[BLOCKS])
             for p in range(low, high):
                 r = _row(a, p)
-                factor = read_float(a[SCALES] + 4 * r) if a[SCALES] != 0 else np.float32(1)
+                factor = read_float(a[SCALES] + 4 * r) if a[SCALES] != 0 else ONE
                 code = read_byte(a[CODES] + s * a[BY_STAGE] + b * a[BY_BLOCK] + r * a[BY_ROW])
                 to, value = grad + 4 * dim * (book + code), a[OUT] + 4 * (p * a[OUT_STRIDE] + begin)
                 for j in range(min(dim, a[LENGTH] - begin)):
@@ -142,7 +211,7 @@ def _gradient_columns(a, low, high, grad):
             code = a[CODES] + s * a[BY_STAGE] + b * a[BY_BLOCK]
             for j in range(min(dim, a[LENGTH] - b * dim)):
                 value = a[OUT] + 4 * (b * dim + j) * a[OUT_STRIDE]
-                factor = read_float(a[SCALES] + 4 * (b * dim + j)) if a[SCALES] != 0 else np.float32(1)
+                factor = read_float(a[SCALES] + 4 * (b * dim + j)) if a[SCALES] != 0 else ONE
                 for r in range(a[ROWS]):
                     to = grad + 4 * (dim * (book + read_byte(code + r * a[BY_ROW])) + j)
                     write_float(to, read_float(to) + read_float(value + 4 * r) * factor)

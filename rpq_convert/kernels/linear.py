@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from rpq_convert.kernels import lookup as k
-from rpq_convert.kernels.tasks import CHUNK, TASKS, one_parts
+from rpq_convert.kernels.tasks import CHUNK, TASKS, one_parts, one_whole
 from rpq_convert.kernels.team import run
 from rpq_convert.kernels.vectors import HAS_HALF, HAS_PICK
 
@@ -73,31 +73,46 @@ class Cut:
         return tokens * (adds + tables) / (self.n * self.length * (tokens + 50))
 
 
-_READY: Any = WeakIdKeyDictionary()  # codebooks -> (state, books, norms)
+_READY: Any = WeakIdKeyDictionary()  # codebooks -> (version, address, shape, sample, its values, {kind: tensors})
 
 
-def ready(codebooks: Tensor) -> tuple[Tensor, Tensor]:
-    """Return codebooks [stages, books, 256, dim] as [stages, books, dim, 256], and their longest codewords' norms.
+def ready(codebooks: Tensor, kind: str) -> Any:
+    """Return codebooks [stages, books, 256, dim] as a kernel reads them.
 
-    They are float32, or float16 where that is what they are and there are many, as memory is what limits a few tokens.
+    Kind "lookup": (as [stages, books, dim, 256], norms of the longest codewords [stages, books]); float32, or float16 where
+    that is what they are and there are many, as memory is what limits a few tokens. A dtype's name: in that dtype, as
+    stored; with " down", as [stages, books, dim, 256].
+
     Kept while the tensor lives and does not change. Writes through `.data` leave no mark on a tensor's version, so some of
     its values are compared as well.
     """
     if codebooks.is_inference():
-        return _prepare(codebooks)
-    values = codebooks.detach().reshape(-1)
-    state = (codebooks._version, codebooks.data_ptr(), codebooks.shape, values[:: values.numel() // 13].tolist())
+        return _prepare(codebooks.detach(), kind)
     held = _READY.get(codebooks)
-    if held is None or held[0] != state:
-        held = _READY[codebooks] = (state, *_prepare(codebooks))
-    return held[1], held[2]
+    if (
+        held is None
+        or held[:3] != (codebooks._version, codebooks.data_ptr(), codebooks.shape)
+        or held[3].tolist() != held[4]
+    ):
+        values = codebooks.detach().reshape(-1)
+        sample = values[:: max(1, values.numel() // 13)]
+        state = (codebooks._version, codebooks.data_ptr(), codebooks.shape)
+        held = _READY[codebooks] = (*state, sample, sample.tolist(), {})
+    kinds = held[5]
+    if kind not in kinds:
+        kinds[kind] = _prepare(codebooks.detach(), kind)
+    return kinds[kind]
 
 
-def _prepare(codebooks: Tensor) -> tuple[Tensor, Tensor]:
-    wide = codebooks.detach().float()
-    keep_half = codebooks.dtype == torch.float16 and codebooks.numel() > SMALL and HAS_HALF
-    kept = codebooks.detach() if keep_half else wide
-    return kept.transpose(-1, -2).contiguous(), torch.linalg.vector_norm(wide, dim=-1).amax(-1).contiguous()
+def _prepare(codebooks: Tensor, kind: str) -> Any:
+    if kind == "lookup":
+        wide = codebooks.float()
+        keep_half = codebooks.dtype == torch.float16 and codebooks.numel() > SMALL and HAS_HALF
+        kept = codebooks if keep_half else wide
+        return kept.transpose(-1, -2).contiguous(), torch.linalg.vector_norm(wide, dim=-1).amax(-1).contiguous()
+    name, _, down = kind.partition(" ")
+    kept = codebooks.to(getattr(torch, name))
+    return (kept.transpose(-1, -2) if down else kept).contiguous()
 
 
 def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, bias: Tensor | None, cut: Cut) -> Tensor:
@@ -240,7 +255,7 @@ def apply(
     `factors` multiply x's columns before, `scales` and `bias` the result's columns after.
     """
     x, factors, scales, bias = _flat(x), _flat(factors), _flat(scales), _flat(bias)  # type: ignore[assignment]
-    books, norms = ready(codebooks)
+    books, norms = ready(codebooks, "lookup")
     tokens = x.shape[0]
     out = x.new_empty(tokens, cut.n if looks else cut.length)
     keep = (x, factors, scales, bias, books, norms, codes, out)  # alive while addresses are used
@@ -317,22 +332,27 @@ class Call:
         """Serve one token."""
         cut, part = self.cut, self.part(1)
         pieces = -(-cut.blocks // part)
-        own = pieces if self.looks else 1
         left = _line(self.leaves)
         padded = torch.nn.functional.pad(x, (0, self.enters - self.wide_in)) if self.enters > self.wide_in else x
-        scale = k.integer_scale(padded.data_ptr(), self.norms, (*cut.shape, 0)) if self.picks else math.nan
+        norms = self.norms if self.picks else 0
+        if pieces == 1:
+            fields = self.fields(padded.data_ptr(), 1, norms, scales, bias, out, part=part)
+            return run(one_whole, fields, 1, 256 * k.TOGETHER + cut.room + left)
+        scale = k.integer_scale(padded.data_ptr(), norms, (*cut.shape, 0)) if self.picks else math.nan
         whole = scale == scale  # a NaN or an infinity in x goes the way of floats
+        own = pieces if self.looks else 1
         memory = x.new_empty(own * left) if self.looks else x.new_zeros(left)
         sums, apart = memory.data_ptr(), 4 * left * (own > 1)
+        bits = struct.unpack("q", struct.pack("d", scale))[0] if whole else 0
         fields = self.fields(
-            padded.data_ptr(), 1, 0, scales, bias, out, part=part, sums=sums, sums_bytes=apart,
-            scale_bits=struct.unpack("q", struct.pack("d", scale))[0] if whole else 0,
-        )  # fmt: skip
+            padded.data_ptr(), 1, 0, scales, bias, out, part=part, sums=sums, sums_bytes=apart, scale_bits=bits
+        )
         run(one_parts, fields, pieces, 256 * k.TOGETHER + cut.room)
         if whole:
             k.one_leave_whole(sums, own, apart, cut.n, scale, scales, bias, out)
         else:
             k.one_leave(sums, own, apart, self.wide_out, scales, bias, out)
+        return None
 
 
 def _book_gradient(
@@ -340,7 +360,7 @@ def _book_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the codebooks' gradient and, where the same bins give it, the input's."""
     x, gradient, factors = _flat(x), _flat(gradient), _flat(scales)  # type: ignore[assignment]
-    books, norms = ready(codebooks)
+    books, norms = ready(codebooks, "lookup")
     tokens = x.shape[0]
     lanes = 8 if tokens <= 8 else 16
     _, _, _, enters, task = TASKS[lanes]

@@ -134,32 +134,47 @@ def _gradient(tag, a, base):
         )  # fmt: skip
 
 
+@njit(cache=True, nogil=True)
+def _one(a, low, high, scale, tables, y):
+    """Serve blocks `low` to `high` of a single token, with integer tables where the scale is a number."""
+    room = tables + 1024 * k.TOGETHER
+    codes, books, shape = a[CODES], a[BOOKS], _shape(a)
+    if scale == scale:
+        k.one_lookup_whole(codes, a[BY_STAGE], a[BY_BLOCK], books, shape, low, high, a[X], scale, tables, room, y)
+    elif a[LOOKS]:
+        k.one_lookup(codes, a[BY_STAGE], a[BY_BLOCK], a[BY_ROW], books, shape, low, high, a[X], tables, room, y)
+    else:
+        k.one_bins(codes, a[BY_STAGE], a[BY_BLOCK], a[BY_ROW], books, shape, low, high, a[X], tables, room, y)
+
+
 def one_parts(data):
-    """Serve ranges of blocks of a single token, with integer tables where ENTERS says so."""
+    """Serve ranges of blocks of a single token."""
     a, base = carray(data, TOTAL), address_of(data)
     tables = a[SCRATCH] + take_number(base + 8 * SLOT) * a[SCRATCH_BYTES]
-    shape = _shape(a)
+    scale = from_bits(a[SCALE_BITS]) if a[SCALE_BITS] != 0 else np.nan
     while True:
         part = take_number(base + 8 * NEXT)
         if part >= a[COUNT]:
             return
         low = part * a[PART_BLOCKS]
-        high = min(low + a[PART_BLOCKS], a[BLOCKS])
         y = a[SUMS] + part * a[SUMS_BYTES]
         if a[LOOKS]:
             k.clear(y, a[LEAVES])
-        room = tables + 1024 * k.TOGETHER
-        if a[SCALE_BITS] != 0:
-            scale = from_bits(a[SCALE_BITS])
-            k.one_lookup_whole(
-                a[CODES], a[BY_STAGE], a[BY_BLOCK], a[BOOKS], shape, low, high, a[X], scale, tables, room, y
-            )
-        elif a[LOOKS]:
-            k.one_lookup(
-                a[CODES], a[BY_STAGE], a[BY_BLOCK], a[BY_ROW], a[BOOKS], shape, low, high, a[X], tables, room, y
-            )
-        else:
-            k.one_bins(a[CODES], a[BY_STAGE], a[BY_BLOCK], a[BY_ROW], a[BOOKS], shape, low, high, a[X], tables, room, y)
+        _one(a, low, min(low + a[PART_BLOCKS], a[BLOCKS]), scale, tables, y)
+
+
+def one_whole(data):
+    """Serve a single token from start to end; FACTORS holds the norms where integer tables are possible."""
+    a = carray(data, TOTAL)
+    tables = a[SCRATCH]
+    y = tables + 4 * _line(256 * k.TOGETHER + 256 * a[DIM])
+    scale = k.integer_scale(a[X], a[FACTORS], _shape(a)) if a[FACTORS] != 0 else np.nan
+    k.clear(y, a[LEAVES])
+    _one(a, 0, a[BLOCKS], scale, tables, y)
+    if scale == scale:
+        k.one_leave_whole(y, 1, 0, a[ROWS], scale, a[SCALES], a[BIAS], a[OUT])
+    else:
+        k.one_leave(y, 1, 0, a[WIDE_OUT], a[SCALES], a[BIAS], a[OUT])
 
 
 def groups8(data):

@@ -30,6 +30,7 @@ FIRST = 5  # the first field of a task's own
 
 _pool: ThreadPoolExecutor | None = None
 _local = threading.local()
+_keep: list[Any] = []  # compiled functions live as long as their addresses are called
 
 
 def _forget() -> None:
@@ -42,9 +43,11 @@ if hasattr(os, "register_at_fork"):
 
 
 @cache
-def compiled(task: Callable[..., None]) -> Any:
-    """Compile a task (or read it from numba's cache on disk)."""
-    return cfunc(SIGNATURE, cache=True)(task)
+def compiled(task: Callable[..., None]) -> tuple[Any, Any]:
+    """Compile a task (or read it from numba's cache on disk); return it as a function of an address, and its own address."""
+    function: Any = cfunc(SIGNATURE, cache=True)(task)
+    _keep.append(function)
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function.address), function.address
 
 
 @cache
@@ -62,30 +65,30 @@ def _openmp() -> Any:
     return start
 
 
-def run(task: Callable[..., None], fields: Any, count: int, scratch_floats: int = 0) -> None:
-    """Run numbers 0 to `count` of a task on at most `torch.get_num_threads()` threads; return when all are done.
+def run(task: Callable[..., None], fields: Any, stop: int, scratch_floats: int = 0, *, first: int = 0) -> None:
+    """Run numbers `first` to `stop` of a task on at most `torch.get_num_threads()` threads; return when all are done.
 
     Args:
         fields: the task's own fields.
         scratch_floats: memory for each thread, at `fields[SCRATCH] + slot * fields[SCRATCH_BYTES]`.
     """
     global _pool
-    threads = max(1, min(torch.get_num_threads(), count))
+    threads = min(torch.get_num_threads(), stop - first) if stop - first > 1 else 1
     line = -(-scratch_floats // 16) * 16
-    data = np.array([0, count, 0, _scratch(line * threads), 4 * line, *fields], np.int64)
-    function = compiled(task)
+    data = (ctypes.c_int64 * (FIRST + len(fields)))(first, stop, 0, _scratch(line * threads), 4 * line, *fields)
+    call, address = compiled(task)
+    at = ctypes.addressof(data)
     if threads == 1:
-        function.ctypes(ctypes.cast(data.ctypes.data, ctypes.POINTER(ctypes.c_int64)))
+        call(at)
         return
     start = _openmp()
     if start is not None:
-        start(function.address, data.ctypes.data, threads, 0)
+        start(address, at, threads, 0)
         return
     if _pool is None:
         _pool = ThreadPoolExecutor(max(2, os.cpu_count() or 2), thread_name_prefix="rpq-kernel")
-    at = ctypes.cast(data.ctypes.data, ctypes.POINTER(ctypes.c_int64))
-    others = [_pool.submit(function.ctypes, at) for _ in range(threads - 1)]
-    function.ctypes(at)
+    others = [_pool.submit(call, at) for _ in range(threads - 1)]
+    call(at)
     for other in others:
         other.result()
 
@@ -93,6 +96,7 @@ def run(task: Callable[..., None], fields: Any, count: int, scratch_floats: int 
 def _scratch(floats: int) -> int:
     """Return the address of a buffer that belongs to the calling thread, aligned to a cache line."""
     held = getattr(_local, "buffer", None)
-    if held is None or held.size < floats + 16:
-        held = _local.buffer = np.empty(floats + 16, np.float32)
-    return -(-held.ctypes.data // 64) * 64
+    if held is None or held[0].size < floats + 16:
+        fresh = np.empty(floats + 16, np.float32)
+        held = _local.buffer = (fresh, -(-fresh.ctypes.data // 64) * 64)
+    return held[1]

@@ -145,6 +145,11 @@ def add(context, a, b):
 
 
 @intrinsic
+def multiply(context, a, b):
+    return a(a, a), lambda context, builder, signature, args: builder.fmul(*args)
+
+
+@intrinsic
 def multiply_add(context, a, b, c):
     """Return a * b + c, rounded once."""
 
