@@ -89,7 +89,7 @@ def convert(
     del opened
     warn(plan.warnings)
     if dry_run:
-        return show_report(make_report(plan, {}, title=Path(src).name), json=json)
+        return show_report(make_report(plan, {}, title=o.name_of(src)), json=json)
     with progress(plan, quiet=quiet) as callback:
         report = convert_checkpoint(
             src, folder, overwrite=overwrite, executor=executor, workers=workers, progress=callback, **where, **asked
@@ -138,7 +138,7 @@ def plan(
     elif json:
         print(made.to_json())
     else:
-        show_report(make_report(made, {}, title=Path(src).name), json=False)
+        show_report(make_report(made, {}, title=o.name_of(src)), json=False)
 
 
 @group.command(epilog=examples("rpq audit opt-125m-rpq", "rpq audit opt-125m-rpq --format html --output audit.html"))

@@ -6,6 +6,7 @@ because only here is it known that the run can go on.
 """
 
 import errno
+import io
 import os
 import sys
 import traceback
@@ -21,6 +22,7 @@ CODES = {
     "EncodeError": 4,
     "FolderError": 4,
     "OSError": 4,
+    "BrokenProcessPool": 4,
     "VerifyError": 5,
     "KeyboardInterrupt": 130,
 }
@@ -36,6 +38,8 @@ def sentence(error: BaseException) -> str:
     """Return the one line that says what went wrong."""
     if isinstance(error, KeyboardInterrupt):
         return f"interrupted; {RESUMABLE}"
+    if type(error).__name__ == "BrokenProcessPool":
+        return f"error: a worker process died, perhaps for want of memory; {RESUMABLE}"
     text = " ".join(str(error).split()) or type(error).__name__
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in text:
         return f"error: disk full: {text}; free some space and {RESUMABLE}"
@@ -48,7 +52,11 @@ def catching(command: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> Any:
         try:
-            return command(*args, **kwargs)
+            if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without "…" shows "?"
+                sys.stdout.reconfigure(errors="replace")
+            result = command(*args, **kwargs)
+            flush()
+            return result
         except BrokenPipeError:  # `rpq plan … | head`: Typer ends quietly
             raise
         except (Exception, KeyboardInterrupt) as e:
@@ -61,3 +69,12 @@ def catching(command: Callable[..., Any]) -> Callable[..., Any]:
             raise typer.Exit(code) from None
 
     return guarded
+
+
+def flush() -> None:
+    """Write what stdout still holds while a failure has an exit code; Python's own flush at exit comes too late."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - takes the flush at exit
+        raise

@@ -113,17 +113,20 @@ def _value(text: str) -> bool | int | float | str:
 
 
 def output_for(src: str, out: Path | None) -> Path:
-    """Return the output folder; by default the last part of the source's name and `-rpq`, in the working directory."""
-    if out is None:
-        name = Path(src).resolve().name if Path(src).exists() else src.rstrip("/").rpartition("/")[2]
-        out = Path(f"{name.removesuffix('.safetensors')}-rpq")
-    return apart(Path(src), out)
+    """Return the output folder; by default the source's name and `-rpq`, in the working directory."""
+    return apart(Path(src), out or Path(f"{name_of(src).removesuffix('.safetensors')}-rpq"))
+
+
+def name_of(src: str) -> str:
+    """Return the last part of a source's name, whether a hub id or a path such as `.`."""
+    return Path(src).resolve().name if Path(src).exists() else src.rstrip("/").rpartition("/")[2]
 
 
 def apart(src: Path, out: Path) -> Path:
-    """Refuse an output that is the source or holds it: --overwrite would delete the original weights."""
+    """Refuse an output that is the source or holds it, as a whole or in the making: it would delete the original."""
     real, target = src.resolve(), out.resolve()
-    if src.exists() and (target == real or target in real.parents):
+    taken = {target, target.with_name(target.name + ".partial")}
+    if src.exists() and not taken.isdisjoint((real, *real.parents)):
         raise typer.BadParameter(
             f"{out} is or holds the source {src}; choose another folder", param_hint="the output folder"
         )

@@ -15,11 +15,11 @@ from rpq_convert.integrations import torchvision
 
 torchvision.mend()
 
-import torch  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
-from transformers import AutoModel, AutoTokenizer  # noqa: E402
+import torch
+from torch.nn import functional as F
+from transformers import AutoModel, AutoTokenizer
 
-import rpq_convert as rpq  # noqa: E402
+import rpq_convert as rpq
 
 SENTENCES = [
     "A man is playing a guitar on the stage.", "Someone performs music with an instrument.",

@@ -5,70 +5,80 @@ from __future__ import annotations
 import torch
 import transformers as tf
 
-TEXT = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-WIDE = {**TEXT, "intermediate_size": 128}
-GQA = {**WIDE, "num_key_value_heads": 2, "head_dim": 16}
+
+def text(width: int) -> dict[str, int]:
+    return {"vocab_size": 4 * width, "hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": width // 16}
 
 
-def _clip():
-    text = {**WIDE, "bos_token_id": 0, "eos_token_id": 1}
-    return tf.CLIPModel(tf.CLIPConfig(text_config=text, vision_config={**WIDE, "image_size": 32, "patch_size": 8}))
+def wide(width: int) -> dict[str, int]:
+    return {**text(width), "intermediate_size": 2 * width}
 
 
-def _whisper():
+def gqa(width: int) -> dict[str, int]:
+    return {**wide(width), "num_key_value_heads": width // 32, "head_dim": 16}
+
+
+def _clip(width: int) -> torch.nn.Module:
+    language = {**wide(width), "bos_token_id": 0, "eos_token_id": 1}
+    vision = {**wide(width), "image_size": 32, "patch_size": 8}
+    return tf.CLIPModel(tf.CLIPConfig(text_config=language, vision_config=vision, projection_dim=width))
+
+
+def _whisper(width: int) -> torch.nn.Module:
     return tf.WhisperForConditionalGeneration(
         tf.WhisperConfig(
-            vocab_size=256,
-            d_model=64,
-            encoder_layers=2,
-            decoder_layers=2,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
-            encoder_ffn_dim=128,
-            decoder_ffn_dim=128,
-            num_mel_bins=16,
-            max_source_positions=50,
-            max_target_positions=40,
-            decoder_start_token_id=1,
+            vocab_size=4 * width, d_model=width, encoder_layers=2, decoder_layers=2, num_mel_bins=16,
+            encoder_attention_heads=width // 16, decoder_attention_heads=width // 16, encoder_ffn_dim=2 * width,
+            decoder_ffn_dim=2 * width, max_source_positions=50, max_target_positions=40, decoder_start_token_id=1,
             pad_token_id=0,
         )
+    )  # fmt: skip
+
+
+def _gpt2(width: int) -> torch.nn.Module:
+    return tf.GPT2LMHeadModel(
+        tf.GPT2Config(vocab_size=4 * width, n_embd=width, n_layer=2, n_head=width // 16, n_positions=64)
     )
 
 
+def _opt(width: int) -> torch.nn.Module:
+    config = {"ffn_dim": 2 * width, "word_embed_proj_dim": width, "max_position_embeddings": 64}
+    return tf.OPTForCausalLM(tf.OPTConfig(**text(width), **config))
+
+
+def _t5(width: int) -> torch.nn.Module:
+    config = {"vocab_size": 4 * width, "d_model": width, "d_kv": 16, "d_ff": 2 * width, "num_layers": 2}
+    return tf.T5ForConditionalGeneration(tf.T5Config(**config, num_heads=width // 16, decoder_start_token_id=0))
+
+
+EXPERTS = {"num_experts_per_tok": 2}
+# name -> a function of the hidden width
 ARCHITECTURES = {
-    "BERT": lambda: tf.BertModel(tf.BertConfig(**WIDE)),
-    "GPT-2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=256, n_embd=64, n_layer=2, n_head=4, n_positions=64)),
-    "OPT": lambda: tf.OPTForCausalLM(
-        tf.OPTConfig(**TEXT, ffn_dim=128, word_embed_proj_dim=64, max_position_embeddings=64)
+    "BERT": lambda w: tf.BertModel(tf.BertConfig(**wide(w))),
+    "GPT-2": _gpt2,
+    "OPT": _opt,
+    "Llama": lambda w: tf.LlamaForCausalLM(tf.LlamaConfig(**wide(w), num_key_value_heads=w // 32)),
+    "Falcon": lambda w: tf.FalconForCausalLM(tf.FalconConfig(**text(w))),
+    "Gemma 3": lambda w: tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**gqa(w), sliding_window=16)),
+    "Mixtral": lambda w: tf.MixtralForCausalLM(
+        tf.MixtralConfig(**wide(w), num_key_value_heads=w // 32, num_local_experts=4, **EXPERTS)
     ),
-    "Llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**WIDE, num_key_value_heads=2)),
-    "Falcon": lambda: tf.FalconForCausalLM(tf.FalconConfig(**TEXT)),
-    "Gemma 3": lambda: tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**GQA, sliding_window=16)),
-    "Mixtral": lambda: tf.MixtralForCausalLM(
-        tf.MixtralConfig(**WIDE, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)
+    "Qwen3-MoE": lambda w: tf.Qwen3MoeForCausalLM(
+        tf.Qwen3MoeConfig(**gqa(w), num_experts=4, moe_intermediate_size=w, **EXPERTS)
     ),
-    "Qwen3-MoE": lambda: tf.Qwen3MoeForCausalLM(
-        tf.Qwen3MoeConfig(**GQA, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
+    "gpt-oss": lambda w: tf.GptOssForCausalLM(
+        tf.GptOssConfig(**gqa(w), num_local_experts=4, sliding_window=16, **EXPERTS)
     ),
-    "gpt-oss": lambda: tf.GptOssForCausalLM(
-        tf.GptOssConfig(**GQA, num_local_experts=4, num_experts_per_tok=2, sliding_window=16)
-    ),
-    "T5": lambda: tf.T5ForConditionalGeneration(
-        tf.T5Config(vocab_size=256, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, decoder_start_token_id=0)
-    ),
+    "T5": _t5,
     "Whisper": _whisper,
     "CLIP": _clip,
-    "ViT": lambda: tf.ViTForImageClassification(
+    "ViT": lambda w: tf.ViTForImageClassification(
         tf.ViTConfig(
-            hidden_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=128,
-            image_size=32,
+            hidden_size=w, num_hidden_layers=2, num_attention_heads=w // 16, intermediate_size=2 * w, image_size=32,
             patch_size=8,
         )
     ),
-}
+}  # fmt: skip
 
 
 def inputs(model) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ def digest(folder):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architecture(name, tmp_path):
     torch.manual_seed(0)
-    model = ARCHITECTURES[name]().eval()
+    model = ARCHITECTURES[name](64).eval()
     model.save_pretrained(tmp_path / "src")
     dense = type(model).from_pretrained(tmp_path / "src").eval()
 
