@@ -1,0 +1,259 @@
+"""Every kernel against plain torch operations: forward, gradients, odd sizes, layouts, stages, dtypes, threads."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import rpq_convert as rpq
+from rpq_convert.kernels import linear as kernels
+from rpq_convert.kernels import lookup, team, vectors
+from rpq_convert.kernels.decode import decode, decode_rows, tiled_linear
+from rpq_convert.kernels.linear import Cut, decoded_linear, linear, plain_weight, ready
+
+# axis, n, length, dim, books, stages, codes stored by rows
+CASES = {
+    "one book per block": (128, 96, 8, 12, 1, False),
+    "padded last block": (70, 43, 5, 1, 1, False),
+    "two stages, two books": (100, 64, 4, 2, 2, False),
+    "dim 1, codes by rows": (65, 33, 1, 1, 1, True),
+    "three stages by rows": (200, 130, 5, 3, 3, True),
+    "dim 16": (300, 64, 16, 4, 1, False),
+    "dim 2": (64, 128, 2, 1, 1, False),
+    "dim 64, heads": (48, 128, 64, 2, 1, False),
+    "one row": (1, 24, 8, 1, 1, False),
+}
+
+
+def make(axis, n, length, dim, books, stages, by_rows, dtype=torch.float32):
+    torch.manual_seed(0)
+    cut = Cut(axis, n, length, dim, books, stages)
+    codes = torch.randint(0, 256, (stages, cut.blocks, n), dtype=torch.uint8)
+    if by_rows:
+        codes = codes.transpose(1, 2).contiguous().transpose(1, 2)
+    return cut, codes, torch.randn(stages, books, 256, dim).to(dtype)
+
+
+def close(a, b, limit=2e-6):
+    a, b = a.detach(), b.detach()
+    return float((a - b).norm()) <= limit * float(b.norm())
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 8, 9, 40, 100])
+@pytest.mark.parametrize("axis", ["in", "out"])
+@pytest.mark.parametrize("case", CASES)
+def test_linear_and_its_gradients(case, axis, tokens):
+    cut, codes, books = make(axis, *CASES[case])
+    inputs = [torch.randn(tokens, cut.inputs), books, torch.rand(cut.outputs) + 0.5, torch.randn(cut.outputs)]
+    x, books, scales, bias = (t.requires_grad_() for t in inputs)
+    expected = x @ plain_weight(codes, books, scales, cut).T + bias
+    gradient = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, inputs, gradient)
+    for function in (linear, decoded_linear):
+        out = function(x, codes, books, scales, bias, cut)
+        assert close(out, expected)
+        for found, want in zip(torch.autograd.grad(out, inputs, gradient), wanted):
+            assert close(found, want)
+    with torch.no_grad():
+        assert close(linear(x, codes, books, scales, None, cut), expected - bias)
+        assert close(tiled_linear(x, codes, books, scales, bias, cut), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("axis", ["in", "out"])
+@pytest.mark.parametrize("case", CASES)
+def test_decode_gives_the_bits_of_plain_torch(case, axis, dtype):
+    cut, codes, books = make(axis, *CASES[case], dtype=torch.float16)
+    scales = torch.rand(cut.outputs).half()
+    table = books.reshape(cut.stages, cut.books * 256, cut.dim).float()
+    first = torch.arange(cut.blocks) * cut.books // cut.blocks * 256
+    matrix = sum(F.embedding(codes[s].T.int() + first, table[s]) for s in range(cut.stages))
+    matrix = matrix.flatten(1)[:, : cut.length].to(dtype)
+    plain = matrix if axis == "in" else matrix.T
+    assert torch.equal(decode(codes, books, None, cut, dtype), plain)
+    assert torch.equal(decode(codes, books, scales, cut, dtype), plain * scales.to(dtype)[:, None])
+    if axis == "in":
+        index = torch.randint(0, cut.n, (37,))
+        rows = decode_rows(codes, books, scales, index, cut, dtype)
+        assert torch.equal(rows, (plain * scales.to(dtype)[:, None])[index])
+
+
+@pytest.mark.parametrize("axis", ["in", "out"])
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_of_decode(case, axis):
+    cut, codes, books = make(axis, *CASES[case])
+    inputs = [books.requires_grad_(), (torch.rand(cut.outputs) + 0.5).requires_grad_()]
+    expected = plain_weight(codes, *inputs, cut)
+    gradient = torch.randn_like(expected)
+    out = decode(codes, *inputs, cut, torch.float32)
+    for found, want in zip(torch.autograd.grad(out, inputs, gradient), torch.autograd.grad(expected, inputs, gradient)):
+        assert close(found, want)
+
+
+def test_gradient_of_a_gradient():
+    cut, codes, books = make("in", *CASES["one book per block"])
+    x = torch.randn(5, cut.inputs, dtype=torch.float32, requires_grad=True)
+    books.requires_grad_()
+
+    def penalty(product):
+        (first,) = torch.autograd.grad(product.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), [x, books])
+
+    wanted = penalty(x @ plain_weight(codes, books, None, cut).T)
+    for found, want in zip(penalty(linear(x, codes, books, None, None, cut)), wanted):
+        assert close(found, want, 1e-5)
+
+
+def test_integer_tables_are_as_good_as_floats():
+    if not vectors.HAS_PICK:
+        pytest.skip("this processor has no AVX-512 VBMI")
+    cut, codes, books = make("in", 1000, 4096, 8, 512, 1, False)
+    x = torch.randn(1, 4096)
+    exact = x.double() @ plain_weight(codes, books, None, cut).double().T
+    error = float((linear(x, codes, books, None, None, cut) - exact).norm() / exact.norm())
+    assert error < 2e-6  # one ordinary product in float32 is off by 4e-7
+    assert sorted(lookup.NATURAL) == list(range(64))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_infinity_come_out_as_they_went_in(bad):
+    cut, codes, books = make("in", *CASES["one book per block"])
+    for tokens in (1, 4, 20):
+        x = torch.randn(tokens, cut.inputs)
+        x[0, 3] = bad
+        out = linear(x, codes, books, None, None, cut)
+        assert not torch.isfinite(out[0]).any() and torch.isfinite(out[1:]).all()
+    assert torch.equal(linear(torch.zeros(1, cut.inputs), codes, books, None, None, cut), torch.zeros(1, cut.outputs))
+
+
+@pytest.mark.parametrize("axis", ["in", "out"])
+@pytest.mark.parametrize("tokens", [1, 8, 100])
+def test_bits_do_not_depend_on_threads(axis, tokens, monkeypatch):
+    cut, codes, books = make(axis, 1500, 1024, 8, 128, 1, False)
+    x = torch.randn(tokens, cut.inputs, requires_grad=True)
+    books.requires_grad_()
+
+    def run():
+        out = linear(x, codes, books, None, None, cut)
+        return out, *torch.autograd.grad(out.square().sum(), [x, books])
+
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(run())
+        monkeypatch.setattr(team, "_openmp", lambda: None)  # the fallback: Python's threads
+        found.append(run())
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other))
+
+
+def test_many_threads_call_one_layer():
+    torch.manual_seed(0)
+    layer = nn.Linear(512, 512)
+    rpq.convert(layer, bits=1)
+    x = torch.randn(3, 512)
+    expected, wrong = layer(x), []
+
+    def work():
+        for _ in range(20):
+            if not torch.equal(layer(x), expected):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+def test_tables_follow_the_codebooks():
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 64, bias=False)
+    rpq.convert(layer, bits=1)
+    x = torch.randn(4, 64)
+    books = layer.weight_rpq.codebooks
+    for change in (lambda: books.mul_(2), lambda: books.data.mul_(2), lambda: setattr(books, "data", books.data * 2)):
+        before = layer(x)
+        with torch.no_grad():
+            change()
+        assert close(layer(x), 2 * before, 1e-5)
+    assert ready(books, "lookup")[0] is ready(books, "lookup")[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_models_and_autocast(dtype):
+    torch.manual_seed(0)
+    layer = nn.Linear(96, 80).to(dtype)
+    rpq.convert(layer, dim=8)
+    x = torch.randn(2, 5, 96).to(dtype)
+    expected = F.linear(x.float(), layer.weight_rpq().float(), layer.bias.float())
+    assert layer(x).dtype == dtype and close(layer(x).float(), expected, 2e-2)
+    with pytest.raises(RuntimeError, match="dtype"):
+        layer(x.float())
+    wide = nn.Linear(96, 80)
+    rpq.convert(wide, dim=8)
+    with torch.autocast("cpu", dtype=dtype):
+        assert wide(x.float()).dtype == dtype
+
+
+def test_wrong_shapes_get_torchs_own_error():
+    layer = nn.Linear(96, 80)
+    rpq.convert(layer, dim=8)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        layer(torch.randn(3, 95))
+    assert layer(torch.randn(0, 96)).shape == (0, 80)
+    table = nn.Embedding(50, 64)
+    rpq.convert(table, bits=2, grow=True)
+    for index in ([0, 50], [-1, 3]):
+        with pytest.raises(IndexError, match="out of range for an embedding of 50 entries"):
+            table(torch.tensor(index))
+
+
+def test_training_saves_no_dense_weight():
+    torch.manual_seed(0)
+    layer = nn.Linear(512, 512)
+    rpq.convert(layer, dim=8)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
+        layer(torch.randn(16, 512, requires_grad=True)).sum().backward()
+    assert (512, 512) not in saved and saved
+
+
+def test_copies_do_not_share_what_kernels_keep():
+    layer = nn.Linear(64, 64)
+    rpq.convert(layer, bits=1)
+    x = torch.randn(2, 64)
+    expected = layer(x)
+    other = copy.deepcopy(layer)
+    with torch.no_grad():
+        other.weight_rpq.codebooks.zero_()
+    assert torch.equal(layer(x), expected) and torch.equal(other(x), other.bias.expand(2, -1))
+
+
+def test_cost_prefers_codes_where_they_win():
+    wide = Cut("in", 4096, 4096, 8, 512, 1)
+    assert max(wide.cost(t) for t in (1, 8, 64, 512)) < 1
+    assert Cut("out", 4096, 4096, 1, 1, 1).cost(512) > 1
+
+
+def test_the_kernels_are_used(monkeypatch):
+    """A layer that quietly fell back to decoding would pass every test above but this one."""
+    layer = nn.Linear(512, 512)
+    rpq.convert(layer, dim=8)
+    monkeypatch.setattr(type(layer.weight_rpq), "forward", None)
+    with torch.no_grad():
+        layer(torch.randn(4, 512))
+    called = []
+    original = kernels.apply
+    monkeypatch.setattr(kernels, "apply", lambda *a, **k: called.append(1) or original(*a, **k))
+    with torch.no_grad():
+        layer(torch.randn(4, 512))
+    assert called
