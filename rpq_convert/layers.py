@@ -9,13 +9,15 @@ returns a `ComputedWeight`. Forward, hooks, aliases and attributes are inherited
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from rpq_convert.view import WeightView
-from rpq_convert.weight import ComputedWeight, RPQWeight, _refuse
+from rpq_convert.weight import ComputedWeight, DecodedView, RPQWeight, _refuse
 
 SUFFIX = "_rpq"
 LAYERS: dict[type | str, dict[str, WeightView]] = {}
@@ -102,6 +104,8 @@ def _blank(original: Any, names: tuple[str, ...]) -> nn.Module:
 def _computed(name: str) -> property:
     def read(self: nn.Module) -> torch.Tensor:
         rpq: Any = self._modules[name + SUFFIX]
+        if rpq.kept is not None and not (torch.is_grad_enabled() and rpq.trainable):
+            return rpq.kept
         # the compiler traces through the plain decode; eager code gets the lazy tensor
         return rpq() if torch.compiler.is_compiling() else ComputedWeight(rpq, f"{type(self).__name__}.{name}")
 
@@ -142,6 +146,28 @@ def take(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
     del module._modules[name + SUFFIX]  # type: ignore[attr-defined]
     module.__class__ = rpq_class(original, names) if names else original  # type: ignore[assignment]
     module.register_parameter(name, parameter)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def decoded(model: nn.Module) -> Iterator[nn.Module]:
+    """Keep a converted model's weights expanded within the block, for code that reads them again and again.
+
+    Takes the memory of the dense model meanwhile. For inference: where gradients must reach codebooks, they are decoded as
+    ever. Codebooks that change within the block are not seen.
+
+    Example:
+        >>> with torch.no_grad(), rpq.decoded(model):
+        ...     model(x)
+    """
+    weights = {id(w): w for w in layers_of(model).values()}.values()
+    try:
+        with torch.no_grad():
+            for weight in weights:
+                weight.kept = weight().as_subclass(DecodedView)
+        yield model
+    finally:
+        for weight in weights:
+            weight.kept = None
 
 
 def find(model: nn.Module, path: str) -> tuple[nn.Module, str]:

@@ -14,6 +14,7 @@ writes vanish) and rebuilding layers from their attributes (loses hooks, aliases
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,7 @@ class RPQWeight(nn.Module):
     codebooks: nn.Parameter
     codes: nn.Parameter
     scales: nn.Parameter | None
+    kept: Tensor | None = None  # the expanded weight, inside a block of `rpq_convert.decoded`
 
     def __init__(
         self,
@@ -383,6 +385,42 @@ def _product(x: Tensor, weight: Any, bias: Tensor | None, axes: tuple[str, ...])
     return out.view(*x.shape[:-1], cut.outputs)
 
 
+def _all(values: Any, wanted: int) -> bool:
+    return all(v == wanted for v in (values if isinstance(values, (tuple, list)) else (values,)))
+
+
+def _conv(plain: Callable[..., Tensor]) -> Callable[..., Any]:
+    """Return the handler of a convolution: 1 x 1 ones are linear layers, others decode into memory that is used again."""
+
+    def handle(
+        input: Tensor, weight: Any, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
+        groups: int = 1,
+    ) -> Any:  # fmt: skip
+        if not isinstance(weight, ComputedWeight) or type(input) not in (Tensor, nn.Parameter):
+            return NotImplemented
+        rpq = _rpq(weight)
+        training = torch.is_grad_enabled() and (
+            input.requires_grad or rpq.trainable or (bias is not None and bias.requires_grad)
+        )
+        if training or rpq.dtype != torch.float32 != input.dtype or torch.is_autocast_enabled("cpu"):
+            return NotImplemented
+        if not rpq.compiled or input.device.type != "cpu" or rpq.view.axes[0] != "out":
+            return NotImplemented
+        from rpq_convert.kernels.decode import decode_again
+        from rpq_convert.kernels.linear import pointwise
+
+        parts, cut = (rpq.stages_codes(), rpq.codebooks, rpq.scales), rpq.cut
+        points = math.prod(rpq.shape[2:]) == 1 and groups == 1 and _all(padding, 0) and _all(stride, 1)
+        if points and input.ndim == len(rpq.shape) and input.shape[1] == cut.inputs and input.numel():
+            pixels = math.prod(input.shape[2:])
+            if cut.cost(len(input) * pixels) <= 1:
+                flat = pointwise(input.reshape(len(input), cut.inputs, pixels), *parts, bias, cut)
+                return flat.view(len(input), cut.outputs, *input.shape[2:])
+        return plain(input, decode_again(*parts, cut).view(rpq.shape), bias, stride, padding, dilation, groups)
+
+    return handle
+
+
 def _looked_up(index: Tensor, weight: Any, padding_idx: int | None) -> tuple[Tensor, Tensor, int | None] | None:
     """Return (rows, new index, new padding_idx) so that a lookup runs on the few decoded rows it needs."""
     if not isinstance(weight, ComputedWeight):
@@ -467,6 +505,9 @@ def _embedding_bag(
 HANDLERS: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
     torch.addmm: _addmm,
+    F.conv1d: _conv(F.conv1d),
+    F.conv2d: _conv(F.conv2d),
+    F.conv3d: _conv(F.conv3d),
     F.embedding: _embedding,
     F.embedding_bag: _embedding_bag,
 }

@@ -238,6 +238,52 @@ def test_copies_do_not_share_what_kernels_keep():
     assert torch.equal(layer(x), expected) and torch.equal(other(x), other.bias.expand(2, -1))
 
 
+CONVOLUTIONS = {
+    "3 x 3": (nn.Conv2d(32, 48, 3, padding=1, stride=2), (2, 32, 9, 9)),
+    "grouped": (nn.Conv2d(32, 48, 3, groups=4, bias=False), (2, 32, 9, 9)),
+    "points": (nn.Conv2d(64, 80, 1), (3, 64, 5, 7)),
+    "points of a line": (nn.Conv1d(64, 80, 1, bias=False), (2, 64, 40)),
+    "points with a stride": (nn.Conv2d(64, 80, 1, stride=2), (3, 64, 6, 6)),
+    "volumes": (nn.Conv3d(16, 32, 1), (2, 16, 3, 4, 5)),
+}
+
+
+@pytest.mark.parametrize("axis", ["in", "out"])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions(name, axis):
+    torch.manual_seed(0)
+    layer, shape = copy.deepcopy(CONVOLUTIONS[name][0]), CONVOLUTIONS[name][1]
+    rpq.convert(layer, dim=16, axis=axis, fit="random", grow=True)
+    x = torch.randn(shape)
+    plain = copy.deepcopy(layer)
+    rpq.restore(plain)
+    with torch.no_grad():
+        assert close(layer(x), plain(x))
+    x.requires_grad_()
+    expected, out = plain(x), layer(x)
+    assert close(out, expected)
+    found, want = (torch.autograd.grad(y.square().sum(), x)[0] for y in (out, expected))
+    assert close(found, want)
+
+
+def test_decoded_keeps_weights_for_a_block():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(300, 64), nn.Linear(64, 64))
+    rpq.convert(model, bits=4)
+    x = torch.randint(0, 300, (7,))
+    with torch.no_grad():
+        expected = model(x)
+        with rpq.decoded(model) as same:
+            assert same is model and model[1].weight is model[1].weight
+            assert close(model(x), expected)
+            with pytest.raises(RuntimeError, match="would be lost"):
+                model[1].weight.add_(1)
+    assert model[1].weight_rpq.kept is None
+    with rpq.decoded(model):
+        model(x).sum().backward()  # gradients are not cut off
+    assert model[1].weight_rpq.codebooks.grad is not None
+
+
 def test_cost_prefers_codes_where_they_win():
     wide = Cut("in", 4096, 4096, 8, 512, 1)
     assert max(wide.cost(t) for t in (1, 8, 64, 512)) < 1

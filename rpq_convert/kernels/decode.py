@@ -5,6 +5,7 @@ Saved for backward are codes and codebooks, never the weight.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from rpq_convert.kernels.team import FIRST, run
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STEP = 64  # positions of one part
+KEEP = 1 << 23  # weights of a buffer that is kept
+_local = threading.local()
 
 
 def decode(codes: Tensor, codebooks: Tensor, scales: Tensor | None, cut: Cut, dtype: torch.dtype) -> Tensor:
@@ -59,14 +62,29 @@ def _fields(
     )  # fmt: skip
 
 
+def decode_again(codes: Tensor, codebooks: Tensor, scales: Tensor | None, cut: Cut) -> Tensor:
+    """Return the weight in float32 in a buffer of this thread that the next call overwrites; not differentiable.
+
+    Fresh memory costs more than decoding: every page of it must be cleared by the system first.
+    """
+    size = cut.outputs * cut.inputs
+    held = getattr(_local, "weight", None)
+    if size > KEEP or held is None or held.numel() < size:
+        held = torch.empty(size)
+        if size <= KEEP:
+            _local.weight = held
+    return _decode(codes, codebooks, scales, None, cut, torch.float32, held[:size].view(cut.outputs, cut.inputs))
+
+
 def _decode(
-    codes: Tensor, codebooks: Tensor, scales: Tensor | None, index: Tensor | None, cut: Cut, dtype: torch.dtype
-) -> Tensor:
+    codes: Tensor, codebooks: Tensor, scales: Tensor | None, index: Tensor | None, cut: Cut, dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     if cut.stages > 1 and dtype != torch.float32:
         wide = _decode(codes, codebooks, None, index, cut, torch.float32).to(dtype)
         return _scale(wide, scales, index)
     count = cut.outputs if index is None else index.numel()
-    out = torch.empty(count, cut.inputs, dtype=dtype, device=codes.device)
+    out = torch.empty(count, cut.inputs, dtype=dtype, device=codes.device) if out is None else out
     task, unit, fields, kept = _task(codes, codebooks, scales, index, cut, out)
     run(task, fields, -(-count // unit))
     del kept

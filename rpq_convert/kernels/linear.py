@@ -130,6 +130,24 @@ def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, b
     return _forward(x, codes, codebooks, scales, bias, cut)
 
 
+def pointwise(
+    x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, bias: Tensor | None, cut: Cut
+) -> Tensor:
+    """Return the same product for images: x [images, inputs, pixels] to [images, outputs, pixels]; not differentiable."""
+    flat, scales, bias = _flat(x), _flat(scales), _flat(bias)
+    assert flat is not None
+    books, norms = ready(codebooks, "lookup")
+    call = Call(cut.axis == "in", cut, codes, books, norms)
+    pixels = x.shape[2]
+    out = flat.new_empty(x.shape[0], cut.outputs, pixels)
+    for image, result in zip(flat, out):
+        fields = call.fields(
+            image.data_ptr(), pixels, 0, _address(scales), _address(bias), result.data_ptr(), pixels=pixels
+        )
+        run(TASKS[16][0], fields, -(-pixels // 16), call.scratch(16))
+    return out.to(x.dtype)
+
+
 def _forward(
     x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, bias: Tensor | None, cut: Cut
 ) -> Tensor:
@@ -283,13 +301,18 @@ class Call:
 
     def fields(
         self, x: int, tokens: int, factors: int, scales: int, bias: int, out: int, *, part: int = 0, entered: int = 0,
-        sums: int = 0, sums_bytes: int = 0, parts: int = 0, scale_bits: int = 0,
+        sums: int = 0, sums_bytes: int = 0, parts: int = 0, scale_bits: int = 0, pixels: int = 0,
     ) -> tuple[int, ...]:  # fmt: skip
-        """Return a task's own fields, in the order of `tasks`."""
+        """Return a task's own fields, in the order of `tasks`; with `pixels`, tokens are those of an image [columns, pixels]."""
+        strides = (1, pixels, 1, pixels) if pixels else (self.wide_in, 1, self.wide_out, 1)
         return (
             *self.place, self.looks, x, self.wide_in, self.enters, factors, tokens, out, self.wide_out, self.leaves,
-            scales, bias, part, entered, sums, sums_bytes, parts, scale_bits,
+            scales, bias, part, entered, sums, sums_bytes, parts, scale_bits, *strides,
         )  # fmt: skip
+
+    def scratch(self, lanes: int) -> int:
+        """Return the floats that a thread needs to serve whole groups."""
+        return _line(lanes * self.enters) + _line(lanes * self.leaves) + 256 * lanes * k.TOGETHER + self.cut.room
 
     def part(self, lanes: int) -> int:
         """Return how many blocks make a part."""
@@ -310,7 +333,7 @@ class Call:
         )
         if count >= min(4, pieces):
             fields = self.fields(x.data_ptr(), tokens, factors, scales, bias, out.data_ptr())
-            return run(groups, fields, count, entered + left + tables)
+            return run(groups, fields, count, self.scratch(lanes))
         own = pieces if self.looks else 1  # few tokens: lookups of a part are summed apart, bins have rows of their own
         memory = x.new_empty(entered + own * left)
         sums = memory.data_ptr() + 4 * entered

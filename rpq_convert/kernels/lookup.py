@@ -80,19 +80,24 @@ def fetch(books, shape, stage, block, room):
 
 
 @njit(cache=True, nogil=True)
-def enter(tag, x, stride, tokens, length, padded, factors, to):
-    """Write x [tokens, length], times `factors [length]` if given, as [padded, lanes], the rest zeros.
+def enter(tag, x, by_token, by_column, tokens, length, padded, factors, to):
+    """Write x [tokens, length] of any strides, times `factors [length]` if given, as [padded, lanes], the rest zeros.
 
     Sixteen columns at a time, a cache line of every token: rows a power of two apart share their place in the cache.
     """
     row = 4 * width(tag)
+    if by_token == 1 and tokens == width(tag) and factors == 0:  # pixels of an image: tokens lie side by side already
+        for i in range(length):
+            store(to + row * i, load(x + 4 * i * by_column, tag))
+        clear(to + row * length, width(tag) * (padded - length))
+        return
     for first in range(0, padded, 16):
         last = min(first + 16, padded)
         for t in range(width(tag)):
             for i in range(first, last):
                 value = ZERO
                 if i < length and t < tokens:
-                    value = read_float(x + 4 * (t * stride + i))
+                    value = read_float(x + 4 * (t * by_token + i * by_column))
                     if factors != 0:
                         value *= read_float(factors + 4 * i)
                 write_float(to + row * i + 4 * t, value)
@@ -224,8 +229,8 @@ def bins(tag, codes, by_stage, by_block, by_row, books, shape, low, high, x, bin
 
 
 @njit(cache=True, nogil=True)
-def leave(tag, y, parts, part_bytes, low, high, scales, bias, out, stride, tokens):
-    """Write rows `low` to `high` of y [length, lanes], summed over its parts, as columns of out [tokens, length].
+def leave(tag, y, parts, part_bytes, low, high, scales, bias, out, by_token, by_column, tokens):
+    """Write rows `low` to `high` of y [length, lanes], summed over its parts, as columns of out [tokens, length] of any strides.
 
     They are multiplied by `scales` and added to `bias` where given.
     """
@@ -245,7 +250,7 @@ def leave(tag, y, parts, part_bytes, low, high, scales, bias, out, stride, token
                     value *= read_float(scales + 4 * i)
                 if bias != 0:
                     value += read_float(bias + 4 * i)
-                write_float(out + 4 * (t * stride + i), value)
+                write_float(out + 4 * (t * by_token + i * by_column), value)
 
 
 @njit(cache=True, nogil=True)

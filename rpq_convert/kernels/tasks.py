@@ -19,8 +19,8 @@ CODES, BY_STAGE, BY_BLOCK, BY_ROW, BOOKS, STAGES, BOOK_COUNT, BLOCKS, DIM, ROWS,
 # linear: whether tables are looked up, what comes in and goes out, and how the work is cut
 (
     LOOKS, X, WIDE_IN, ENTERS, FACTORS, TOKENS, OUT, WIDE_OUT, LEAVES, SCALES, BIAS, PART_BLOCKS, ENTERED, SUMS, SUMS_BYTES,
-    PARTS, SCALE_BITS,
-) = range(FIRST + 11, FIRST + 28)  # fmt: skip
+    PARTS, SCALE_BITS, BY_TOKEN_IN, BY_COLUMN_IN, BY_TOKEN_OUT, BY_COLUMN_OUT,
+) = range(FIRST + 11, FIRST + 32)  # fmt: skip
 # gradient: sides [groups, columns, lanes] that fill and meet the bins
 FILL, MEET, GROUPS, GRAD, GRAD_BYTES, OTHER = range(FIRST + 11, FIRST + 17)
 
@@ -49,8 +49,8 @@ def _kernel(tag, a, low, high, x, tables, y):
 def _enter(tag, a, group, to):
     lanes = k.width(tag)
     tokens = min(lanes, a[TOKENS] - group * lanes)
-    x = a[X] + 4 * group * lanes * a[WIDE_IN]
-    k.enter(tag, x, a[WIDE_IN], tokens, a[WIDE_IN], a[ENTERS], a[FACTORS], to)
+    x = a[X] + 4 * group * lanes * a[BY_TOKEN_IN]
+    k.enter(tag, x, a[BY_TOKEN_IN], a[BY_COLUMN_IN], tokens, a[WIDE_IN], a[ENTERS], a[FACTORS], to)
     return tokens
 
 
@@ -58,8 +58,9 @@ def _enter(tag, a, group, to):
 def _leave(tag, a, group, y, parts, low, high):
     lanes = k.width(tag)
     tokens = min(lanes, a[TOKENS] - group * lanes)
-    out = a[OUT] + 4 * group * lanes * a[WIDE_OUT]
-    k.leave(tag, y, parts, a[SUMS_BYTES], low, high, a[SCALES], a[BIAS], out, a[WIDE_OUT], tokens)
+    out = a[OUT] + 4 * group * lanes * a[BY_TOKEN_OUT]
+    by_token, by_column = a[BY_TOKEN_OUT], a[BY_COLUMN_OUT]
+    k.leave(tag, y, parts, a[SUMS_BYTES], low, high, a[SCALES], a[BIAS], out, by_token, by_column, tokens)
 
 
 @njit(cache=True, nogil=True)

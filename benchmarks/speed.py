@@ -1,0 +1,325 @@
+"""Layers and whole models against dense ones and other quantized kernels, side by side in one run.
+
+    pip install -e .[bench]
+    python benchmarks/speed.py [linear|stack|small|embedding|conv|training|models …]    # all of them by default
+
+Every table: time as a multiple of the first column's, medians over rounds in which the contenders take turns (each runs
+some times in a row, the first not counted: "same layer" means warm caches; `stack` runs 16 different layers in a row).
+Below 1 is faster. `±` is half the distance between the quartiles, of the dense layer.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import rpq_convert as rpq
+from rpq_convert.integrations import torchvision
+from rpq_convert.nn import RPQLinear
+
+torchvision.mend()
+from rpq.nn import RPQLinear as SeedLinear  # noqa: E402 - the package RPQ-pytorch
+
+TOKENS = (1, 8, 64, 512)
+Contenders = dict[str, Callable[[], object]]
+
+
+def measure(contenders: Contenders, *, rounds: int = 7, burst: int = 3) -> dict[str, tuple[float, float]]:
+    """Return name -> (median, half the quartile distance) in seconds."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for call in contenders.values():
+        call()
+    for _ in range(rounds):
+        for name, call in contenders.items():
+            call()
+            for _ in range(burst):
+                start = time.perf_counter()
+                call()
+                times[name].append(time.perf_counter() - start)
+    found = {}
+    for name, values in times.items():
+        low, middle, high = statistics.quantiles(values, n=4)
+        found[name] = (middle, (high - low) / 2)
+    return found
+
+
+def line(label: str, contenders: Contenders, **options: int) -> list[str]:
+    """Return the cells of one row: the first contender in milliseconds, the rest as multiples of it."""
+    found = measure(contenders, **options)
+    first, *rest = found.values()
+    return [label, f"{first[0] * 1e3:.3g} ± {first[1] * 1e3:.2g} ms", *(f"{m / first[0]:.3f}" for m, _ in rest)]
+
+
+def table(title: str, head: list[str], rows: list[list[str]]) -> None:
+    print(f"\n## {title}\n\n| " + " | ".join(head) + " |")
+    print("|" + "---|" * len(head))
+    for row in rows:
+        print("| " + " | ".join(row) + " |", flush=True)
+
+
+# ---- peers -------------------------------------------------------------------------------------------------------------
+
+
+def peers(weight: Tensor, x: Tensor) -> Contenders:
+    """torch's own quantized products of the same weight: int8 and int4 weight-only, dynamic int8."""
+    outputs, inputs = weight.shape
+    half = x.bfloat16()
+    whole = (weight / (weight.abs().amax(1, keepdim=True) / 127)).round().to(torch.int8)
+    scales = (weight.abs().amax(1) / 127).bfloat16()
+    aten = torch.ops.aten
+    packed = aten._convert_weight_to_int4pack_for_cpu(torch.randint(0, 16, (outputs, inputs), dtype=torch.int32), 1)
+    groups = torch.randn(inputs // 32, outputs, 2).bfloat16()
+    dynamic = torch.ao.quantization.quantize_dynamic(nn.Sequential(linear_of(weight)), {nn.Linear}, torch.qint8)
+    narrow = weight.bfloat16()
+    return {
+        "dense bf16": lambda: F.linear(half, narrow),
+        "int8 weight-only": lambda: aten._weight_int8pack_mm(half, whole, scales),
+        "int4 weight-only": lambda: aten._weight_int4pack_mm_for_cpu(half, packed, 32, groups),
+        "int8 dynamic": lambda: dynamic(x),
+    }
+
+
+def linear_of(weight: Tensor) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+def coded(outputs: int, inputs: int, dim: int, axis: str) -> nn.Module:
+    """An RPQ layer: from dim 8 on a codebook for every block (float32), below one for all (float16, row scales)."""
+    with torch.device("meta"):
+        layer = nn.Linear(inputs, outputs, bias=False)
+    if dim >= 8:
+        count = (outputs if axis == "out" else inputs) // dim
+        rpq.convert(layer, codebooks=count, axis=axis, fit="random", grow=True)
+    else:
+        rpq.convert(layer, dim=dim, axis=axis, fit="random")
+    return layer.requires_grad_(False)
+
+
+# ---- tables ------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def linear() -> None:
+    dims = [(d, a) for d in (2, 4, 8, 16, 64, 128) for a in ("in", "out")]
+    for outputs, inputs in ((1024, 1024), (4096, 4096), (16384, 4096)):
+        weight, rows = torch.randn(outputs, inputs), []
+        layers = {f"dim {d} {a}": coded(outputs, inputs, d, a) for d, a in dims}
+        old = {d: SeedLinear(inputs, outputs, inputs // d) for d in (8, 64)} if inputs == outputs else {}
+        for tokens in TOKENS:
+            x = torch.randn(tokens, inputs)
+            contenders: Contenders = {"dense fp32": lambda x=x, w=weight: F.linear(x, w), **peers(weight, x)}
+            contenders |= {f"seed, dim {d}": lambda f=f, x=x: f(x) for d, f in old.items()}
+            contenders |= {name: lambda m=m, x=x: m(x) for name, m in layers.items()}
+            rows.append(line(str(tokens), contenders, rounds=5 if tokens == 512 else 9))
+        table(f"Linear {outputs} x {inputs}, same layer", ["tokens", *contenders], rows)
+    outputs = inputs = 4096
+    narrow, rows = torch.randn(outputs, inputs).bfloat16(), []
+    halves = {f"dim {d} {a}": coded(outputs, inputs, d, a).bfloat16() for d, a in dims}
+    for tokens in TOKENS:
+        x = torch.randn(tokens, inputs).bfloat16()
+        contenders = {"dense bf16": lambda x=x: F.linear(x, narrow)}
+        contenders |= {name: lambda m=m, x=x: m(x) for name, m in halves.items()}
+        rows.append(line(str(tokens), contenders, rounds=5))
+    table("Linear 4096 x 4096, bfloat16 model", ["tokens", *contenders], rows)
+
+
+@torch.no_grad()
+def stack() -> None:
+    side, rows = 4096, []
+    weights = [torch.randn(side, side) for _ in range(16)]
+    for tokens in (1, 8):
+        x = torch.randn(tokens, side)
+        others: dict[str, list[Callable[[], object]]] = {}
+        for weight in weights:
+            for name, call in peers(weight, x).items():
+                others.setdefault(name, []).append(call)
+
+        def all_of(calls: list[Callable[[], object]]) -> Callable[[], object]:
+            return lambda: [call() for call in calls]
+
+        contenders: Contenders = {"dense fp32": all_of([lambda w=w, x=x: F.linear(x, w) for w in weights])}
+        contenders |= {name: all_of(calls) for name, calls in others.items() if name != "dense bf16"}
+        for dim, axis in ((4, "in"), (8, "in"), (8, "out"), (16, "in"), (64, "in")):
+            layers = [coded(side, side, dim, axis) for _ in weights]
+            contenders[f"dim {dim} {axis}"] = all_of([lambda m=m, x=x: m(x) for m in layers])
+        rows.append(line(str(tokens), contenders, rounds=5))
+    table("16 different Linear 4096 x 4096 in a row", ["tokens", *contenders], rows)
+
+
+@torch.no_grad()
+def small() -> None:
+    rows = []
+    cuts = [(4, "in"), (8, "in"), (8, "out"), (16, "in"), (16, "out"), (64, "in")]
+    for outputs, inputs in ((768, 768), (3072, 768), (768, 3072)):
+        dense = linear_of(torch.randn(outputs, inputs))
+        layers = {f"dim {d} {a}": coded(outputs, inputs, d, a) for d, a in cuts}
+        for tokens in (1, 8, 64, 512):
+            x = torch.randn(tokens, inputs)
+            contenders: Contenders = {"dense fp32": lambda x=x, m=dense: m(x)}
+            contenders |= {name: lambda m=m, x=x: m(x) for name, m in layers.items()}
+            rows.append(line(f"{outputs} x {inputs}, {tokens} tokens", contenders, rounds=15, burst=5))
+    table("Small layers", ["layer", *contenders], rows)
+
+
+@torch.no_grad()
+def embedding() -> None:
+    rows = []
+    dense = nn.Embedding(50_000, 1024)
+    layers = {}
+    for dim in (1, 2, 4, 8, 64):
+        with torch.device("meta"):
+            layers[f"dim {dim}"] = nn.Embedding(50_000, 1024)
+        rpq.convert(layers[f"dim {dim}"], dim=dim, fit="random")
+    for tokens in (8, 512):
+        index = torch.randint(0, 50_000, (tokens,))
+        contenders: Contenders = {"nn.Embedding": lambda index=index: dense(index)}
+        contenders |= {name: lambda m=m, index=index: m(index) for name, m in layers.items()}
+        rows.append(line(str(tokens), contenders, rounds=25, burst=5))
+    table("Embedding 50,000 x 1024", ["tokens", *contenders], rows)
+
+
+@torch.no_grad()
+def conv() -> None:
+    rows = []
+    for channels, outputs, kernel, side, images in (
+        (64, 64, 3, 56, 8), (256, 256, 3, 14, 8), (512, 512, 3, 7, 8), (256, 256, 3, 14, 1), (256, 1024, 1, 14, 8),
+        (1024, 256, 1, 14, 8),
+    ):  # fmt: skip
+        x = torch.randn(images, channels, side, side)
+        dense = nn.Conv2d(channels, outputs, kernel, padding=kernel // 2)
+        contenders: Contenders = {"dense fp32": lambda x=x, m=dense: m(x)}
+        for dim in (2, 8, 16):
+            layer = nn.Conv2d(channels, outputs, kernel, padding=kernel // 2)
+            rpq.convert(layer, dim=dim, fit="random", grow=True)
+            contenders[f"dim {dim}"] = lambda x=x, m=layer: m(x)
+        rows.append(
+            line(f"{outputs} x {channels} x {kernel} x {kernel} at {side} x {side}, {images} images", contenders)
+        )
+    table("Conv2d", ["layer", *contenders], rows)
+
+
+def step(layer: nn.Module, x: Tensor) -> None:
+    layer.zero_grad()
+    layer(x).sum().backward()
+
+
+def training() -> None:
+    rows, side = [], 4096
+    names = [(8, "in"), (8, "out"), (16, "in"), (16, "out")]
+    for tokens in (64, 512):
+        x = torch.randn(tokens, side, requires_grad=True)
+        dense = nn.Linear(side, side)
+        contenders: Contenders = {"dense fp32": lambda x=x, m=dense: step(m, x)}
+        for dim, axis in names:
+            layer = trained(dim, axis)
+            contenders[f"dim {dim} {axis}"] = lambda x=x, m=layer: step(m, x)
+        rows.append(line(str(tokens), contenders, rounds=5))
+    for kind in ("dense", *(f"{d}-{a}" for d, a in names)):
+        out = subprocess.run(
+            [sys.executable, __file__, "--peak", kind], capture_output=True, text=True, check=True
+        ).stdout
+        rows.append([f"peak memory of a step at 512 tokens, {kind}", out.strip()] + [""] * len(names))
+    table("Training step of Linear 4096 x 4096 (forward, backward, all gradients)", ["tokens", *contenders], rows)
+
+
+def trained(dim: int, axis: str) -> nn.Module:
+    if axis == "out":
+        return RPQLinear(4096, 4096, num_codebooks=4096 // dim)
+    layer = nn.Linear(4096, 4096)
+    rpq.convert(layer, codebooks=4096 // dim, axis="in", fit="random", grow=True)
+    return layer
+
+
+def peak(kind: str) -> None:
+    """Print how much resident memory a layer and one training step of it add, in MiB."""
+    import re
+
+    def resident() -> int:
+        return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
+
+    step(trained(8, "in"), torch.randn(64, 4096))  # kernels are loaded
+    step(trained(8, "out"), torch.randn(64, 4096))
+    step(nn.Linear(64, 64), torch.randn(64, 64))
+    x = torch.randn(512, 4096, requires_grad=True)
+    before, highest, done = resident(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal highest
+        while not done.is_set():
+            highest = max(highest, resident())
+            time.sleep(0.001)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    layer = nn.Linear(4096, 4096) if kind == "dense" else trained(int(kind.split("-")[0]), kind.split("-")[1])
+    for _ in range(3):
+        step(layer, x)
+    done.set()
+    watcher.join()
+    print(f"{(highest - before) / 1024:.0f} MiB")
+
+
+@torch.inference_mode()
+def models() -> None:
+    import copy
+
+    from real_models import embed, minilm_folder, smollm2
+    from transformers import AutoModel, AutoTokenizer
+
+    rows = []
+    model, tokenizer = smollm2()
+    prompt = tokenizer("The history of the city begins", return_tensors="pt").input_ids
+    ways = {"8bit": {"preset": "8bit"}, "4bit": {"preset": "4bit"}, "4bit, axis in": {"preset": "4bit", "axis": "in"},
+            "2bit, axis in": {"preset": "2bit", "axis": "in"}, "1bit, axis in": {"preset": "1bit", "axis": "in"}}  # fmt: skip
+
+    def versions(model: nn.Module) -> dict[str, nn.Module]:
+        found = {"dense fp32": model}
+        for name, options in ways.items():
+            found[name] = copy.deepcopy(model)
+            rpq.convert(found[name], fit="random", **options)  # the codes' values do not change the speed
+        return found
+
+    def generate(model: nn.Module) -> object:
+        return model.generate(prompt, max_new_tokens=32, min_new_tokens=32, do_sample=False)  # type: ignore[operator]
+
+    contenders: Contenders = {k: lambda m=m: generate(m) for k, m in versions(model).items()}
+    rows.append(line("SmolLM2-135M, 32 tokens greedy", contenders, rounds=3, burst=1))
+    encoder = AutoModel.from_pretrained(minilm_folder()).eval()
+    words = AutoTokenizer.from_pretrained(minilm_folder())
+    sentences = ["The committee postponed its decision until spring, as nobody had read the report."] * 32
+    contenders = {k: lambda m=m: embed(m, words, sentences) for k, m in versions(encoder).items()}
+    rows.append(line("MiniLM, 32 sentences", contenders, rounds=5))
+    table("Whole models", ["model", *contenders], rows)
+
+
+TABLES = {f.__name__: f for f in (linear, stack, small, embedding, conv, training, models)}
+
+
+def main(names: list[str]) -> None:
+    if names[:1] == ["--peak"]:
+        return peak(names[1])
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((c.split(":")[1].strip() for c in lines if c.startswith("model name")), "an unknown processor")
+    print(
+        f"# Speed\n\nPrinted by `python benchmarks/speed.py > docs/benchmarks.md`: {torch.get_num_threads()} threads of {cpu}, ",
+        end="",
+    )
+    print(f"Python {platform.python_version()}, torch {torch.__version__}. {__doc__.split('default', 1)[1].strip()}")
+    for name in names or TABLES:
+        TABLES[name]()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
