@@ -14,9 +14,10 @@ writes vanish) and rebuilding layers from their attributes (loses hooks, aliases
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from functools import cached_property
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,18 @@ from rpq_convert.view import WeightView
 
 if TYPE_CHECKING:
     from rpq_convert.kernels.linear import Cut
+
+
+@functools.cache
+def _kernels() -> SimpleNamespace:
+    """Return the compiled kernels' torch faces; numba is imported on first use."""
+    from rpq_convert.kernels import decode, linear
+
+    return SimpleNamespace(
+        linear=linear.linear, decoded=linear.decoded_linear, pointwise=linear.pointwise, tiled=decode.tiled_linear,
+        decode=decode.decode, decode_again=decode.decode_again, decode_rows=decode.decode_rows,
+        check_rows=decode.check_rows,
+    )  # fmt: skip
 
 
 class RPQWeight(nn.Module):
@@ -79,7 +92,7 @@ class RPQWeight(nn.Module):
     def trainable(self) -> bool:
         return self.codebooks.requires_grad or (self.scales is not None and self.scales.requires_grad)
 
-    @cached_property
+    @functools.cached_property
     def cut(self) -> Cut:
         """The coded matrix as kernels see it."""
         from rpq_convert.kernels.linear import Cut
@@ -109,9 +122,7 @@ class RPQWeight(nn.Module):
         if not self.compiled:
             matrix = self._expand(None)  # [n, L]
             return self._finish(self.view.from_matrix(matrix, self.shape, self.spec.axis))
-        from rpq_convert.kernels.decode import decode
-
-        codes, axes = self.stages_codes(), self.view.axes
+        decode, codes, axes = _kernels().decode, self.stages_codes(), self.view.axes
         if axes[0] == "out" and "expert" not in axes:
             weight = decode(codes, self.codebooks, self.scales, self.cut, self.dtype).view(self.shape)
             return self._finish(weight, scaled=True)
@@ -123,12 +134,11 @@ class RPQWeight(nn.Module):
         """Expand the rows `index [r]` of a two-axis parameter cut along its input axis: [r, L]."""
         if not self.compiled:
             return self._finish(self._expand(index), index)
-        from rpq_convert.kernels.decode import check_rows, decode_rows
-
+        kernels = _kernels()
         index = index.long().contiguous()
         if checked:
-            check_rows(index, self.shape[0])
-        rows = decode_rows(self.stages_codes(), self.codebooks, self.scales, index, self.cut, self.dtype)
+            kernels.check_rows(index, self.shape[0])
+        rows = kernels.decode_rows(self.stages_codes(), self.codebooks, self.scales, index, self.cut, self.dtype)
         return self._finish(rows, index, scaled=True)
 
     @torch.no_grad()
@@ -364,25 +374,23 @@ def _product(x: Tensor, weight: Any, bias: Tensor | None, axes: tuple[str, ...])
     rpq = _rpq(weight)
     if rpq.view.axes != axes or x.device.type != "cpu" or not rpq.compiled:
         return NotImplemented
-    from rpq_convert.kernels.decode import tiled_linear
-    from rpq_convert.kernels.linear import decoded_linear, linear
-
-    cut = rpq.cut
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else rpq.dtype
-    if x.ndim == 0 or x.shape[-1] != cut.inputs or not x.numel() or (x.dtype != dtype and dtype == rpq.dtype):
+    kernels, cut, dtype = _kernels(), rpq.cut, rpq.dtype
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+    elif x.dtype != dtype:
         return NotImplemented  # torch says what is wrong
+    if x.ndim == 0 or x.shape[-1] != cut.inputs or x.numel() == 0:
+        return NotImplemented
     training = torch.is_grad_enabled() and (x.requires_grad or rpq.trainable)
     if rpq.zero_row is not None and training:
         return NotImplemented
-    flat = x.reshape(-1, cut.inputs).to(dtype)
-    parts = (rpq.stages_codes(), rpq.codebooks, rpq.scales)
-    if cut.cost(flat.shape[0]) <= 1:
-        out = linear(flat, *parts, bias, cut)
-    else:
-        out = (decoded_linear if training else tiled_linear)(flat, *parts, bias, cut)
+    flat = x if x.ndim == 2 else x.reshape(-1, cut.inputs)
+    flat = flat if flat.dtype == dtype else flat.to(dtype)
+    serve = kernels.linear if cut.cost(flat.shape[0]) <= 1 else kernels.decoded if training else kernels.tiled
+    out = serve(flat, rpq.stages_codes(), rpq.codebooks, rpq.scales, bias, cut)
     if rpq.zero_row is not None:
         out[:, rpq.zero_row] = 0 if bias is None else bias[rpq.zero_row].to(dtype)
-    return out.view(*x.shape[:-1], cut.outputs)
+    return out if x.ndim == 2 else out.view(*x.shape[:-1], cut.outputs)
 
 
 def _all(values: Any, wanted: int) -> bool:
@@ -406,17 +414,15 @@ def _conv(plain: Callable[..., Tensor]) -> Callable[..., Any]:
             return NotImplemented
         if not rpq.compiled or input.device.type != "cpu" or rpq.view.axes[0] != "out":
             return NotImplemented
-        from rpq_convert.kernels.decode import decode_again
-        from rpq_convert.kernels.linear import pointwise
-
+        kernels = _kernels()
         parts, cut = (rpq.stages_codes(), rpq.codebooks, rpq.scales), rpq.cut
         points = math.prod(rpq.shape[2:]) == 1 and groups == 1 and _all(padding, 0) and _all(stride, 1)
         if points and input.ndim == len(rpq.shape) and input.shape[1] == cut.inputs and input.numel():
             pixels = math.prod(input.shape[2:])
             if cut.cost(len(input) * pixels) <= 1:
-                flat = pointwise(input.reshape(len(input), cut.inputs, pixels), *parts, bias, cut)
+                flat = kernels.pointwise(input.reshape(len(input), cut.inputs, pixels), *parts, bias, cut)
                 return flat.view(len(input), cut.outputs, *input.shape[2:])
-        return plain(input, decode_again(*parts, cut).view(rpq.shape), bias, stride, padding, dilation, groups)
+        return plain(input, kernels.decode_again(*parts, cut).view(rpq.shape), bias, stride, padding, dilation, groups)
 
     return handle
 

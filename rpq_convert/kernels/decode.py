@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rpq_convert.kernels import expand as e
-from rpq_convert.kernels.linear import Cut, _address, _flat, plain_weight, ready, share
+from rpq_convert.kernels.linear import Cut, _address, _flat, _wide, plain_weight, ready, share
 from rpq_convert.kernels.team import FIRST, run
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -97,7 +97,7 @@ def _task(
     """Return the task that decodes, the output rows of one of its numbers, its fields, and what must stay alive."""
     plain = out.dtype == torch.float32
     tables = ready(codebooks, str(out.dtype).removeprefix("torch.") + (" down" if cut.axis == "out" else ""))
-    factors = _flat(scales) if plain else None
+    factors = _wide(scales) if plain else None
     fields = _fields(codes, tables, factors, index, cut, out, STEP)
     if cut.axis == "in":
         return e.rows if plain else e.rows_short, STEP, fields, (tables, factors)
@@ -169,7 +169,7 @@ class _Decode(torch.autograd.Function):
 def _gradient(
     gradient: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, index: Tensor | None, cut: Cut
 ) -> Tensor:
-    flat, factors = _flat(gradient), _flat(scales)
+    flat, factors = _flat(gradient), _wide(scales)
     assert flat is not None
     down = cut.axis == "out"
     count = cut.blocks if down else flat.shape[0]

@@ -134,7 +134,7 @@ def pointwise(
     x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, bias: Tensor | None, cut: Cut
 ) -> Tensor:
     """Return the same product for images: x [images, inputs, pixels] to [images, outputs, pixels]; not differentiable."""
-    flat, scales, bias = _flat(x), _flat(scales), _flat(bias)
+    flat, scales, bias = _flat(x), _wide(scales), _flat(bias)
     assert flat is not None
     books, norms = ready(codebooks, "lookup")
     call = Call(cut.axis == "in", cut, codes, books, norms)
@@ -151,7 +151,8 @@ def pointwise(
 def _forward(
     x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, bias: Tensor | None, cut: Cut
 ) -> Tensor:
-    return apply(cut.axis == "in", x, codes, codebooks, cut, scales=scales, bias=bias).to(x.dtype)
+    out = apply(cut.axis == "in", x, codes, codebooks, cut, scales=scales, bias=bias)
+    return out if out.dtype == x.dtype else out.to(x.dtype)
 
 
 class _Linear(torch.autograd.Function):
@@ -246,7 +247,15 @@ def plain_weight(codes: Tensor, codebooks: Tensor, scales: Tensor | None, cut: C
 
 
 def _flat(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.detach().float().contiguous()
+    """Return a tensor whose address kernels can use; mostly the tensor itself."""
+    if t is None or (t.dtype == torch.float32 and t.is_contiguous()):
+        return t
+    return t.detach().float().contiguous()
+
+
+def _wide(scales: Tensor | None) -> Tensor | None:
+    """Return scales as float32, kept for the next call where they are narrower."""
+    return scales if scales is None or scales.dtype == torch.float32 else ready(scales, "float32")
 
 
 def _address(t: Tensor | None) -> int:
@@ -272,7 +281,7 @@ def apply(
 
     `factors` multiply x's columns before, `scales` and `bias` the result's columns after.
     """
-    x, factors, scales, bias = _flat(x), _flat(factors), _flat(scales), _flat(bias)  # type: ignore[assignment]
+    x, factors, scales, bias = _flat(x), _wide(factors), _wide(scales), _flat(bias)  # type: ignore[assignment]
     books, norms = ready(codebooks, "lookup")
     tokens = x.shape[0]
     out = x.new_empty(tokens, cut.n if looks else cut.length)
@@ -382,7 +391,7 @@ def _book_gradient(
     x: Tensor, gradient: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, cut: Cut, wants_x: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return the codebooks' gradient and, where the same bins give it, the input's."""
-    x, gradient, factors = _flat(x), _flat(gradient), _flat(scales)  # type: ignore[assignment]
+    x, gradient, factors = _flat(x), _flat(gradient), _wide(scales)  # type: ignore[assignment]
     books, norms = ready(codebooks, "lookup")
     tokens = x.shape[0]
     lanes = 8 if tokens <= 8 else 16

@@ -30,6 +30,7 @@ from rpq_convert.kernels.vectors import (
     load,
     load_bytes,
     load_half,
+    multiply,
     multiply_add,
     natural,
     pick,
@@ -361,13 +362,17 @@ def one_lookup_whole(codes, by_stage, by_block, books, shape, low, high, x, scal
     stages, _count, _blocks, dim, n, _half = shape
     tag = np.int16(0)
     factor = spread(np.float32(scale), tag)
-    zero = spread(ZERO, tag)
+    spread(ZERO, tag)
     whole = n // 64 * 64
     for s in range(stages):
         for b in range(low, high):
             one_table(fetch(books, shape, s, b, room), dim, x + 4 * dim * b, planes + 768)
-            for at in range(0, 256, 16):
-                write_planes(planes + at, multiply_add(load(planes + 768 + 4 * at, tag), factor, zero))
+            for at in range(0, 256, 64):
+                v = planes + 768 + 4 * at
+                write_planes(
+                    planes + at, multiply(load(v, tag), factor), multiply(load(v + 64, tag), factor),
+                    multiply(load(v + 128, tag), factor), multiply(load(v + 192, tag), factor),
+                )  # fmt: skip
             a0, a1, a2, a3 = load_table(planes)
             b0, b1, b2, b3 = load_table(planes + 256)
             c0, c1, c2, c3 = load_table(planes + 512)

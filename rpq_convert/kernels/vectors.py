@@ -279,21 +279,30 @@ def address_of(context, pointer):
 
 
 @intrinsic
-def write_planes(context, address, scaled):
-    """Round 16 floats below 2^23 to whole numbers and write their three low bytes, 256 bytes apart."""
+def write_planes(context, address, a, b, c, d):
+    """Round 4 x 16 floats below 2^23 to whole numbers and write their three low bytes, 64 each, 256 bytes apart.
+
+    A register of bytes is written at once: smaller pieces would not be there yet when they are read as one.
+    """
 
     def emit(context, builder, signature, args):
-        whole, bytes_ = ir.VectorType(ir.IntType(32), 16), ir.VectorType(ir.IntType(8), 16)
-        kind = _llvm(f32x16)
+        kind, word = _llvm(f32x16), ir.IntType(32)
         rint = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind]), "llvm.rint.v16f32")
-        value = builder.fptosi(builder.call(rint, [args[1]]), whole)
+        whole = [builder.fptosi(builder.call(rint, [v]), ir.VectorType(word, 16)) for v in args[1:]]
+
+        def join(x: Any, y: Any) -> Any:
+            order = ir.Constant(ir.VectorType(word, 2 * x.type.count), list(range(2 * x.type.count)))
+            return builder.shuffle_vector(x, y, order)
+
         for plane in range(3):
-            part = builder.trunc(builder.ashr(value, ir.Constant(whole, [8 * plane] * 16)), bytes_)
+            shift = ir.Constant(ir.VectorType(word, 16), [8 * plane] * 16)
+            parts = [builder.trunc(builder.ashr(v, shift), ir.VectorType(ir.IntType(8), 16)) for v in whole]
+            value = join(join(parts[0], parts[1]), join(parts[2], parts[3]))
             at = builder.add(args[0], ir.Constant(ir.IntType(64), 256 * plane))
-            builder.store(part, _pointer(builder, at, bytes_), align=1)
+            builder.store(value, _pointer(builder, at, _llvm(i8x64)), align=1)
         return context.get_dummy_value()
 
-    return types.void(types.int64, f32x16), emit
+    return types.void(types.int64, a, b, c, d), emit
 
 
 @intrinsic
