@@ -125,7 +125,7 @@ def name_of(src: str) -> str:
 def apart(src: Path, out: Path) -> Path:
     """Refuse an output that is the source or holds it, as a whole or in the making: it would delete the original."""
     real, target = src.resolve(), out.resolve()
-    taken = {target, target.with_name(target.name + ".partial")}
+    taken = {target.with_name(target.name + end) for end in ("", ".partial", ".old.partial")}
     if src.exists() and not taken.isdisjoint((real, *real.parents)):
         raise typer.BadParameter(
             f"{out} is or holds the source {src}; choose another folder", param_hint="the output folder"

@@ -12,7 +12,10 @@ from typing import Any
 
 __path__ = extend_path(__path__, __name__)  # cli/ and configs/ lie beside this folder in a checkout
 
+from rpq_convert.integrations.hook import when_imported
 from rpq_convert.version import __version__
+
+when_imported("transformers.quantizers.auto", "rpq_convert.pretrained")  # from_pretrained knows "rpq" from then on
 
 _HOMES = {
     "convert": "conversion", "convert_checkpoint": "conversion", "plan": "conversion",
@@ -20,7 +23,7 @@ _HOMES = {
     "verify": "checkpoint", "audit": "checkpoint", "model_size": "checkpoint", "VerifyError": "checkpoint",
     "Plan": "planning", "Job": "planning", "Skip": "planning", "Rule": "rules", "PlanError": "rules", "preset_names": "rules",
     "Spec": "spec", "WeightView": "view", "RPQWeight": "weight", "register_layer": "layers", "RPQLayer": "layers",
-    "decoded": "layers",
+    "decoded": "layers", "RPQConfig": "pretrained",
     "Report": "report.schema", "SourceError": "source", "EncodeError": "encode", "FolderError": "folder",
 }  # fmt: skip
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604 - the keys are strings

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rpq_convert import layers
-from rpq_convert.conversion import plan_of, put_everywhere
+from rpq_convert.conversion import AFTER, plan_of, put_everywhere
 from rpq_convert.encode import Encoded
 from rpq_convert.folder import CARD, CONFIG, MANIFEST, REPORT, Folder, sha256
 from rpq_convert.opened import Factory, empty_from_factory
@@ -101,6 +101,8 @@ def load(
             f"{folder} is not a transformers model: pass factory=, the function that builds the dense model"
         )
     fill(model, config["quantization_config"], open_folder(folder))
+    for act in AFTER:
+        act(model)
     return model.to(device) if device is not None else model
 
 
@@ -122,6 +124,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise SourceError(
             f"{folder} has format version {rpq.get('format_version')!r}, this rpq-convert reads {FORMAT_VERSION}"
         )
+    absent = [k for k in ("modules", "tied", "guard") if k not in rpq]
+    if absent:
+        raise SourceError(f"{path}: its quantization_config has no {', '.join(absent)}")
     return config
 
 
@@ -181,6 +186,8 @@ def restore(model: nn.Module) -> nn.Module:
             with torch.no_grad():
                 done[id(rpq)] = nn.Parameter(rpq(), requires_grad=rpq.trainable)
         layers.take(module, name, done[id(rpq)])
+    for act in AFTER:
+        act(model)
     return model
 
 
@@ -231,24 +238,29 @@ def verify(path: str | Path, progress: Callable[[str], None] | None = None) -> l
         VerifyError: what is damaged, and where.
     """
     folder = Path(path)
-    config = read_config(folder)
     manifest = folder / MANIFEST
     if not manifest.is_file():
+        read_config(folder)  # raises where it is no RPQ folder at all
         raise VerifyError(f"{manifest} is missing: the folder was not finished by rpq-convert")
     try:
-        files: dict[str, dict[str, Any]] = json.loads(manifest.read_text("utf8"))["files"]
-    except (ValueError, KeyError, TypeError) as e:
-        raise VerifyError(f"{manifest} is not a manifest: {e}") from None
-    for name, facts in files.items():
+        listed: dict[str, Any] = json.loads(manifest.read_text("utf8"))["files"]
+        files = {name: (facts["bytes"], facts["sha256"]) for name, facts in listed.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise VerifyError(f"{manifest} is not a manifest: {e!r}") from None
+    unlisted = [p for p in (folder / CONFIG, *sorted(folder.glob("*.safetensors*"))) if p.name not in files]
+    if unlisted:
+        raise VerifyError(f"{unlisted[0]} is not in the manifest")
+    for name, (size, digest) in files.items():
         file = folder / name
         if Path(name).name != name or not file.is_file():
             raise VerifyError(f"{file} is missing")
-        if file.stat().st_size != facts["bytes"]:
-            raise VerifyError(f"{file} has {file.stat().st_size} bytes, the manifest says {facts['bytes']}")
-        if sha256(file) != facts["sha256"]:
+        if file.stat().st_size != size:
+            raise VerifyError(f"{file} has {file.stat().st_size} bytes, the manifest says {size}")
+        if sha256(file) != digest:
             raise VerifyError(f"{file} does not match its sha256 in the manifest")
         if progress:
             progress(name)
+    config = read_config(folder)
     try:
         source = open_folder(folder)
     except SourceError as e:
@@ -278,7 +290,10 @@ def audit(path: str | Path) -> Report:
     file = folder / REPORT
     if not file.is_file():
         raise SourceError(f"{file} is missing: the folder has no report")
-    report = Report.from_json(file.read_text("utf8"))
+    try:
+        report = Report.from_json(file.read_text("utf8"))
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise SourceError(f"{file} is not a report that this rpq-convert reads: {e}") from None
     from dataclasses import replace
 
     sizes = tuple(FileRow(p.name, p.stat().st_size) for p in sorted(folder.iterdir()) if p.is_file())

@@ -27,6 +27,7 @@ from rpq_convert.rules import PlanError
 from rpq_convert.source import SourceError
 from rpq_convert.walk import walk
 
+AFTER: list[Callable[[nn.Module], None]] = []  # called with every model whose layers were converted, loaded or restored
 Progress = Callable[[Job, Encoded | None], None]
 
 
@@ -137,7 +138,10 @@ def convert(
     if dtype:
         _cast_rest(model, getattr(torch, dtype))
     model._rpq_options = dict(plan.options)  # type: ignore[assignment]
-    return report_of(model, plan)
+    report = report_of(model, plan)
+    for act in AFTER:
+        act(model)
+    return report
 
 
 def _on_meta(source: Mapping[str, Tensor]) -> bool:
@@ -269,7 +273,7 @@ def convert_checkpoint(
     if opened.model is None:
         raise SourceError(f"{src} has no config.json: give factory='package.module:callable' that builds its model")
     plan = opened.plan(**options)
-    folder = Folder(out, plan, overwrite=overwrite)
+    folder = Folder(out, plan, overwrite=overwrite, origin=opened.origin)
     waiting = [j for j in plan.jobs if not folder.done(j)]
     by_name = {j.name: j for j in plan.jobs}
     if progress:
@@ -283,6 +287,6 @@ def convert_checkpoint(
     aliases = {s.name: (s.name, *s.aliases) for s in plan.skips}
     folder.write_weights(lambda name: _from(opened.source, aliases[name]))
     facts = {j.name: folder.facts(j) for j in plan.jobs}
-    title = Path(str(src)).name
+    title = Path(src).resolve().name if Path(src).exists() else Path(src).name
     folder.copy(opened.files)
     return write_rest(folder, opened.config, facts, title)

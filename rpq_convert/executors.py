@@ -7,8 +7,10 @@ results as they finish. Every job carries its own seed, so the results do not de
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from typing import Any
 
 NAMES = ("serial", "threads", "processes")
@@ -41,7 +43,9 @@ def _bounded(pool: Executor, fn: Callable[[Any], Any], items: Iterable[Any], wor
         while True:
             while len(waiting) < workers:
                 try:
-                    waiting.add(pool.submit(fn, next(source)))
+                    item = next(source)
+                    with _deaf():
+                        waiting.add(pool.submit(fn, item))
                 except StopIteration:
                     break
             if not waiting:
@@ -52,3 +56,16 @@ def _bounded(pool: Executor, fn: Callable[[Any], Any], items: Iterable[Any], wor
     finally:
         for future in waiting:
             future.cancel()
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Hold ctrl-C back while a worker starts: it inherits the mask, and what it would print is the parent's to say."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

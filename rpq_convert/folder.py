@@ -32,6 +32,7 @@ PLAN, REPORT, MANIFEST, CONFIG, CARD = (
     "README.md",
 )
 INDEX = "model.safetensors.index.json"
+ORIGIN = "rpq_source.json"  # only in unfinished folders
 
 
 class FolderError(OSError):
@@ -44,27 +45,34 @@ class Folder:
     Args:
         out: the final path.
         plan: what will be written; an unfinished run with another plan is never continued.
+        origin: what the source is (names, sizes, times); nor is one whose source has changed since.
         overwrite: replace an existing folder (once the new one is whole) and discard an unfinished run.
 
     Raises:
         FolderError: `out` exists, or an unfinished run of another plan does.
     """
 
-    def __init__(self, out: str | Path, plan: Plan, *, overwrite: bool = False) -> None:
+    def __init__(self, out: str | Path, plan: Plan, *, overwrite: bool = False, origin: str = "") -> None:
         self.out, self.plan, self.overwrite = Path(out), plan, overwrite
         self.work = self.out.with_name(self.out.name + ".partial")
         if self.out.exists() and not overwrite:
             raise FolderError(f"{self.out} exists; choose another folder or pass --overwrite")
         stored = self.work / PLAN
-        if self.work.exists() and (not stored.is_file() or stored.read_text("utf8") != plan.to_json()):
-            if not overwrite:
-                raise FolderError(
-                    f"{self.work} holds an unfinished run with other settings; repeat them to go on, delete it, or pass --overwrite"
-                )
-            shutil.rmtree(self.work)
+        self.origin = self.work / ORIGIN
+        early = {f"{ORIGIN}.partial", f"{PLAN}.partial", ORIGIN}
+        if self.work.exists() and any(p.name not in early for p in self.work.iterdir()):
+            same = stored.is_file() and stored.read_text("utf8") == plan.to_json()
+            fresh = self.origin.is_file() and self.origin.read_text("utf8") == origin
+            if not (same and fresh) and not overwrite:
+                what = "of a source that has changed since" if same else "with other settings; repeat them to go on"
+                raise FolderError(f"{self.work} holds an unfinished run {what}; delete it, or pass --overwrite")
+            if not (same and fresh):
+                shutil.rmtree(self.work)
         self.pieces = self.work / "pieces"
-        self.pieces.mkdir(parents=True, exist_ok=True)
+        self.work.mkdir(parents=True, exist_ok=True)
+        write_text(self.origin, origin)
         write_text(stored, plan.to_json())
+        self.pieces.mkdir(exist_ok=True)
 
     def _piece(self, name: str) -> Path:
         return self.pieces / (hashlib.sha256(name.encode()).hexdigest()[:32] + ".safetensors")
@@ -136,18 +144,18 @@ class Folder:
             shutil.copyfile(file, self.work / file.name)
 
     def finish(self) -> Path:
-        """Write the manifest, drop the pieces and give the folder its name."""
-        shutil.rmtree(self.pieces)
-        names = sorted(p.name for p in self.work.iterdir() if p.name != MANIFEST)
+        """Write the manifest, drop the pieces (late: hashing takes minutes, in which a run may be killed), rename."""
+        names = sorted(p.name for p in self.work.iterdir() if p.name not in (MANIFEST, ORIGIN) and p.is_file())
         files = {n: {"bytes": (self.work / n).stat().st_size, "sha256": sha256(self.work / n)} for n in names}
         write_text(self.work / MANIFEST, json.dumps({"files": files}, indent=1))
+        shutil.rmtree(self.pieces)
+        self.origin.unlink()
+        old = self.out.with_name(self.out.name + ".old.partial")
         if self.out.exists():
-            old = self.out.with_name(self.out.name + ".old.partial")
+            _remove(old)  # of a run that was killed right here
             os.replace(self.out, old)
-            os.replace(self.work, self.out)
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
-        else:
-            os.replace(self.work, self.out)
+        os.replace(self.work, self.out)
+        _remove(old)
         _sync(self.out.parent)
         return self.out
 
@@ -165,13 +173,23 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 def write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, "utf8")
+    try:
+        partial.write_text(text, "utf8")
+    except OSError as e:  # a failed write does not know its file
+        raise FolderError(e.errno, f"cannot write {path}: {e.strerror}") from e
     _replace(partial, path)
 
 
 def _replace(partial: Path, path: Path) -> None:
     _sync(partial)
     os.replace(partial, path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -30,6 +30,14 @@ class Opened:
     def __init__(self, model: nn.Module | None, source: Any, config: dict[str, Any] | None, files: list[Path]) -> None:
         self.model, self.source, self.config, self.files = model, source, config, files
 
+    @property
+    def origin(self) -> str:
+        """What the weights come from, as text: the name, size and time of every file."""
+        infos = getattr(self.source, "infos", None) or self.source.source.infos
+        files = sorted({i.file for i in infos.values()})
+        facts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        return json.dumps(facts, indent=1)
+
     def plan(self, **options: Any) -> Plan:
         if self.model is not None:
             return make_plan(walk(self.model), head_rules=head_rules(self.model), **options)
@@ -81,14 +89,20 @@ def open_checkpoint(
 
 def empty_from_factory(factory: str | Factory) -> nn.Module:
     """Build a model with parameters on meta and real buffers, from a callable or `"package.module:callable"`."""
+    told = factory
     if isinstance(factory, str):
         module, _, name = factory.partition(":")
         try:
             factory = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as e:
+        except (ImportError, AttributeError, ValueError, TypeError) as e:
             raise SourceError(f"factory {factory!r}: {e}; write it as package.module:callable") from None
+    if not callable(factory):
+        raise SourceError(f"factory {told!r} is not callable; write it as package.module:callable")
     with parameters_on_meta():
-        return factory().eval()  # type: ignore[operator]
+        model = factory()
+    if not isinstance(model, nn.Module):
+        raise SourceError(f"factory {told!r} returned {type(model).__name__}, not a module")
+    return model.eval()
 
 
 def _checked(model: nn.Module, source: Any) -> Any:

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from rpq_convert.report.schema import Row
+from rpq_convert.report.schema import Report, Row
 from rpq_convert.rules import PlanError, Rule, as_rule, load_preset, overlay, settings_for, split_bits
 from rpq_convert.spec import Spec, dtype_name, dtype_of
+from rpq_convert.version import __version__
 from rpq_convert.view import WeightView
 from rpq_convert.walk import Slot
 
@@ -164,6 +165,22 @@ class Plan:
         ]  # fmt: skip
         return tuple(rows)
 
+    def report(self, title: str = "plan") -> Report:
+        """Return the plan as a size audit, nothing measured yet."""
+        return Report(
+            title=title, rows=self.rows(), warnings=self.warnings, options=dict(self.options),
+            predicted_bytes=self.file_bytes, version=__version__,
+        )  # fmt: skip
+
+    def __repr__(self) -> str:
+        return f"<Plan: {len(self.jobs)} jobs, {len(self.skips)} skips, {self.file_bytes:,} bytes>"
+
+    def __str__(self) -> str:
+        return str(self.report())
+
+    def _repr_html_(self) -> str:
+        return self.report()._repr_html_()
+
     def explain(self, name: str) -> str:
         """Say what happens to one parameter, named by its path or its module's, and why."""
         for job in self.jobs:
@@ -242,7 +259,7 @@ def parse_size(text: str | int) -> int:
         unit = next((u for u in sorted(units, key=len, reverse=True) if upper.endswith(u)), "")
         try:
             value = int(float(upper.removesuffix(unit)) * units.get(unit, 1))
-        except ValueError:
+        except (ValueError, OverflowError):
             raise PlanError(f"size {text!r} is not a number with an optional unit such as 5GB or 300MiB") from None
     if value < 1:
         raise PlanError(f"size {text!r} must be positive")
@@ -365,13 +382,12 @@ def _decide(
 ) -> Job | str:
     """Return the slot's job, or the reason why it stays dense."""
     settings, rule = settings_for(slot, base, preset_rules)
-    by = f"preset rule {rule.match!r}" if rule else "the default settings"
+    by = f"preset rule {rule.match!r}" if rule else "the settings for everything"
     own = next((r for r in rules if r.matches(slot)), None)
     if own is not None:
         settings, by = overlay(settings, own.settings), f"rule {own.match!r}"
         if any(k in own.settings for k in ("bits", "dim", "num_codebooks")) and "skip" not in own.settings:
             settings.pop("skip", None)
-    view = WeightView(settings["view"]) if "view" in settings else slot.view
     if slot.reason:
         return slot.reason
     if next((r for r in never if r.matches(slot)), None):
@@ -380,11 +396,12 @@ def _decide(
         return "not included"
     if settings.get("skip"):
         return f"skipped by {by}"
-    if view is None:
-        return f"raw parameter of {slot.layer}: no known axes; a rule with view='out in' converts it"
     try:
+        view = WeightView(settings["view"]) if "view" in settings else slot.view
+        if view is None:
+            return f"raw parameter of {slot.layer}: no known axes; a rule with a view of {len(slot.shape)} converts it"
         view.check(slot.shape)
-    except ValueError as e:
+    except (ValueError, AttributeError) as e:
         raise PlanError(f"{slot.name}: {e}") from None
     settings = overlay(
         settings, {k: v for k, v in forced.items() if k != "axis" or slot.view is None or view.axis == "out"}
@@ -426,8 +443,12 @@ def resolve(name: str, shape: tuple[int, ...], view: WeightView, settings: Mappi
             dim, books = length // count, count
         elif "dim" in settings:
             dim = settings["dim"]
-        else:
+        elif "bits" in settings:
             dim, stages = split_bits(settings["bits"])
+        else:
+            raise PlanError("no size is set; give bits, dim or num_codebooks")
+        if books != "blocks" and (not isinstance(books, int) or isinstance(books, bool)):
+            raise PlanError(f"books must be 'blocks' or a whole number, not {books!r}")
         blocks = math.ceil(length / dim) if isinstance(dim, int) and dim > 0 else 1
         scales = settings.get("scales", "none")
         return Spec(

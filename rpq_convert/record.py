@@ -27,10 +27,7 @@ def make_report(
     for row in plan.rows():
         measured: dict[str, Any] = {k: facts[row.name].get(k) for k in FACTS} if row.name in facts else {}
         rows.append(replace(row, **measured))
-    return Report(
-        title=title, rows=tuple(rows), files=tuple(files), warnings=plan.warnings, options=dict(plan.options),
-        predicted_bytes=plan.file_bytes, version=__version__,
-    )  # fmt: skip
+    return replace(plan.report(title), rows=tuple(rows), files=tuple(files))
 
 
 def quantization_config(plan: Plan, facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -54,6 +54,9 @@ class Rule:
         unknown = sorted(set(self.settings) - set(SETTINGS))
         if unknown:
             raise PlanError(f"rule {self.match!r} sets {', '.join(unknown)}; known settings: {', '.join(SETTINGS)}")
+        for key in ("skip", "grow"):
+            if not isinstance(self.settings.get(key, False), bool):
+                raise PlanError(f"rule {self.match!r}: {key} must be true or false, not {self.settings[key]!r}")
         if self.match.startswith("re:"):
             try:
                 re.compile(self.match[3:])
@@ -112,8 +115,12 @@ def load_preset(name: str) -> Preset:
     unknown = sorted(set(data) - {"description", "settings", "rules"})
     if unknown:
         raise PlanError(f"preset {name} has unknown tables {', '.join(unknown)}; use description, settings, rules")
-    base = Rule("*", data.get("settings", {})).settings  # checks the settings' names
-    return Preset(name, data.get("description", ""), base, tuple(as_rule(r) for r in data.get("rules", [])))
+    settings, rules = data.get("settings", {}), data.get("rules", [])
+    tables = isinstance(settings, dict) and isinstance(rules, list) and all(isinstance(r, dict) for r in rules)
+    if not tables or not all(isinstance(r.get("match", ""), str) for r in rules):
+        raise PlanError(f"preset {name}: [settings] must be a table and [[rules]] tables whose match is text")
+    base = Rule("*", settings).settings  # checks the settings' names
+    return Preset(name, data.get("description", ""), base, tuple(as_rule(r) for r in rules))
 
 
 def settings_for(slot: Slot, base: Mapping[str, Any], rules: Iterable[Rule]) -> tuple[dict[str, Any], Rule | None]:
@@ -141,8 +148,8 @@ def split_bits(bits: float) -> tuple[int, int]:
 
     Three stages at dim 8 are 3 bits; what one codebook gives exactly (8, 4, 2, 1, 0.5) gets one.
     """
-    if not 0.05 <= bits <= 8:
-        raise PlanError(f"bits must lie between 0.05 and 8, not {bits}")
+    if isinstance(bits, bool) or not isinstance(bits, (int, float)) or not 0.05 <= bits <= 8:
+        raise PlanError(f"bits must be a number between 0.05 and 8, not {bits!r}")
     options = [(8 * s / d, -s, d) for s in (1, 2, 3) for d in (*range(1, 17), 32, 64, 128) if s == 1 or d <= 8]
     best = max((o for o in options if o[0] <= bits + 1e-9), default=None)
     if best is None:

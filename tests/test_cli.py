@@ -1,29 +1,34 @@
 """The command line on real files: what it prints, what it writes, and how it fails."""
 
-import hashlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as tf
 from factories import deep, small
-from rpq_convert.cli import group
+from rpq_convert.cli import group, main
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
+
+import rpq_convert
 
 VARYING = {"rpq_report.json", "README.md", "rpq_manifest.json"}  # they tell seconds
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "COLUMNS": "100", "NO_COLOR": "1"}
 
 
-def rpq(*args, code=0):
+def rpq(*args, code=0, command=group, charset="utf-8"):
     """Run one command in this process and check its exit code."""
-    result = CliRunner().invoke(group, [str(a) for a in args], env={"COLUMNS": "100", "NO_COLOR": "1"})
+    runner = CliRunner(charset=charset)
+    result = runner.invoke(command, [str(a) for a in args], env={"COLUMNS": "100", "NO_COLOR": "1"})
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == code, result.output
@@ -31,17 +36,31 @@ def rpq(*args, code=0):
 
 
 def fails(code, *args, says):
-    """Run a command that must end in one line on stderr and an exit code."""
+    """Run a command that must end in an exit code and one line on stderr, and leave its output folder as it was."""
+    out = args[args.index("--out") + 1] if "--out" in args else None
+    before = out and (out.exists(), tree(out))
     result = rpq(*args, code=code)
-    line = result.stderr.strip().splitlines()[-1]
+    *talk, line = result.stderr.strip().splitlines()
+    assert line.startswith("error: ") and result.stdout == ""
+    assert all(t.startswith(("warning: ", "[")) for t in talk), talk  # progress, but no traceback and no second error
     for text in (says,) if isinstance(says, str) else says:
         assert text in line, line
-    assert line.startswith("error: ") and "Traceback" not in result.output
+    assert not out or (out.exists(), tree(out)) == before
     return result
+
+
+def misused(*args, says):
+    """Run a command that must be refused as wrong usage."""
+    result = rpq(*args, code=2)
+    assert says in " ".join(result.stderr.replace("│", " ").split()) and result.stdout == "", result.stderr
 
 
 def tree(folder):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def shapes(folder):
+    return {k: v.shape for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
 def fixed(folder):
@@ -83,10 +102,15 @@ def bare(tmp_path, monkeypatch):
 
 
 def test_help_tells_examples_and_exit_codes():
-    for args in (["--help"], ["convert", "--help"], ["plan", "--help"], ["audit", "--help"]):
-        text = rpq(*args).stdout
-        assert "Examples:" in text and "130 interrupted" in text
-    assert "rpq-convert facebook/opt-66b --codebooks heads" in rpq("convert", "--help").stdout
+    commands = ("convert", "plan", "audit", "diff", "verify", "restore", "presets", "env")
+    listed = rpq("--help").stdout
+    for name in commands:
+        assert f" {name} " in listed
+    for text in (listed, *(rpq(name, "--help").stdout for name in commands)):
+        assert "Examples:" in text and "0 done, 2 usage, 3 plan, 4 input or output, 5 verification" in text
+    alone = rpq("--help", command=main).stdout
+    assert "130 interrupted" in alone and "rpq-convert facebook/opt-66b --codebooks heads" in alone
+    assert "COMMAND" in listed and "COMMAND" not in alone
 
 
 def test_help_waits_for_no_torch():
@@ -98,7 +122,7 @@ def test_help_waits_for_no_torch():
         start = time.perf_counter()
         subprocess.run(command, check=True, capture_output=True)
         seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 1.5  # 0.3 s alone; machines are shared
+    assert sorted(seconds)[1] < 1.5  # 0.3 s alone; machines are shared
 
 
 def test_the_whole_way(bert, tmp_path):
@@ -107,6 +131,8 @@ def test_the_whole_way(bert, tmp_path):
     dry = rpq("convert", bert, "--out", out, "--bits", 4, "--dry-run", "--json")
     assert not list(tmp_path.iterdir()) and tree(bert) == before
     predicted = json.loads(dry.stdout)["predicted_bytes"]
+    assert f"{predicted:,} bytes by plan" in rpq("convert", bert, "--out", out, "--bits", 4, "--dry-run").stdout
+    assert not list(tmp_path.iterdir())
 
     done = rpq("convert", bert, "--out", out, "--bits", 4)
     assert "[1/" in done.stderr and "wrote" in done.stderr and "embeddings" in done.stdout
@@ -116,15 +142,40 @@ def test_the_whole_way(bert, tmp_path):
     assert json.loads(rpq("verify", out, "--json").stdout)["files"]
 
     restored = rpq("restore", out, dense)
-    assert "bytes of dense weights" in restored.stdout
-    model = tf.AutoModel.from_pretrained(dense)
-    assert model.encoder.layer[0].attention.self.query.weight.shape == (64, 64)
+    size = sum(p.stat().st_size for p in dense.glob("*.safetensors"))
+    assert f"{size:,} bytes of dense weights" in restored.stdout
+    assert (dense / "tokenizer.json").is_file() and not (dense / "rpq_report.json").exists()
+    model, converted = tf.AutoModel.from_pretrained(dense), rpq_convert.load(out)
+    assert {k: v.shape for k, v in model.state_dict().items()} == shapes(bert)
+    query = "encoder.layer.0.attention.self.query"
+    assert torch.equal(model.get_submodule(query).weight, converted.get_submodule(query).weight.clone())
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        assert torch.allclose(model(ids).last_hidden_state, converted(ids).last_hidden_state, atol=1e-5)
+    fails(4, "restore", out, bert, says="exists")
+    misused("restore", out, out, "--overwrite", says="is or holds the source")
+    rpq("verify", out)
+
+
+def test_restored_tied_weights_stay_tied(tmp_path):
+    torch.manual_seed(0)
+    config = tf.GPT2Config(vocab_size=256, n_embd=64, n_layer=1, n_head=4, n_positions=64)
+    tf.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    rpq("convert", tmp_path / "gpt2", "--out", tmp_path / "out", "--bits", 8, "-q")
+    rpq("restore", tmp_path / "out", tmp_path / "dense")
+    model = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert model.transformer.h[0].attn.c_attn.weight.shape == (64, 192)
+    assert shapes(tmp_path / "dense") == shapes(tmp_path / "gpt2")
 
 
 def test_json_is_all_of_stdout_and_quiet_says_nothing(bert, tmp_path):
     result = rpq("convert", bert, "--out", tmp_path / "a", "--bits", 8, "--json", "--quiet")
     report = json.loads(result.stdout)
     assert result.stderr == "" and report["rows"]
+    loud = rpq("convert", bert, "--out", tmp_path / "b", "--bits", 8, "--json")
+    assert json.loads(loud.stdout)["predicted_bytes"] == report["predicted_bytes"]
+    assert len([line for line in loud.stderr.splitlines() if line.startswith("[")]) == 15
     assert json.loads(rpq("audit", tmp_path / "a", "--json").stdout)["rows"] == report["rows"]
 
 
@@ -175,12 +226,76 @@ def test_rules_shards_dtype_and_executors(bert, tmp_path):
     assert rows["encoder.layer.0.attention.self.query.weight"]["decision"] == "dense"
     assert rows["pooler.dense.weight"]["reason"] == "excluded"
     assert rows["encoder.layer.0.output.LayerNorm.weight"]["dtype"] == "bfloat16"
-    assert len(list((tmp_path / "threads").glob("*.safetensors"))) > 2
+    weights = list((tmp_path / "threads").glob("*.safetensors"))
+    dry = rpq("convert", bert, "--out", tmp_path / "none", *options, "--dry-run", "--json")
+    assert len(weights) > 2 and sum(p.stat().st_size for p in weights) == json.loads(dry.stdout)["predicted_bytes"]
+    rpq("verify", tmp_path / "threads")
     for executor in ("serial", "processes"):
         rpq("convert", bert, "--out", tmp_path / executor, *options, "--workers", 2, "--executor", executor, "-q")
         assert fixed(tmp_path / executor) == fixed(tmp_path / "threads")
     rpq("convert", bert, "--out", tmp_path / "other", *options[:-1], 4, "-q")
     assert fixed(tmp_path / "other") != fixed(tmp_path / "threads")
+
+
+def test_include_is_all_that_is_converted(bert):
+    plan = json.loads(rpq("plan", bert, "--bits", 4, "--include", "*.query", "--include", "pooler*", "--json").stdout)
+    layers = [f"encoder.layer.{i}.attention.self.query.weight" for i in range(2)]
+    assert [j["name"] for j in plan["jobs"]] == [*layers, "pooler.dense.weight"]
+    assert {s["reason"] for s in plan["skips"] if s["layer"] == "Embedding"} == {"not included"}
+
+
+def test_the_source_names_the_report_and_the_folder(bert, tmp_path, monkeypatch):
+    monkeypatch.chdir(bert)
+    assert rpq("plan", ".", "--bits", 4).stdout.startswith("bert: ")
+    monkeypatch.chdir(tmp_path)
+    assert "wrote bert-rpq" in rpq("convert", f"{bert}/", "--bits", 8).stderr
+    assert json.loads(rpq("audit", "bert-rpq", "--json").stdout)["title"] == "bert"
+    monkeypatch.chdir(bert)
+    rpq("convert", ".", "--out", tmp_path / "out", "--bits", 8)
+    assert json.loads(rpq("audit", tmp_path / "out", "--json").stdout)["title"] == "bert"
+
+
+def test_a_terminal_sees_a_bar(bare, tmp_path, monkeypatch):
+    leader, follower = os.openpty()
+    with ThreadPoolExecutor(1) as pool, open(follower, "w") as terminal:
+        seen = pool.submit(drain, leader)
+        monkeypatch.setattr(sys, "stderr", terminal)
+        monkeypatch.setenv("TERM", "xterm")
+        options = ["--factory", "factories:small", "--out", str(tmp_path / "out"), "--bits", "8"]
+        main([str(bare), *options], standalone_mode=False)
+        monkeypatch.undo()
+        terminal.close()
+    os.close(leader)
+    assert "━" in seen.result() and "[1/" not in seen.result() and "wrote" in seen.result()
+
+
+def drain(leader):
+    """Return all that a terminal is given until its last writer closes it."""
+    data = b""
+    with suppress(OSError):
+        while part := os.read(leader, 4096):
+            data += part
+    return data.decode()
+
+
+def test_a_report_fits_any_charset(bare, tmp_path):
+    save_file(deep().state_dict(), tmp_path / "deep.safetensors")
+    plan = ("plan", tmp_path / "deep.safetensors", "--factory", "factories:deep")
+    assert "{0…39}.weight" in rpq(*plan).stdout and "{0?39}.weight" in rpq(*plan, charset="latin-1").stdout
+
+
+def test_a_closed_pipe_is_quiet_and_a_full_disk_is_told(tmp_path):
+    environment = {k: v for k, v in ENVIRONMENT.items() if k != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-c", "from rpq_convert.cli import group; group(['presets'])"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as closed, open("/dev/full", "w") as full:
+        runs = [
+            subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, env=environment) for out in (closed, full)
+        ]
+    (_, quiet), (_, told) = (r.communicate(timeout=120) for r in runs)
+    assert (runs[0].returncode, quiet) == (1, b"")
+    assert runs[1].returncode == 4 and told.startswith(b"error: disk full") and told.count(b"\n") == 1
 
 
 def test_a_factory_builds_what_is_not_transformers(bare, tmp_path):
@@ -189,7 +304,8 @@ def test_a_factory_builds_what_is_not_transformers(bare, tmp_path):
     guessed = rpq("plan", bare)
     assert "guesses" in guessed.stderr
     fails(4, "convert", bare, "--out", tmp_path / "no", says="--factory")
-    fails(4, "convert", bare, "--factory", "nowhere:small", "--out", tmp_path / "no", says="nowhere")
+    for wrong in ("nowhere:small", "factories", ".x:y", "factories:nn", "os:getcwd"):
+        fails(4, "convert", bare, "--factory", wrong, "--out", tmp_path / "no", says=f"factory '{wrong}'")
     fails(4, "convert", bare, "--factory", "factories:deep", "--out", tmp_path / "no", says="does not fit")
     assert not (tmp_path / "no").exists()
 
@@ -197,12 +313,26 @@ def test_a_factory_builds_what_is_not_transformers(bare, tmp_path):
 # ---- bad input ---------------------------------------------------------------------------------------------------------
 
 
-def test_usage_errors_are_exit_code_2(bert, tmp_path):
-    rpq("convert", code=2)
-    rpq("convert", bert, "--bits", "many", code=2)
-    rpq("convert", bert, "--rule", "nonsense", code=2)
-    rpq("convert", bert, "--out", bert, "--overwrite", code=2)
-    assert (bert / "config.json").is_file()
+def test_usage_errors_are_exit_code_2(bert):
+    misused("convert", "--bits", 4, says="SRC")
+    misused("convert", bert, "--bits", "many", says="--bits")
+    misused("convert", bert, "--bit", 4, says="--bit")
+    misused("convert", bert, "--workers", 0, says="--workers")
+    misused("convert", bert, "--executor", "hope", says="--executor")
+    misused("convert", bert, "--device", "cuda", says="use --device cpu")
+    misused("audit", bert, "--format", "xml", says="--format")
+    for rule in ("nonsense", ":bits=4", "*:bits", "*:match=x"):
+        misused("plan", bert, "--rule", rule, says=f"'{rule}'")
+
+
+def test_the_source_is_never_overwritten(copy, tmp_path):
+    before = tree(copy)
+    misused("convert", copy, "--out", copy, "--overwrite", says="is or holds the source")
+    misused("convert", copy, "--out", tmp_path, "--overwrite", says="is or holds the source")
+    for name in ("model.partial", "model.old.partial"):  # where a run to model/ keeps what is unfinished or replaced
+        copy = copy.rename(tmp_path / name)
+        misused("convert", copy, "--out", tmp_path / "model", "--overwrite", says="is or holds the source")
+    assert tree(copy) == before
 
 
 def test_missing_and_wrong_sources(tmp_path):
@@ -213,25 +343,47 @@ def test_missing_and_wrong_sources(tmp_path):
     fails(4, "plan", tmp_path / "text.safetensors", says="no safetensors file")
 
 
-def test_truncated_shard(copy, tmp_path):
+def test_broken_shards(copy, tmp_path):
     shard = sorted(copy.glob("*.safetensors"))[1]
-    shard.write_bytes(shard.read_bytes()[:-100])
-    fails(4, "convert", copy, "--out", tmp_path / "out", says=(shard.name, "truncated"))
-    assert not (tmp_path / "out").exists()
+    whole = shard.read_bytes()
+    damages = {
+        "truncated, 100 bytes are missing": whole[:-100],
+        "4 bytes too long": whole + b"1234",
+        "no safetensors file": b"\xff" * 8 + whole[8:],
+        "broken safetensors header": whole[:8] + whole[8:].replace(b"{", b"[", 1),
+        "cannot fill": whole.replace(b'"dtype":"F32"', b'"dtype":"F16"', 1),
+        "not supported": whole.replace(b'"dtype":"F32"', b'"dtype":"F31"', 1),
+    }
+    for says, data in damages.items():
+        shard.write_bytes(data)
+        fails(4, "convert", copy, "--out", tmp_path / "out", says=(shard.name, says))
+    shard.unlink()
+    fails(4, "convert", copy, "--out", tmp_path / "out", says=(shard.name, "is missing"))
 
 
 def test_index_that_disagrees_or_leaves_the_folder(copy, tmp_path):
     path = copy / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     names, files = list(index["weight_map"]), sorted(set(index["weight_map"].values()))
-    moved = {**index["weight_map"], names[0]: next(f for f in files if f != index["weight_map"][names[0]])}
-    path.write_text(json.dumps({**index, "weight_map": moved}))
-    fails(4, "convert", copy, "--out", tmp_path / "out", says=(names[0], "index"))
-    path.write_text(json.dumps({**index, "weight_map": {**index["weight_map"], names[0]: "../../secret.safetensors"}}))
-    fails(4, "convert", copy, "--out", tmp_path / "out", says=("leaves the folder", "../../secret"))
+    refused = ("convert", copy, "--out", tmp_path / "out")
+
+    def rewrite(**changed):
+        path.write_text(json.dumps({**index, "weight_map": {**index["weight_map"], **changed}}))
+
+    rewrite(**{names[0]: next(f for f in files if f != index["weight_map"][names[0]])})
+    fails(4, *refused, says=(names[0], "index"))
+    rewrite(**{"ghost.weight": files[0]})
+    fails(4, *refused, says=("ghost.weight", "index"))
+    (tmp_path / "secret.safetensors").write_bytes((copy / files[0]).read_bytes())
+    for outside in ("../secret.safetensors", str(tmp_path / "secret.safetensors")):
+        rewrite(**{names[0]: outside})
+        fails(4, *refused, says=("leaves the folder", outside))
+    rewrite()
+    (copy / files[0]).unlink()
+    (copy / files[0]).symlink_to(tmp_path / "secret.safetensors")
+    fails(4, *refused, says=("leaves the folder", files[0]))
     path.write_text("{")
-    fails(4, "convert", copy, "--out", tmp_path / "out", says="no index")
-    assert not (tmp_path / "out").exists()
+    fails(4, *refused, says="no index")
 
 
 def test_nan_is_refused_by_the_tensors_name(copy, tmp_path):
@@ -240,8 +392,13 @@ def test_nan_is_refused_by_the_tensors_name(copy, tmp_path):
         if "encoder.layer.1.output.dense.weight" in tensors:
             tensors["encoder.layer.1.output.dense.weight"][3, 5] = float("nan")
             save_file(tensors, shard, metadata={"format": "pt"})
-    fails(4, "convert", copy, "--out", tmp_path / "out", says=("encoder.layer.1.output.dense.weight", "NaN"))
-    assert not (tmp_path / "out").exists()
+    out = tmp_path / "out"
+    fails(4, "convert", copy, "--out", out, says=("encoder.layer.1.output.dense.weight", "1 NaN or infinite"))
+    out.mkdir()
+    (out / "before.txt").write_text("the last good one")
+    fails(4, "convert", copy, "--out", out, "--overwrite", says="NaN")
+    rpq("convert", copy, "--out", out, "--overwrite", "--exclude", "encoder.layer.1.output.dense", "-q")
+    fails(5, "verify", out, says="encoder.layer.1.output.dense.weight")
 
 
 def test_plan_errors(bert, tmp_path):
@@ -263,7 +420,7 @@ def test_an_existing_folder_is_never_touched_unasked(bert, tmp_path):
     assert tree(out) == {"thesis.txt": b"years of work"}
     rpq("convert", bert, "--out", out, "--bits", 8, "--overwrite", "-q")
     assert not (out / "thesis.txt").exists()
-    rpq("verify", out)
+    assert rpq("verify", out) and not list(tmp_path.glob("out.*"))
 
 
 def test_pickles_remote_code_and_quantized_checkpoints(copy, tmp_path):
@@ -285,79 +442,229 @@ def test_pickles_remote_code_and_quantized_checkpoints(copy, tmp_path):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": {"AutoModel": "m.M"}}))
     fails(4, "convert", copy, "--out", tmp_path / "remote", says="never run")
-    fails(4, "convert", tmp_path / "out", "--out", tmp_path / "twice", says="quantized already")
+    fails(4, "convert", tmp_path / "out", "--out", tmp_path / "twice", says="quantized already (rpq)")
+    (copy / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
+    fails(4, "convert", copy, "--out", tmp_path / "twice", says="quantized already (gptq)")
 
 
 def test_verify_finds_one_wrong_byte(bert, tmp_path):
-    rpq("convert", bert, "--out", tmp_path / "out", "--bits", 4, "-q")
-    weights = tmp_path / "out" / "model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-7] ^= 1
-    weights.write_bytes(data)
-    fails(5, "verify", tmp_path / "out", says=("model.safetensors", "sha256"))
-    weights.unlink()
-    fails(5, "verify", tmp_path / "out", says="missing")
+    out = tmp_path / "out"
+    rpq("convert", bert, "--out", out, "--bits", 4, "-q")
+    for file in sorted(out.iterdir()):
+        if file.name != "rpq_manifest.json":
+            whole = file.read_bytes()
+            file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+            fails(5, "verify", out, says=(file.name, "sha256"))
+            file.write_bytes(whole)
+    extra = out / "other.safetensors"
+    extra.write_bytes((out / "model.safetensors").read_bytes())
+    fails(5, "verify", out, says=("other.safetensors", "not in the manifest"))
+    extra.unlink()
+    (out / "README.md").unlink()
+    fails(5, "verify", out, "--json", says=("README.md", "missing"))
+    (out / "rpq_manifest.json").unlink()
+    fails(5, "verify", out, says=("rpq_manifest.json", "not finished"))
     fails(4, "verify", bert, says="not an RPQ checkpoint")
+    fails(4, "verify", tmp_path / "nothing", says="does not exist")
 
 
-def test_disk_full(bert, tmp_path):
+def test_records_that_are_not_what_they_should_be(bert, tmp_path):
+    out = tmp_path / "out"
+    rpq("convert", bert, "--out", out, "--bits", 4, "-q")
+    manifest, report = out / "rpq_manifest.json", out / "rpq_report.json"
+    for text in ("{", "[]", '{"files": []}', '{"files": {"model.safetensors": 3}}', '{"files": {"config.json": {}}}'):
+        manifest.write_text(text)
+        fails(5, "verify", out, says="rpq_manifest.json is not a manifest")
+    manifest.write_text('{"files": {}}')
+    fails(5, "verify", out, says=("config.json", "not in the manifest"))
+    for text in ("{", "[]", "{}", '{"schema_version": 1}', '{"schema_version": 99}'):
+        report.write_text(text)
+        fails(4, "audit", out, says="rpq_report.json is not a report")
+    config = json.loads((out / "config.json").read_text())
+    del config["quantization_config"]["guard"]
+    (out / "config.json").write_text(json.dumps(config))
+    fails(4, "restore", out, tmp_path / "dense", says=("config.json", "has no guard"))
+
+
+def test_configs_that_build_no_model(copy):
+    config = json.loads((copy / "config.json").read_text())
+    changes = {
+        "refuses it": {"hidden_size": "many"},
+        "float99": {"dtype": "float99"},
+        "model type [1]": {"model_type": [1]},
+        "multiple of the number of attention heads": {"num_attention_heads": 7},
+        "negative dimension": {"hidden_size": -4},
+        "no model class 'Nope'": {"architectures": ["Nope"]},
+        "cannot build": {"architectures": 3},
+    }
+    for says, change in changes.items():
+        (copy / "config.json").write_text(json.dumps({**config, **change}))
+        fails(4, "plan", copy, says=says)
+    for text in ("3", "null", "[]", "{"):
+        (copy / "config.json").write_text(text)
+        fails(4, "plan", copy, says=("config.json", "JSON"))
+
+
+def test_presets_and_rules_that_make_no_sense(bert, tmp_path):
+    own = tmp_path / "own.toml"
+    presets = {
+        "settings = 3": "must be a table", "rules = 5": "must be a table", "rules = [3]": "must be a table",
+        "[[rules]]\nmatch = 3": "must be a table", "[settings]\nbits = 'four'": "bits must be a number",
+        "description = 'no size'": "no size is set", "x": "not valid TOML", "[other]": "unknown tables other",
+    }  # fmt: skip
+    for text, says in presets.items():
+        own.write_text(text)
+        fails(3, "plan", bert, "--preset", own, says=says)
+    rules = {
+        "*:view=foo": "view 'foo'", "*:books=foo": "books must be", "*:skip=maybe": "true or false", "*:dim=2.5": "dim",
+        "*:colour=red": "sets colour",
+    }  # fmt: skip
+    for rule, says in rules.items():
+        fails(3, "plan", bert, "--rule", rule, says=says)
+    fails(3, "plan", bert, "--max-shard-size", "infGB", says="infGB")
+
+
+def test_what_a_killed_overwrite_leaves_is_no_obstacle(bert, tmp_path):
+    convert = ("convert", bert, "--out", tmp_path / "out", "--bits", 8, "--overwrite")
+    rpq(*convert, "-q")
+    (tmp_path / "out").rename(tmp_path / "out.old.partial")  # killed between the two renames, or
+    rpq(*convert, "-q")
+    (tmp_path / "out.old.partial").mkdir()  # killed while the old folder was deleted
+    rpq(*convert, "-q")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and rpq("verify", tmp_path / "out")
+
+
+def test_a_source_that_changed_is_not_mixed_in(copy, tmp_path, monkeypatch):
+    def ctrl_c(path):
+        raise KeyboardInterrupt
+
+    convert = ("convert", copy, "--out", tmp_path / "out", "--bits", 8)
+    with monkeypatch.context() as patch:
+        patch.setattr("rpq_convert.folder.sha256", ctrl_c)
+        rpq(*convert, code=130)
+    shard = sorted(copy.glob("*.safetensors"))[0]
+    save_file({k: v + 1 for k, v in load_file(shard).items()}, shard, metadata={"format": "pt"})
+    fails(4, *convert, says=("out.partial", "source that has changed"))
+    rpq(*convert, "--overwrite", "-q")
+    rpq("convert", copy, "--out", tmp_path / "whole", "--bits", 8, "-q")
+    assert fixed(tmp_path / "out") == fixed(tmp_path / "whole")
+
+
+def test_no_fit_is_lost_while_files_are_hashed(bert, tmp_path, monkeypatch):
+    def ctrl_c(path):
+        raise KeyboardInterrupt
+
+    convert = ("convert", bert, "--out", tmp_path / "out", "--bits", 8)
+    with monkeypatch.context() as patch:
+        patch.setattr("rpq_convert.folder.sha256", ctrl_c)
+        assert "done before" not in rpq(*convert, code=130).stderr
+    assert rpq(*convert).stderr.count("done before") == 15 and rpq("verify", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "room, where",
+    [(0.01, "rpq_plan.json"), (0.5, "pieces"), (1.7, "partial/model.safetensors")],
+    ids=["start", "fit", "assembly"],
+)
+def test_disk_full(bert, tmp_path, room, where):
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60k", "tmpfs", disk], capture_output=True)
+    rpq("convert", bert, "--out", tmp_path / "whole", "--bits", 8, "-q")
+    size = int(room * (tmp_path / "whole" / "model.safetensors").stat().st_size)
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True)
     if mount.returncode:
         pytest.skip("mounting a small tmpfs needs root")
     try:
-        fails(4, "convert", bert, "--out", disk / "out", "--bits", 8, says=("disk full", "run the same command again"))
-        assert not (disk / "out").exists()
+        convert = ("convert", bert, "--out", disk / "out", "--bits", 8)
+        fails(4, *convert, says=("disk full", where, "run the same command again"))
+        done = len(list(disk.glob("out.partial/pieces/*.safetensors")))
         subprocess.run(["mount", "-o", "remount,size=5m", disk], check=True)
-        rpq("convert", bert, "--out", disk / "out", "--bits", 8, "-q")
-        rpq("convert", bert, "--out", tmp_path / "whole", "--bits", 8, "-q")
+        assert done == rpq(*convert).stderr.count("done before")
         assert fixed(disk / "out") == fixed(tmp_path / "whole")
     finally:
         subprocess.run(["umount", disk], check=True)
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-C", "killed"])
-def test_an_interrupted_run_goes_on(how, tmp_path):
+def test_a_worker_that_dies_is_told_and_the_run_goes_on(bert, tmp_path):
+    out = tmp_path / "out"
+
+    def kill_one():
+        while not list(tmp_path.glob("out.partial/pieces/*.safetensors")):
+            time.sleep(0.02)
+        multiprocessing.active_children()[0].kill()
+
+    with ThreadPoolExecutor(1) as pool:
+        killer = pool.submit(kill_one)
+        options = ("--bits", 4, "--executor", "processes", "--workers", 2)
+        fails(4, "convert", bert, "--out", out, *options, says=("a worker process died", "to go on"))
+        killer.result()
+    assert "done before" in rpq("convert", bert, "--out", out, "--bits", 4).stderr
+
+
+def test_a_traceback_on_request(tmp_path, monkeypatch):
+    monkeypatch.setenv("RPQ_TRACEBACK", "1")
+    shown = rpq("plan", tmp_path / "nothing", code=4).stderr
+    assert shown.startswith("Traceback") and shown.splitlines()[-1].startswith("error: ")
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """A weight file with many fits, and what an uninterrupted run makes of it."""
+    folder = tmp_path_factory.mktemp("interrupted")
     torch.manual_seed(0)
-    save_file(deep().state_dict(), tmp_path / "deep.safetensors")
-    script = "from rpq_convert.cli import main; main()"
-    command = [sys.executable, "-c", script, "deep.safetensors", "--factory", "factories:deep", "--preset", "5bit"]
-    command += ["--workers", "1"]
-    process = subprocess.Popen(
-        [*command, "--out", "out"], cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    assert process.stderr is not None
+    save_file(deep().state_dict(), folder / "deep.safetensors")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parent))
+        rpq("convert", folder / "deep.safetensors", "--out", folder / "whole", *DEEP, "-q")
+    return folder / "deep.safetensors", folder / "whole"
+
+
+HEEDFUL = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in its background deaf to ctrl-C
+from rpq_convert.cli import main
+main()
+"""
+DEEP = ("--factory", "factories:deep", "--preset", "5bit", "--workers", "2")
+
+
+@pytest.mark.parametrize(
+    "how, executor",
+    [(signal.SIGINT, "threads"), (signal.SIGINT, "processes"), (signal.SIGKILL, "threads")],
+    ids=["ctrl-C", "ctrl-C in processes", "killed"],
+)
+def test_an_interrupted_run_goes_on(how, executor, interrupted, tmp_path):
+    source, whole = interrupted
+    command = [sys.executable, "-c", HEEDFUL, source, "--out", "out", *DEEP, "--executor", executor]
+    pipes = {"cwd": tmp_path, "env": ENVIRONMENT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, start_new_session=True, **pipes)
     for line in process.stderr:
-        if line.startswith("[3/"):
+        if line.startswith("[1/40]"):
             os.killpg(process.pid, how)
             break
-    rest = process.stderr.read()
-    assert process.wait(60) == (130 if how == signal.SIGINT else -signal.SIGKILL), rest
+    stdout, rest = process.communicate(timeout=60)
+    assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL), rest
     if how == signal.SIGINT:
-        assert "interrupted; run the same command again to go on" in rest
-    assert (tmp_path / "out.partial").is_dir() and not (tmp_path / "out").exists()
+        assert rest.endswith("interrupted; run the same command again to go on\n") and "Traceback" not in rest
+    assert stdout == "" and (tmp_path / "out.partial").is_dir() and not (tmp_path / "out").exists()
     done = list((tmp_path / "out.partial" / "pieces").glob("*.safetensors"))
-    assert 2 <= len(done) < 40
-    again = subprocess.run([*command, "--out", "out"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
-    assert again.returncode == 0 and again.stderr.count("done before") == len(done)
-    subprocess.run([*command, "--out", "whole"], cwd=tmp_path, env=ENVIRONMENT, check=True, capture_output=True)
-    assert fixed(tmp_path / "out") == fixed(tmp_path / "whole")
+    assert 1 <= len(done) < 40
+    again = subprocess.run(command, **pipes)
+    assert again.returncode == 0 and again.stderr.count("done before") == len(done), again.stderr
+    assert fixed(tmp_path / "out") == fixed(whole) and fixed(whole)
     assert not list(tmp_path.glob("*.partial"))
 
 
 def test_the_installed_commands_outside_the_checkout(bare, tmp_path):
-    binaries = Path(sys.executable).parent
+    binaries, before = Path(sys.executable).parent, bare.read_bytes()
     for name in ("rpq", "rpq-convert"):
         shown = subprocess.run([binaries / name, "--help"], cwd=tmp_path, capture_output=True, text=True)
-        assert shown.returncode == 0 and "Examples" in shown.stdout
-    presets = subprocess.run([binaries / "rpq", "presets"], cwd=tmp_path, capture_output=True, text=True)
-    assert "opt-66b" in presets.stdout
-    digest = hashlib.sha256(bare.read_bytes()).hexdigest()
+        assert shown.returncode == 0 and "Examples" in shown.stdout and f"Usage: {name} " in shown.stdout
     done = subprocess.run(
-        [binaries / "rpq-convert", bare, "--factory", "factories:small", "--bits", "8"],
+        [binaries / "rpq-convert", bare.name, "--factory", "factories:small", "--preset", "8bit"],
         cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True,
     )  # fmt: skip
-    assert done.returncode == 0 and (tmp_path / "small-rpq" / "model.safetensors").is_file()
-    assert hashlib.sha256(bare.read_bytes()).hexdigest() == digest
+    assert done.returncode == 0 and done.stderr.endswith("wrote small-rpq\n"), done.stderr
+    assert rpq("verify", tmp_path / "small-rpq") and bare.read_bytes() == before

@@ -21,12 +21,13 @@ LEVELS = [
     ["opened", "record"],
     ["conversion"],
     ["checkpoint", "models", "nn"],
+    ["pretrained"],
     ["cli"],
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
 # Who may import what is slow to import or optional.
 HOMES = {
-    "transformers": {"integrations/transformers.py", "models/opt.py"},
+    "transformers": {"integrations/transformers.py", "models/opt.py", "pretrained.py"},
     "vit_pytorch": {"models/vit.py"},
     "torchvision": set(),
     "huggingface_hub": {"integrations/transformers.py"},

@@ -91,13 +91,18 @@ def load_config(folder: str | Path) -> Any:
         raw = json.loads(path.read_text("utf8"))
     except ValueError as e:
         raise SourceError(f"{path} is not JSON: {e}") from None
-    kind = raw.get("model_type") if isinstance(raw, dict) else None
-    if kind not in transformers.CONFIG_MAPPING:
+    if not isinstance(raw, dict):
+        raise SourceError(f"{path} is no JSON object")
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         hint = (
             "it needs code from the checkpoint, which is never run" if "auto_map" in raw else "unknown to transformers"
         )
         raise SourceError(f"{path}: model type {kind!r}: {hint}; for your own model give factory=package:callable")
-    return transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    try:
+        return transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as e:  # its validators raise many kinds
+        raise SourceError(f"{path}: transformers {transformers.__version__} refuses it: {e}") from e
 
 
 def model_class(config: Any) -> Any:
@@ -116,11 +121,16 @@ def model_class(config: Any) -> Any:
 
 def build_empty(config: Any, dtype: torch.dtype | None = None) -> Any:
     """Return the model with its parameters on meta and its buffers real, in eval mode."""
-    kind: Any = model_class(config)
-    wanted = dtype or getattr(config, "dtype", None) or torch.float32
-    with parameters_on_meta():
-        model = kind._from_config(config, dtype=wanted)
-    model.tie_weights()
+    try:
+        kind: Any = model_class(config)
+        wanted = dtype or getattr(config, "dtype", None) or torch.float32
+        with parameters_on_meta():
+            model = kind._from_config(config, dtype=wanted)
+        model.tie_weights()
+    except SourceError:
+        raise
+    except Exception as e:  # a model's constructor finds what the config's validators did not
+        raise SourceError(f"transformers cannot build the model of this {type(config).__name__}: {e}") from e
     return model.eval()
 
 

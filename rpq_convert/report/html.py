@@ -17,7 +17,7 @@ STYLE = """
 .rpq .bar{background:#cfd8ea;height:.7rem;border-radius:3px;min-width:2px}.rpq .bar i{display:block;background:#2d6cdf;height:100%;border-radius:3px}
 .rpq .warn{background:#fff4d6;border-left:4px solid #e0a100;padding:.5rem .8rem;margin:.5rem 0;color:#4a3a00}
 .rpq input{padding:.35rem .6rem;margin:.2rem 0 .6rem;width:18rem;border:1px solid #c4cad6;border-radius:6px}
-@media(prefers-color-scheme:dark){body{background:#14181f}.rpq{color:#e4e8ef}.rpq th{background:#222936}
+@media(prefers-color-scheme:dark){.rpq{color:#e4e8ef;background:#14181f}.rpq th{background:#222936}
 .rpq th,.rpq td{border-color:#2c3442}.rpq .card{border-color:#37404f}.rpq .bar{background:#37435a}}
 """
 SCRIPT = """

@@ -87,6 +87,9 @@ class Report:
     predicted_bytes: int | None = None
     version: str = ""
 
+    def __repr__(self) -> str:
+        return f"<Report of {self.title}: {len(self.rows)} tensors, {self.dense_bytes:,} bytes become {self.bytes:,}>"
+
     def total(self, part: str) -> int:
         """Return the sum over rows of a byte count, e.g. `total("code_bytes")`."""
         return sum(getattr(r, part) for r in self.rows)

@@ -1,0 +1,206 @@
+"""RPQ inside transformers: `from_pretrained` and `save_pretrained` of converted models.
+
+A converted folder loads through any Auto class as soon as `rpq_convert` is imported: before weights are read, the empty
+model gets empty RPQ weights in the places that config.json lists, and transformers fills them like any parameter. A dense
+checkpoint with `quantization_config=RPQConfig(bits=4)` is converted once it is loaded. Nothing here runs code that a
+checkpoint names.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from rpq_convert import layers
+from rpq_convert.checkpoint import restore
+from rpq_convert.conversion import AFTER, convert, plan_of, put_everywhere
+from rpq_convert.planning import FORMAT_VERSION
+from rpq_convert.record import quantization_config
+from rpq_convert.source import SourceError
+from rpq_convert.weight import RPQWeight
+
+METHOD = "rpq"
+STORED = ("modules", "tied", "guard", "plan_sha256", "version")
+
+
+class RPQConfig(QuantizationConfigMixin):
+    """What transformers keeps as `model.config.quantization_config`.
+
+    Args:
+        format_version, modules, tied, guard, plan_sha256, version: as in docs/checkpoint-format.md; written, not typed.
+        options: those of `rpq.plan` (bits, preset, codebooks, rules, …), to convert a dense model on load.
+
+    Example:
+        >>> AutoModelForCausalLM.from_pretrained("gpt2", quantization_config=RPQConfig(bits=4))
+    """
+
+    def __init__(self, format_version: int = FORMAT_VERSION, **options: Any) -> None:
+        options.pop("quant_method", None)
+        self.quant_method: Any = METHOD
+        self.format_version = format_version
+        self.stored = {name: options.pop(name, None) for name in STORED}
+        self.options = options
+
+    def to_dict(self) -> dict[str, Any]:
+        base = {"quant_method": METHOD, "format_version": self.format_version}
+        return base | (self.stored if self.stored["modules"] else self.options)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+class RPQQuantizer(HfQuantizer):
+    """Puts RPQ weights in their places when transformers loads a model."""
+
+    requires_calibration = False
+    quantization_config: Any
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        config = self.quantization_config
+        if self.pre_quantized and config.format_version != FORMAT_VERSION:
+            raise SourceError(
+                f"the checkpoint has format version {config.format_version!r}, this rpq-convert reads {FORMAT_VERSION}"
+            )
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        return dtype
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if not self.pre_quantized:
+            return model
+        stored = self.quantization_config.stored
+        tied: dict[str, list[str]] = {}
+        for alias, name in stored["tied"].items():
+            tied.setdefault(name, []).append(alias)
+        placed: dict[str, list[str]] = {}
+        for name, description in stored["modules"].items():
+            paths = [p for n in (name, *tied.get(name, [])) if (p := _path(model, n)) is not None]
+            if not paths:
+                continue  # a head that a base model does not have
+            module, parameter = layers.find(model, paths[0])
+            given = module._parameters[parameter]
+            assert given is not None
+            rpq = RPQWeight.from_config(description | {"dtype": str(given.dtype).removeprefix("torch.")}, "meta")
+            if rpq.shape != tuple(given.shape):
+                raise SourceError(f"{name}: the checkpoint describes {list(rpq.shape)}, the model {list(given.shape)}")
+            put_everywhere(model, paths, rpq)
+            placed[paths[0]] = paths[1:]
+        if stored["modules"] and not placed:
+            raise SourceError(f"no weight of the checkpoint has a place in {type(model).__name__}")
+        ties = {k: v for k, v in model.all_tied_weights_keys.items() if not _computed(model, k)}
+        for name, others in placed.items():
+            parts = [p for p, _ in layers.layers_of(model)[name].named_parameters()]
+            ties |= {f"{other}_rpq.{p}": f"{name}_rpq.{p}" for other in others for p in parts}
+        model.all_tied_weights_keys = ties
+        guard = stored["guard"]
+        if guard:
+            ignored = {rf"^(.*\.)?{guard.replace('.', chr(92) + '.')}$"}
+            model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if not self.pre_quantized:
+            convert(model, **self.quantization_config.options)
+        for weight in layers.layers_of(model).values():
+            weight._probe = torch.empty(0, dtype=weight.dtype, device=weight.codes.device)
+            weight.codes.requires_grad_(False)
+        attach(model)
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        return restore(model).to(dtype)
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
+        """Return what `save_pretrained` writes: the state and the guard; and describe the model as it stands now."""
+        config = model.config.quantization_config = describe(model)
+        return model.state_dict() | {config.stored["guard"]: torch.empty(0)}, {}
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def describe(model: nn.Module) -> RPQConfig:
+    """Return the config of a converted model as it stands now."""
+    zero_rows = {name: {"zero_row": w.zero_row} for name, w in layers.layers_of(model).items()}
+    return RPQConfig(**quantization_config(plan_of(model), zero_rows))
+
+
+def attach(model: Any) -> None:
+    """Make a transformers model say that it is converted, so that `save_pretrained` writes it; or no longer is."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return
+    converted: Any = model
+    if not layers.layers_of(model):
+        if model.__dict__.get("quantization_method") == METHOD:
+            converted.hf_quantizer.remove_quantization_config(model)
+        return
+    _mend_dtype()
+    config = describe(model)
+    converted.hf_quantizer = RPQQuantizer(config, pre_quantized=True)
+    converted.is_quantized = True
+    model.config.quantization_config = config
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.quantization_method = METHOD  # type: ignore[assignment]
+
+
+@functools.cache
+def _mend_dtype() -> None:
+    """Let `model.dtype` be what weights expand to, where the first parameter is a codebook."""
+    from transformers.modeling_utils import ModuleUtilsMixin
+
+    plain: Any = ModuleUtilsMixin.dtype
+
+    def dtype(self: Any) -> torch.dtype:
+        if self.__dict__.get("quantization_method") != METHOD:
+            return plain.fget(self)
+        weight = next((m for m in self.modules() if isinstance(m, RPQWeight)), None)
+        return plain.fget(self) if weight is None else weight.dtype
+
+    ModuleUtilsMixin.dtype = property(dtype, doc=plain.__doc__)  # type: ignore[assignment, method-assign]
+
+
+def _computed(model: nn.Module, path: str) -> bool:
+    try:
+        module, name = layers.find(model, path)
+    except AttributeError:
+        return False
+    return isinstance(module, layers.RPQLayer) and name in module._rpq_names
+
+
+def _path(model: Any, name: str) -> str | None:
+    """Return where a parameter of the checkpoint lies in this model: with the base model's prefix, or without it."""
+    prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+    for candidate in (name, name.removeprefix(prefix), prefix + name):
+        try:
+            module, parameter = layers.find(model, candidate)
+        except AttributeError:
+            continue
+        if parameter in module._parameters:
+            return candidate
+    return None
+
+
+AFTER.append(attach)
+AUTO_QUANTIZER_MAPPING[METHOD] = RPQQuantizer
+AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = RPQConfig
