@@ -20,10 +20,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from rpq_convert import layers
 from rpq_convert.checkpoint import restore
 from rpq_convert.conversion import AFTER, convert, plan_of, put_everywhere
+from rpq_convert.integrations import torchvision
 from rpq_convert.planning import FORMAT_VERSION
 from rpq_convert.record import quantization_config
 from rpq_convert.source import SourceError
 from rpq_convert.weight import RPQWeight
+
+torchvision.mend()  # transformers imports it with the first model
 
 METHOD = "rpq"
 STORED = ("modules", "tied", "guard", "plan_sha256", "version")

@@ -386,7 +386,7 @@ def _product(x: Tensor, weight: Any, bias: Tensor | None, axes: tuple[str, ...])
         return NotImplemented
     flat = x if x.ndim == 2 else x.reshape(-1, cut.inputs)
     flat = flat if flat.dtype == dtype else flat.to(dtype)
-    serve = kernels.linear if cut.cost(flat.shape[0]) <= 1 else kernels.decoded if training else kernels.tiled
+    serve = kernels.linear if cut.cost(flat.shape[0], dtype) <= 1 else kernels.decoded if training else kernels.tiled
     out = serve(flat, rpq.stages_codes(), rpq.codebooks, rpq.scales, bias, cut)
     if rpq.zero_row is not None:
         out[:, rpq.zero_row] = 0 if bias is None else bias[rpq.zero_row].to(dtype)

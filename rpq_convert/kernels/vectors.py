@@ -18,10 +18,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
-HAS_PICK = platform.machine() in ("x86_64", "AMD64") and bool(
-    llvmlite.binding.get_host_cpu_features().get("avx512vbmi")
-)
-HAS_HALF = platform.machine() in ("aarch64", "arm64") or bool(llvmlite.binding.get_host_cpu_features().get("f16c"))
+FEATURES = llvmlite.binding.get_host_cpu_features()
+HAS_PICK = platform.machine() in ("x86_64", "AMD64") and bool(FEATURES.get("avx512vbmi"))
+HAS_HALF = platform.machine() in ("aarch64", "arm64") or bool(FEATURES.get("f16c"))
+HAS_BFLOAT16 = bool(FEATURES.get("avx512bf16"))  # dense products in bfloat16 are faster than in float32
 KINDS = {"f32": ir.FloatType(), "i8": ir.IntType(8), "i32": ir.IntType(32)}
 
 
