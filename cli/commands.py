@@ -182,6 +182,23 @@ def diff(
     print(compare(read(a), read(b)))
 
 
+@group.command(epilog=examples("rpq eval opt-125m/ opt-125m-rpq --text wikitext.txt"))
+@catching
+def eval(
+    base: Annotated[Path, Argument(metavar="BASE", help="The dense checkpoint's folder.")],
+    folder: o.OutputFolder,
+    text: Annotated[Path, Option(metavar="FILE", help="Text to measure on; not what a fit has seen.")],
+    window: Annotated[int, Option(min=2, help="Tokens of one window.")] = 512,
+    windows: Annotated[int | None, Option(min=1, help="At most so many windows, or lines.")] = None,
+    json: o.Json = False,
+) -> None:
+    """Compare a converted transformers model with its base: perplexity, divergence and agreement, or cosines."""
+    from rpq_convert.pretrained import compare
+
+    found = compare(base, folder, text.read_text("utf8"), window=window, windows=windows, say=say)
+    print(found.to_json() if json else found)
+
+
 @group.command(epilog=examples("rpq verify opt-125m-rpq"))
 @catching
 def verify(folder: o.OutputFolder, json: o.Json = False) -> None:

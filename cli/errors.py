@@ -20,6 +20,7 @@ CODES = {
     "PlanError": 3,
     "SourceError": 4,
     "EncodeError": 4,
+    "EvaluateError": 4,
     "FolderError": 4,
     "OSError": 4,
     "BrokenProcessPool": 4,

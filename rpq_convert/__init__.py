@@ -24,6 +24,7 @@ _HOMES = {
     "Plan": "planning", "Job": "planning", "Skip": "planning", "Rule": "rules", "PlanError": "rules", "preset_names": "rules",
     "Spec": "spec", "WeightView": "view", "RPQWeight": "weight", "register_layer": "layers", "RPQLayer": "layers",
     "decoded": "layers", "RPQConfig": "pretrained",
+    "evaluate": "evaluation", "layer_errors": "evaluation", "Evaluation": "evaluation", "EvaluateError": "evaluation",
     "Report": "report.schema", "SourceError": "source", "EncodeError": "encode", "FolderError": "folder",
 }  # fmt: skip
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604 - the keys are strings

@@ -13,7 +13,7 @@ LEVELS = [
     ["spec"],
     ["weight"],
     ["layers"],
-    ["walk"],
+    ["walk", "evaluation"],
     ["rules", "report"],
     ["heads", "planning"],
     ["integrations", "encode"],

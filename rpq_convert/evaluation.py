@@ -1,0 +1,196 @@
+"""Evaluate: what a converted model still knows, measured against the model that it was made from.
+
+Language models: perplexity of both, the divergence of their predictions, how often they agree on the next token. Any other
+module: cosine and relative error of its outputs, agreement of the largest output where there are classes. Any module: the
+error that each converted layer adds to the base's own inputs, so that errors of layers do not mix.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rpq_convert import layers
+
+Progress = Callable[[int], None]
+
+
+class EvaluateError(ValueError):
+    """The models or the data cannot be compared."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured.
+
+    Args:
+        kind: `language model` or `outputs`.
+        metrics: name -> value; see `evaluate`.
+        samples: tokens that were predicted, or outputs that were compared.
+        layers: parameter path -> relative squared error of its layer's output on the base's inputs.
+    """
+
+    kind: str
+    metrics: Mapping[str, float]
+    samples: int
+    layers: Mapping[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    def __str__(self) -> str:
+        width = max(map(len, self.metrics))
+        lines = [f"{self.kind}, {self.samples:,} {'tokens' if self.kind == 'language model' else 'outputs'}"]
+        lines += [f"  {name:<{width}}  {value:.4f}" for name, value in self.metrics.items()]
+        worst = sorted(self.layers.items(), key=lambda item: -item[1])[:5]
+        return "\n".join([*lines, *(f"  layer {name}: output error {error:.2g}" for name, error in worst)])
+
+
+@torch.inference_mode()
+def evaluate(
+    base: nn.Module,
+    model: nn.Module,
+    data: Tensor | Iterable[Any],
+    *,
+    window: int = 512,
+    batch: int = 4,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Compare a converted model with its base.
+
+    Args:
+        base, model: both in eval mode.
+        data: token ids [n] int64, for language models; else an iterable of inputs: a tensor, a tuple, or a dict of
+            keyword arguments.
+        window, batch: tokens of one window, each predicted on its own, and windows at a time.
+        progress: called with the number of windows or inputs done.
+
+    Returns:
+        For ids: `perplexity`, `base_perplexity`, `ratio`, `kl` (nats per token, base to model), `top1_agreement`.
+        Else: `cosine` (mean over outputs' last axis), `relative_error` (squared), and `top1_agreement`.
+
+    Raises:
+        EvaluateError: no data, or outputs of different shapes.
+
+    Example:
+        >>> rpq.evaluate(base, model, tokenizer(text, return_tensors="pt").input_ids[0]).metrics["kl"]
+    """
+    if isinstance(data, Tensor) and data.ndim == 1 and not data.is_floating_point():
+        return _language(base, model, data, window, batch, progress)
+    return _outputs(base, model, data, progress)
+
+
+def _language(
+    base: nn.Module, model: nn.Module, ids: Tensor, window: int, batch: int, progress: Progress | None
+) -> Evaluation:
+    if len(ids) < 2:
+        raise EvaluateError(f"{len(ids)} tokens are nothing to predict; give a longer text")
+    window = min(window, len(ids))
+    windows = ids[: len(ids) // window * window].view(-1, window)
+    sums = dict.fromkeys(("base", "model", "kl", "agree"), 0.0)
+    count = 0
+    for start in range(0, len(windows), batch):
+        part = windows[start : start + batch]
+        logits, other = (m(input_ids=part, use_cache=False).logits[:, :-1].float() for m in (base, model))
+        if logits.shape != other.shape:
+            raise EvaluateError(f"the base predicts {list(logits.shape)}, the model {list(other.shape)}")
+        wanted = part[:, 1:].flatten()
+        p, q = (F.log_softmax(x.flatten(0, 1), -1) for x in (logits, other))
+        sums["base"] += F.nll_loss(p, wanted, reduction="sum").item()
+        sums["model"] += F.nll_loss(q, wanted, reduction="sum").item()
+        sums["kl"] += F.kl_div(q, p, log_target=True, reduction="sum").item()
+        sums["agree"] += (p.argmax(-1) == q.argmax(-1)).sum().item()
+        count += wanted.numel()
+        if progress:
+            progress(min(start + batch, len(windows)))
+    before, after = math.exp(sums["base"] / count), math.exp(min(700.0, sums["model"] / count))
+    metrics = {
+        "perplexity": after, "base_perplexity": before, "ratio": after / before, "kl": sums["kl"] / count,
+        "top1_agreement": sums["agree"] / count,
+    }  # fmt: skip
+    return Evaluation("language model", metrics, count)
+
+
+def _outputs(base: nn.Module, model: nn.Module, data: Iterable[Any], progress: Progress | None) -> Evaluation:
+    cosine = rest = power = agree = 0.0
+    count = 0
+    for done, item in enumerate(data, 1):
+        a, b = (_first(_call(m, item)).float() for m in (base, model))
+        if a.shape != b.shape:
+            raise EvaluateError(f"the base's output is {list(a.shape)}, the model's {list(b.shape)}")
+        a, b = (t.reshape(-1, t.shape[-1]) for t in (a, b))
+        cosine += F.cosine_similarity(a, b, dim=-1).sum().item()
+        agree += (a.argmax(-1) == b.argmax(-1)).sum().item()
+        rest += float((a - b).double().square().sum())
+        power += float(a.double().square().sum())
+        count += len(a)
+        if progress:
+            progress(done)
+    if not count:
+        raise EvaluateError("no data to compare outputs on")
+    error = rest / power if power else (math.inf if rest else 0.0)
+    metrics = {"cosine": cosine / count, "relative_error": error, "top1_agreement": agree / count}
+    return Evaluation("outputs", metrics, count)
+
+
+def _call(model: nn.Module, item: Any) -> Any:
+    if isinstance(item, Mapping):
+        return model(**item)
+    return model(*item) if isinstance(item, (tuple, list)) else model(item)
+
+
+def _first(output: Any) -> Tensor:
+    """Return a model's main output: itself, or the first tensor of a tuple, a mapping or a transformers output."""
+    if isinstance(output, Tensor):
+        return output
+    values: Iterator[Any] = iter(output.values() if isinstance(output, Mapping) else output)
+    found = next((v for v in values if isinstance(v, Tensor)), None)
+    if found is None:
+        raise EvaluateError(f"{type(output).__name__} holds no tensor to compare")
+    return found
+
+
+@torch.inference_mode()
+def layer_errors(base: nn.Module, model: nn.Module, data: Iterable[Any]) -> dict[str, float]:
+    """Return, for every converted layer, the relative squared error of its output on the inputs that the base gives it.
+
+    Args:
+        base, model: the dense model and its conversion, modules under the same names.
+        data: inputs as for `evaluate`.
+    """
+    homes: dict[str, list[str]] = {}
+    for path in layers.layers_of(model):
+        homes.setdefault(path.rpartition(".")[0], []).append(path)
+    if not homes:
+        raise EvaluateError(f"{type(model).__name__} has no RPQ layer")
+    sums = {home: [0.0, 0.0] for home in homes}
+    hooks = []
+
+    def watch(home: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            wanted, found = _first(output).double(), _first(model.get_submodule(home)(*args, **kwargs)).double()
+            sums[home][0] += float((found - wanted).square().sum())
+            sums[home][1] += float(wanted.square().sum())
+
+        return hook
+
+    try:
+        for home in homes:
+            hooks.append(base.get_submodule(home).register_forward_hook(watch(home), with_kwargs=True))
+        for item in data:
+            _call(base, item)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return {
+        path: rest / power if power else (math.inf if rest else 0.0)
+        for home, (rest, power) in sums.items()
+        for path in homes[home]
+    }
