@@ -19,7 +19,8 @@ from torch import nn
 from torch.func import functional_call
 
 import rpq_convert as rpq
-from rpq_convert.layers import RPQLayer, layers_of
+from rpq_convert.layers import LAYERS, RPQLayer, layers_of
+from rpq_convert.view import WeightView
 from rpq_convert.weight import ComputedWeight, RPQWeight
 
 DIM = 3  # divides few of the widths
@@ -134,6 +135,20 @@ def test_decode_equals_the_definition(row, layout):
     assert set(found) == set(row.views)
     for name, expected in references(row, model).items():
         assert torch.equal(found[name](), expected), name
+
+
+@pytest.mark.parametrize("kind, name", [(k, n) for k, views in LAYERS.items() for n in views], ids=str)
+def test_a_wrong_view_makes_a_row_fail(kind, name, monkeypatch):
+    view = LAYERS[kind][name]
+    first, second, *rest = view.axes
+    wrong = WeightView(" ".join((second, first, *rest)), view.axis)
+    monkeypatch.setitem(LAYERS, kind, {**LAYERS[kind], name: wrong})
+    for row in zoo.ZOO:
+        try:
+            test_decode_equals_the_definition(row, DEFAULT)
+        except (AssertionError, RuntimeError, ValueError, IndexError):
+            return
+    pytest.fail(f"no row notices that {name} of {kind} is read as {wrong.names}")
 
 
 @layouts
