@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from rpq_convert import operations  # noqa: F401 - teaches computed weights what they can do without decoding
+from rpq_convert.computed import ComputedWeight, DecodedView, refuse
 from rpq_convert.view import WeightView
-from rpq_convert.weight import ComputedWeight, DecodedView, RPQWeight, _refuse
+from rpq_convert.weight import RPQWeight
 
 SUFFIX = "_rpq"
 LAYERS: dict[type | str, dict[str, WeightView]] = {}
@@ -86,7 +88,7 @@ class RPQLayer:
         if isinstance(value, ComputedWeight):  # tying: share the module, which is where the weight lives
             self._modules[name + SUFFIX] = object.__getattribute__(value, "_rpq")  # type: ignore[attr-defined]
             return None
-        raise _refuse("assigning to it", f"{type(self).__name__}.{name}")
+        raise refuse("assigning to it", f"{type(self).__name__}.{name}")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _blank, (self._rpq_original, self._rpq_names), self.__getstate__()

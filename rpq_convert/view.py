@@ -44,6 +44,11 @@ class WeightView:
     def axes(self) -> tuple[str, ...]:
         return tuple(self.names.split())
 
+    @property
+    def inner(self) -> WeightView:
+        """The view of what one index into the first axis leaves."""
+        return WeightView(" ".join(self.axes[1:]), self.axis)
+
     def order(self, axis: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the stored axes that make the rows and those that make the columns of `M`."""
         check_axis(axis)

@@ -1,5 +1,6 @@
 """What a fitter promises: exact where it can be, near the optimum where not, kind to extremes, the same bits always."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -325,3 +326,30 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(result.stdout) < 64 * 1024  # KiB
+
+
+FRESH = """
+import hashlib, torch
+import rpq_convert as rpq
+
+digest = hashlib.sha256()
+for preset, width in (("5bit", 96), ("4bit", 96), ("2bit", 640)):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(width, 2 * width)
+    rpq.convert(layer, preset=preset, grow=True)
+    for tensor in layer.state_dict().values():
+        digest.update(tensor.numpy().tobytes())
+    with torch.no_grad():
+        for tokens in (1, 8, 40):
+            digest.update(layer(torch.randn(tokens, width)).numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_compiled_afresh_or_from_the_cache_the_bits_are_the_same(tmp_path):
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", FRESH]
+    first, second = (
+        subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout for _ in range(2)
+    )
+    assert first == second and len(first) == 65 and any(tmp_path.rglob("*.nbc"))

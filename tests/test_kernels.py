@@ -266,6 +266,48 @@ def test_convolutions(name, axis):
     assert close(found, want)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("axis", ["in", "out"])
+def test_one_expert_is_served_without_the_others(axis, transposed, monkeypatch):
+    class Experts(nn.Module):
+        is_transposed = transposed
+
+        def __init__(self):
+            super().__init__()
+            self.up_proj = nn.Parameter(torch.randn(4, 64, 48) if transposed else torch.randn(4, 48, 64))
+
+        def forward(self, x, expert):
+            weight = self.up_proj[expert]
+            return x @ weight if transposed else F.linear(x, weight)
+
+    torch.manual_seed(0)
+    model = Experts()
+    rpq.convert(model, dim=4, axis=axis, grow=True)
+    dense = rpq.restore(copy.deepcopy(model))
+    x = torch.randn(5, 64, requires_grad=True)
+    wanted = dense(x, 2)
+    for index in (2, torch.tensor(2)):
+        found = model(x, index)
+        assert close(found, wanted)
+        a, b = (torch.autograd.grad(y.square().sum(), x)[0] for y in (found, dense(x, 2)))
+        assert close(a, b)
+    model(x, 1).sum().backward()
+    assert model.up_proj_rpq.codebooks.grad.abs().sum() > 0 and model.up_proj_rpq.scales.grad[1].abs().sum() > 0
+    assert not model.up_proj_rpq.scales.grad[0].any()
+    assert torch.equal(model.up_proj[3].clone(), dense.up_proj[3]) and torch.equal(model.up_proj[-1], dense.up_proj[-1])
+    assert torch.equal(model.up_proj[1:3], dense.up_proj[1:3])
+    with pytest.raises(IndexError):
+        model.up_proj[4]
+    with pytest.raises(RuntimeError, match="would be lost"):
+        model.up_proj[2].add_(1)
+    whole = type(model.up_proj_rpq)
+    original = whole.forward
+    monkeypatch.setattr(
+        whole, "forward", lambda self: original(self) if self.shape != model.up_proj_rpq.shape else 1 / 0
+    )
+    model(x, 0)
+
+
 def test_decoded_keeps_weights_for_a_block():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(300, 64), nn.Linear(64, 64))

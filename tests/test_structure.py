@@ -12,6 +12,8 @@ LEVELS = [
     ["version", "view", "executors", "source", "empty", "kernels", "fit"],
     ["spec"],
     ["weight"],
+    ["computed"],
+    ["operations"],
     ["layers"],
     ["walk", "evaluation"],
     ["rules", "report"],

@@ -19,9 +19,10 @@ from torch import nn
 from torch.func import functional_call
 
 import rpq_convert as rpq
+from rpq_convert.computed import ComputedWeight
 from rpq_convert.layers import LAYERS, RPQLayer, layers_of
 from rpq_convert.view import WeightView
-from rpq_convert.weight import ComputedWeight, RPQWeight
+from rpq_convert.weight import RPQWeight
 
 DIM = 3  # divides few of the widths
 LAYOUTS = {

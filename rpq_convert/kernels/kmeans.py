@@ -185,9 +185,13 @@ def accumulate(rows, weights, codes, sums, mass):
                 mass[k, j] += weights[p, j]
 
 
-@njit(cache=True, nogil=True, fastmath=REORDER, error_model="numpy")
+@njit(inline="always")
 def _shrink(points, weights, centre, nearest, chunks):
-    """nearest = min(nearest, weighted squared distance to centre); chunks[i] = its sum over the i-th 256 points."""
+    """nearest = min(nearest, weighted squared distance to centre); chunks[i] = its sum over the i-th 256 points.
+
+    Inlined, and summed in an order of its own: a second compiled copy, optimised in another place, once gave other bits in
+    the process that compiled it than in those that read it from the cache.
+    """
     r, total = points.shape
     per_coordinate = weights.shape[0] > 1
     d = np.empty(256, np.float32)
@@ -209,16 +213,22 @@ def _shrink(points, weights, centre, nearest, chunks):
         if not per_coordinate and weights.shape[1] > 1:
             for p in range(count):
                 d[p] *= weights[0, start + p]
-        s = np.float32(0)
         for p in range(count):
             n = nearest[start + p]
             n = d[p] if d[p] < n else n
             nearest[start + p] = n
-            s += n
-        chunks[c] = s
+            d[p] = n
+        for p in range(count, 256):
+            d[p] = 0
+        half = 128
+        while half > 0:  # pairs, then pairs of pairs
+            for p in range(half):
+                d[p] += d[p + half]
+            half //= 2
+        chunks[c] = d[0]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(cache=True, nogil=True, fastmath=FUSE, error_model="numpy")
 def seed_plus_plus(points, weights, first, uniforms, codebook):
     """Choose 256 points by k-means++ (Arthur and Vassilvitskii 2007): each with odds of its distance to those before.
 
