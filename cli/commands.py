@@ -63,6 +63,10 @@ def convert(
     local_files_only: o.LocalFilesOnly = False,
     allow_pickle: o.AllowPickle = False,
     device: Annotated[Literal["cpu", "cuda"], Option(help="Where fits run; in this version on the CPU.")] = "cpu",
+    calibrate: Annotated[
+        Path | None, Option(metavar="FILE", help="Text such as the model will see: fit each layer to its inputs on it.")
+    ] = None,
+    samples: Annotated[int, Option(min=1, help="Windows of 512 tokens, or lines, to calibrate on.")] = 128,
     workers: Annotated[int | None, Option(min=1, help="Fits at once; up to 4 by default.")] = None,
     executor: Annotated[Literal["serial", "threads", "processes"], Option(help="How fits run.")] = "threads",
     dry_run: Annotated[bool, Option("--dry-run", help="Show the plan and the exact sizes; write nothing.")] = False,
@@ -88,11 +92,31 @@ def convert(
     plan = opened.plan(**asked)
     del opened
     warn(plan.warnings)
+    data = None
+    if calibrate is not None:
+        if factory is not None:
+            raise typer.BadParameter(
+                "texts need a tokenizer, which a factory's model has not; use rpq.convert_checkpoint(calibration=…)",
+                param_hint="--calibrate",
+            )
+        from rpq_convert.texts import text_inputs
+
+        data = text_inputs(
+            src, o.read_text(calibrate), samples=samples, revision=revision, local_files_only=local_files_only
+        )
     if dry_run:
         return show_report(make_report(plan, {}, title=o.name_of(src)), json=json)
     with progress(plan, quiet=quiet) as callback:
         report = convert_checkpoint(
-            src, folder, overwrite=overwrite, executor=executor, workers=workers, progress=callback, **where, **asked
+            src,
+            folder,
+            overwrite=overwrite,
+            executor=executor,
+            workers=workers,
+            progress=callback,
+            calibration=data,
+            **where,
+            **asked,
         )
     show_report(report, json=json)
     if not quiet:
@@ -193,9 +217,9 @@ def eval(
     json: o.Json = False,
 ) -> None:
     """Compare a converted transformers model with its base: perplexity, divergence and agreement, or cosines."""
-    from rpq_convert.pretrained import compare
+    from rpq_convert.texts import compare
 
-    found = compare(base, folder, text.read_text("utf8"), window=window, windows=windows, say=say)
+    found = compare(base, folder, o.read_text(text), window=window, windows=windows, say=say)
     print(found.to_json() if json else found)
 
 

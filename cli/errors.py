@@ -18,6 +18,7 @@ import typer
 
 CODES = {
     "PlanError": 3,
+    "CalibrationError": 4,
     "SourceError": 4,
     "EncodeError": 4,
     "EvaluateError": 4,

@@ -131,3 +131,13 @@ def apart(src: Path, out: Path) -> Path:
             f"{out} is or holds the source {src}; choose another folder", param_hint="the output folder"
         )
     return out
+
+
+def read_text(path: Path) -> str:
+    """Return a text file's contents."""
+    from rpq_convert.source import SourceError
+
+    try:
+        return path.read_text("utf8")
+    except UnicodeDecodeError as e:
+        raise SourceError(f"{path} is no UTF-8 text: {e.reason} at byte {e.start}") from None

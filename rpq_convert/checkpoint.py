@@ -52,7 +52,13 @@ def save(
         record = facts[job.name]
         folder.put(
             Encoded(
-                job.name, tensors, record.get("error"), record.get("dead", 0), record.get("seconds", 0.0), rpq.zero_row
+                job.name,
+                tensors,
+                record.get("error"),
+                record.get("dead", 0),
+                record.get("seconds", 0.0),
+                rpq.zero_row,
+                record.get("inputs"),
             )
         )
     state = {

@@ -6,7 +6,7 @@ source (name -> tensor) -> encode(job, tensor) in an executor -> sink: swap into
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from rpq_convert import layers
-from rpq_convert.encode import Encoded, build, encode
+from rpq_convert.calibration import calibrate, describe
+from rpq_convert.encode import Encoded, Statistics, build, encode
 from rpq_convert.executors import run
 from rpq_convert.folder import Folder
 from rpq_convert.heads import head_rules
@@ -69,9 +70,9 @@ def _from(source: Mapping[str, Tensor], names: tuple[str, ...]) -> Tensor:
     return source[next((n for n in names if n in source), names[0])]
 
 
-def _encode(item: tuple[Job, Tensor, float | None]) -> Encoded:
-    job, tensor, std = item
-    return encode(job, tensor, std=std)
+def _encode(item: tuple[Job, Tensor, float | None, Statistics | None]) -> Encoded:
+    job, tensor, std, statistics = item
+    return encode(job, tensor, std=std, statistics=statistics)
 
 
 def run_jobs(
@@ -81,9 +82,14 @@ def run_jobs(
     executor: str = "threads",
     workers: int | None = None,
     std: float | None = None,
+    statistics: Mapping[str, Statistics | None] | None = None,
 ) -> Iterator[Encoded]:
     """Encode every job, in order of completion; at most `workers` tensors are in memory."""
-    items = ((j, _from(source, (j.name, *j.aliases)).detach().to(getattr(torch, j.dtype)), std) for j in jobs)
+    known = statistics or {}
+    items = (
+        (j, _from(source, (j.name, *j.aliases)).detach().to(getattr(torch, j.dtype)), std, known.get(j.name))
+        for j in jobs
+    )
     yield from run(_encode, items, executor=executor, workers=workers or default_workers())
 
 
@@ -98,6 +104,7 @@ def convert(
     workers: int | None = None,
     progress: Progress | None = None,
     plan: Plan | None = None,
+    calibration: Iterable[Any] | None = None,
     **options: Any,
 ) -> Report:
     """Convert a model in place.
@@ -105,6 +112,9 @@ def convert(
     Args:
         model: any module; on meta with `fit="random"` it stays on meta but for codes and codebooks.
         plan: a plan made before; otherwise one is made from the options.
+        calibration: inputs such as the model will see, each a tensor, a tuple or a dict of keyword arguments: layers are
+            then fitted in the order of execution to what they are given (calibration.py), which keeps far more quality
+            from 2 to 5 bits and takes some forward passes over them.
         options: those of `rpq.plan`: preset, bits, dim, codebooks, rules, include, exclude, fit, seed, …
 
     Returns:
@@ -123,17 +133,21 @@ def convert(
         raise PlanError(f"the plan is for another model: it has no parameter {unknown[0]}")
     config = getattr(model, "config", None)  # OPT and a few others call it init_std
     std = next((v for n in ("initializer_range", "init_std") if (v := getattr(config, n, None))), None)
-    results: dict[str, Encoded] = {}
-    by_name = {j.name: j for j in plan.jobs}
-    for encoded in run_jobs(
-        plan.jobs, source, executor=executor, workers=workers, std=std if _on_meta(source) else None
-    ):
-        results[encoded.name] = encoded
-        if progress:
-            progress(by_name[encoded.name], encoded)
-    source.clear()
-    for job in plan.jobs:
-        swap(model, job, results.pop(job.name) if plan.jobs else results[job.name])
+    how: dict[str, Any] = {"executor": executor, "workers": workers}
+    if calibration is not None:
+        data = list(calibration)
+        plan = replace(plan, options={**plan.options, "calibration": describe(data)})
+        _convert_calibrated(model, plan, source, data, progress, how)
+    else:
+        results: dict[str, Encoded] = {}
+        by_name = {j.name: j for j in plan.jobs}
+        for encoded in run_jobs(plan.jobs, source, std=std if _on_meta(source) else None, **how):
+            results[encoded.name] = encoded
+            if progress:
+                progress(by_name[encoded.name], encoded)
+        source.clear()
+        for job in plan.jobs:
+            swap(model, job, results.pop(job.name))
     dtype = plan.options.get("dtype")
     if dtype:
         _cast_rest(model, getattr(torch, dtype))
@@ -142,6 +156,45 @@ def convert(
     for act in AFTER:
         act(model)
     return report
+
+
+def _convert_calibrated(
+    model: nn.Module,
+    plan: Plan,
+    source: Mapping[str, Tensor],
+    data: Sequence[Any],
+    progress: Progress | None,
+    how: Mapping[str, Any],
+    stored: Callable[[Job], Encoded | None] = lambda job: None,
+) -> None:
+    """Fit and swap layer by layer, but for what an earlier run has `stored`; whatever fails, the model is as it was."""
+    if _on_meta(source):
+        raise PlanError("a model on meta has no outputs to calibrate; convert it with fit='random' or load its weights")
+    by_name = {job.name: job for job in plan.jobs}
+    dense: dict[str, Any] = {n: layers.find(model, n)[0]._parameters[layers.find(model, n)[1]] for n in by_name}
+
+    def fit(known: Mapping[str, Statistics | None]) -> None:
+        found = {name: stored(by_name[name]) for name in known}
+        for name, encoded in found.items():
+            if encoded is not None:
+                swap(model, by_name[name], encoded)
+                if progress:
+                    progress(by_name[name], None)
+        waiting = [by_name[name] for name, encoded in found.items() if encoded is None]
+        for encoded in run_jobs(waiting, source, statistics=known, **how):
+            swap(model, by_name[encoded.name], encoded)
+            if progress:
+                progress(by_name[encoded.name], encoded)
+
+    try:
+        calibrate(model, plan.jobs, data, fit)
+    except BaseException:
+        for job in plan.jobs:
+            for path in (job.name, *job.aliases):
+                module, name = layers.find(model, path)
+                if name in getattr(module, "_rpq_names", ()):
+                    layers.take(module, name, dense[job.name])
+        raise
 
 
 def _on_meta(source: Mapping[str, Tensor]) -> bool:
@@ -167,7 +220,7 @@ def swap(model: nn.Module, job: Job, encoded: Encoded) -> None:
     rpq = build(job, {k: t.to(device) for k, t in encoded.tensors.items()}, encoded.zero_row)
     rpq.record = {  # type: ignore[assignment]
         "layer": job.layer, "fit": job.fit, "seed": job.seed, "rule": job.rule, "padding_idx": job.padding_idx,
-        "error": encoded.error, "dead": encoded.dead, "seconds": encoded.seconds,
+        "error": encoded.error, "dead": encoded.dead, "seconds": encoded.seconds, "inputs": encoded.inputs,
     }  # fmt: skip
     for parameter in rpq.parameters():
         if parameter.is_floating_point():
@@ -253,6 +306,7 @@ def convert_checkpoint(
     executor: str = "threads",
     workers: int | None = None,
     progress: Progress | None = None,
+    calibration: Iterable[Any] | None = None,
     **options: Any,
 ) -> Report:
     """Convert a checkpoint tensor by tensor, whatever its size, into a folder.
@@ -262,6 +316,7 @@ def convert_checkpoint(
         out: the folder to make; a killed run leaves `<out>.partial`, and the same call goes on from there.
         factory: `"package.module:callable"` or a callable that builds the model, for what is not transformers'.
         overwrite: replace `out`.
+        calibration: as for `convert`; the model is then run, its weights read from disk as they are used.
         options: those of `rpq.plan`.
 
     Raises:
@@ -273,20 +328,42 @@ def convert_checkpoint(
     if opened.model is None:
         raise SourceError(f"{src} has no config.json: give factory='package.module:callable' that builds its model")
     plan = opened.plan(**options)
+    data = None if calibration is None else list(calibration)
+    if data is not None:
+        plan = replace(plan, options={**plan.options, "calibration": describe(data)})
     folder = Folder(out, plan, overwrite=overwrite, origin=opened.origin)
-    waiting = [j for j in plan.jobs if not folder.done(j)]
     by_name = {j.name: j for j in plan.jobs}
-    if progress:
+    how: dict[str, Any] = {"executor": executor, "workers": workers}
+
+    def keep(job: Job, encoded: Encoded | None) -> None:
+        if encoded is not None:
+            folder.put(encoded)
+        if progress:
+            progress(job, encoded)
+
+    if data is not None:
+        model = _filled(opened.model, opened.source)
+        _convert_calibrated(model, plan, opened.source, data, keep, how, stored=folder.get)
+    else:
         for job in plan.jobs:
             if folder.done(job):
-                progress(job, None)
-    for encoded in run_jobs(waiting, opened.source, executor=executor, workers=workers):
-        folder.put(encoded)
-        if progress:
-            progress(by_name[encoded.name], encoded)
+                keep(job, None)
+        for encoded in run_jobs([j for j in plan.jobs if not folder.done(j)], opened.source, **how):
+            keep(by_name[encoded.name], encoded)
     aliases = {s.name: (s.name, *s.aliases) for s in plan.skips}
     folder.write_weights(lambda name: _from(opened.source, aliases[name]))
     facts = {j.name: folder.facts(j) for j in plan.jobs}
     title = Path(src).resolve().name if Path(src).exists() else Path(src).name
     folder.copy(opened.files)
     return write_rest(folder, opened.config, facts, title)
+
+
+def _filled(model: nn.Module, source: Mapping[str, Tensor]) -> nn.Module:
+    """Give an empty model the weights of its checkpoint, in place."""
+    for slot in walk(model):
+        tensor = _from(source, (slot.name, *slot.aliases))
+        filled: Any = tensor if slot.buffer else nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+        for path in (slot.name, *slot.aliases):
+            module, name = layers.find(model, path)
+            (module._buffers if slot.buffer else module._parameters)[name] = filled
+    return model

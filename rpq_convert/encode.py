@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,19 @@ class EncodeError(ValueError):
 
 
 @dataclass(frozen=True)
+class Statistics:
+    """What a weight was multiplied by in calibration.
+
+    Args:
+        moments: `sum x x^T` [inputs, inputs], or [parts, inputs, inputs]: experts, or groups of a convolution.
+        inputs: how many input vectors that is a sum over.
+    """
+
+    moments: Tensor
+    inputs: int
+
+
+@dataclass(frozen=True)
 class Encoded:
     """The stored tensors of one parameter, and what its fit measured.
 
@@ -30,6 +44,7 @@ class Encoded:
         dead: codewords that no code uses.
         seconds: wall time of the fit.
         zero_row: a padding row that decodes to zeros.
+        inputs: how many input vectors it was calibrated on; None where it was fitted to the weights alone.
     """
 
     name: str
@@ -38,14 +53,16 @@ class Encoded:
     dead: int
     seconds: float
     zero_row: int | None = None
+    inputs: int | None = None
 
 
-def encode(job: Job, tensor: Tensor, *, std: float | None = None) -> Encoded:
+def encode(job: Job, tensor: Tensor, *, std: float | None = None, statistics: Statistics | None = None) -> Encoded:
     """Fit codebooks and codes to a tensor; with `fit="random"`, draw them at the tensor's standard deviation.
 
     Args:
         job: what to do; its seed decides every random number.
         tensor: the dense parameter. On meta it must be a random fit, and `std` the deviation to reach.
+        statistics: of the layer's calibration inputs; then what is kept small is the error of its output, not the weights'.
 
     Raises:
         EncodeError: wrong shape, NaN or infinite values, values out of the range of the codebooks' dtype.
@@ -59,12 +76,13 @@ def encode(job: Job, tensor: Tensor, *, std: float | None = None) -> Encoded:
     if not tensor.is_meta and not torch.isfinite(dense.sum()) and not torch.isfinite(dense).all():
         bad = int((~torch.isfinite(dense)).sum())
         raise EncodeError(f"{job.name} {list(job.shape)} holds {bad} NaN or infinite values; mend or exclude it")
-    encoded = _random(job, dense, std) if job.fit == "random" else _fit(job, dense)
+    encoded = _random(job, dense, std) if job.fit == "random" else _fit(job, dense, statistics)
     tensors, dead, zero_row = encoded
     error = None
     if job.fit != "random":
         error = relative_error(dense, build(job, tensors, zero_row, dtype=torch.float32))
-    return Encoded(job.name, tensors, error, dead, time.perf_counter() - start, zero_row)
+    inputs = statistics.inputs if statistics else None
+    return Encoded(job.name, tensors, error, dead, time.perf_counter() - start, zero_row, inputs)
 
 
 def build(job: Job, tensors: Mapping[str, Tensor], zero_row: int | None, dtype: torch.dtype | None = None) -> RPQWeight:
@@ -94,12 +112,12 @@ def relative_error(dense: Tensor, rpq: RPQWeight) -> float:
     return rest / base if base else (math.inf if rest else 0.0)
 
 
-def _fit(job: Job, dense: Tensor) -> tuple[dict[str, Tensor], int, int | None]:
-    from rpq_convert.fit import FITTERS  # numba: imported on use
+def _fit(job: Job, dense: Tensor, statistics: Statistics | None) -> tuple[dict[str, Tensor], int, int | None]:
+    from rpq_convert.fit import FITTERS, fit_feedback  # numba: imported on use
 
     spec, view = job.spec, job.weight_view
     tensors: dict[str, Tensor] = {}
-    scaled = dense
+    scaled, exact = dense, None
     if spec.scales is not None:
         scales = row_scales(view.spread_scales(torch.empty(view.scale_shape(job.shape))).shape, dense)
         stored = scales.to(DTYPES[spec.scales])
@@ -112,10 +130,16 @@ def _fit(job: Job, dense: Tensor) -> tuple[dict[str, Tensor], int, int | None]:
     if float(scaled.abs().max()) > torch.finfo(codebook_dtype).max:
         raise EncodeError(f"{job.name}: values overflow {spec.codebook_dtype} codebooks; use codebook_dtype='float32'")
     try:
-        fitted = FITTERS[job.fit](
-            view.to_matrix(scaled, spec.axis), dim=spec.dim, books=spec.books, stages=spec.stages, seed=job.seed,
-            codebook_dtype=codebook_dtype,
-        )  # fmt: skip
+        matrix = view.to_matrix(scaled, spec.axis)
+        size = {"dim": spec.dim, "books": spec.books, "stages": spec.stages}
+        common: dict[str, Any] = {**size, "seed": job.seed, "codebook_dtype": codebook_dtype}
+        if statistics is None:
+            fitted = FITTERS[job.fit](matrix, **common)
+        else:
+            moments = statistics.moments
+            if moments.ndim == 3 and spec.axis == "out" and "expert" not in view.axes:
+                moments = moments.mean(0)  # a sub-vector runs over outputs of several groups
+            fitted = fit_feedback(matrix, moments, axis=spec.axis, scales=exact, **common)
     except ValueError as e:
         raise EncodeError(f"{job.name} {list(job.shape)}: {e}") from e
     zero_row = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rpq_convert import layers
+from rpq_convert.calling import call, first_tensor
 
 Progress = Callable[[int], None]
 
@@ -122,7 +123,7 @@ def _outputs(base: nn.Module, model: nn.Module, data: Iterable[Any], progress: P
     cosine = rest = power = agree = 0.0
     count = 0
     for done, item in enumerate(data, 1):
-        a, b = (_first(_call(m, item)).float() for m in (base, model))
+        a, b = (_main(call(m, item)).float() for m in (base, model))
         if a.shape != b.shape:
             raise EvaluateError(f"the base's output is {list(a.shape)}, the model's {list(b.shape)}")
         a, b = (t.reshape(-1, t.shape[-1]) for t in (a, b))
@@ -140,18 +141,8 @@ def _outputs(base: nn.Module, model: nn.Module, data: Iterable[Any], progress: P
     return Evaluation("outputs", metrics, count)
 
 
-def _call(model: nn.Module, item: Any) -> Any:
-    if isinstance(item, Mapping):
-        return model(**item)
-    return model(*item) if isinstance(item, (tuple, list)) else model(item)
-
-
-def _first(output: Any) -> Tensor:
-    """Return a model's main output: itself, or the first tensor of a tuple, a mapping or a transformers output."""
-    if isinstance(output, Tensor):
-        return output
-    values: Iterator[Any] = iter(output.values() if isinstance(output, Mapping) else output)
-    found = next((v for v in values if isinstance(v, Tensor)), None)
+def _main(output: Any) -> Tensor:
+    found = first_tensor(output)
     if found is None:
         raise EvaluateError(f"{type(output).__name__} holds no tensor to compare")
     return found
@@ -175,7 +166,7 @@ def layer_errors(base: nn.Module, model: nn.Module, data: Iterable[Any]) -> dict
 
     def watch(home: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            wanted, found = _first(output).double(), _first(model.get_submodule(home)(*args, **kwargs)).double()
+            wanted, found = _main(output).double(), _main(model.get_submodule(home)(*args, **kwargs)).double()
             sums[home][0] += float((found - wanted).square().sum())
             sums[home][1] += float(wanted.square().sum())
 
@@ -185,7 +176,7 @@ def layer_errors(base: nn.Module, model: nn.Module, data: Iterable[Any]) -> dict
         for home in homes:
             hooks.append(base.get_submodule(home).register_forward_hook(watch(home), with_kwargs=True))
         for item in data:
-            _call(base, item)
+            call(base, item)
     finally:
         for handle in hooks:
             handle.remove()

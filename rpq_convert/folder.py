@@ -79,7 +79,7 @@ class Folder:
 
     def put(self, encoded: Encoded) -> None:
         """Store a finished job; it is there whole or not at all."""
-        facts = {k: getattr(encoded, k) for k in ("name", "error", "dead", "seconds", "zero_row")}
+        facts = {k: getattr(encoded, k) for k in ("name", "error", "dead", "seconds", "zero_row", "inputs")}
         write_tensors(self._piece(encoded.name), dict(encoded.tensors), {"rpq": json.dumps(facts)})
 
     def get(self, job: Job) -> Encoded | None:

@@ -9,8 +9,6 @@ checkpoint names.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +18,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from rpq_convert import layers
-from rpq_convert.checkpoint import load, restore
+from rpq_convert.checkpoint import restore
 from rpq_convert.conversion import AFTER, convert, plan_of, put_everywhere
-from rpq_convert.evaluation import Evaluation, evaluate
 from rpq_convert.integrations import torchvision
 from rpq_convert.planning import FORMAT_VERSION
 from rpq_convert.record import quantization_config
@@ -181,58 +178,6 @@ def _mend_dtype() -> None:
         return plain.fget(self) if weight is None else weight.dtype
 
     ModuleUtilsMixin.dtype = property(dtype, doc=plain.__doc__)  # type: ignore[assignment, method-assign]
-
-
-def compare(
-    base: str | Path,
-    folder: str | Path,
-    text: str,
-    *,
-    window: int = 512,
-    windows: int | None = None,
-    say: Callable[[str], None] | None = None,
-) -> Evaluation:
-    """Evaluate a converted folder against its dense checkpoint on a text, with the checkpoint's tokenizer.
-
-    A causal language model predicts windows of the text; of any other text model the mean-pooled embeddings of its lines
-    are compared.
-
-    Raises:
-        SourceError: a folder is not what it should be, or the base has no tokenizer. EvaluateError: too little text.
-    """
-    from transformers import AutoTokenizer
-
-    converted: Any = load(folder)
-    try:
-        dense = type(converted).from_pretrained(base).eval()
-        words = AutoTokenizer.from_pretrained(base)
-    except (OSError, ValueError) as e:
-        raise SourceError(f"{base}: {str(e).strip().splitlines()[0]}") from None
-    if converted.can_generate():
-        ids = words(text, return_tensors="pt", add_special_tokens=False).input_ids[0]
-        ids = ids[: windows * window] if windows else ids
-        total = max(1, len(ids) // window)
-        told = None if say is None else lambda done: say(f"{done} of {total} windows")
-        return evaluate(dense, converted, ids, window=window, progress=told)
-    lines = [line for line in text.splitlines() if line.strip()][:windows]
-    batches = [
-        words(lines[i : i + 16], padding=True, truncation=True, max_length=window, return_tensors="pt")
-        for i in range(0, len(lines), 16)
-    ]
-    told = None if say is None else lambda done: say(f"{done} of {len(batches)} batches")
-    return evaluate(Pooled(dense), Pooled(converted), batches, progress=told)
-
-
-class Pooled(nn.Module):
-    """A text encoder's mean over tokens of its last hidden state: [sentences, width]."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
-        mask = inputs["attention_mask"].unsqueeze(-1)
-        return (self.model(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)
 
 
 def _computed(model: nn.Module, path: str) -> bool:

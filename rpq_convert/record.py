@@ -16,7 +16,7 @@ from rpq_convert.planning import FORMAT_VERSION, Plan
 from rpq_convert.report.schema import FileRow, Report
 from rpq_convert.version import __version__
 
-FACTS = ("error", "dead", "seconds")  # what a fit measures
+FACTS = ("error", "dead", "seconds", "inputs")  # what a fit measures
 
 
 def make_report(
@@ -27,7 +27,29 @@ def make_report(
     for row in plan.rows():
         measured: dict[str, Any] = {k: facts[row.name].get(k) for k in FACTS} if row.name in facts else {}
         rows.append(replace(row, **measured))
-    return replace(plan.report(title), rows=tuple(rows), files=tuple(files))
+    report = replace(plan.report(title), rows=tuple(rows), files=tuple(files))
+    return replace(report, warnings=(*report.warnings, *_calibrated(plan, report)))
+
+
+def _calibrated(plan: Plan, report: Report) -> list[str]:
+    """Say where calibration fell short."""
+    seen = {row.name: row.inputs for row in report.rows if row.inputs}
+    if not seen:
+        return []
+    said = []
+    unseen = [j.name for j in plan.jobs if j.name not in seen and j.fit != "random" and "Embedding" not in j.layer]
+    if unseen:
+        names = ", ".join(unseen[:3]) + (f" and {len(unseen) - 3} more" if len(unseen) > 3 else "")
+        said.append(f"calibration saw nothing multiplied by {names}: fitted to the weights alone")
+    channels = {j.name: j.weight_view.matrix_shape(j.shape, "in")[1] for j in plan.jobs}
+    few = [name for name, inputs in seen.items() if inputs < channels[name]]
+    if few:
+        worst = min(few, key=lambda name: seen[name] / channels[name])
+        said.append(
+            f"{len(few)} layers saw fewer inputs than they have input channels ({worst}: {seen[worst]} for "
+            f"{channels[worst]}); give more calibration samples"
+        )
+    return said
 
 
 def quantization_config(plan: Plan, facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

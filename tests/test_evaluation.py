@@ -7,10 +7,8 @@ import math
 import pytest
 import torch
 import transformers as tf
-from rpq_convert.cli import group
 from torch import nn
 from torch.nn import functional as F
-from typer.testing import CliRunner
 
 import rpq_convert as rpq
 from rpq_convert.evaluation import EvaluateError, layer_errors
@@ -77,32 +75,3 @@ def test_what_cannot_be_compared(pair):
         layer_errors(base, base, [])
     with pytest.raises(EvaluateError, match=r"\[2, 3\], the model's \[2, 4\]"):
         rpq.evaluate(nn.Linear(5, 3), nn.Linear(5, 4), [torch.randn(2, 5)])
-
-
-@pytest.mark.parametrize("kind", ["language model", "outputs"])
-def test_command(kind, pair, tmp_path):
-    if kind == "language model":
-        pair[0].save_pretrained(tmp_path / "base")
-    else:
-        config = tf.BertConfig(
-            vocab_size=300, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64
-        )
-        tf.BertModel(config).save_pretrained(tmp_path / "base")
-    words = {"[UNK]": 0, "[PAD]": 1, **{f"w{i}": i + 2 for i in range(200)}}
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    plain = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    plain.pre_tokenizer = pre_tokenizers.Whitespace()
-    tf.PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(
-        tmp_path / "base"
-    )
-    text = tmp_path / "text.txt"
-    text.write_text("\n".join(" ".join(f"w{(7 * i + j) % 200}" for j in range(20)) for i in range(12)))
-    rpq.convert_checkpoint(tmp_path / "base", tmp_path / "out", bits=4, grow=True)
-    arguments = ["eval", str(tmp_path / "base"), str(tmp_path / "out"), "--text", str(text), "--window", "64"]
-    done = CliRunner().invoke(group, [*arguments, "--json"])
-    assert done.exit_code == 0, done.output
-    facts = json.loads(done.stdout)
-    assert facts["kind"] == kind and facts["samples"] > 10
-    assert 0 < facts["metrics"]["top1_agreement" if kind == "language model" else "cosine"] <= 1
-    assert CliRunner().invoke(group, ["eval", str(tmp_path / "base"), "no", "--text", str(text)]).exit_code == 4

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Each line may import the lines above it, and its own.
 LEVELS = [
-    ["version", "view", "executors", "source", "empty", "kernels", "fit"],
+    ["version", "view", "executors", "source", "empty", "kernels", "fit", "calling", "reading"],
     ["spec"],
     ["weight"],
     ["computed"],
@@ -19,17 +19,17 @@ LEVELS = [
     ["rules", "report"],
     ["heads", "planning"],
     ["integrations", "encode"],
-    ["folder"],
+    ["folder", "calibration"],
     ["opened", "record"],
     ["conversion"],
     ["checkpoint", "models", "nn"],
-    ["pretrained"],
+    ["pretrained", "texts"],
     ["cli"],
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
 # Who may import what is slow to import or optional.
 HOMES = {
-    "transformers": {"integrations/transformers.py", "models/opt.py", "pretrained.py"},
+    "transformers": {"integrations/transformers.py", "models/opt.py", "pretrained.py", "texts.py"},
     "vit_pytorch": {"models/vit.py"},
     "torchvision": set(),
     "huggingface_hub": {"integrations/transformers.py"},

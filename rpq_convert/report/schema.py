@@ -25,7 +25,8 @@ class Row:
         dense_bytes: its size unconverted; `codebook_bytes`, `code_bytes`, `scale_bytes` and `other_bytes` (what stays
             dense) are what is written.
         expected_error, error: relative squared error `|W - W'|^2 / |W|^2`, from the rate and as measured.
-        seconds: wall time of the fit. dead: codewords that no code uses. aliases: other names of the same tensor.
+        seconds: wall time of the fit. dead: codewords that no code uses. inputs: input vectors it was
+            calibrated on, if any. aliases: other names of the same tensor.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Row:
     error: float | None = None
     seconds: float | None = None
     dead: int | None = None
+    inputs: int | None = None
     aliases: tuple[str, ...] = ()
 
     @property

@@ -1,0 +1,288 @@
+"""Calibration: layers are fitted one after another, each to the inputs that the layers converted before it give.
+
+Weight error says little of quality, and statistics of the dense model's inputs mislead (docs/architecture.md), so the walk
+is sequential: run the inputs up to a group of weights that multiply one tensor, sum `x x^T` over it, fit those weights with
+error feedback (`fit/feedback.py`), put them in, go on. Blocks whose output is the next one's input (the layers of a
+transformer, the stages of a convnet) are run one at a time from kept hidden states, so the whole costs a few forward
+passes; whatever is not such a chain is run from the model's start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rpq_convert import layers
+from rpq_convert.calling import call, first_tensor
+from rpq_convert.encode import Statistics
+from rpq_convert.planning import Job
+from rpq_convert.reading import Reading, Watch
+
+
+class CalibrationError(ValueError):
+    """The calibration data cannot serve."""
+
+
+class Moments:
+    """Second moments of what a weight multiplies, summed in fp64: one matrix for each part with inputs of its own."""
+
+    def __init__(self) -> None:
+        self.parts: dict[int, Tensor] = {}
+        self.rows = 0
+
+    def add(self, x: Tensor, part: int = 0) -> None:
+        """Add input vectors [rows, inputs]."""
+        x = x.float()
+        found = (x.T @ x).double()
+        self.parts[part] = self.parts[part].add_(found) if part in self.parts else found
+        self.rows += len(x)
+
+    def matrix(self, parts: int = 1) -> Tensor | None:
+        """Return `sum x x^T` [inputs, inputs], or [parts, inputs, inputs] with zeros for parts that saw nothing."""
+        if not self.parts:
+            return None
+        zero = torch.zeros_like(next(iter(self.parts.values())))
+        return torch.stack([self.parts.get(p, zero) for p in range(parts)]) if parts > 1 else self.parts[0]
+
+
+def describe(data: Sequence[Any]) -> dict[str, Any]:
+    """Return what a plan keeps of its calibration data: how many items, and a digest of every tensor in them."""
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            tensor = value.detach().to("cpu").contiguous()
+            digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, Mapping):
+            for key in sorted(value):
+                digest.update(str(key).encode())
+                add(value[key])
+        elif isinstance(value, (tuple, list)):
+            for part in value:
+                add(part)
+        else:
+            digest.update(repr(value).encode())
+
+    add(data)
+    return {"items": len(data), "sha256": digest.hexdigest()}
+
+
+Fit = Callable[[Mapping[str, Statistics | None]], None]  # fits jobs, by name, and puts them in
+Run = Callable[[], Any]
+
+
+@dataclass
+class _Trace:
+    """What one forward pass showed."""
+
+    groups: list[list[str]] = field(default_factory=list)  # jobs that multiply one tensor, in order of use
+    calls: dict[str, int] = field(default_factory=dict)
+    chains: list[list[str]] = field(default_factory=list)  # paths of blocks, each the next one's input
+
+
+class _Stop(Exception):
+    pass
+
+
+def calibrate(model: nn.Module, jobs: Sequence[Job], data: Sequence[Any], fit: Fit) -> None:
+    """Fit every job, in the order of execution.
+
+    Args:
+        model: in memory; `fit` changes it as the walk goes on.
+        data: inputs, each a tensor, a tuple of arguments, or a dict of keyword arguments.
+        fit: called with job names and their statistics: None for what no operation was seen to multiply by.
+
+    Raises:
+        CalibrationError: no data, or none of the jobs' weights was multiplied by anything.
+    """
+    if len(data) == 0:
+        raise CalibrationError("the calibration data is empty; give some texts, images or other inputs")
+    with _quiet(model), torch.no_grad():
+        _Walk(model, jobs, data, fit).run()
+
+
+@contextmanager
+def _quiet(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and no cache of keys and values, as long as the block lasts."""
+    training = [m for m in model.modules() if m.training]
+    configs: dict[int, Any] = {
+        id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", False)
+    }
+    model.eval()
+    for config in configs.values():
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for config in configs.values():
+            config.use_cache = True
+
+
+class _Walk:
+    def __init__(self, model: nn.Module, jobs: Sequence[Job], data: Sequence[Any], fit: Fit) -> None:
+        self.model, self.fit = model, fit
+        self.items = data
+        self.jobs = {job.name: job for job in jobs if job.fit != "random"}
+        self.random = [job.name for job in jobs if job.fit == "random"]
+        self.trace = self._trace()
+
+    def run(self) -> None:
+        groups = self.trace.groups
+        if self.jobs and not groups:
+            raise CalibrationError(
+                f"no converted weight of {type(self.model).__name__} was multiplied by anything when it ran on the data"
+            )
+        first = [n for n in self.jobs if not any(n in g for g in groups)]
+        tied = [n for n in first if n in self.trace.calls]  # tables that are looked up first and multiplied at the end
+        known = self._measure(tied, self._passes(), stop=None) if tied else {}
+        self._fit({name: known.get(name) for name in (*self.random, *first)})
+        done: set[str] = set()
+        for group in groups:
+            if group[0] in done:
+                continue
+            chain = next((c for c in self.trace.chains if _inside(group[0], c)), None)
+            if chain is None:
+                self._fit_group(group, self._passes())
+                done.update(group)
+            else:
+                inside = [g for g in groups if _inside(g[0], chain)]
+                self._run_chain(chain, inside)
+                done.update(n for g in inside for n in g)
+
+    def _passes(self) -> list[Run]:
+        return [partial(call, self.model, item) for item in self.items]
+
+    def _watch(self, names: Iterable[str], see: Callable[[str, Reading, int], None]) -> Watch:
+        weights = {}
+        for name in names:
+            module, parameter = layers.find(self.model, name)
+            weights[name] = module._parameters[parameter], self.jobs[name].weight_view.axes
+        return Watch(weights, see)  # type: ignore[arg-type]
+
+    def _measure(self, names: Sequence[str], runs: Iterable[Run], stop: str | None) -> dict[str, Moments]:
+        """Run every item, adding up what these weights are multiplied by; with `stop`, no further than that weight."""
+        moments = {name: Moments() for name in names}
+
+        def see(name: str, reading: Reading, part: int) -> None:
+            for offset, x in reading.vectors():
+                moments[name].add(x, part + offset)
+            if name == stop:
+                raise _Stop
+
+        for run in runs:
+            with suppress(_Stop), self._watch(names, see):
+                run()
+        return moments
+
+    def _fit_group(self, group: list[str], runs: Iterable[Run]) -> None:
+        first = group[0]
+        found = self._measure([first], runs, stop=first if self.trace.calls[first] == 1 else None)
+        self._fit(dict.fromkeys(group, found[first]))
+
+    def _fit(self, found: Mapping[str, Moments | None]) -> None:
+        def statistics(name: str, moments: Moments | None) -> Statistics | None:
+            if moments is None:
+                return None
+            axes, shape = self.jobs[name].weight_view.axes, self.jobs[name].shape
+            parts = shape[axes.index("expert")] if "expert" in axes else max(moments.parts, default=0) + 1
+            matrix = moments.matrix(parts)
+            return None if matrix is None else Statistics(matrix, moments.rows)
+
+        if found:
+            self.fit({name: statistics(name, moments) for name, moments in found.items()})
+
+    def _trace(self) -> _Trace:
+        """Run one item, and see what multiplies what, in which order."""
+        trace = _Trace()
+        inputs: dict[str, list[Tensor]] = {}  # kept, so that identities stay their own
+        flow: dict[str, list[tuple[Any, Any]]] = {}  # block -> (input, output) of every call
+
+        def see(name: str, reading: Reading, part: int) -> None:
+            if reading.input is None:
+                lookups.add(name)
+            else:
+                inputs.setdefault(name, []).append(reading.input)
+
+        lookups: set[str] = set()
+        lists = {
+            path: [f"{path}.{name}".lstrip(".") for name, _ in module.named_children()]
+            for path, module in self.model.named_modules()
+            if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1
+        }
+        with ExitStack() as stack:
+            for block in {b for blocks in lists.values() for b in blocks}:
+
+                def flows(module: nn.Module, args: Any, output: Any, block: str = block) -> None:
+                    flow.setdefault(block, []).append((args[0] if args else None, first_tensor(output)))
+
+                stack.callback(self.model.get_submodule(block).register_forward_hook(flows).remove)
+            stack.enter_context(self._watch(self.jobs, see))
+            call(self.model, self.items[0])
+        readers: dict[int, list[str]] = {}
+        for name, tensors in inputs.items():
+            trace.calls[name] = len(tensors)
+            if name in lookups:
+                continue
+            group = readers.get(id(tensors[0])) if len(tensors) == 1 else None
+            if group is None:
+                trace.groups.append(group := [])
+                if len(tensors) == 1:
+                    readers[id(tensors[0])] = group
+            group.append(name)
+        for path, blocks in lists.items():
+            runs = [flow.get(b, []) for b in blocks]
+            if any(len(r) != 1 for r in runs) or any(_inside(path, outer) for outer in trace.chains):
+                continue
+            if all(a[0][1] is b[0][0] for a, b in pairwise(runs)) and isinstance(runs[0][0][0], Tensor):
+                trace.chains.append(blocks)
+        return trace
+
+    def _run_chain(self, blocks: list[str], groups: list[list[str]]) -> None:
+        """Fit what is inside a chain of blocks, from kept hidden states."""
+        hidden: list[Tensor] = []
+        rest: list[dict[str, tuple[Any, dict[str, Any]]]] = []  # of each item: block -> its other arguments
+        with ExitStack() as stack:
+            for block in blocks:
+
+                def keep(module: nn.Module, args: Any, kwargs: Any, block: str = block) -> None:
+                    if block == blocks[0]:
+                        hidden.append(args[0].clone())
+                        rest.append({})
+                    rest[-1][block] = args[1:], dict(kwargs)
+                    if block == blocks[-1]:
+                        raise _Stop
+
+                module = self.model.get_submodule(block)
+                stack.callback(module.register_forward_pre_hook(keep, with_kwargs=True).remove)
+            for run in self._passes():
+                with suppress(_Stop):
+                    run()
+
+        def run_block(module: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return module(x.clone(), *args, **kwargs)  # some blocks write to their input
+
+        for block in blocks:
+            module = self.model.get_submodule(block)
+            runs = [partial(run_block, module, x, *others[block]) for x, others in zip(hidden, rest)]
+            for group in groups:
+                if _inside(group[0], [block]):
+                    self._fit_group(group, runs)
+            for i, run in enumerate(runs):
+                output = first_tensor(run())
+                assert output is not None  # the trace saw one
+                hidden[i] = output
+
+
+def _inside(path: str, blocks: Sequence[str]) -> bool:
+    return any(path == b or path.startswith(b + ".") for b in blocks)

@@ -1,0 +1,110 @@
+"""Texts for models of text: windows and lines as a checkpoint's tokenizer cuts them, to calibrate on and to evaluate with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rpq_convert.calibration import CalibrationError
+from rpq_convert.checkpoint import load
+from rpq_convert.evaluation import Evaluation, evaluate
+from rpq_convert.opened import open_checkpoint
+from rpq_convert.source import SourceError
+
+
+def compare(
+    base: str | Path,
+    folder: str | Path,
+    text: str,
+    *,
+    window: int = 512,
+    windows: int | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Evaluation:
+    """Evaluate a converted folder against its dense checkpoint on a text, with the checkpoint's tokenizer.
+
+    A causal language model predicts windows of the text; of any other text model the mean-pooled embeddings of its lines
+    are compared.
+
+    Raises:
+        SourceError: a folder is not what it should be, or the base has no tokenizer. EvaluateError: too little text.
+    """
+    from transformers import AutoTokenizer
+
+    converted: Any = load(folder)
+    try:
+        dense = type(converted).from_pretrained(base).eval()
+        words = AutoTokenizer.from_pretrained(base)
+    except (OSError, ValueError) as e:
+        raise SourceError(f"{base}: {str(e).strip().splitlines()[0]}") from None
+    if converted.can_generate():
+        ids = words(text, return_tensors="pt", add_special_tokens=False).input_ids[0]
+        ids = ids[: windows * window] if windows else ids
+        total = max(1, len(ids) // window)
+        told = None if say is None else lambda done: say(f"{done} of {total} windows")
+        return evaluate(dense, converted, ids, window=window, progress=told)
+    batches = _lines(words, text, window, windows)
+    told = None if say is None else lambda done: say(f"{done} of {len(batches)} batches")
+    return evaluate(Pooled(dense), Pooled(converted), batches, progress=told)
+
+
+def _lines(words: Any, text: str, window: int, limit: int | None) -> list[Any]:
+    """Return the text's lines, of at most `window` tokens, as batches of 16."""
+    lines = sorted([line for line in text.splitlines() if line.strip()][:limit], key=len)  # so that few are padded much
+    return [
+        words(lines[i : i + 16], padding=True, truncation=True, max_length=window, return_tensors="pt")
+        for i in range(0, len(lines), 16)
+    ]
+
+
+def text_inputs(
+    src: str | Path, text: str, *, window: int = 512, samples: int = 128, revision: str | None = None,
+    local_files_only: bool = False,
+) -> list[Any]:  # fmt: skip
+    """Return a text as inputs to calibrate a transformers checkpoint on, by its tokenizer.
+
+    Args:
+        src: a hub id or folder.
+        window: tokens of one sample, or what the text or the model's positions allow.
+        samples: at most so many: windows of the text for a causal language model, lines for any other.
+
+    Raises:
+        SourceError: no tokenizer. CalibrationError: no text.
+    """
+    from transformers import AutoTokenizer
+
+    where: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
+    model: Any = open_checkpoint(src, config_only=True, **where).model
+    try:
+        words = AutoTokenizer.from_pretrained(src, **where)
+    except (OSError, ValueError) as e:
+        raise SourceError(f"{src}: {str(e).strip().splitlines()[0]}") from None
+    window = min(window, getattr(model.config.get_text_config(), "max_position_embeddings", None) or window)
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        batches = [dict(batch) for batch in _lines(words, text, window, samples)]
+        if model.config.is_encoder_decoder:
+            batches = [{**batch, "decoder_input_ids": batch["input_ids"]} for batch in batches]
+    else:
+        ids = words(text, return_tensors="pt", add_special_tokens=False).input_ids[0]
+        window = max(1, min(window, len(ids)))
+        rows = ids[: len(ids) // window * window].view(-1, window)[:samples]
+        batches = [{"input_ids": part} for part in rows.split(4) if len(part)]
+    if not batches:
+        raise CalibrationError("the calibration text is empty")
+    return batches
+
+
+class Pooled(nn.Module):
+    """A text encoder's mean over tokens of its last hidden state: [sentences, width]."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        mask = inputs["attention_mask"].unsqueeze(-1)
+        return (self.model(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)
