@@ -72,7 +72,7 @@ def convert(
     dry_run: Annotated[bool, Option("--dry-run", help="Show the plan and the exact sizes; write nothing.")] = False,
     overwrite: o.Overwrite = False,
     json: o.Json = False,
-    quiet: Annotated[bool, Option("--quiet", "-q", help="No progress; warnings and errors only on stderr.")] = False,
+    quiet: o.Quiet = False,
 ) -> None:
     """Convert a checkpoint into a folder of RPQ weights, tensor by tensor, whatever its size."""
     given = dict(locals())
@@ -118,6 +118,7 @@ def convert(
             **where,
             **asked,
         )
+    warn(tuple(w for w in report.warnings if w not in plan.warnings))
     show_report(report, json=json)
     if not quiet:
         say(f"wrote {folder}")
@@ -220,6 +221,32 @@ def eval(
     from rpq_convert.texts import compare
 
     found = compare(base, folder, o.read_text(text), window=window, windows=windows, say=say)
+    print(found.to_json() if json else found)
+
+
+@group.command(epilog=examples("rpq tune opt-125m/ opt-125m-rpq --text wikitext-train.txt --out opt-125m-tuned"))
+@catching
+def tune(
+    base: Annotated[Path, Argument(metavar="BASE", help="The dense checkpoint's folder.")],
+    folder: o.OutputFolder,
+    text: Annotated[Path, Option(metavar="FILE", help="Text such as the model will see.")],
+    out: Annotated[Path, Option("--out", "-o", metavar="FOLDER", help="Where to write the tuned model.")],
+    steps: Annotated[int, Option(min=1, help="At most so many; fewer where held-out text stops to gain.")] = 200,
+    rate: Annotated[float, Option(min=0, help="Size of a step, relative to what it changes.")] = 2e-3,
+    window: Annotated[int, Option(min=2, help="Tokens of one window.")] = 256,
+    samples: Annotated[int, Option(min=2, help="Windows, or lines, of the text.")] = 512,
+    seed: o.Seed = 0,
+    overwrite: o.Overwrite = False,
+    quiet: o.Quiet = False,
+    json: o.Json = False,
+) -> None:
+    """Train a converted transformers model's codebooks, scales, norms and biases against its base."""
+    from rpq_convert.texts import tune_folder
+
+    found = tune_folder(
+        base, folder, out, o.read_text(text), steps=steps, rate=rate, window=window, samples=samples, seed=seed,
+        overwrite=overwrite, say=None if quiet else say,
+    )  # fmt: skip
     print(found.to_json() if json else found)
 
 

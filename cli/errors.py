@@ -20,6 +20,7 @@ CODES = {
     "PlanError": 3,
     "CalibrationError": 4,
     "SourceError": 4,
+    "TuneError": 4,
     "EncodeError": 4,
     "EvaluateError": 4,
     "FolderError": 4,

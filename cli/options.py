@@ -14,6 +14,7 @@ WHAT, SIZE, WHERE = "What to convert", "Size and quality", "Source"
 Source = Annotated[str, Argument(metavar="SRC", help="A hub id, a checkpoint folder, or a safetensors file.")]
 OutputFolder = Annotated[Path, Argument(metavar="FOLDER", help="A folder that rpq-convert wrote.")]
 Json = Annotated[bool, Option("--json", help="Print JSON to stdout, and nothing else there.")]
+Quiet = Annotated[bool, Option("--quiet", "-q", help="No progress; warnings and errors only on stderr.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing output folder once the new one is whole.")]
 
 Preset = Annotated[

@@ -25,7 +25,7 @@ _HOMES = {
     "Spec": "spec", "WeightView": "view", "RPQWeight": "weight", "register_layer": "layers", "RPQLayer": "layers",
     "decoded": "layers", "RPQConfig": "pretrained",
     "evaluate": "evaluation", "layer_errors": "evaluation", "Evaluation": "evaluation", "EvaluateError": "evaluation",
-    "CalibrationError": "calibration",
+    "CalibrationError": "calibration", "tune": "tuning", "Tuning": "tuning", "TuneError": "tuning",
     "Report": "report.schema", "SourceError": "source", "EncodeError": "encode", "FolderError": "folder",
 }  # fmt: skip
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604 - the keys are strings

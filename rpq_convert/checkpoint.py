@@ -8,7 +8,7 @@ transformers' own classes, any other through a factory that the caller gives.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,20 @@ class VerifyError(ValueError):
 
 
 def save(
-    model: nn.Module, out: str | Path, *, overwrite: bool = False, max_shard_size: str | int | None = None
+    model: nn.Module,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    max_shard_size: str | int | None = None,
+    files: Sequence[Path] = (),
 ) -> Report:
     """Write a converted model to a folder; the same bytes as the streaming conversion would write.
+
+    Args:
+        out: the folder to make.
+        overwrite: replace `out`.
+        max_shard_size: of a weight file, e.g. `"5GB"`.
+        files: to copy beside the weights: tokenizer, generation settings.
 
     Raises:
         SourceError: the model has no RPQ weight. FolderError: the folder exists.
@@ -66,6 +77,7 @@ def save(
         **dict(model.named_buffers(remove_duplicate=False)),
     }
     folder.write_weights(lambda name: state[name])
+    folder.copy([*files])
     return write_rest(folder, _config_of(model), facts, type(model).__name__)
 
 

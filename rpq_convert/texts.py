@@ -1,4 +1,6 @@
-"""Texts for models of text: windows and lines as a checkpoint's tokenizer cuts them, to calibrate on and to evaluate with."""
+"""Texts for models of text: windows and lines as a checkpoint's tokenizer cuts them, to calibrate, to tune
+and to evaluate with.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,12 @@ import torch
 from torch import nn
 
 from rpq_convert.calibration import CalibrationError
-from rpq_convert.checkpoint import load
+from rpq_convert.checkpoint import load, save
 from rpq_convert.evaluation import Evaluation, evaluate
+from rpq_convert.folder import FolderError
 from rpq_convert.opened import open_checkpoint
 from rpq_convert.source import SourceError
+from rpq_convert.tuning import Tuning, tune
 
 
 def compare(
@@ -33,14 +37,9 @@ def compare(
     Raises:
         SourceError: a folder is not what it should be, or the base has no tokenizer. EvaluateError: too little text.
     """
-    from transformers import AutoTokenizer
-
     converted: Any = load(folder)
-    try:
-        dense = type(converted).from_pretrained(base).eval()
-        words = AutoTokenizer.from_pretrained(base)
-    except (OSError, ValueError) as e:
-        raise SourceError(f"{base}: {str(e).strip().splitlines()[0]}") from None
+    dense = _dense(base, converted)
+    words = _tokenizer(base)
     if converted.can_generate():
         ids = words(text, return_tensors="pt", add_special_tokens=False).input_ids[0]
         ids = ids[: windows * window] if windows else ids
@@ -50,6 +49,59 @@ def compare(
     batches = _lines(words, text, window, windows)
     told = None if say is None else lambda done: say(f"{done} of {len(batches)} batches")
     return evaluate(Pooled(dense), Pooled(converted), batches, progress=told)
+
+
+def tune_folder(
+    base: str | Path,
+    folder: str | Path,
+    out: str | Path,
+    text: str,
+    *,
+    window: int = 256,
+    samples: int = 512,
+    overwrite: bool = False,
+    say: Callable[[str], None] | None = None,
+    **options: Any,
+) -> Tuning:
+    """Tune a converted folder against its dense checkpoint on a text, into another folder.
+
+    Args:
+        base, folder, out: the dense checkpoint, its conversion, and the folder to make.
+        window, samples: as for `text_inputs`.
+        overwrite: replace `out`.
+        options: those of `tune`. A killed run goes on when it is repeated.
+
+    Raises:
+        SourceError, FolderError: as `load` and `save`. CalibrationError: no text. TuneError: as `tune`.
+    """
+    from rpq_convert.integrations.transformers import extra_files
+
+    place = Path(out)
+    if place.exists() and not overwrite:
+        raise FolderError(f"{place} exists; choose another folder or pass --overwrite")
+    model: Any = load(folder)
+    data = text_inputs(base, text, window=window, samples=samples)
+    told = None if say is None else lambda step, loss: say(f"step {step}: loss {loss:.4g}")
+    file = place.with_name(place.name + ".tuning.safetensors")
+    done = tune(model, _dense(base, model), data, checkpoint=file, progress=told, **options)
+    save(model, place, overwrite=overwrite, files=extra_files(folder))
+    return done
+
+
+def _dense(base: str | Path, converted: Any) -> Any:
+    try:
+        return type(converted).from_pretrained(base).eval()
+    except (OSError, ValueError) as e:
+        raise SourceError(f"{base}: {str(e).strip().splitlines()[0]}") from None
+
+
+def _tokenizer(src: str | Path, **where: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(src, **where)
+    except (OSError, ValueError) as e:
+        raise SourceError(f"{src}: {str(e).strip().splitlines()[0]}") from None
 
 
 def _lines(words: Any, text: str, window: int, limit: int | None) -> list[Any]:
@@ -75,14 +127,9 @@ def text_inputs(
     Raises:
         SourceError: no tokenizer. CalibrationError: no text.
     """
-    from transformers import AutoTokenizer
-
     where: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
     model: Any = open_checkpoint(src, config_only=True, **where).model
-    try:
-        words = AutoTokenizer.from_pretrained(src, **where)
-    except (OSError, ValueError) as e:
-        raise SourceError(f"{src}: {str(e).strip().splitlines()[0]}") from None
+    words = _tokenizer(src, **where)
     window = min(window, getattr(model.config.get_text_config(), "max_position_embeddings", None) or window)
     if not model.can_generate() or model.config.is_encoder_decoder:
         batches = [dict(batch) for batch in _lines(words, text, window, samples)]

@@ -21,7 +21,7 @@ LEVELS = [
     ["integrations", "encode"],
     ["folder", "calibration"],
     ["opened", "record"],
-    ["conversion"],
+    ["conversion", "tuning"],
     ["checkpoint", "models", "nn"],
     ["pretrained", "texts"],
     ["cli"],

@@ -88,3 +88,18 @@ def test_what_cannot_be_calibrated_is_told(spoken, tmp_path):
     assert "binary.txt" in run(*asked, "--calibrate", binary, code=4).stderr
     run("eval", base, "no", "--text", text, code=4)
     assert not (tmp_path / "out").exists()
+
+
+def test_tune(spoken, tmp_path):
+    kind, base, text = spoken
+    if kind == "encoder-decoder":
+        return
+    run("convert", base, "--out", tmp_path / "small", "--bits", 1, "--grow", "-q")
+    asked = ("tune", base, tmp_path / "small", "--text", text, "--window", 40, "--steps", 8, "--out")
+    found = json.loads(run(*asked, tmp_path / "tuned", "--json").stdout)
+    assert found["after"] <= found["before"] and found["history"][0] == [0, found["before"]]
+    run("verify", tmp_path / "tuned")
+    assert (tmp_path / "tuned" / "tokenizer.json").is_file() and not list(tmp_path.glob("*.tuning*"))
+    old, new = ((tmp_path / n / "model.safetensors").stat().st_size for n in ("small", "tuned"))
+    assert old == new
+    assert "exists" in run(*asked, tmp_path / "tuned", code=4).stderr

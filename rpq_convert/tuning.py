@@ -1,0 +1,309 @@
+"""Tuning: codebooks, scales, norms and biases trained against the dense model, codes as they are.
+
+What layers lose together, no fit of single layers gives back; a few hundred steps of distillation do, as every codeword is
+shared by thousands of weights and follows the sum of their gradients. Adam steps are relative to the size of each tensor,
+so one rate serves codebooks, scales and norms. What is kept is judged on held-out data, at the precision that is stored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rpq_convert import layers
+from rpq_convert.calibration import describe
+from rpq_convert.calling import call, first_tensor
+from rpq_convert.folder import write_tensors
+
+Loss = Callable[[Any, Any], Tensor]  # (model's output, base's output) -> scalar
+BETAS, EPSILON = (0.9, 0.99), 1e-12
+FLOOR = 1e-2  # size that a step on an all but zero tensor is relative to
+WARM = 0.05  # share of the steps in which the rate grows
+LAST = 0.1  # of the rate, at the last step
+
+
+class TuneError(ValueError):
+    """The model or the data cannot be tuned on."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What tuning did.
+
+    Args:
+        before, after: held-out loss, of the model as it came and as it is now; never more than before.
+        best: the step that is kept; 0 where no step was better than none.
+        steps: how many were run.
+        history: (step, held-out loss) of every evaluation.
+    """
+
+    before: float
+    after: float
+    best: int
+    steps: int
+    history: tuple[tuple[int, float], ...]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    def __str__(self) -> str:
+        return f"held-out loss {self.before:.4g} -> {self.after:.4g} (best of {self.steps} steps: {self.best})"
+
+
+def divergence(output: Any, wanted: Any) -> Tensor:
+    """Return the mean divergence (nats) of predicted distributions [..., classes] from the wanted ones."""
+    p, q = (_main(x).float().flatten(0, -2).log_softmax(-1) for x in (wanted, output))
+    return F.kl_div(q, p, log_target=True, reduction="batchmean")
+
+
+def distance(output: Any, wanted: Any) -> Tensor:
+    """Return the squared distance of outputs, relative to the wanted ones' square."""
+    a, b = _main(output).float(), _main(wanted).float()
+    return (a - b).square().sum() / b.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+
+
+LOSSES: dict[str, Loss] = {"kl": divergence, "mse": distance}
+
+
+def _main(output: Any) -> Tensor:
+    found = first_tensor(output)
+    if found is None:
+        raise TuneError(f"{type(output).__name__} holds no tensor to compare; pass loss=")
+    return found
+
+
+def tune(
+    model: nn.Module,
+    base: nn.Module,
+    data: Iterable[Any],
+    *,
+    held_out: Iterable[Any] | None = None,
+    loss: str | Loss | None = None,
+    steps: int = 200,
+    rate: float = 2e-3,
+    every: int = 20,
+    patience: int = 5,
+    seed: int = 0,
+    autocast: torch.dtype | None = None,
+    checkpoint: str | Path | None = None,
+    progress: Callable[[int, float], None] | None = None,
+) -> Tuning:
+    """Train a converted model's codebooks, scales, norms and biases, in place, to give what its base gives.
+
+    Args:
+        model, base: the converted model and the dense one; both run in evaluation mode.
+        data: inputs as for `convert(calibration=)`, a batch each; steps take them in an order drawn from `seed`.
+        held_out: inputs to judge on; by default every tenth of `data`, which is then not trained on.
+        loss: `"kl"` (of the predicted distributions), `"mse"` (of the outputs, relative), or a function of (model's
+            output, base's output); by default `"kl"` where outputs have logits.
+        steps: at most so many, one batch each.
+        rate: size of a step, relative to the root mean square of the tensor it changes.
+        every, patience: steps between two evaluations, and how many of them may pass without a new best.
+        autocast: dtype to multiply in, e.g. `torch.bfloat16`; required by models of half precision.
+        checkpoint: a file that is written at every evaluation; a killed run goes on from it, and it is removed at the end.
+        progress: called with the step and its loss.
+
+    Returns:
+        Losses on held-out data; the model keeps the best step, which may be none of them.
+
+    Raises:
+        TuneError: no RPQ layer, too little data, a loss that is not finite at the start, or a checkpoint of another run.
+
+    Example:
+        >>> print(rpq.tune(model, base, batches, steps=100))
+    """
+    batches, judged = list(data), None if held_out is None else list(held_out)
+    if judged is None:
+        judged, batches = batches[::10], [b for i, b in enumerate(batches) if i % 10]
+    if not batches or not judged:
+        raise TuneError("too little data: at least one batch to train on and one to judge on are needed")
+    if not layers.layers_of(model):
+        raise TuneError(f"{type(model).__name__} has no RPQ layer to tune; convert it first")
+    return _Run(
+        model, base, batches, judged, loss, steps, rate, every, patience, seed, autocast, checkpoint, progress
+    ).run()
+
+
+class _Run:
+    def __init__(
+        self, model: nn.Module, base: nn.Module, batches: Sequence[Any], judged: Sequence[Any], loss: str | Loss | None,
+        steps: int, rate: float, every: int, patience: int, seed: int, autocast: torch.dtype | None,
+        checkpoint: str | Path | None, progress: Callable[[int, float], None] | None,
+    ) -> None:  # fmt: skip
+        self.model, self.base, self.batches, self.judged = model, base, batches, judged
+        self.steps, self.rate, self.every, self.patience, self.seed = steps, rate, every, patience, seed
+        self.autocast, self.progress = autocast, progress
+        self.checkpoint = Path(checkpoint) if checkpoint else None
+        self.values = _trained(model)
+        self.stored = {name: p.dtype for name, p in self.values.items()}
+        self.loss = LOSSES[loss] if isinstance(loss, str) else loss
+        facts = [describe(batches), describe(judged), str(loss), steps, rate, every, seed, str(autocast)]
+        shapes = {name: [str(p.dtype), *p.shape] for name, p in self.values.items()}
+        start = {
+            n: hashlib.sha256(p.detach().cpu().float().numpy().tobytes()).hexdigest() for n, p in self.values.items()
+        }
+        self.mark = hashlib.sha256(json.dumps([facts, shapes, start]).encode()).hexdigest()
+
+    def run(self) -> Tuning:
+        with _training(self.model, self.base, self.values):
+            sizes = {n: max(float(p.detach().square().mean().sqrt()), FLOOR) for n, p in self.values.items()}
+            state = self._resume() or _State(self._copy(), {}, {}, 0, 0, [])
+            if not state.history:
+                state.history.append((0, before := self._judge()))
+                if not math.isfinite(before):
+                    raise TuneError(f"the loss of the model as it came is {before}")
+                state.best = self._copy()
+            since = sum(step > state.best_step for step, _ in state.history)
+            while state.step < self.steps and since < self.patience:
+                found = self._step(state, sizes)
+                state.step += 1
+                if self.progress:
+                    self.progress(state.step, found)
+                if state.step % self.every == 0 or state.step == self.steps:
+                    judged = self._judge()
+                    since += 1
+                    if judged < min(value for _, value in state.history):
+                        state.best, state.best_step, since = self._copy(), state.step, 0
+                    state.history.append((state.step, judged))
+                    self._save(state)
+            with torch.no_grad():
+                for name, p in self.values.items():
+                    p.copy_(state.best[name])
+        if self.checkpoint:
+            self.checkpoint.unlink(missing_ok=True)
+        after = min(value for _, value in state.history)
+        return Tuning(state.history[0][1], after, state.best_step, state.step, tuple(state.history))
+
+    def _copy(self) -> dict[str, Tensor]:
+        """Return the trained values as they would be stored."""
+        return {n: p.detach().to(self.stored[n]).to(p.dtype, copy=True) for n, p in self.values.items()}
+
+    def _order(self, step: int) -> int:
+        """Return the batch of a step: an order of its own for every pass over the data."""
+        turn, at = divmod(step, len(self.batches))
+        g = torch.Generator().manual_seed(self.seed * 1_000_003 + turn)
+        return int(torch.randperm(len(self.batches), generator=g)[at])
+
+    def _compare(self, item: Any) -> Tensor:
+        device = next(iter(self.values.values())).device.type
+        with torch.autocast(device, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+            with torch.no_grad():
+                wanted = call(self.base, item)
+            output = call(self.model, item)
+        if self.loss is None:
+            self.loss = LOSSES["kl" if getattr(output, "logits", None) is not None else "mse"]
+        return self.loss(output, wanted)
+
+    def _step(self, state: _State, sizes: dict[str, float]) -> float:
+        loss = self._compare(self.batches[self._order(state.step)])
+        found = dict(zip(self.values, torch.autograd.grad(loss, list(self.values.values()), allow_unused=True)))
+        if not all(bool(torch.isfinite(g).all()) for g in found.values() if g is not None):
+            return float(loss.detach())  # a batch that overflows teaches nothing
+        warm = max(1, round(WARM * self.steps))
+        left = max(0.0, (state.step - warm) / max(1, self.steps - warm))
+        rate = self.rate * min((state.step + 1) / warm, LAST + (1 - LAST) * (1 + math.cos(math.pi * left)) / 2)
+        with torch.no_grad():
+            for name, g in found.items():
+                if g is None:
+                    continue
+                mean = state.mean.setdefault(name, torch.zeros_like(g)).lerp_(g, 1 - BETAS[0])
+                square = state.square.setdefault(name, torch.zeros_like(g)).lerp_(g.square(), 1 - BETAS[1])
+                t = state.step + 1
+                step = mean / (1 - BETAS[0] ** t) / ((square / (1 - BETAS[1] ** t)).sqrt() + EPSILON)
+                self.values[name].sub_(step, alpha=rate * sizes[name])
+        return float(loss.detach())
+
+    @torch.no_grad()
+    def _judge(self) -> float:
+        """Return the held-out loss at the precision that is stored."""
+        exact = {n: p.detach().clone() for n, p in self.values.items()}
+        for name, value in self._copy().items():
+            self.values[name].copy_(value)
+        try:
+            return sum(float(self._compare(item)) for item in self.judged) / len(self.judged)
+        finally:
+            for name, value in exact.items():
+                self.values[name].copy_(value)
+
+    def _save(self, state: _State) -> None:
+        if self.checkpoint is None:
+            return
+        now = {n: p.detach() for n, p in self.values.items()}
+        groups = {"now": now, "best": state.best, "mean": state.mean, "square": state.square}
+        tensors = {f"{g}/{n}": t.contiguous() for g, found in groups.items() for n, t in found.items()}
+        facts = {"step": state.step, "best_step": state.best_step, "history": state.history, "mark": self.mark}
+        write_tensors(self.checkpoint, tensors, {"rpq_tune": json.dumps(facts)})
+
+    def _resume(self) -> _State | None:
+        if self.checkpoint is None or not self.checkpoint.is_file():
+            return None
+        with safe_open(self.checkpoint, "pt") as f:
+            facts = json.loads((f.metadata() or {}).get("rpq_tune", "{}"))
+        if facts.get("mark") != self.mark:
+            raise TuneError(
+                f"{self.checkpoint} is of another run (model, data or settings differ); remove it to start anew"
+            )
+        groups: dict[str, dict[str, Tensor]] = {"now": {}, "best": {}, "mean": {}, "square": {}}
+        for key, tensor in load_file(self.checkpoint).items():
+            group, _, name = key.partition("/")
+            groups[group][name] = tensor.to(self.values[name].device)
+        with torch.no_grad():
+            for name, value in groups["now"].items():
+                self.values[name].copy_(value)
+        history = [(int(step), float(value)) for step, value in facts["history"]]
+        return _State(groups["best"], groups["mean"], groups["square"], facts["step"], facts["best_step"], history)
+
+
+@dataclass
+class _State:
+    best: dict[str, Tensor]
+    mean: dict[str, Tensor]
+    square: dict[str, Tensor]
+    step: int
+    best_step: int
+    history: list[tuple[int, float]]
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what is trained: codebooks and scales, and every vector (norms, biases) beside them."""
+    inside = {id(p) for rpq in layers.layers_of(model).values() for p in rpq.parameters()}
+    return {
+        name: p
+        for name, p in model.named_parameters()
+        if p.is_floating_point() and (id(p) in inside or p.ndim <= 1) and not p.is_meta
+    }
+
+
+@contextmanager
+def _training(model: nn.Module, base: nn.Module, values: dict[str, nn.Parameter]) -> Iterator[None]:
+    """Evaluation mode for both, gradients for these values alone, and those in fp32, as long as the block lasts."""
+    training = [m for root in (model, base) for m in root.modules() if m.training]
+    asked = {p: p.requires_grad for p in model.parameters()}
+    stored = {p: p.dtype for p in values.values()}
+    try:
+        model.eval(), base.eval()
+        for p in asked:
+            p.requires_grad_(False)
+        for p in values.values():
+            p.data = p.data.float()
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p, dtype in stored.items():
+            p.data = p.data.to(dtype)
+        for p, wanted in asked.items():
+            p.requires_grad_(wanted)
+        for module in training:
+            module.training = True

@@ -1,0 +1,136 @@
+"""Tuning on small real models: it helps, it never harms, it goes on after a kill, and it touches only what it may."""
+
+import copy
+
+import architectures
+import pytest
+import torch
+from torch import nn
+
+import rpq_convert as rpq
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """A small Llama, its 2-bit conversion, and tokens."""
+    torch.manual_seed(0)
+    dense = architectures.ARCHITECTURES["Llama"](64).eval()
+    for p in dense.parameters():  # as initialised it predicts nothing; make its layers matter
+        p.data.mul_(4 if p.ndim > 1 else 1)
+    model = copy.deepcopy(dense)
+    rpq.convert(model, bits=2, grow=True)
+    g = torch.Generator().manual_seed(1)
+    return dense, model, [{"input_ids": torch.randint(0, 256, (4, 24), generator=g)} for _ in range(20)]
+
+
+def test_tuning_helps_on_text_that_was_not_seen(pair):
+    dense, model, data = pair[0], copy.deepcopy(pair[1]), pair[2]
+    codes = {k: t.clone() for k, t in model.state_dict().items() if t.dtype == torch.uint8}
+    dtypes = {k: t.dtype for k, t in model.state_dict().items()}
+    weights = {k: t.clone() for k, t in dense.state_dict().items()}
+    asked = {n: p.requires_grad for n, p in model.named_parameters()}
+    before = rpq.evaluate(dense, model, data[16:]).metrics["relative_error"]
+    done = rpq.tune(model, dense, data[:12], held_out=data[12:16], steps=30, every=10, rate=5e-3)
+    assert done.after < 0.9 * done.before and done.best > 0 and done.steps == 30
+    assert rpq.evaluate(dense, model, data[16:]).metrics["relative_error"] < before
+    state = model.state_dict()
+    assert all(torch.equal(t, state[k]) for k, t in codes.items())
+    assert {k: t.dtype for k, t in state.items()} == dtypes
+    assert all(torch.equal(t, dense.state_dict()[k]) for k, t in weights.items())
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == asked
+
+
+def test_what_is_kept_is_what_was_judged(pair, tmp_path):
+    dense, model, data = pair[0], copy.deepcopy(pair[1]), pair[2]
+    done = rpq.tune(model, dense, data[:8], held_out=data[8:10], steps=12, every=4)
+    rpq.save(model, tmp_path / "out")
+    loaded = rpq.load(tmp_path / "out")
+    again = rpq.tune(loaded, dense, data[:8], held_out=data[8:10], steps=0)
+    assert again.before == pytest.approx(done.after, rel=1e-6)
+
+
+def test_steps_that_harm_are_not_kept(pair):
+    dense, model, data = pair[0], copy.deepcopy(pair[1]), pair[2]
+    before = {k: t.clone() for k, t in model.state_dict().items()}
+    done = rpq.tune(model, dense, data[:8], steps=6, every=1, rate=30.0, patience=3)
+    assert done.best == 0 and done.after == done.before and done.steps == 3
+    assert all(torch.equal(t, model.state_dict()[k]) for k, t in before.items())
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(pair, tmp_path):
+    dense, data = pair[0], pair[2][:10]
+    whole, parts = copy.deepcopy(pair[1]), copy.deepcopy(pair[1])
+    file = tmp_path / "tune.safetensors"
+    settings = {"steps": 9, "every": 3, "seed": 5}
+    expected = rpq.tune(whole, dense, data, **settings)
+
+    def kill(step, loss):
+        if step == 8:
+            raise KeyboardInterrupt
+
+    before = {k: t.clone() for k, t in parts.state_dict().items()}
+    with pytest.raises(KeyboardInterrupt):
+        rpq.tune(parts, dense, data, **settings, checkpoint=file, progress=kill)
+    assert file.is_file()
+    parts = copy.deepcopy(pair[1])
+    assert all(torch.equal(t, parts.state_dict()[k]) for k, t in before.items() if t.dtype == torch.uint8)
+    steps = []
+    with pytest.raises(rpq.TuneError, match="another run"):
+        rpq.tune(parts, dense, data, **{**settings, "seed": 6}, checkpoint=file)
+    done = rpq.tune(parts, dense, data, **settings, checkpoint=file, progress=lambda step, loss: steps.append(step))
+    assert steps == [7, 8, 9] and done == expected and not file.exists()
+    assert all(torch.equal(t, parts.state_dict()[k]) for k, t in whole.state_dict().items())
+
+
+def test_an_interrupted_run_leaves_a_whole_model(pair):
+    dense, model, data = pair[0], copy.deepcopy(pair[1]), pair[2]
+
+    def kill(step, loss):
+        raise KeyboardInterrupt
+
+    dtypes = {k: t.dtype for k, t in model.state_dict().items()}
+    with pytest.raises(KeyboardInterrupt):
+        rpq.tune(model, dense, data, steps=5, progress=kill)
+    assert {k: t.dtype for k, t in model.state_dict().items()} == dtypes
+    assert all(torch.isfinite(t).all() for t in model.state_dict().values() if t.is_floating_point())
+
+
+def test_any_module_any_loss_and_tied_weights():
+    torch.manual_seed(0)
+    dense = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(16 * 16, 10)
+    ).train()
+    model = copy.deepcopy(dense)
+    rpq.convert(model, bits=1, grow=True)
+    data = [torch.randn(16, 3, 8, 8) for _ in range(10)]
+    done = rpq.tune(model, dense, data, steps=30, every=10)
+    assert done.after < done.before and model.training and dense.training
+    own = rpq.tune(model, dense, data, steps=10, every=5, loss=lambda a, b: (a - b).abs().mean())
+    assert own.after <= own.before
+
+    tied = architectures.ARCHITECTURES["GPT-2"](64).eval()
+    small = copy.deepcopy(tied)
+    rpq.convert(small, bits=1, grow=True)
+    ids = [{"input_ids": torch.randint(0, 256, (2, 16))} for _ in range(4)]
+    done = rpq.tune(small, tied, ids, steps=4, every=2)
+    assert done.after <= done.before and small.lm_head.weight_rpq is small.transformer.wte.weight_rpq
+
+
+def test_half_precision_is_tuned_under_autocast(pair):
+    dense, model, data = copy.deepcopy(pair[0]).bfloat16(), copy.deepcopy(pair[0]).bfloat16(), pair[2]
+    rpq.convert(model, bits=2, grow=True)
+    done = rpq.tune(model, dense, data[:8], steps=10, every=5, autocast=torch.bfloat16)
+    assert done.after <= done.before
+    assert model.model.norm.weight.dtype == torch.bfloat16 and model(**data[0]).logits.dtype == torch.bfloat16
+
+
+def test_what_cannot_be_tuned_is_refused(pair):
+    dense, model, data = pair
+    with pytest.raises(rpq.TuneError, match="no RPQ layer"):
+        rpq.tune(copy.deepcopy(dense), dense, data)
+    with pytest.raises(rpq.TuneError, match="too little data"):
+        rpq.tune(model, dense, data[:1])
+    broken = copy.deepcopy(model)
+    broken.model.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(rpq.TuneError, match="as it came"):
+        rpq.tune(broken, dense, data)
