@@ -61,6 +61,7 @@ def convert(
     exclude: o.Exclude = None,
     factory: o.Factory = None,
     revision: o.Revision = None,
+    token: o.Token = None,
     local_files_only: o.LocalFilesOnly = False,
     allow_pickle: o.AllowPickle = False,
     device: Annotated[Literal["cpu", "cuda"], Option(help="Where fits run; in this version on the CPU.")] = "cpu",
@@ -75,6 +76,10 @@ def convert(
     workers: Annotated[int | None, Option(min=1, help="Fits at once; up to 4 by default.")] = None,
     executor: Annotated[Literal["serial", "threads", "processes"], Option(help="How fits run.")] = "threads",
     dry_run: Annotated[bool, Option("--dry-run", help="Show the plan and the exact sizes; write nothing.")] = False,
+    push_to: Annotated[
+        str | None, Option(metavar="REPO", help="Upload the result to this repository of the hub.")
+    ] = None,
+    public: o.Public = False,
     overwrite: o.Overwrite = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -91,7 +96,11 @@ def convert(
 
     if not dry_run and folder.exists() and not overwrite:  # said before a download, not after
         raise FolderError(f"{folder} exists; choose another folder or pass --overwrite")
-    opened = open_checkpoint(src, **where, config_only=True)
+    opened = open_checkpoint(src, **where, need="headers")
+    if push_to and not dry_run:
+        from rpq_convert.publish import check_login
+
+        check_login(push_to, token=token)  # hours before the upload
     if opened.model is None and not dry_run:
         raise SourceError(f"{src} has no config.json: give --factory package:callable, which builds its model")
     plan = opened.plan(**asked)
@@ -110,8 +119,13 @@ def convert(
             partial(own_inputs, samples=samples, seed=seed)
             if calibrate == "self"
             else text_inputs(
-                src, o.read_text(Path(calibrate)), samples=samples, revision=revision, local_files_only=local_files_only
-            )
+                src,
+                o.read_text(Path(calibrate)),
+                samples=samples,
+                revision=revision,
+                token=token,
+                local_files_only=local_files_only,
+            )  # fmt: skip
         )
     if dry_run:
         return show_report(make_report(plan, {}, title=o.name_of(src)), json=json)
@@ -131,6 +145,29 @@ def convert(
     show_report(report, json=json)
     if not quiet:
         say(f"wrote {folder}")
+    if push_to:
+        _push(folder, push_to, public=public, token=token)
+
+
+def _push(folder: Path, repo: str, *, public: bool, token: str | None, revision: str | None = None) -> None:
+    from rpq_convert.publish import push
+
+    say(f"pushed to {push(folder, repo, private=not public, token=token, revision=revision)}")
+
+
+@group.command(
+    epilog=examples("rpq push opt-125m-rpq me/opt-125m-rpq", "rpq push opt-125m-2bit me/opt-125m-rpq --revision 2bit")
+)
+@catching
+def push(
+    folder: o.OutputFolder,
+    repo: Annotated[str, Argument(metavar="REPO", help="user/name, or name; made if it does not exist.")],
+    public: o.Public = False,
+    revision: Annotated[str | None, Option(help="Branch to push to; made if it does not exist.")] = None,
+    token: o.Token = None,
+) -> None:
+    """Upload a converted folder to the hub, in one commit, once it is known to be whole; private unless --public."""
+    _push(folder, repo, public=public, token=token, revision=revision)
 
 
 @group.command(
@@ -154,17 +191,18 @@ def plan(
     exclude: o.Exclude = None,
     factory: o.Factory = None,
     revision: o.Revision = None,
+    token: o.Token = None,
     local_files_only: o.LocalFilesOnly = False,
     allow_pickle: o.AllowPickle = False,
     explain: Annotated[str | None, Option(metavar="NAME", help="Say what happens to one parameter, and why.")] = None,
     json: o.Json = False,
 ) -> None:
-    """Show what a conversion would do and weigh, without reading a weight; a hub id costs its config alone."""
+    """Show what a conversion would do and weigh, without reading a weight; a hub id costs kilobytes."""
     given = dict(locals())
     asked, where = o.plan_options(given), o.open_options(given)
     from rpq_convert.conversion import make_report, open_checkpoint
 
-    made = open_checkpoint(src, **where, config_only=True).plan(**asked)
+    made = open_checkpoint(src, **where, need="headers").plan(**asked)
     warn(made.warnings)
     if explain is not None:
         text = made.explain(explain)
@@ -178,7 +216,7 @@ def plan(
 @group.command(epilog=examples("rpq audit opt-125m-rpq", "rpq audit opt-125m-rpq --format html --output audit.html"))
 @catching
 def audit(
-    folder: o.OutputFolder,
+    folder: Annotated[str, Argument(metavar="FOLDER", help="A folder that rpq-convert wrote, or its repository's id.")],
     format: Annotated[
         Literal["terminal", "json", "markdown", "csv", "html"], Option(help="How to write it.")
     ] = "terminal",
@@ -186,11 +224,14 @@ def audit(
         Path | None, Option("--output", "-o", metavar="FILE", help="Write to a file instead of stdout.")
     ] = None,
     json: Annotated[bool, Option("--json", help="The same as --format json.")] = False,
+    revision: o.Revision = None,
+    token: o.Token = None,
+    local_files_only: o.LocalFilesOnly = False,
 ) -> None:
     """Show a converted folder's size audit: every tensor, its bytes and its measured error."""
     from rpq_convert.checkpoint import audit as read
 
-    report = read(folder)
+    report = read(folder, revision=revision, token=token, local_files_only=local_files_only)
     views = {
         "terminal": lambda: report.to_terminal(width()), "json": report.to_json, "markdown": report.to_markdown,
         "csv": report.to_csv, "html": report.to_html,

@@ -13,6 +13,7 @@ WHAT, SIZE, WHERE = "What to convert", "Size and quality", "Source"
 
 Source = Annotated[str, Argument(metavar="SRC", help="A hub id, a checkpoint folder, or a safetensors file.")]
 OutputFolder = Annotated[Path, Argument(metavar="FOLDER", help="A folder that rpq-convert wrote.")]
+Public = Annotated[bool, Option("--public", help="Let everybody see a pushed repository; only you by default.")]
 Json = Annotated[bool, Option("--json", help="Print JSON to stdout, and nothing else there.")]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="No progress; warnings and errors only on stderr.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing output folder once the new one is whole.")]
@@ -56,13 +57,17 @@ Factory = Annotated[
     Option(metavar="PACKAGE:CALLABLE", help="Builds the model of a checkpoint that is not transformers'.", rich_help_panel=WHERE),
 ]  # fmt: skip
 Revision = Annotated[str | None, Option(help="Branch, tag or commit on the hub.", rich_help_panel=WHERE)]
+Token = Annotated[
+    str | None,
+    Option(help="Access token of the hub; HF_TOKEN or `hf auth login` keep it out of the shell's history.", rich_help_panel=WHERE),
+]  # fmt: skip
 LocalFilesOnly = Annotated[bool, Option("--local-files-only", help="Never ask the hub.", rich_help_panel=WHERE)]
 AllowPickle = Annotated[
     bool, Option("--allow-pickle", help="Read pickled weights, tensors only.", rich_help_panel=WHERE)
 ]
 
 PLAN = ("preset", "bits", "dim", "axis", "fit", "grow", "seed", "dtype")
-OPEN = ("factory", "revision", "local_files_only", "allow_pickle")
+OPEN = ("factory", "revision", "token", "local_files_only", "allow_pickle")
 
 
 def plan_options(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,14 +8,16 @@ transformers' own classes, any other through a factory that the caller gives.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rpq_convert import layers
+from rpq_convert import hub, layers
+from rpq_convert.card import Base, base_of
 from rpq_convert.conversion import AFTER, plan_of, put_everywhere
 from rpq_convert.encode import Encoded
 from rpq_convert.folder import CARD, CONFIG, MANIFEST, REPORT, Folder, sha256
@@ -38,6 +40,7 @@ def save(
     overwrite: bool = False,
     max_shard_size: str | int | None = None,
     files: Sequence[Path] = (),
+    base: Base | None = None,
 ) -> Report:
     """Write a converted model to a folder; the same bytes as the streaming conversion would write.
 
@@ -46,6 +49,7 @@ def save(
         overwrite: replace `out`.
         max_shard_size: of a weight file, e.g. `"5GB"`.
         files: to copy beside the weights: tokenizer, generation settings.
+        base: what the model card says that the model was converted from; by default what transformers knows.
 
     Raises:
         SourceError: the model has no RPQ weight. FolderError: the folder exists.
@@ -78,7 +82,10 @@ def save(
     }
     folder.write_weights(lambda name: state[name])
     folder.copy([*files])
-    return write_rest(folder, _config_of(model), facts, type(model).__name__)
+    config = _config_of(model)
+    if base is None and config is not None:
+        base = base_of(str(getattr(model, "name_or_path", "")))
+    return write_rest(folder, config, facts, type(model).__name__, base)
 
 
 def _config_of(model: nn.Module) -> dict[str, Any] | None:
@@ -91,20 +98,33 @@ def _config_of(model: nn.Module) -> dict[str, Any] | None:
 
 
 def load(
-    path: str | Path, *, factory: str | Factory | None = None, device: str | torch.device | None = None
+    path: str | Path,
+    *,
+    factory: str | Factory | None = None,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
 ) -> nn.Module:
     """Rebuild a converted model from its folder, in eval mode.
 
     Args:
-        path: the folder.
+        path: the folder, or the id of a repository on the hub.
         factory: builds the dense model where it is not transformers'; its weights are never allocated.
         device: where to put it.
+        revision, token, local_files_only: of a repository, as for `convert_checkpoint`.
 
     Raises:
         SourceError: not an RPQ folder, a newer format, missing or unexpected tensors.
     """
-    folder = Path(path)
+    folder, repository = Path(path), None
+    if hub.is_name(path):
+        where: dict[str, Any] = {"revision": revision, "token": token, "local_files_only": local_files_only}
+        repository = hub.find(path, (CONFIG,), **where)
+        folder = repository.folder
     config = read_config(folder)
+    if repository is not None:
+        repository.fetch_weights()
     if factory is not None:
         model = empty_from_factory(factory)
     elif "model_type" in config:
@@ -249,8 +269,14 @@ def _part_of(key: str, modules: Mapping[str, Any]) -> bool:
     return bool(found) and name in modules
 
 
-def verify(path: str | Path, progress: Callable[[str], None] | None = None) -> list[str]:
+def verify(
+    path: str | Path, progress: Callable[[str], None] | None = None, *, edited: Collection[str] = ()
+) -> list[str]:
     """Check a folder: manifest hashes, headers, index, specs and finiteness. Return the files that were checked.
+
+    Args:
+        progress: called with every file.
+        edited: files that must be there, and need not be as they were written.
 
     Raises:
         VerifyError: what is damaged, and where.
@@ -272,6 +298,8 @@ def verify(path: str | Path, progress: Callable[[str], None] | None = None) -> l
         file = folder / name
         if Path(name).name != name or not file.is_file():
             raise VerifyError(f"{file} is missing")
+        if name in edited:
+            continue
         if file.stat().st_size != size:
             raise VerifyError(f"{file} has {file.stat().st_size} bytes, the manifest says {size}")
         if sha256(file) != digest:
@@ -301,9 +329,26 @@ def verify(path: str | Path, progress: Callable[[str], None] | None = None) -> l
     return sorted(files)
 
 
-def audit(path: str | Path) -> Report:
-    """Return the report of an RPQ folder, its file sizes read from the disk."""
+def audit(
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> Report:
+    """Return the report of an RPQ folder, with the sizes that its files have; of a repository, no weight is fetched.
+
+    Args:
+        path: the folder, or the id of a repository on the hub.
+        revision, token, local_files_only: of a repository, as for `convert_checkpoint`.
+    """
     folder = Path(path)
+    if hub.is_name(path):
+        where: dict[str, Any] = {"revision": revision, "token": token, "local_files_only": local_files_only}
+        repository = hub.find(path, (CONFIG, REPORT), **where)
+        folder, files = repository.folder, dict(repository.files)
+    else:
+        files = {p.name: p.stat().st_size for p in folder.glob("*") if p.is_file()}
     read_config(folder)
     file = folder / REPORT
     if not file.is_file():
@@ -312,9 +357,7 @@ def audit(path: str | Path) -> Report:
         report = Report.from_json(file.read_text("utf8"))
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise SourceError(f"{file} is not a report that this rpq-convert reads: {e}") from None
-    from dataclasses import replace
-
-    sizes = tuple(FileRow(p.name, p.stat().st_size) for p in sorted(folder.iterdir()) if p.is_file())
+    sizes = tuple(FileRow(name, size or 0) for name, size in sorted(files.items()))
     return replace(report, files=sizes)
 
 

@@ -38,6 +38,7 @@ def plan(
     *,
     factory: str | Factory | None = None,
     revision: str | None = None,
+    token: str | bool | None = None,
     local_files_only: bool = False,
     allow_pickle: bool = False,
     **options: Any,
@@ -45,9 +46,10 @@ def plan(
     """Plan a conversion without reading a weight.
 
     Args:
-        target: a live or meta model, a transformers config, a hub id, a folder, or a safetensors file.
+        target: a live or meta model, a transformers config, a hub id (of which the config and the headers of the weight
+            files are read, kilobytes), a folder, or a safetensors file.
         factory: for a checkpoint that is not transformers': a callable or `"package:callable"` that builds the model.
-        revision, local_files_only, allow_pickle: where a checkpoint comes from, as for `convert_checkpoint`.
+        revision, token, local_files_only, allow_pickle: where a checkpoint comes from, as for `convert_checkpoint`.
         options: those of `make_plan`: preset, bits, dim, codebooks, axis, rules, include, exclude, fit, seed, dtype, …
 
     Example:
@@ -61,8 +63,8 @@ def plan(
         empty = transformers.build_empty(target)
         return make_plan(walk(empty), head_rules=head_rules(empty, target), **options)
     opened = open_checkpoint(
-        target, factory=factory, revision=revision, local_files_only=local_files_only, allow_pickle=allow_pickle,
-        config_only=True,
+        target, factory=factory, revision=revision, token=token, local_files_only=local_files_only,
+        allow_pickle=allow_pickle, need="headers",
     )  # fmt: skip
     return opened.plan(**options)
 
@@ -303,6 +305,7 @@ def convert_checkpoint(
     factory: str | Factory | None = None,
     overwrite: bool = False,
     revision: str | None = None,
+    token: str | bool | None = None,
     local_files_only: bool = False,
     allow_pickle: bool = False,
     executor: str = "threads",
@@ -318,6 +321,8 @@ def convert_checkpoint(
         out: the folder to make; a killed run leaves `<out>.partial`, and the same call goes on from there.
         factory: `"package.module:callable"` or a callable that builds the model, for what is not transformers'.
         overwrite: replace `out`.
+        revision: branch, tag or commit of a hub id. token: instead of the stored one. local_files_only: take it from the
+            local cache. allow_pickle: read pickled weights, as tensors only, where there are no others.
         calibration: as for `convert`; the model is then run, its weights read from disk as they are used.
         options: those of `rpq.plan`.
 
@@ -325,7 +330,12 @@ def convert_checkpoint(
         SourceError, PlanError, EncodeError, FolderError: see their docs. Nothing is left under the name `out`.
     """
     opened = open_checkpoint(
-        src, factory=factory, revision=revision, local_files_only=local_files_only, allow_pickle=allow_pickle
+        src,
+        factory=factory,
+        revision=revision,
+        token=token,
+        local_files_only=local_files_only,
+        allow_pickle=allow_pickle,
     )
     if opened.model is None:
         raise SourceError(f"{src} has no config.json: give factory='package.module:callable' that builds its model")
@@ -359,7 +369,7 @@ def convert_checkpoint(
     facts = {j.name: folder.facts(j) for j in plan.jobs}
     title = Path(src).resolve().name if Path(src).exists() else Path(src).name
     folder.copy(opened.files)
-    return write_rest(folder, opened.config, facts, title)
+    return write_rest(folder, opened.config, facts, title, opened.base)
 
 
 def _filled(model: nn.Module, source: Mapping[str, Tensor]) -> nn.Module:

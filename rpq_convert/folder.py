@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +139,7 @@ class Folder:
     def write(self, name: str, text: str) -> None:
         write_text(self.work / name, text)
 
-    def copy(self, files: list[Path]) -> None:
+    def copy(self, files: Iterable[Path]) -> None:
         for file in files:
             shutil.copyfile(file, self.work / file.name)
 

@@ -1,34 +1,48 @@
 """Opened: a checkpoint that was found, paired with the empty model that it fills.
 
-Three kinds: a transformers checkpoint (folder or hub id), whose config builds the model; a weight file and a factory, for
-every other model; and bare headers, from which a size can be planned but nothing converted.
+Three kinds: a transformers checkpoint, whose config builds the model; weights and a factory, for every other model; and
+bare headers, from which a size can be planned but nothing converted. Each is a folder, a repository of the hub, or a file.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
+from rpq_convert import hub
+from rpq_convert.card import Base, base_in
 from rpq_convert.empty import parameters_on_meta
-from rpq_convert.folder import CONFIG
+from rpq_convert.folder import CARD, CONFIG
 from rpq_convert.heads import head_rules
 from rpq_convert.planning import Plan, make_plan
-from rpq_convert.source import SourceError, open_folder
+from rpq_convert.source import SourceError, open_folder, weight_files
 from rpq_convert.walk import walk, walk_headers
 
 Factory = Callable[[], nn.Module]
 
 
 class Opened:
-    """A checkpoint that was found: its empty model (None where only headers are known), tensors and config."""
+    """A checkpoint that was found.
 
-    def __init__(self, model: nn.Module | None, source: Any, config: dict[str, Any] | None, files: list[Path]) -> None:
+    Args:
+        model: its empty model; None where only headers are known.
+        source: its tensors; None where a plan was made from the config alone.
+        config: its config.json. files: what belongs beside the weights.
+        base: what a model card tells of it.
+        notes: for the plan to say.
+    """
+
+    def __init__(
+        self, model: nn.Module | None, source: Any, config: Mapping[str, Any] | None = None, files: Sequence[Path] = (),
+        base: Base | None = None, notes: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         self.model, self.source, self.config, self.files = model, source, config, files
+        self.base, self.notes = base, notes
 
     @property
     def origin(self) -> str:
@@ -40,7 +54,7 @@ class Opened:
 
     def plan(self, **options: Any) -> Plan:
         if self.model is not None:
-            return make_plan(walk(self.model), head_rules=head_rules(self.model), **options)
+            return make_plan(walk(self.model), head_rules=head_rules(self.model), warnings=self.notes, **options)
         slots = walk_headers((i.name, i.dtype, i.shape) for i in self.source.infos.values())
         note = "planned from tensor names and shapes alone: layer types are guesses; give a factory to convert"
         return make_plan(slots, warnings=[note], **options)
@@ -51,40 +65,78 @@ def open_checkpoint(
     *,
     factory: str | Factory | None = None,
     revision: str | None = None,
+    token: str | bool | None = None,
     local_files_only: bool = False,
     allow_pickle: bool = False,
-    config_only: bool = False,
+    need: Literal["config", "headers", "weights"] = "weights",
 ) -> Opened:
     """Find a checkpoint and pair it with its empty model.
+
+    Args:
+        src: a folder, a file or a hub id. revision, token, local_files_only: as for `hub.find`.
+        factory: builds a model that is not transformers'.
+        need: what for. `"headers"` is for a plan: a local config suffices, of a repository the headers are checked too.
 
     Raises:
         SourceError: nothing found, a broken file, keys that do not fit the model, an already quantized checkpoint.
     """
+    folder, repository = Path(src), None
+    if hub.is_name(src):
+        wanted: tuple[str, ...] = (CONFIG,)
+        if need == "weights":
+            wanted = (CONFIG, CARD, *(() if factory else _small()))
+        repository = hub.find(src, wanted, revision=revision, token=token, local_files_only=local_files_only)
+        folder = repository.folder
+    base = base_in(folder, repository, factory)
+
+    def tensors() -> Any:
+        seen = _look(repository, allow_pickle)[0] if need == "headers" else None
+        if seen is None and repository is not None:
+            repository.fetch_weights(allow_pickle=allow_pickle)
+        return open_folder(folder, allow_pickle=allow_pickle) if seen is None else seen
+
     if factory is not None:
-        source = open_folder(src, allow_pickle=allow_pickle)
         model = empty_from_factory(factory)
-        return Opened(model, _checked(model, source), None, [])
-    if Path(src).suffix == ".safetensors" or (Path(src).is_dir() and not (Path(src) / CONFIG).is_file()):
-        return Opened(None, open_folder(src, allow_pickle=allow_pickle), None, [])
+        return Opened(model, _checked(model, tensors()), base=base)
+    if not (folder / CONFIG).is_file() and (repository or folder.is_dir() or folder.suffix == ".safetensors"):
+        return Opened(None, tensors(), base=base)
+    if not folder.is_dir():
+        what = (
+            "is a file; give its folder, or a factory for a bare weight file" if folder.exists() else "does not exist"
+        )
+        raise SourceError(f"{src} {what}")
     from rpq_convert.integrations import transformers
 
-    if config_only:
-        folder = transformers.fetch_config(src, revision=revision, local_files_only=local_files_only)
-    else:
-        folder = transformers.resolve(
-            src, revision=revision, local_files_only=local_files_only, allow_pickle=allow_pickle
-        )
     config = transformers.load_config(folder)
     raw = json.loads((folder / CONFIG).read_text("utf8"))
     method = (raw.get("quantization_config") or {}).get("quant_method")
     if method:
         raise SourceError(f"{src} is quantized already ({method}); start from the original weights")
     model = transformers.build_empty(config)
-    if config_only:
-        return Opened(model, None, raw, transformers.extra_files(folder))
-    tensors = transformers.ModuleSource(model, open_folder(folder, allow_pickle=allow_pickle))
-    tensors.check()
-    return Opened(model, tensors, raw, transformers.extra_files(folder))
+    found, notes = (
+        (tensors(), []) if need == "weights" else _look(repository if need == "headers" else None, allow_pickle)
+    )
+    if found is not None:
+        found = transformers.ModuleSource(model, found)
+        found.check()
+    return Opened(model, found, raw, transformers.extra_files(folder), base, notes)
+
+
+def _look(repository: hub.Repository | None, allow_pickle: bool) -> tuple[Any, list[str]]:
+    """Return a repository's headers, where it has some that can be read from afar; and what will be in the way."""
+    if repository is None or repository.offline:
+        return None, []
+    try:
+        chosen = weight_files(repository.files, repository.name, allow_pickle=allow_pickle)
+    except SourceError as e:
+        return None, [str(e)]
+    return (repository.headers() if "safetensors" in chosen[0] else None), []
+
+
+def _small() -> tuple[str, ...]:
+    from rpq_convert.integrations.transformers import SMALL
+
+    return SMALL
 
 
 def empty_from_factory(factory: str | Factory) -> nn.Module:

@@ -7,10 +7,12 @@ those of the files as written.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from rpq_convert.card import BASE_CARD, Base, model_card
 from rpq_convert.folder import CARD, CONFIG, REPORT, Folder
 from rpq_convert.planning import FORMAT_VERSION, Plan
 from rpq_convert.report.schema import FileRow, Report
@@ -73,7 +75,11 @@ def quantization_config(plan: Plan, facts: Mapping[str, Mapping[str, Any]]) -> d
 
 
 def write_rest(
-    folder: Folder, config: dict[str, Any] | None, facts: Mapping[str, Mapping[str, Any]], title: str
+    folder: Folder,
+    config: Mapping[str, Any] | None,
+    facts: Mapping[str, Mapping[str, Any]],
+    title: str,
+    base: Base | None = None,
 ) -> Report:
     """Write config, report and model card beside the weights, and finish the folder."""
     plan = folder.plan
@@ -84,7 +90,10 @@ def write_rest(
         merged.pop("torch_dtype", None)
     folder.write(CONFIG, json.dumps(merged, indent=1))
     report = make_report(plan, facts, title)
-    folder.write(CARD, model_card(report, transformers=config is not None))
+    if base is not None and base.card is not None:
+        shutil.copyfile(base.card, folder.work / BASE_CARD)
+    files = {p.name for p in folder.work.iterdir()}
+    folder.write(CARD, model_card(report, config, folder.out.name, files, base))
     sizes = tuple(
         FileRow(p.name, p.stat().st_size) for p in sorted(folder.work.iterdir()) if p.is_file() and p.name != REPORT
     )
@@ -92,17 +101,3 @@ def write_rest(
     folder.write(REPORT, report.to_json())
     folder.finish()
     return report
-
-
-def model_card(report: Report, *, transformers: bool) -> str:
-    """Return the README.md of an output folder."""
-    load = (
-        'rpq.load("path/of/this/folder")'
-        if transformers
-        else 'rpq.load("path/of/this/folder", factory=your_model_function)'
-    )
-    return (
-        f"---\nlibrary_name: rpq-convert\ntags: [rpq, product-quantization]\n---\n\n# {report.title}, RPQ\n\n"
-        "Weights product-quantized with rpq-convert: uint8 codes and small codebooks, expanded when used.\n\n"
-        f"```python\nimport rpq_convert as rpq\n\nmodel = {load}\n```\n\n## Size\n\n{report.to_markdown()}\n"
-    )

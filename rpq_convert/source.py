@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+INDEX, PICKLE_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
+OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -61,19 +63,35 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
     try:
         table = json.loads(text)
         table.pop("__metadata__", None)
-        infos = {k: _info(k, v, path, 8 + length) for k, v in table.items()}
+        infos = tensor_infos(table, path, 8 + length)
+    except SourceError:
+        raise
+    except (ValueError, AttributeError) as e:
+        raise SourceError(f"{path} has a broken safetensors header: {e!r}") from None
+    at = max((i.end for i in infos.values()), default=8 + length)
+    if at != size:
+        what = f"truncated, {at - size:,} bytes are missing" if at > size else f"{size - at:,} bytes too long"
+        raise SourceError(f"{path} is {what}; download or copy it again")
+    return infos
+
+
+def tensor_infos(table: Mapping[str, Mapping[str, object]], path: Path, base: int) -> dict[str, TensorInfo]:
+    """Return the tensors that a header's table lists; `base` is where the file's data begins.
+
+    Raises:
+        SourceError: an entry that is broken, does not fill its bytes, or leaves a gap or an overlap.
+    """
+    try:
+        infos = {k: _info(k, v, path, base) for k, v in table.items()}
     except SourceError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise SourceError(f"{path} has a broken safetensors header: {e!r}") from None
-    at = 8 + length
+    at = base
     for info in sorted(infos.values(), key=lambda i: (i.start, i.end)):
         if info.start != at:
             raise SourceError(f"{path}: tensor {info.name} starts at byte {info.start}, expected {at}: overlap or gap")
         at = info.end
-    if at != size:
-        what = f"truncated, {at - size:,} bytes are missing" if at > size else f"{size - at:,} bytes too long"
-        raise SourceError(f"{path} is {what}; download or copy it again")
     return infos
 
 
@@ -90,15 +108,37 @@ def _info(name: str, entry: Mapping[str, object], path: Path, base: int) -> Tens
 
 
 class SafetensorsSource(Mapping[str, Tensor]):
-    """The tensors of one or many safetensors files; each access reads one tensor. Safe to use from several threads."""
+    """The tensors of one or many safetensors files; each access reads one tensor. Safe to use from several threads.
 
-    def __init__(self, paths: Iterable[str | Path]) -> None:
+    Args:
+        headers: of every file.
+        index: tensor -> file, if there is one, and the place where it lies, for messages.
+
+    Raises:
+        SourceError: a tensor in two files, or an index that the headers do not bear out.
+    """
+
+    def __init__(
+        self,
+        headers: Iterable[Mapping[str, TensorInfo]],
+        index: Mapping[str, str] | None = None,
+        where: str | Path = "",
+    ) -> None:
         self.infos: dict[str, TensorInfo] = {}
-        for path in paths:
-            for name, info in read_header(path).items():
+        for header in headers:
+            for name, info in header.items():
                 if name in self.infos:
                     raise SourceError(f"tensor {name} is in {self.infos[name].file.name} and in {info.file.name}")
                 self.infos[name] = info
+        if index is None:
+            return
+        for name, file in index.items():
+            found = self.infos.get(name)
+            if found is None or found.file.name != file:
+                raise SourceError(f"{where}: the index says that {name} is in {file}, its header does not have it")
+        extra = sorted(set(self.infos) - set(index))
+        if extra:
+            raise SourceError(f"{where}: {extra[0]} is in {self.infos[extra[0]].file.name} but not in the index")
 
     def __len__(self) -> int:
         return len(self.infos)
@@ -147,6 +187,34 @@ class PickleSource(Mapping[str, Tensor]):
         return self.tensors[name].clone()
 
 
+def weight_files(names: Collection[str], where: str | Path, *, allow_pickle: bool = False) -> list[str]:
+    """Choose from a folder's file names what its weights are read from: an index alone, or the weight files.
+
+    The same weights often lie there several times; safetensors go before pickles, and nothing is chosen twice.
+
+    Raises:
+        SourceError: no weights, or only pickled ones while `allow_pickle` is False.
+    """
+    for whole in (INDEX, "model.safetensors"):
+        if whole in names:
+            return [whole]
+    top = sorted(n for n in names if "/" not in n)
+    loose = [n for n in top if n.endswith(".safetensors")]
+    if loose:
+        return loose
+    pickled = [n for n in top if n.startswith("pytorch_model") and n.endswith(".bin")]
+    if pickled and not allow_pickle:
+        raise SourceError(
+            f"{where} has only pickled weights ({pickled[0]}); pass --allow-pickle to read them as tensors only, "
+            "or take a repository with safetensors"
+        )
+    if pickled:
+        return [PICKLE_INDEX] if PICKLE_INDEX in names else pickled
+    others = [n for n in names if n.endswith(OTHERS)]
+    which = f"; {others[0]} is of a kind that is not read: save it as safetensors" if others else ""
+    raise SourceError(f"{where} has no weights: no model.safetensors, index or pytorch_model.bin{which}")
+
+
 def open_folder(folder: str | Path, *, allow_pickle: bool = False) -> SafetensorsSource | PickleSource:
     """Open the weights of a folder (one file, or shards and an index), or a single safetensors file.
 
@@ -157,46 +225,32 @@ def open_folder(folder: str | Path, *, allow_pickle: bool = False) -> Safetensor
     folder = Path(folder)
     if folder.is_file():
         if folder.suffix == ".safetensors":
-            return SafetensorsSource([folder])
+            return SafetensorsSource([read_header(folder)])
         if not allow_pickle:
             raise SourceError(f"{folder} is not a safetensors file; a pickled one needs --allow-pickle")
         return PickleSource([folder])
     if not folder.is_dir():
         raise SourceError(f"{folder} does not exist")
-    if (folder / "model.safetensors.index.json").is_file():
-        index = _index(folder, "model.safetensors.index.json")
-        source = SafetensorsSource([_inside(folder, n) for n in sorted(set(index.values()))])
-        for name, file in index.items():
-            found = source.infos.get(name)
-            if found is None or found.file.name != file:
-                raise SourceError(f"{folder}: the index says that {name} is in {file}, its header does not have it")
-        extra = sorted(set(source) - set(index))
-        if extra:
-            raise SourceError(f"{folder}: {extra[0]} is in {source.infos[extra[0]].file.name} but not in the index")
-        return source
-    if (folder / "model.safetensors").is_file():
-        return SafetensorsSource([folder / "model.safetensors"])
-    loose = sorted(folder.glob("*.safetensors"))
-    if loose:
-        return SafetensorsSource(loose)
-    bins = sorted(folder.glob("pytorch_model*.bin"))
-    if bins and not allow_pickle:
-        raise SourceError(f"{folder} has only pickled weights ({bins[0].name}); pass --allow-pickle to read them")
-    if bins:
-        if (folder / "pytorch_model.bin.index.json").is_file():
-            index = _index(folder, "pytorch_model.bin.index.json")
-            bins = [_inside(folder, n) for n in sorted(set(index.values()))]
-        return PickleSource(bins)
-    raise SourceError(f"{folder} has no weights: no model.safetensors, index or pytorch_model.bin")
+    chosen = weight_files({p.name for p in folder.iterdir() if p.is_file()}, folder, allow_pickle=allow_pickle)
+    index = read_index(folder / chosen[0]) if chosen[0].endswith(".json") else None
+    paths = [_inside(folder, n) for n in (chosen if index is None else sorted(set(index.values())))]
+    if paths[0].suffix != ".safetensors":
+        return PickleSource(paths)
+    return SafetensorsSource((read_header(p) for p in paths), index, folder)
 
 
-def _index(folder: Path, name: str) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
+    """Return the map from tensors to files of an index.
+
+    Raises:
+        SourceError: it is none.
+    """
     try:
-        index = json.loads((folder / name).read_text("utf8"))["weight_map"]
+        index = json.loads(path.read_text("utf8"))["weight_map"]
     except (ValueError, KeyError, TypeError) as e:
-        raise SourceError(f"{folder / name} is no index of weight files: {e!r}") from None
-    if not isinstance(index, dict) or not all(isinstance(v, str) for v in index.values()):
-        raise SourceError(f"{folder / name}: its weight_map must map names to files")
+        raise SourceError(f"{path} is no index of weight files: {e!r}") from None
+    if not isinstance(index, dict) or not index or not all(isinstance(v, str) for v in index.values()):
+        raise SourceError(f"{path}: its weight_map must map names to files")
     return index
 
 

@@ -153,7 +153,7 @@ def _lines(words: Any, text: str, window: int, limit: int | None) -> list[Any]:
 
 def text_inputs(
     src: str | Path, text: str, *, window: int = 512, samples: int = 128, revision: str | None = None,
-    local_files_only: bool = False,
+    token: str | bool | None = None, local_files_only: bool = False,
 ) -> list[Any]:  # fmt: skip
     """Return a text as inputs to calibrate a transformers checkpoint on, by its tokenizer.
 
@@ -165,8 +165,8 @@ def text_inputs(
     Raises:
         SourceError: no tokenizer. CalibrationError: no text.
     """
-    where: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
-    model: Any = open_checkpoint(src, config_only=True, **where).model
+    where: dict[str, Any] = {"revision": revision, "token": token, "local_files_only": local_files_only}
+    model: Any = open_checkpoint(src, need="config", **where).model
     words = _tokenizer(src, **where)
     window = min(window, getattr(model.config.get_text_config(), "max_position_embeddings", None) or window)
     if not model.can_generate() or model.config.is_encoder_decoder:

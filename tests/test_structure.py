@@ -20,19 +20,21 @@ LEVELS = [
     ["heads", "planning"],
     ["integrations", "encode"],
     ["folder", "calibration"],
+    ["hub"],
+    ["card"],
     ["opened", "record"],
     ["conversion", "tuning"],
     ["checkpoint", "models", "nn"],
-    ["pretrained", "texts"],
+    ["pretrained", "texts", "publish"],
     ["cli"],
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
 # Who may import what is slow to import or optional.
 HOMES = {
-    "transformers": {"integrations/transformers.py", "models/opt.py", "pretrained.py", "texts.py"},
+    "transformers": {"integrations/transformers.py", "integrations/tasks.py", "models/opt.py", "pretrained.py", "texts.py"},
     "vit_pytorch": {"models/vit.py"},
     "torchvision": set(),
-    "huggingface_hub": {"integrations/transformers.py"},
+    "huggingface_hub": {"hub.py", "card.py", "publish.py"},
     "typer": {"cli"},
     "rich": {"cli"},
     "numba": {"kernels"},

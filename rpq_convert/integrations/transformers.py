@@ -1,4 +1,4 @@
-"""transformers checkpoints: find them, build their model empty, read their tensors under the model's names.
+"""transformers checkpoints: build their model empty, read their tensors under the model's names.
 
 Checkpoint keys are not module names: prefixes come and go, old names linger, and mixture-of-experts files keep one tensor
 per expert where the model has one fused parameter. transformers knows all of it (`get_model_conversion_mapping`); here its
@@ -29,57 +29,12 @@ from transformers.conversion_mapping import get_model_conversion_mapping  # noqa
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key  # noqa: E402
 from transformers.utils.loading_report import LoadStateDictInfo  # noqa: E402
 
-CONFIGS = ("config.json",)
 SMALL = (
     "generation_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template*", "*.model",
-    "spiece.model", "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "1_Pooling/*",
-    "LICENSE*",
+    "spiece.model", "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json",
+    "LICENSE*", "README.base.md",
 )  # fmt: skip
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
-
-
-def resolve(
-    src: str | Path,
-    *,
-    revision: str | None = None,
-    token: str | None = None,
-    local_files_only: bool = False,
-    allow_pickle: bool = False,
-) -> Path:
-    """Return the local folder of a checkpoint: `src` itself, or a hub download of just the files that are needed."""
-    patterns = [*CONFIGS, *SMALL, *WEIGHTS, *(PICKLED if allow_pickle else ())]
-    return _folder(src, patterns, revision, token, local_files_only)
-
-
-def fetch_config(
-    src: str | Path, *, revision: str | None = None, token: str | None = None, local_files_only: bool = False
-) -> Path:
-    """Return a local folder that holds at least the checkpoint's config."""
-    return _folder(src, list(CONFIGS), revision, token, local_files_only)
-
-
-def _folder(src: str | Path, patterns: list[str], revision: str | None, token: str | None, offline: bool) -> Path:
-    path = Path(src)
-    if path.is_dir():
-        return path
-    if path.exists() or path.is_absolute() or str(src).startswith((".", "~")) or str(src).count("/") > 1:
-        what = "is a file; give its folder, or a factory for a bare weight file" if path.exists() else "does not exist"
-        raise SourceError(f"{src} {what}")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        found = snapshot_download(
-            str(src), revision=revision, token=token, local_files_only=offline, allow_patterns=patterns
-        )
-    except HFValidationError:
-        raise SourceError(f"{src} is neither a folder nor a hub id such as facebook/opt-125m") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
-        first = str(e).strip().splitlines()[0]
-        raise SourceError(f"{src} is no local folder, and the hub did not give it: {first}") from None
-    return Path(found)
 
 
 def load_config(folder: str | Path) -> Any:
@@ -226,5 +181,5 @@ class ModuleSource(Mapping[str, Tensor]):
 
 def extra_files(folder: str | Path) -> list[Path]:
     """Return the small files that belong beside the weights: tokenizer, generation settings, processors. Never code."""
-    found = {p for pattern in SMALL for p in Path(folder).glob(pattern) if p.is_file() and "/" not in pattern}
+    found = {p for pattern in SMALL for p in Path(folder).glob(pattern) if p.is_file()}
     return sorted(p for p in found if p.suffix != ".py" and "safetensors" not in p.name)
