@@ -18,7 +18,7 @@ from rpq_convert.version import __version__
 when_imported("transformers.quantizers.auto", "rpq_convert.pretrained")  # from_pretrained knows "rpq" from then on
 
 _HOMES = {
-    "convert": "conversion", "convert_checkpoint": "conversion", "plan": "conversion",
+    "convert": "conversion", "convert_checkpoint": "conversion", "plan": "conversion", "sweep": "conversion", "sensitivities": "sensitivity",
     "save": "checkpoint", "load": "checkpoint", "restore": "checkpoint", "restore_checkpoint": "checkpoint",
     "verify": "checkpoint", "audit": "checkpoint", "model_size": "checkpoint", "VerifyError": "checkpoint",
     "Plan": "planning", "Job": "planning", "Skip": "planning", "Rule": "rules", "PlanError": "rules", "preset_names": "rules",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -90,7 +91,7 @@ def _lagrange(
     """Return a greedy choice and the price at which the budget is met."""
     hulls = [_hull(options, front) for options, front in zip(items, fronts)]
     steps = sorted(
-        (-_gain(items[i], a, b), i, k) for i, hull in enumerate(hulls) for k, (a, b) in enumerate(zip(hull, hull[1:]))
+        (-_gain(items[i], a, b), i, k) for i, hull in enumerate(hulls) for k, (a, b) in enumerate(pairwise(hull))
     )
     choice = [hull[0] for hull in hulls]
     left = budget - _totals(items, choice)[0]

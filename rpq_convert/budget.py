@@ -1,7 +1,7 @@
 """Budget: the size of every parameter chosen so that the whole is as good as its bytes allow.
 
 A plan is made at every rate; what a parameter gets in each of them, and staying dense, are its options. An option weighs
-its exact bytes and loses `sensitivity x expected error`; `allocate` chooses. The outcome is an ordinary plan whose jobs
+its exact bytes and loses `sensitivity x harm of the expected error`; `allocate` chooses. The outcome is an ordinary plan whose jobs
 say their specs, so nothing after it knows of budgets.
 
 Measured sensitivities (`rpq.sensitivities`) decide most. Without them shapes alone do: every weight counts the same, one
@@ -20,19 +20,24 @@ from typing import Any
 from rpq_convert import planning
 from rpq_convert.allocation import Allocation, allocate
 from rpq_convert.planning import SAFETENSORS_NAMES, Job, Plan, Skip, parse_size, warnings_of
+from rpq_convert.report.curve import Curve, Sample
 from rpq_convert.rules import PlanError, split_bits
+from rpq_convert.spec import Spec
 from rpq_convert.walk import Slot
 
-# (dim, stages) of 0.5 to 8 bits; several stages serve short sub-vectors, as in `split_bits`.
-RATES = tuple(
-    (dim, stages)
-    for stages in (1, 2, 3)
-    for dim in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)
-    if dim >= stages and (stages == 1 or dim <= 8)
-)
+# (dim, stages) of 0.5 to 8 bits. Left out: three stages of dim 6, of less error but more harm than two of dim 4.
+RATES = (
+    (1, 1), (4, 3), (3, 2), (5, 3), (2, 1), (4, 2), (7, 3), (5, 2), (8, 3), (3, 1), (6, 2), (7, 2), (4, 1), (8, 2),
+    (5, 1), (6, 1), (7, 1), (8, 1), (10, 1), (12, 1), (14, 1), (16, 1),
+)  # fmt: skip
+# Errors of equal size harm the more the higher the rate: they sit on the large weights, above all with one codebook. By
+# what factor for every bit above 2, as `benchmarks/budget.py` measures it on SmolLM2: [one stage, several].
+HARM = (1.2, 1.1)
 EMBEDDED = 4.0
+ROUNDING = 1e-7
 CLOSE = 0.99  # of a budget is to be used
 BY = "the budget"
+SHAPES = "sizes were chosen by shapes alone; measured sensitivities choose better (rpq.sensitivities)"
 
 Sensitivity = float | Mapping[Any, float]
 
@@ -56,7 +61,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Point:
-    """A plan of the curve of size against quality; `loss` is the sum over parameters of sensitivity x expected error."""
+    """A plan of the curve of size against quality; `loss` is the sum of its options'."""
 
     plan: Plan
     loss: float
@@ -68,7 +73,7 @@ def make_plan(
     bits: float | None = None,
     target_size: str | int | None = None,
     max_error: float | None = None,
-    sensitivity: Mapping[str, Sensitivity] | None = None,
+    sensitivity: Mapping[str, Sensitivity] | str | None = None,
     **options: Any,
 ) -> Plan:
     """Plan as `planning.make_plan` does, the size of each parameter chosen where a budget is given.
@@ -81,21 +86,28 @@ def make_plan(
         max_error: the smallest form of each parameter whose expected relative squared error is not above this; one that
             has none stays dense.
         sensitivity: parameter name -> loss per unit of relative squared error, as `rpq.sensitivities` measures it; or
-            name -> {bits: loss}, losses that were measured at some rates. Names left out count by their shape.
+            name -> {bits: loss}, losses that were measured at some rates. Names left out count by their shape, all with
+            `"shape"`.
         options: those of `planning.make_plan`. Parameters that a rule gives a size keep it.
 
     Raises:
         PlanError: a budget that cannot be met (it names the sizes that can), or several of them.
     """
-    mixed = bits is not None and not _exact(bits)
+    mixed = bits is not None and mixes(bits)
     budgets = {"target_size": target_size, "max_error": max_error, "bits": bits if mixed else None}
     budgets = {name: value for name, value in budgets.items() if value is not None}
+    if isinstance(sensitivity, str):
+        if sensitivity != "shape":
+            raise PlanError(f"sensitivity must be 'shape' or a mapping from names to numbers, not {sensitivity!r}")
+        sensitivity = None
     if not budgets:
         if sensitivity is not None:
             raise PlanError("sensitivity serves a target_size or an average of bits; give one of them")
         return planning.make_plan(slots, bits=bits, **options)
     sizes = ("preset", "dim", "stages", "codebooks")
-    given = sorted({*budgets, *(("bits",) if bits is not None else ()), *(n for n in sizes if options.get(n) is not None)})
+    given = sorted(
+        {*budgets, *(("bits",) if bits is not None else ()), *(n for n in sizes if options.get(n) is not None)}
+    )
     if len(given) > 1:
         raise PlanError(f"give one of {', '.join(given)}, not several: each decides the sizes")
     choices = Choices(slots, sensitivity, options)
@@ -107,13 +119,13 @@ def make_plan(
     return choices.within_bits(bits).plan
 
 
-def _exact(bits: float) -> bool:
-    """Say whether one layout has these bits; what no budget can have is left to `split_bits`, which refuses nonsense."""
+def mixes(bits: float) -> bool:
+    """Say whether it takes several rates to have these bits; what no mix can have is left to `split_bits` to refuse."""
     try:
         dim, stages = split_bits(bits)
     except PlanError:
-        return True
-    return not 0.5 < bits < 8 or math.isclose(8 * stages / dim, bits, rel_tol=2e-3)
+        return False
+    return 0.5 < bits < 8 and not math.isclose(8 * stages / dim, bits, rel_tol=2e-3)
 
 
 def by_shape(slot: Slot) -> float:
@@ -124,6 +136,16 @@ def by_shape(slot: Slot) -> float:
     inputs, outputs = slot.view.matrix_shape(slot.shape, "out")
     embeds = slot.view.axis == "in" or any("Embedding" in k for k in slot.kinds)
     return weights * (EMBEDDED if embeds or outputs > 8 * inputs else 1.0)
+
+
+def expected(job: Job) -> float:
+    """Return a job's expected relative squared error as a fit, at least that of rounding to 16 bits."""
+    return max(ROUNDING, job.spec.expected_error(job.weight_view, job.shape))
+
+
+def harm(spec: Spec, error: float) -> float:
+    """Return what a relative squared error of this layout counts, in errors of 2 bits."""
+    return error * HARM[spec.stages > 1] ** (spec.bits - 2)
 
 
 def interpolate(measured: Mapping[Any, float], bits: float) -> float:
@@ -152,10 +174,8 @@ class Choices:
         if strange:
             raise PlanError(f"sensitivity names {strange[0]}, which the model does not have")
         self.uniform = [planning.make_plan(slots, dim=d, stages=s, **options) for d, s in RATES]
-        self.items = [
-            self._options(slot, list(dict.fromkeys(decisions)))
-            for slot, *decisions in zip(slots, *(_in_order(p, slots) for p in self.uniform), strict=True)
-        ]
+        decisions = [_in_order(p, slots) for p in self.uniform]
+        self.items = [self._options(slot, list(dict.fromkeys(d[i] for d in decisions))) for i, slot in enumerate(slots)]
         self.free = {i for i, o in enumerate(self.items) if any(isinstance(x.decision, Job) for x in o)}
 
     def _options(self, slot: Slot, decisions: list[Job | Skip]) -> list[Option]:
@@ -171,7 +191,7 @@ class Choices:
         tensors = decision.spec.tensors(decision.weight_view, decision.shape)
         nbytes = sum(decision.nbytes.values())
         lines = self._lines({f"{decision.name}_rpq.{part}": shape for part, (_, shape) in tensors.items()})
-        error = decision.spec.expected_error(decision.weight_view, decision.shape)
+        error = expected(decision)
         return Option(decision, nbytes, nbytes + lines, error, self._loss(slot, decision, error))
 
     def _lines(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
@@ -187,8 +207,8 @@ class Choices:
     def _loss(self, slot: Slot, job: Job, error: float) -> float:
         known = next((self.measured[n] for n in (slot.name, *slot.aliases) if n in self.measured), None)
         if known is None:
-            return by_shape(slot) * self._unit * error
-        return interpolate(known, job.spec.bits) if isinstance(known, Mapping) else known * error
+            return by_shape(slot) * self._unit * harm(job.spec, error)
+        return interpolate(known, job.spec.bits) if isinstance(known, Mapping) else known * harm(job.spec, error)
 
     @cached_property
     def _unit(self) -> float:
@@ -274,6 +294,19 @@ class Choices:
         skips = tuple(d for d in decisions if isinstance(d, Skip))
         return Point(Plan(jobs, skips, options, base.max_shard_size), sum(o.loss for o in chosen))
 
+    def loss(self, plan: Plan) -> float:
+        """Return the expected loss of any plan for this model."""
+        slots = {s.name: s for s in self.slots}
+        return sum(self._loss(slots[j.name], j, expected(j)) for j in plan.jobs)
+
+    def sample(self, plan: Plan, loss: float, how: str) -> Sample:
+        """Return a plan as a row of a curve."""
+        sizes = {j.name: math.prod(j.shape) for j in plan.jobs}
+        weights = sum(math.prod(s.shape) for s in self.slots if not s.buffer)
+        free = sum(math.prod(self.slots[i].shape) for i in self.free)
+        error = sum(sizes[j.name] * expected(j) for j in plan.jobs) / free
+        return Sample(how, plan.file_bytes, 8 * plan.file_bytes / weights, error, loss)
+
     def _told(self, point: Point, used: int, room: int, asked: Mapping[str, Any]) -> Point:
         """Return the point whose plan says what was asked and what there is to know."""
         plan = replace(
@@ -281,28 +314,62 @@ class Choices:
         )
         told = list(self.warnings)
         if not self.measured and "max_error" not in asked:
-            told.append("sizes were chosen by shapes alone; measured sensitivities choose better (rpq sensitivity)")
+            told.append(SHAPES)
         if used < CLOSE * room:
             told.append(f"{used:,} bytes are the nearest to {room:,} that these parameters can take")
         return replace(point, plan=replace(plan, warnings=(*told, *warnings_of(plan))))
 
 
 def _in_order(plan: Plan, slots: Sequence[Slot]) -> list[Job | Skip]:
-    found: dict[str, Job | Skip] = {d.name: d for d in (*plan.jobs, *plan.skips)}
+    found: dict[str, Job | Skip] = {j.name: j for j in plan.jobs}
+    found |= {s.name: s for s in plan.skips}
     return [found[s.name] for s in slots]
 
 
 def _with_books(option: Option) -> list[Option]:
     job = option.decision
-    if not isinstance(job, Job) or not option.error:
+    if not isinstance(job, Job):
         return []
     found = []
     blocks = job.spec.blocks(job.weight_view, job.shape)
-    for books in (2**k for k in range(1, blocks.bit_length()) if job.spec.books < 2**k <= blocks):
+    for books in (b for k in range(blocks.bit_length()) for b in (2 * 2**k, 3 * 2**k) if job.spec.books < b <= blocks):
         more = replace(job, spec=replace(job.spec, books=books))
         grown = sum(more.nbytes.values()) - option.nbytes
-        error = more.spec.expected_error(more.weight_view, more.shape)
+        error = expected(more)
         found.append(
             Option(more, option.nbytes + grown, option.entry + grown + 9, error, option.loss * error / option.error)
         )
     return [o for o in found if o.nbytes < job.dense_bytes]
+
+
+def sweep(
+    slots: Sequence[Slot],
+    *,
+    points: int = 24,
+    sensitivity: Mapping[str, Sensitivity] | str | None = None,
+    **options: Any,
+) -> Curve:
+    """Return the curve of size against expected quality, from the smallest plan to everything at 8 bits.
+
+    Args:
+        slots, sensitivity, options: as for `make_plan`.
+        points: how many budgets, each larger than the one before by the same factor.
+    """
+    if points < 2:
+        raise PlanError(f"a curve needs at least 2 points, not {points}")
+    choices = Choices(slots, None if isinstance(sensitivity, str) else sensitivity, options)
+    if not choices.free:
+        raise PlanError("no parameter of this model can be converted, so there is no curve")
+    low, high = choices.smallest.plan.file_bytes, choices.uniform[0].file_bytes
+    sizes = [round(low * (high / low) ** (i / (points - 1))) for i in range(points)]
+    mixed = {p.plan.file_bytes: p for size in sizes if (p := choices.within_size(max(low, size)))}
+    uniform = [
+        (p, f"dim {dim}{f' x {stages} stages' if stages > 1 else ''}, {8 * stages / dim:.3g} bits")
+        for (dim, stages), p in zip(RATES, choices.uniform)
+        if p.jobs
+    ]
+    return Curve(
+        tuple(choices.sample(p.plan, p.loss, "mixed") for p in mixed.values()),
+        tuple(choices.sample(p, choices.loss(p), how) for p, how in uniform),
+        () if choices.measured else (SHAPES,),
+    )

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Each line may import the lines above it, and its own.
 LEVELS = [
-    ["version", "view", "executors", "source", "empty", "kernels", "fit", "calling", "reading"],
+    ["version", "allocation", "view", "executors", "source", "empty", "kernels", "fit", "calling", "reading"],
     ["spec"],
     ["weight"],
     ["computed"],
@@ -18,8 +18,9 @@ LEVELS = [
     ["walk", "evaluation"],
     ["rules", "report"],
     ["heads", "planning"],
-    ["integrations", "encode"],
+    ["budget", "integrations", "encode"],
     ["folder", "calibration"],
+    ["sensitivity"],
     ["opened", "record"],
     ["conversion", "tuning"],
     ["checkpoint", "models", "nn"],
