@@ -18,6 +18,7 @@ from torch import nn
 
 from rpq_convert import operations  # noqa: F401 - teaches computed weights what they can do without decoding
 from rpq_convert.computed import ComputedWeight, DecodedView, refuse
+from rpq_convert.tracing import TracedWeight
 from rpq_convert.view import WeightView
 from rpq_convert.weight import RPQWeight
 
@@ -108,8 +109,8 @@ def _computed(name: str) -> property:
         rpq: Any = self._modules[name + SUFFIX]
         if rpq.kept is not None and not (torch.is_grad_enabled() and rpq.trainable):
             return rpq.kept
-        # the compiler traces through the plain decode; eager code gets the lazy tensor
-        return rpq() if torch.compiler.is_compiling() else ComputedWeight(rpq, f"{type(self).__name__}.{name}")
+        lazy = TracedWeight if torch.compiler.is_compiling() else ComputedWeight
+        return lazy(rpq, f"{type(self).__name__}.{name}")
 
     return property(read, doc=f"The expanded {name}; read-only.")
 

@@ -14,6 +14,7 @@ LEVELS = [
     ["weight"],
     ["computed"],
     ["operations"],
+    ["tracing"],
     ["layers"],
     ["walk", "evaluation"],
     ["rules", "report"],
