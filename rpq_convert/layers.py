@@ -107,9 +107,10 @@ def _blank(original: Any, names: tuple[str, ...]) -> nn.Module:
 def _computed(name: str) -> property:
     def read(self: nn.Module) -> torch.Tensor:
         rpq: Any = self._modules[name + SUFFIX]
+        compiling = torch.compiler.is_compiling()
         if rpq.kept is not None and not (torch.is_grad_enabled() and rpq.trainable):
-            return rpq.kept
-        lazy = TracedWeight if torch.compiler.is_compiling() else ComputedWeight
+            return rpq.kept if compiling else rpq.guarded
+        lazy: Any = TracedWeight if compiling else ComputedWeight
         return lazy(rpq, f"{type(self).__name__}.{name}")
 
     return property(read, doc=f"The expanded {name}; read-only.")
@@ -166,11 +167,12 @@ def decoded(model: nn.Module) -> Iterator[nn.Module]:
     try:
         with torch.no_grad():
             for weight in weights:
-                weight.kept = weight().as_subclass(DecodedView)
+                weight.kept = weight()
+                weight.guarded = weight.kept.as_subclass(DecodedView)
         yield model
     finally:
         for weight in weights:
-            weight.kept = None
+            weight.kept = weight.guarded = None
 
 
 def find(model: nn.Module, path: str) -> tuple[nn.Module, str]:

@@ -108,7 +108,7 @@ def _looked_up(index: Tensor, weight: Any, padding_idx: int | None) -> tuple[Ten
     if not isinstance(weight, ComputedWeight):
         return None
     rpq = rpq_of(weight)
-    if not rpq.rows_are_entries or index.device.type == "meta" or not index.numel():
+    if not rpq.rows_are_entries or index.device.type == "meta" or torch.jit.is_tracing() or not index.numel():
         return None
     entries = rpq.shape[0]
     used, inverse = torch.unique(index, return_inverse=True)
@@ -142,9 +142,10 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
-    if isinstance(weight, ComputedWeight) and max_norm is None and not scale_grad_by_freq and input.numel():
+    if isinstance(weight, ComputedWeight) and max_norm is None and not scale_grad_by_freq:
         rpq = rpq_of(weight)
-        if rpq.rows_are_entries and rpq.face is not plain and input.device.type == rpq.codes.device.type:
+        served = rpq.rows_are_entries and rpq.face is not plain and input.device.type == rpq.codes.device.type
+        if served and input.numel():
             return rows_of(rpq, input, padding_idx)
     found = _looked_up(input, weight, padding_idx)
     if found is None:

@@ -35,6 +35,13 @@ class TracedWeight:
                 return done
         return func(*_decode_in(args), **_decode_in(kwargs))
 
+    def dense(self) -> Tensor:
+        return self.rpq()
+
+    @property
+    def data(self) -> TracedWeight:
+        return DetachedWeight(self.rpq, self.name)
+
     @property
     def shape(self) -> torch.Size:
         return torch.Size(self.rpq.shape)
@@ -64,15 +71,25 @@ class TracedWeight:
     def __len__(self) -> int:
         return self.rpq.shape[0]
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise refuse("__setitem__ on it", self.name)
+
     def __getattr__(self, name: str) -> Any:
         if name.endswith("_") and not name.endswith("__"):
             raise refuse(f"{name} on it", self.name)
-        return getattr(self.rpq(), name)
+        return getattr(self.dense(), name)
+
+
+class DetachedWeight(TracedWeight):
+    """`weight.data`: no gradient goes through it, and it is as read-only."""
+
+    def dense(self) -> Tensor:
+        return self.rpq().detach()
 
 
 def _forward(name: str) -> Callable[..., Any]:
     def operate(self: TracedWeight, *args: Any) -> Any:
-        return getattr(self.rpq(), name)(*_decode_in(args))
+        return getattr(self.dense(), name)(*_decode_in(args))
 
     return operate
 
@@ -88,7 +105,7 @@ for _name in ("neg", "abs", "getitem", "lt", "le", "gt", "ge", "eq", "ne"):
 def _decode_in(value: Any) -> Any:
     """Return the argument tree with every traced weight decoded."""
     if isinstance(value, TracedWeight):
-        return value.rpq()
+        return value.dense()
     if type(value) in (tuple, list):
         return type(value)([_decode_in(v) for v in value])
     if type(value) is dict:
@@ -107,7 +124,7 @@ def _addmm(input: Tensor, mat1: Tensor, mat2: Any, *, beta: float = 1, alpha: fl
 
 
 def _product(x: Any, weight: Any, bias: Any, axes: tuple[str, ...]) -> Any:
-    if not isinstance(weight, TracedWeight) or isinstance(x, TracedWeight) or isinstance(bias, TracedWeight):
+    if type(weight) is not TracedWeight or isinstance(x, TracedWeight) or isinstance(bias, TracedWeight):
         return NotImplemented
     rpq = weight.rpq
     cut, dtype, device = rpq.cut, rpq.dtype, x.device.type
@@ -117,11 +134,12 @@ def _product(x: Any, weight: Any, bias: Any, axes: tuple[str, ...]) -> Any:
         dtype = torch.get_autocast_dtype(device)
     elif x.dtype != dtype:
         return NotImplemented  # torch says what is wrong
-    flat, inside = x.reshape(-1, cut.inputs).to(dtype), bias if rpq.zero_row is None else None
-    out = rpq.face.linear(flat, rpq.stages_codes(), rpq.codebooks, rpq.scales, inside, cut)
+    x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    parts, inside = (rpq.stages_codes(), rpq.codebooks, rpq.scales), bias if rpq.zero_row is None else None
+    out = rpq.face.linear(x.reshape(-1, cut.inputs), *parts, inside, cut)
     if rpq.zero_row is not None:
-        row = torch.arange(cut.outputs, device=out.device) == rpq.zero_row
-        out = out.masked_fill(row, 0) if bias is None else out.masked_fill(row, 0) + bias.to(dtype)
+        out = out.masked_fill(torch.arange(cut.outputs, device=out.device) == rpq.zero_row, 0)
+        out = out if bias is None else out + bias
     return out.view(*x.shape[:-1], cut.outputs)
 
 
@@ -134,22 +152,39 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
-    if not isinstance(weight, TracedWeight) or not weight.rpq.rows_are_entries:
+    if type(weight) is not TracedWeight:
         return NotImplemented
-    if max_norm is not None or scale_grad_by_freq:
-        return NotImplemented
-    return rows_of(weight.rpq, input, padding_idx)
+    rpq = weight.rpq
+    if rpq.rows_are_entries and max_norm is None and not scale_grad_by_freq:
+        return rows_of(rpq, input, padding_idx)
+    # sparse gradients would be those of the decoded rows, which are no parameter: the codebooks' are dense and small
+    return F.embedding(input, rpq(), padding_idx, max_norm, norm_type, scale_grad_by_freq, False)
 
 
-def _embedding_bag(input: Tensor, weight: Any, *args: Any, **kwargs: Any) -> Any:
-    special = ("max_norm", "scale_grad_by_freq", "padding_idx")
-    if not isinstance(weight, TracedWeight) or not weight.rpq.rows_are_entries or len(args) > 1:
+def _embedding_bag(
+    input: Tensor,
+    weight: Any,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Any:
+    if type(weight) is not TracedWeight:
         return NotImplemented
-    if any(kwargs.get(name) not in (None, False) for name in special):
-        return NotImplemented
-    rows = weight.rpq.rows(input.reshape(-1))
-    index = torch.arange(input.numel(), device=input.device).view(input.shape)
-    return F.embedding_bag(index, rows, *args, **(kwargs | {"sparse": False}))
+    rpq = weight.rpq
+    if rpq.rows_are_entries and max_norm is None and not scale_grad_by_freq and padding_idx is None:
+        rows, index = rpq.rows(input.reshape(-1)), torch.arange(input.numel(), device=input.device).view(input.shape)
+    else:
+        rows, index = rpq(), input
+    return F.embedding_bag(
+        index, rows, offsets, max_norm, norm_type, scale_grad_by_freq, mode, False, per_sample_weights,
+        include_last_offset, padding_idx,
+    )  # fmt: skip
 
 
 TRACED: dict[Any, Callable[..., Any]] = {

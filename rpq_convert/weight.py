@@ -6,7 +6,7 @@ operation can work on the codes (operations.py).
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -19,6 +19,13 @@ from rpq_convert.kernels import operators, plain
 from rpq_convert.kernels.cut import Cut
 from rpq_convert.spec import Spec, dtype_name, dtype_of
 from rpq_convert.view import WeightView
+
+
+@torch.compiler.assume_constant_result
+def _transformed() -> bool:
+    """Whether torch.func rewrites operations just now: it looks through ordinary ones only."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
 
 class RPQWeight(nn.Module):
     """One parameter as codewords.
@@ -39,6 +46,7 @@ class RPQWeight(nn.Module):
     codes: nn.Parameter
     scales: nn.Parameter | None
     kept: Tensor | None = None  # the expanded weight, inside a block of `rpq_convert.decoded`
+    guarded: Tensor | None = None  # the same memory, as eager code gets it
 
     def __init__(
         self,
@@ -52,6 +60,8 @@ class RPQWeight(nn.Module):
     ) -> None:
         super().__init__()
         self.spec, self.view, self.shape, self.zero_row = spec, view, tuple(shape), zero_row
+        n, length = view.matrix_shape(self.shape, spec.axis)
+        self.cut = Cut(spec.axis, n, length, spec.dim, spec.books, spec.stages)  # the coded matrix, as kernels see it
         self._probe = torch.empty(0, dtype=dtype, device=device)  # follows .to() and remembers the expanded dtype
         for name, (kind, size) in spec.tensors(view, self.shape).items():
             empty = torch.zeros(size, dtype=kind, device=device)
@@ -68,12 +78,6 @@ class RPQWeight(nn.Module):
     def trainable(self) -> bool:
         return self.codebooks.requires_grad or (self.scales is not None and self.scales.requires_grad)
 
-    @functools.cached_property
-    def cut(self) -> Cut:
-        """The coded matrix as kernels see it."""
-        n, length = self.view.matrix_shape(self.shape, self.spec.axis)
-        return Cut(self.spec.axis, n, length, self.spec.dim, self.spec.books, self.spec.stages)
-
     @property
     def face(self) -> ModuleType:
         """What computes on the codes: compiled kernels, for real tensors and with nothing that watches torch's operations.
@@ -81,15 +85,16 @@ class RPQWeight(nn.Module):
         A compiler gets operators, an exporter to ONNX, a tracer and everything else plain torch operations.
         """
         if torch.compiler.is_compiling():
-            return plain if torch.onnx.is_in_onnx_export() else operators
+            return plain if torch.onnx.is_in_onnx_export() or _transformed() else operators
+        codes = self.codes
         real = (
-            type(self.codes) in (nn.Parameter, Tensor)
+            type(codes) in (nn.Parameter, Tensor)
             and self.dtype in kernels.SERVED
             and torch._C._len_torch_dispatch_stack() == 0
             and torch._C._functorch.peek_interpreter_stack() is None
             and torch._C._get_tracing_state() is None
         )
-        return kernels.face(self.codes.device.type) if real else plain
+        return kernels.face(codes.device.type) if real else plain
 
     def stages_codes(self) -> Tensor:
         """Return the codes as [stages, blocks, n], a view."""
@@ -119,6 +124,7 @@ class RPQWeight(nn.Module):
         part.spec, part.view, part.shape, part.zero_row = self.spec, self.view.inner, self.shape[1:], None
         part._probe = self._probe
         rows = self.cut.n // self.shape[0]
+        part.cut = dataclasses.replace(self.cut, n=rows)
         part.__dict__["codebooks"] = self.codebooks
         part.__dict__["codes"] = self.codes[..., expert * rows : (expert + 1) * rows]
         part.__dict__["scales"] = None if self.scales is None else self.scales[expert]

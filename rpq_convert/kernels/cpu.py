@@ -10,7 +10,16 @@ from rpq_convert.kernels.cut import Cut
 from rpq_convert.kernels.decode import decode, decode_again, decode_gradients, decode_rows, tiled_linear
 from rpq_convert.kernels.linear import cost, pointwise
 
-__all__ = ["cost", "decode", "decode_again", "decode_gradients", "decode_rows", "linear", "linear_gradients", "pointwise"]
+__all__ = [
+    "cost",
+    "decode",
+    "decode_again",
+    "decode_gradients",
+    "decode_rows",
+    "linear",
+    "linear_gradients",
+    "pointwise",
+]
 
 
 def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, bias: Tensor | None, cut: Cut) -> Tensor:

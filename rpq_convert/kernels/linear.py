@@ -31,14 +31,11 @@ WORTH = 1 << 18  # lookups that are worth a thread
 def cost(cut: Cut, tokens: int, dtype: torch.dtype = torch.float32) -> float:
     """Return the time of a layer by lookups over that of decoding its weight and multiplying, roughly.
 
-    In multiply-adds of a dense product: a lookup counts 1.5, a bin 2.6, a table entry 0.9, a decoded weight 50 (from
-    benchmarks/speed.py, two cores of an AMD EPYC 9004). Dense bfloat16 is 2.4 times as fast where the processor has it. Few
-    tokens are bound by memory, where codes always win.
+    A decoded weight counts 50 multiply-adds. Dense bfloat16 is 2.4 times as fast where the processor has it. Few tokens are
+    bound by memory, where codes always win.
     """
     faster, decoded = (2.4, 75) if dtype == torch.bfloat16 and HAS_BFLOAT16 else (1.0, 50)
-    adds = cut.n * cut.blocks * cut.stages * (1.5 if cut.axis == "in" else 2.6)
-    tables = 0.9 * 256 * cut.length * cut.stages
-    return faster * tokens * (adds + tables) / (cut.n * cut.length * (tokens + decoded))
+    return faster * tokens * cut.work / (tokens + decoded)
 
 
 _READY: Any = WeakIdKeyDictionary()  # codebooks -> (version, address, shape, sample, its values, {kind: tensors})

@@ -56,16 +56,14 @@ def decode_rows(
 
 def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, bias: Tensor | None, cut: Cut) -> Tensor:
     """Return `x W^T + bias`, x [tokens, inputs], in x's dtype."""
-    return F.linear(
-        x, decode(codes, codebooks, scales, cut, x.dtype), None if bias is None else bias.to(x.dtype)
-    )
+    return F.linear(x, decode(codes, codebooks, scales, cut, x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def decode_gradients(
     gradient: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, index: Tensor | None, cut: Cut, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Return the gradients of (codebooks, scales) from that of the weight, or of its rows `index`; None where not needed."""
-    wide = torch.promote_types(codebooks.dtype, torch.float32)
+    wide = torch.promote_types(gradient.dtype, torch.float32)
     gradient, dbooks, dscales = gradient.to(wide), None, None
     codes = codes if index is None else codes[:, :, index]
     if needs[1]:
