@@ -7,6 +7,7 @@ costs more microseconds than a small layer has.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,9 +19,14 @@ from rpq_convert.kernels import plain
 from rpq_convert.kernels.cut import Cut
 
 
+@functools.lru_cache(4096)
+def _known(axis: str, n: int, length: int, dim: int, books: int, stages: int) -> Cut:
+    return Cut(axis, n, length, dim, books, stages)
+
+
 def _cut(codes: Tensor, codebooks: Tensor, axis: str, length: int) -> Cut:
     stages, _, n = codes.shape
-    return Cut(axis, n, length, codebooks.shape[-1], codebooks.shape[-3], stages)
+    return _known(axis, n, length, codebooks.shape[-1], codebooks.shape[-3], stages)
 
 
 def _face(codes: Tensor, dtype: torch.dtype) -> Any:
