@@ -21,10 +21,10 @@ from rpq_convert.spec import Spec, dtype_name, dtype_of
 from rpq_convert.view import WeightView
 
 
-@torch.compiler.assume_constant_result
 def _transformed() -> bool:
     """Whether torch.func rewrites operations just now: it looks through ordinary ones only."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    # isinstance, as the compiler takes `is not None` for true here
+    return isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter)
 
 
 class RPQWeight(nn.Module):
@@ -91,7 +91,7 @@ class RPQWeight(nn.Module):
             type(codes) in (nn.Parameter, Tensor)
             and self.dtype in kernels.SERVED
             and torch._C._len_torch_dispatch_stack() == 0
-            and torch._C._functorch.peek_interpreter_stack() is None
+            and not _transformed()
             and torch._C._get_tracing_state() is None
         )
         return kernels.face(codes.device.type) if real else plain
