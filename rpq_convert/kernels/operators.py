@@ -19,14 +19,12 @@ from rpq_convert.kernels import plain
 from rpq_convert.kernels.cut import Cut
 
 
-@functools.lru_cache(4096)
-def _known(axis: str, n: int, length: int, dim: int, books: int, stages: int) -> Cut:
-    return Cut(axis, n, length, dim, books, stages)
-
-
-def _cut(codes: Tensor, codebooks: Tensor, axis: str, length: int) -> Cut:
+def _cut(codes: Tensor, codebooks: Tensor, axis: str, length: int, make: Callable[..., Cut] = Cut) -> Cut:
     stages, _, n = codes.shape
-    return _known(axis, n, length, codebooks.shape[-1], codebooks.shape[-3], stages)
+    return make(axis, n, length, codebooks.shape[-1], codebooks.shape[-3], stages)
+
+
+_known = functools.lru_cache(4096)(Cut)  # for real tensors, whose sizes are numbers: what a cut works out once it keeps
 
 
 def _face(codes: Tensor, dtype: torch.dtype) -> Any:
@@ -46,7 +44,7 @@ def _wanted(grads: tuple[Tensor, ...], needs: list[bool]) -> tuple[Tensor | None
 def _linear(
     x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, bias: Tensor | None, axis: str, length: int
 ) -> Tensor:
-    cut = _cut(codes, codebooks, axis, length)
+    cut = _cut(codes, codebooks, axis, length, _known)
     if not x.numel():
         return x.new_zeros(x.shape[0], cut.outputs)
     return _face(codes, x.dtype).linear(x, codes, codebooks, scales, bias, cut)
@@ -62,7 +60,7 @@ def _linear_backward(
     gradient: Tensor, x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, axis: str, length: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    cut = _cut(codes, codebooks, axis, length)
+    cut = _cut(codes, codebooks, axis, length, _known)
     face = _face(codes, x.dtype) if x.numel() else plain
     grads = face.linear_gradients(gradient.contiguous(), x, codes, codebooks, scales, cut, tuple(needs))
     return _given(grads, x)  # type: ignore[return-value]
@@ -83,7 +81,7 @@ def _shapes(tensors: tuple[Tensor | None, ...], needs: list[bool], like: Tensor)
 def _decode(
     codes: Tensor, codebooks: Tensor, scales: Tensor | None, index: Tensor | None, axis: str, length: int, dtype: torch.dtype
 ) -> Tensor:  # fmt: skip
-    cut, face = _cut(codes, codebooks, axis, length), _face(codes, dtype)
+    cut, face = _cut(codes, codebooks, axis, length, _known), _face(codes, dtype)
     if index is None:
         return face.decode(codes, codebooks, scales, cut, dtype)
     return face.decode_rows(codes, codebooks, scales, index, cut, dtype)
@@ -100,7 +98,7 @@ def _decode_backward(
     gradient: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, index: Tensor | None, axis: str, length: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    cut, face = _cut(codes, codebooks, axis, length), _face(codes, gradient.dtype)
+    cut, face = _cut(codes, codebooks, axis, length, _known), _face(codes, gradient.dtype)
     grads = face.decode_gradients(gradient.contiguous(), codes, codebooks, scales, index, cut, tuple(needs))
     return _given(grads, codebooks)  # type: ignore[return-value]
 
