@@ -1,6 +1,7 @@
 """The commands: each reads its options, calls one function of the library and shows what it returns."""
 
 import json as jsonlib
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -64,7 +65,11 @@ def convert(
     allow_pickle: o.AllowPickle = False,
     device: Annotated[Literal["cpu", "cuda"], Option(help="Where fits run; in this version on the CPU.")] = "cpu",
     calibrate: Annotated[
-        Path | None, Option(metavar="FILE", help="Text such as the model will see: fit each layer to its inputs on it.")
+        str | None,
+        Option(
+            metavar="FILE|self",
+            help="Text such as the model will see: fit each layer to its inputs on it. 'self': text that a language model writes.",
+        ),
     ] = None,
     samples: Annotated[int, Option(min=1, help="Windows of 512 tokens, or lines, to calibrate on.")] = 128,
     workers: Annotated[int | None, Option(min=1, help="Fits at once; up to 4 by default.")] = None,
@@ -92,17 +97,21 @@ def convert(
     plan = opened.plan(**asked)
     del opened
     warn(plan.warnings)
-    data = None
+    data: Any = None
     if calibrate is not None:
         if factory is not None:
             raise typer.BadParameter(
                 "texts need a tokenizer, which a factory's model has not; use rpq.convert_checkpoint(calibration=…)",
                 param_hint="--calibrate",
             )
-        from rpq_convert.texts import text_inputs
+        from rpq_convert.texts import own_inputs, text_inputs
 
-        data = text_inputs(
-            src, o.read_text(calibrate), samples=samples, revision=revision, local_files_only=local_files_only
+        data = (
+            partial(own_inputs, samples=samples, seed=seed)
+            if calibrate == "self"
+            else text_inputs(
+                src, o.read_text(Path(calibrate)), samples=samples, revision=revision, local_files_only=local_files_only
+            )
         )
     if dry_run:
         return show_report(make_report(plan, {}, title=o.name_of(src)), json=json)

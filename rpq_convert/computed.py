@@ -2,7 +2,8 @@
 
 Asked for its shape or dtype it answers; used by an operation in `HANDLERS` (operations.py fills it) it does just the work
 that is needed; used by any other it decodes first. So a layer keeps its own forward, a subclass keeps its own, and no layer
-type needs code. Writing to a computed weight, or to a view of it, would be lost in a temporary tensor, so it raises.
+type needs code. Writing to a computed weight, or to a view of it, would be lost in a temporary tensor, so it raises
+(but for what operations.py can do to the codebooks instead).
 
 Rejected: `torch.nn.utils.parametrize` (replaces the class's `weight` for every instance, decodes on every read and lets
 in-place writes vanish) and rebuilding layers from their attributes (loses hooks, aliases and subclass behaviour).
@@ -96,15 +97,15 @@ class ComputedWeight(Tensor):
         kwargs = kwargs or {}
         if func in ATTRIBUTES and isinstance(args[0], ComputedWeight):
             return ATTRIBUTES[func](args[0])
-        if _writes(func, args, kwargs, ComputedWeight):
-            first = args[0] if args and isinstance(args[0], (list, tuple)) else args[:1]
-            target = next(a for a in (*first, *kwargs.values()) if isinstance(a, ComputedWeight))
-            raise refuse(f"{getattr(func, '__name__', 'this')} on it", object.__getattribute__(target, "_name"))
         handler = HANDLERS.get(func)
         if handler is not None:
             done = handler(*args, **kwargs)
             if done is not NotImplemented:
                 return done
+        if _writes(func, args, kwargs, ComputedWeight):
+            first = args[0] if args and isinstance(args[0], (list, tuple)) else args[:1]
+            target = next(a for a in (*first, *kwargs.values()) if isinstance(a, ComputedWeight))
+            raise refuse(f"{getattr(func, '__name__', 'this')} on it", object.__getattribute__(target, "_name"))
         decoded: dict[int, Tensor] = {}
         args, kwargs = _decode_in(args, decoded), _decode_in(kwargs, decoded)
         out = func(*args, **kwargs)

@@ -30,6 +30,7 @@ from rpq_convert.walk import walk
 
 AFTER: list[Callable[[nn.Module], None]] = []  # called with every model whose layers were converted, loaded or restored
 Progress = Callable[[Job, Encoded | None], None]
+Calibration = Iterable[Any] | Callable[[nn.Module], Iterable[Any]]
 
 
 def plan(
@@ -104,7 +105,7 @@ def convert(
     workers: int | None = None,
     progress: Progress | None = None,
     plan: Plan | None = None,
-    calibration: Iterable[Any] | None = None,
+    calibration: Calibration | None = None,
     **options: Any,
 ) -> Report:
     """Convert a model in place.
@@ -114,7 +115,8 @@ def convert(
         plan: a plan made before; otherwise one is made from the options.
         calibration: inputs such as the model will see, each a tensor, a tuple or a dict of keyword arguments: layers are
             then fitted in the order of execution to what they are given (calibration.py), which keeps far more quality
-            from 2 to 5 bits and takes some forward passes over them.
+            from 2 to 5 bits and takes some forward passes over them. Or a function of the dense model that returns such
+            inputs (`rpq.own_inputs`).
         options: those of `rpq.plan`: preset, bits, dim, codebooks, rules, include, exclude, fit, seed, …
 
     Returns:
@@ -135,7 +137,7 @@ def convert(
     std = next((v for n in ("initializer_range", "init_std") if (v := getattr(config, n, None))), None)
     how: dict[str, Any] = {"executor": executor, "workers": workers}
     if calibration is not None:
-        data = list(calibration)
+        data = list(calibration(model) if callable(calibration) else calibration)
         plan = replace(plan, options={**plan.options, "calibration": describe(data)})
         _convert_calibrated(model, plan, source, data, progress, how)
     else:
@@ -306,7 +308,7 @@ def convert_checkpoint(
     executor: str = "threads",
     workers: int | None = None,
     progress: Progress | None = None,
-    calibration: Iterable[Any] | None = None,
+    calibration: Calibration | None = None,
     **options: Any,
 ) -> Report:
     """Convert a checkpoint tensor by tensor, whatever its size, into a folder.
@@ -328,8 +330,11 @@ def convert_checkpoint(
     if opened.model is None:
         raise SourceError(f"{src} has no config.json: give factory='package.module:callable' that builds its model")
     plan = opened.plan(**options)
-    data = None if calibration is None else list(calibration)
-    if data is not None:
+    model: Any = opened.model
+    data = None
+    if calibration is not None:
+        model = _filled(model, opened.source)
+        data = list(calibration(model) if callable(calibration) else calibration)
         plan = replace(plan, options={**plan.options, "calibration": describe(data)})
     folder = Folder(out, plan, overwrite=overwrite, origin=opened.origin)
     by_name = {j.name: j for j in plan.jobs}
@@ -342,7 +347,6 @@ def convert_checkpoint(
             progress(job, encoded)
 
     if data is not None:
-        model = _filled(opened.model, opened.source)
         _convert_calibrated(model, plan, opened.source, data, keep, how, stored=folder.get)
     else:
         for job in plan.jobs:

@@ -55,6 +55,10 @@ register_layer(
     in_proj_weight="out in", q_proj_weight="out in", k_proj_weight="out in", v_proj_weight="out in",
 )  # fmt: skip
 register_layer("transformers.pytorch_utils.Conv1D", weight="in out")
+register_layer(  # raw parameters [width, heads, head size], each head a matrix of its own
+    "transformers.models.xlnet.modeling_xlnet.XLNetRelativeAttention",
+    q="in expert out", k="in expert out", v="in expert out", r="in expert out", o="out in in2",
+)  # fmt: skip
 
 # Fused mixture-of-experts weights: transformers marks every such class with `is_transposed`.
 EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "gate_proj", "down_proj")

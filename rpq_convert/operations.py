@@ -191,7 +191,34 @@ def _embedding_bag(
     )  # fmt: skip
 
 
+def _rescale(sign: int) -> Callable[..., Any]:
+    """Return the handler of `weight *= number` (sign 1) or `/=` (-1): exact where the number is a power of two.
+
+    RWKV halves its deeper layers that way in evaluation.
+    """
+
+    def handle(weight: Any, other: Any) -> Any:
+        if not isinstance(weight, ComputedWeight) or not isinstance(other, (int, float)) or other <= 0:
+            return NotImplemented
+        rpq = rpq_of(weight)
+        if math.frexp(other)[0] != 0.5 or rpq.kept is not None or (torch.is_grad_enabled() and rpq.trainable):
+            return NotImplemented
+        values = rpq.codebooks if rpq.scales is None else rpq.scales
+        scaled = values.detach() * float(other) ** sign
+        if not torch.equal(scaled * float(other) ** -sign, values):  # out of the dtype's range
+            return NotImplemented
+        with torch.no_grad():
+            values.copy_(scaled)
+        return weight
+
+    return handle
+
+
 HANDLERS |= {
+    Tensor.mul_: _rescale(1),
+    Tensor.__imul__: _rescale(1),
+    Tensor.div_: _rescale(-1),
+    Tensor.__itruediv__: _rescale(-1),
     Tensor.__getitem__: _getitem,
     F.linear: _linear,
     torch.addmm: _addmm,

@@ -51,6 +51,44 @@ def compare(
     return evaluate(Pooled(dense), Pooled(converted), batches, progress=told)
 
 
+@torch.no_grad()
+def own_inputs(model: Any, *, samples: int = 64, window: int = 128, batch: int = 16, seed: int = 0) -> list[Any]:
+    """Return texts that a causal language model writes itself, to calibrate it where no text is at hand.
+
+    Each starts with a random token and is sampled at temperature 1 (as in LLM-QAT, Liu et al. 2023, arXiv:2305.17888).
+
+    Args:
+        samples, window: how many, and tokens of each.
+        batch: samples written side by side.
+        seed: decides them all.
+
+    Raises:
+        CalibrationError: the model is no causal language model.
+
+    Example:
+        >>> rpq.convert(model, bits=4, calibration=rpq.own_inputs)
+    """
+    if not getattr(model, "can_generate", bool)() or model.config.is_encoder_decoder:
+        raise CalibrationError(f"{type(model).__name__} writes no text of its own to calibrate on; give it inputs")
+    g = torch.Generator().manual_seed(seed)
+    training, found = model.training, []
+    model.eval()
+    try:
+        for start in range(0, samples, batch):
+            size = min(batch, samples - start)
+            words = model.get_input_embeddings().weight.shape[0]
+            ids, past = torch.randint(words, (size, 1), generator=g), None
+            while ids.shape[1] < window:  # by hand: `generate` draws from the global generator
+                out = model(input_ids=ids if past is None else ids[:, -1:], past_key_values=past, use_cache=True)
+                past = getattr(out, "past_key_values", None)
+                chances = out.logits[:, -1].float().softmax(-1)
+                ids = torch.cat([ids, torch.multinomial(chances, 1, generator=g)], 1)
+            found.append({"input_ids": ids})
+    finally:
+        model.train(training)
+    return found
+
+
 def tune_folder(
     base: str | Path,
     folder: str | Path,

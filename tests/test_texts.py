@@ -9,6 +9,8 @@ from rpq_convert.cli import group
 from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
+import rpq_convert as rpq
+
 SIZE = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 MODELS = {
     "language model": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**SIZE, max_position_embeddings=100)),
@@ -74,6 +76,34 @@ def test_calibrate_then_eval(spoken, tmp_path):
     metric = {"language model": "kl", "outputs": "cosine"}[kind]
     plain, fed = (f["metrics"][metric] for f in found.values())
     assert fed < plain if metric == "kl" else fed > plain
+
+
+def test_calibrate_on_its_own_text(spoken, tmp_path):
+    kind, base, _ = spoken
+    asked = (
+        "convert",
+        base,
+        "--out",
+        tmp_path / "own",
+        "--bits",
+        2,
+        "--grow",
+        "--calibrate",
+        "self",
+        "--samples",
+        8,
+        "--json",
+    )
+    if kind != "language model":
+        assert "no text of its own" in run(*asked, code=4).stderr
+        return
+    before = torch.random.get_rng_state()
+    report = json.loads(run(*asked).stdout)
+    assert {row["inputs"] for row in report["rows"] if row["layer"] == "Linear"} == {8 * 128}
+    assert torch.equal(torch.random.get_rng_state(), before)
+    model = tf.AutoModelForCausalLM.from_pretrained(base)
+    again = rpq.convert(model, bits=2, grow=True, calibration=lambda m: rpq.own_inputs(m, samples=8))
+    assert again.options["calibration"] == report["options"]["calibration"]
 
 
 def test_what_cannot_be_calibrated_is_told(spoken, tmp_path):

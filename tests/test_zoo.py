@@ -458,3 +458,21 @@ def test_a_fit_decodes_to_the_weight():
         for name, weight in layers_of(model).items():
             expected = dense.get_parameter(name).detach()
             close(weight().detach(), expected, row.dtype, msg=lambda m, r=row, n=name: f"{r.name} {n}: {m}")
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+def test_a_weight_is_scaled_in_place_where_that_is_exact(bits):
+    layer = nn.Linear(64, 64)
+    rpq.convert(layer, bits=bits, grow=True)
+    before = layer.weight.clone()
+    with torch.no_grad():
+        layer.weight.div_(4)
+        assert torch.equal(layer.weight, before / 4)
+        layer.weight.mul_(8)
+        assert torch.equal(layer.weight, before * 2)
+        for bad in (lambda w: w.mul_(3), lambda w: w.div_(-2), lambda w: w.mul_(2.0**90), lambda w: w.mul_(w)):
+            with pytest.raises(RuntimeError, match="would be lost"):
+                bad(layer.weight)
+    with pytest.raises(RuntimeError, match="would be lost"):
+        layer.weight.mul_(2)
+    assert torch.equal(layer.weight, before * 2)

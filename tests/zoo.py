@@ -139,6 +139,22 @@ def hooked() -> nn.Module:
     return layer
 
 
+class Relative(nn.Module):
+    """XLNet's attention, whose weights are raw parameters [width, heads, head size]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import XLNetConfig
+        from transformers.models.xlnet.modeling_xlnet import XLNetRelativeAttention
+
+        self.attention = XLNetRelativeAttention(XLNetConfig(d_model=6, n_head=3, d_inner=8, dropout=0.0))
+        for p in self.attention.parameters():
+            nn.init.normal_(p)
+
+    def forward(self, x: Tensor, r: Tensor) -> Tensor:
+        return self.attention(x, None, None, None, r, None)[0]
+
+
 def hf_conv1d() -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 
@@ -270,6 +286,12 @@ ZOO = [
         lambda: Experts(True),
         normal(3, 2, 6),
         {"gate_up_proj": "expert in out", "down_proj": "expert in out"},
+    ),
+    Row(
+        "XLNet attention",
+        Relative,
+        normals((4, 2, 6), (8, 2, 6)),
+        {**{f"attention.{n}": "in expert out" for n in "qkvr"}, "attention.o": "out in in2"},
     ),
     Row("raw parameter", Scorer, normal(2, 7), {"table": "in out"}, rules=(("table", {"view": "in out"}),)),
     Row(

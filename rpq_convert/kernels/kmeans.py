@@ -15,9 +15,11 @@ from functools import cache
 import numpy as np
 from numba import njit
 
+from rpq_convert.kernels.lookup import table
+
 CODEWORDS = 256
 LARGE = np.float32(3e38)
-WIDE = 16  # above this many coordinates the distance is summed in slices of WIDE, which LLVM can still unroll
+WIDE = 16  # above this many coordinates LLVM unrolls no more: registers are named, or sums cut in slices of WIDE
 FUSE = {"contract", "nsz"}  # a * b + c may fuse; nothing is reordered
 REORDER = {"contract", "nsz", "nnan", "reassoc"}  # for sums over lanes: LLVM's order, the same on every call
 
@@ -26,7 +28,7 @@ REORDER = {"contract", "nsz", "nnan", "reassoc"}  # for sums over lanes: LLVM's 
 def _assign(r: int, form: str):
     """Compile nearest-codeword search for `r` coordinates; form: difference, product, weighted."""
     if r > WIDE:
-        return _assign_wide(form)
+        return _assign_product if form == "product" else _assign_wide(form == "weighted")
     together = 4 if r <= 4 else 2 if r <= 8 else 1
     tile = 128 if r <= 4 else 64
     product, weighted = form == "product", form == "weighted"
@@ -78,9 +80,8 @@ def _assign(r: int, form: str):
 
 
 @cache
-def _assign_wide(form: str):
+def _assign_wide(weighted: bool):
     """The same for any number of coordinates, a slice of WIDE at a time; points come padded to a multiple of WIDE."""
-    product, weighted = form == "product", form == "weighted"
     tile = 64
 
     @njit(cache=True, nogil=True, fastmath=FUSE, error_model="numpy")
@@ -107,19 +108,16 @@ def _assign_wide(form: str):
                 which[p] = 0
             for k in range(256):
                 for p in range(tile):
-                    s[p] = halves[k] if product else np.float32(0)
+                    s[p] = np.float32(0)
                 for base in range(0, padded, WIDE):
                     for p in range(tile):
                         a = s[p]
                         for j in range(WIDE):
-                            if product:
-                                a -= c[k, base + j] * x[base + j, p]
+                            d = x[base + j, p] - c[k, base + j]
+                            if weighted:
+                                a += w[base + j, p] * d * d
                             else:
-                                d = x[base + j, p] - c[k, base + j]
-                                if weighted:
-                                    a += w[base + j, p] * d * d
-                                else:
-                                    a += d * d
+                                a += d * d
                         s[p] = a
                 for p in range(tile):
                     better = s[p] < best[p]
@@ -130,6 +128,35 @@ def _assign_wide(form: str):
                 errors[start + p] = best[p]
 
     return assign
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _assign_product(points, weights, codebook, halves, codes, errors):
+    """The expanded form for any number of coordinates: 32 points are two registers, all their products one small table."""
+    tag = np.int32(0)  # 32 lanes
+    r, total = points.shape
+    flipped = np.ascontiguousarray(codebook.T)  # [r, 256]
+    x = np.zeros((r, 32), np.float32)
+    products = np.empty((256, 32), np.float32)
+    best = np.empty(32, np.float32)
+    which = np.empty(32, np.int32)
+    for start in range(0, total, 32):
+        count = min(32, total - start)
+        for j in range(r):
+            for p in range(count):
+                x[j, p] = points[j, start + p]
+        table(tag, flipped.ctypes.data, r, x.ctypes.data, products.ctypes.data)
+        for p in range(32):
+            best[p] = np.float32(np.inf)
+            which[p] = 0
+        for k in range(256):
+            for p in range(32):
+                s = halves[k] - products[k, p]
+                which[p] = np.int32(k) if s < best[p] else which[p]
+                best[p] = s if s < best[p] else best[p]
+        for p in range(count):
+            codes[start + p] = which[p]
+            errors[start + p] = best[p]
 
 
 _NONE = np.zeros((1, 1), np.float32)
