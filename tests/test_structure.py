@@ -21,7 +21,7 @@ LEVELS = [
     ["integrations", "encode"],
     ["folder", "calibration"],
     ["opened", "record"],
-    ["conversion", "tuning"],
+    ["conversion", "tuning", "adapters"],
     ["checkpoint", "models", "nn"],
     ["pretrained", "texts"],
     ["cli"],
