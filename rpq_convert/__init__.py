@@ -27,7 +27,7 @@ _HOMES = {
     "decoded": "layers", "RPQConfig": "pretrained", "decompositions": "kernels.operators",
     "evaluate": "evaluation", "layer_errors": "evaluation", "Evaluation": "evaluation", "EvaluateError": "evaluation",
     "CalibrationError": "calibration", "tune": "tuning", "Tuning": "tuning", "TuneError": "tuning",
-    "own_inputs": "texts",
+    "own_inputs": "texts", "merge_adapter": "adapters",
     "Report": "report.schema", "SourceError": "source", "EncodeError": "encode", "FolderError": "folder",
 }  # fmt: skip
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604 - the keys are strings

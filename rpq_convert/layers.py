@@ -87,6 +87,10 @@ class RPQLayer:
     _rpq_names: tuple[str, ...] = ()
     _rpq_original: Any  # the class it had
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Make an ordinary layer: code that builds another one with `type(layer)(…)`, as PEFT does, means that."""
+        return cls._rpq_original(*args, **kwargs)
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in self._rpq_names:
             return super().__setattr__(name, value)
@@ -104,8 +108,7 @@ class RPQLayer:
 
 
 def _blank(original: Any, names: tuple[str, ...]) -> nn.Module:
-    kind = rpq_class(original, names)
-    return kind.__new__(kind)
+    return object.__new__(rpq_class(original, names))
 
 
 def _computed(name: str) -> property:

@@ -22,7 +22,7 @@ LEVELS = [
     ["integrations", "encode"],
     ["folder", "calibration"],
     ["opened", "record"],
-    ["conversion", "tuning"],
+    ["conversion", "tuning", "adapters"],
     ["checkpoint", "models", "nn"],
     ["pretrained", "texts"],
     ["cli"],
