@@ -14,6 +14,7 @@ LEVELS = [
     ["weight"],
     ["computed"],
     ["operations"],
+    ["tracing"],
     ["layers"],
     ["walk", "evaluation"],
     ["rules", "report"],
@@ -22,7 +23,7 @@ LEVELS = [
     ["folder", "calibration"],
     ["sensitivity"],
     ["opened", "record"],
-    ["conversion", "tuning"],
+    ["conversion", "tuning", "adapters"],
     ["checkpoint", "models", "nn"],
     ["pretrained", "texts"],
     ["cli"],
@@ -30,7 +31,7 @@ LEVELS = [
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
 # Who may import what is slow to import or optional.
 HOMES = {
-    "transformers": {"integrations/transformers.py", "models/opt.py", "pretrained.py", "texts.py"},
+    "transformers": {"integrations/transformers.py", "integrations/serving.py", "models/opt.py", "pretrained.py", "texts.py"},
     "vit_pytorch": {"models/vit.py"},
     "torchvision": set(),
     "huggingface_hub": {"integrations/transformers.py"},
