@@ -1,0 +1,39 @@
+"""Plain k-means: per weight 256 codewords, faiss as it comes (25 iterations, 256 sampled points a codeword), no scales.
+
+The floor that a codebook method starts from.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.quality.peers import Quantizer, by_matrix
+
+TITLE, ENVIRONMENT = "plain k-means (faiss)", None
+_COMMON = [{"dim": d, "embedding": e} for d, e in ((1, 8), (2, 4), (3, 2.67), (4, 2))]
+SETTINGS = {"smollm2": _COMMON, "minilm": _COMMON, "vit": _COMMON}
+
+
+def compress(model: nn.Module, settings: dict[str, Any], data: Any) -> int:
+    return by_matrix(model, _quantizer(settings["dim"]), _quantizer(settings["dim"]))
+
+
+def _quantizer(dim: int) -> Quantizer:
+    import faiss
+
+    def quantize(weight: Tensor) -> tuple[Tensor, int]:
+        columns = weight.shape[1] // dim * dim  # what is left over at a row's end stays as it is
+        points = np.ascontiguousarray(weight[:, :columns].reshape(-1, dim).numpy())  # [vectors, dim]
+        fit = faiss.Kmeans(dim, 256, niter=25, seed=0)
+        fit.train(points)
+        _, codes = fit.index.search(points, 1)
+        words = torch.from_numpy(fit.centroids).half().float()
+        decoded = weight.clone()
+        decoded[:, :columns] = words[codes[:, 0]].view(len(weight), columns)
+        return decoded, len(points) + 2 * (words.numel() + weight.numel() - len(points) * dim)
+
+    return quantize
