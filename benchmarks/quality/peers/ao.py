@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from benchmarks.quality.peers import Quantizer, by_matrix, packed
 
 TITLE, ENVIRONMENT = "torchao", "datafree"
-_BITS = [(8, 64, 8), (5, 32, 5), (4, 32, 16), (4, 32, 8), (4, 64, 4), (3, 32, 4), (3, 64, 3), (2, 32, 4), (2, 64, 2)]
+_BITS = [(4, 32, 4), (3, 32, 3), (2, 32, 2), (5, 32, 5), (8, 64, 8)]
 _COMMON = [{"bits": b, "group": g, "embedding": e} for b, g, e in _BITS]
 SETTINGS = {
     "smollm2": _COMMON,

@@ -12,7 +12,7 @@ from torch import nn
 from benchmarks.quality.peers import by_matrix, packed, rounding
 
 TITLE, ENVIRONMENT = "GPTQ (llm-compressor)", "llmcompressor"
-_BITS = [(8, 64, 8), (4, 64, 16), (4, 64, 4), (3, 64, 4), (3, 32, 3), (2, 64, 4), (2, 32, 3), (2, 64, 2)]
+_BITS = [(4, 64, 4), (3, 64, 4), (2, 64, 4)]
 SETTINGS = {
     "smollm2": [{"bits": b, "group": g, "embedding": e} for b, g, e in _BITS],
     "smollm2-as-shipped": [{"bits": 4, "group": 32, "embedding": 8}],

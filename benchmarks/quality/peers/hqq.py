@@ -9,18 +9,7 @@ from torch import Tensor, nn
 from benchmarks.quality.peers import Quantizer, by_matrix, stored
 
 TITLE, ENVIRONMENT = "HQQ", "datafree"
-_BITS = [
-    (8, 64, 8),
-    (4, 64, 16),
-    (4, 64, 8),
-    (4, 64, 4),
-    (3, 64, 4),
-    (3, 32, 3),
-    (2, 16, 4),
-    (2, 32, 3),
-    (2, 64, 4),
-    (2, 64, 2),
-]
+_BITS = [(4, 64, 4), (3, 64, 4), (2, 16, 4), (2, 64, 2), (4, 64, 16), (8, 64, 8)]
 _COMMON = [{"bits": b, "group": g, "embedding": e} for b, g, e in _BITS]
 SETTINGS = {
     "smollm2": _COMMON,

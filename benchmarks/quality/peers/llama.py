@@ -19,10 +19,10 @@ from torch import Tensor, nn
 TITLE, ENVIRONMENT = "llama.cpp", None  # llama-cpp-python comes with the package of the language model
 SETTINGS = {
     "smollm2": [
-        *({"type": t, "imatrix": i} for i in (False, True) for t in ("Q2_K", "Q3_K_M", "IQ4_XS", "Q4_K_M", "Q5_K_M")),
-        *({"type": t, "imatrix": False} for t in ("Q4_0", "Q6_K", "Q8_0")),
         *({"type": t, "imatrix": True, "embedding": "Q4_0"} for t in ("IQ2_XXS", "IQ3_XXS", "IQ4_XS")),
-        *({"type": t, "imatrix": True, "embedding": e} for t in ("Q2_0", "TQ2_0") for e in ("Q4_0", "Q2_0")),
+        *({"type": t, "imatrix": i} for t in ("Q2_K", "Q4_K_M") for i in (True, False)),
+        *({"type": t, "imatrix": True} for t in ("Q3_K_M", "IQ4_XS", "Q5_K_M")),
+        *({"type": t, "imatrix": False} for t in ("Q4_0", "Q6_K", "Q8_0")),
     ],
     "smollm2-as-shipped": [{"type": t, "imatrix": False} for t in ("Q4_0", "Q4_1", "Q4_K_M")],
 }
@@ -45,7 +45,7 @@ def compress(model: nn.Module, settings: dict[str, Any], data: Any) -> int:
         params.nthread = torch.get_num_threads()
         params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{settings['type']}")
         if "embedding" in settings:
-            params.token_embedding_type = getattr(llama_cpp, f"GGML_TYPE_{settings['embedding']}")
+            params.token_embedding_type = gguf.GGMLQuantizationType[settings["embedding"]].value
         keep = []  # what the C structures point into
         if settings["imatrix"]:
             powers = {

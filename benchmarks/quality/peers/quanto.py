@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from benchmarks.quality.peers import Quantizer, by_matrix, stored
 
 TITLE, ENVIRONMENT = "optimum-quanto", "datafree"
-_COMMON = [{"bits": b, "embedding": e} for b, e in ((8, 8), (4, 16), (4, 8), (4, 4), (2, 4), (2, 2))]
+_COMMON = [{"bits": b, "embedding": e} for b, e in ((4, 4), (2, 4), (4, 8), (8, 8))]
 SETTINGS = {"smollm2": _COMMON, "minilm": _COMMON, "vit": _COMMON}
 
 
