@@ -17,7 +17,7 @@ not a Linear's, spends on it; 16 leaves it as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -30,24 +30,36 @@ def stored(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() * (2 if t.is_floating_point() else t.element_size()) for t in tensors)
 
 
-@torch.no_grad()
-def by_matrix(model: nn.Module, linear: Quantizer, embedding: Quantizer | None = None) -> int:
-    """Quantize every Linear's weight, and with `embedding` the embeddings too; return the bytes of the whole model.
+def untouched(model: nn.Module, except_for: Collection[int] = ()) -> int:
+    """Return the bytes of all that a checkpoint of the model holds, shared tensors once, but for tensors of these ids."""
+    tensors = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
+    return stored(t for key, t in tensors.items() if key not in except_for)
 
-    A head that is tied to an embedding counts as the embedding, once.
+
+@torch.no_grad()
+def by_matrix(
+    model: nn.Module, linear: Quantizer, embedding: Quantizer | None = None, convolution: Quantizer | None = None
+) -> int:
+    """Quantize every Linear's weight, and those of embeddings and convolutions if asked; return the bytes of the whole model.
+
+    A head that is tied to an embedding counts as the embedding, once. A convolution's weight is cut as [out, in * k * k].
     """
-    embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    matrices = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)}
+    quantizers = {nn.Linear: linear, nn.Conv2d: convolution, nn.Embedding: embedding}  # the last word on a tied weight
+    chosen = {
+        id(m.weight): (m.weight, quantize)
+        for kind, quantize in quantizers.items()
+        for m in model.modules()
+        if isinstance(m, kind)
+    }
     total = 0
-    for key, weight in matrices.items():
-        quantize = embedding if key in embedded else linear
+    for weight, quantize in chosen.values():
         if quantize is None:
             total += stored([weight])
             continue
-        decoded, size = quantize(weight.detach().float())
-        weight.copy_(decoded)
+        decoded, size = quantize(weight.detach().float().flatten(1))
+        weight.copy_(decoded.view_as(weight))
         total += size
-    return total + stored({id(p): p for p in model.parameters() if id(p) not in matrices}.values())
+    return total + untouched(model, chosen)
 
 
 def rounding(bits: int, group: int) -> Quantizer:

@@ -15,11 +15,12 @@ from benchmarks.quality.peers import Quantizer, by_matrix, packed
 TITLE, ENVIRONMENT = "torchao", "datafree"
 _BITS = [(4, 32, 4), (3, 32, 3), (2, 32, 2), (5, 32, 5), (8, 64, 8)]
 _COMMON = [{"bits": b, "group": g, "embedding": e} for b, g, e in _BITS]
+_VIT = [{"bits": b, "group": g, "embedding": 16} for b, g in ((8, 64), (4, 32), (3, 32), (2, 32))]
 SETTINGS = {
     "smollm2": _COMMON,
     "smollm2-as-shipped": [{"bits": 4, "group": 32, "embedding": 8}],
     "minilm": _COMMON,
-    "vit": _COMMON,
+    "vit": _VIT,
 }
 
 

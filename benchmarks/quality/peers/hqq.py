@@ -11,11 +11,12 @@ from benchmarks.quality.peers import Quantizer, by_matrix, stored
 TITLE, ENVIRONMENT = "HQQ", "datafree"
 _BITS = [(4, 64, 4), (3, 64, 4), (2, 16, 4), (2, 64, 2), (4, 64, 16), (8, 64, 8)]
 _COMMON = [{"bits": b, "group": g, "embedding": e} for b, g, e in _BITS]
+_VIT = [{"bits": b, "group": g, "embedding": 16} for b, g in ((4, 64), (3, 64), (2, 16))]
 SETTINGS = {
     "smollm2": _COMMON,
     "smollm2-as-shipped": [{"bits": 4, "group": g, "embedding": e} for g, e in ((64, 4), (32, 8))],
     "minilm": _COMMON,
-    "vit": _COMMON,
+    "vit": _VIT,
 }
 
 

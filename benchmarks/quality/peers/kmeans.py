@@ -14,18 +14,20 @@ from torch import Tensor, nn
 from benchmarks.quality.peers import Quantizer, by_matrix
 
 TITLE, ENVIRONMENT = "plain k-means (faiss)", None
-_COMMON = [{"dim": d, "embedding": e} for d, e in ((1, 8), (2, 4), (3, 2.67), (4, 2))]
-SETTINGS = {"smollm2": _COMMON, "minilm": _COMMON, "vit": _COMMON}
+_COMMON = [{"dim": d} for d in (1, 2, 3, 4)]
+SETTINGS = dict.fromkeys(("smollm2", "minilm", "efficientnet", "resnet", "vit"), _COMMON)
 
 
 def compress(model: nn.Module, settings: dict[str, Any], data: Any) -> int:
-    return by_matrix(model, _quantizer(settings["dim"]), _quantizer(settings["dim"]))
+    return by_matrix(model, *[_quantizer(settings["dim"])] * 3)
 
 
 def _quantizer(dim: int) -> Quantizer:
     import faiss
 
     def quantize(weight: Tensor) -> tuple[Tensor, int]:
+        if weight.numel() < 256 * 2 * dim:
+            return weight, 2 * weight.numel()  # the codebook would be larger
         columns = weight.shape[1] // dim * dim  # what is left over at a row's end stays as it is
         points = np.ascontiguousarray(weight[:, :columns].reshape(-1, dim).numpy())  # [vectors, dim]
         fit = faiss.Kmeans(dim, 256, niter=25, seed=0)

@@ -10,12 +10,16 @@ from benchmarks.quality.peers import Quantizer, by_matrix, stored
 
 TITLE, ENVIRONMENT = "optimum-quanto", "datafree"
 _COMMON = [{"bits": b, "embedding": e} for b, e in ((4, 4), (2, 4), (4, 8), (8, 8))]
-SETTINGS = {"smollm2": _COMMON, "minilm": _COMMON, "vit": _COMMON}
+_PLAIN = [{"bits": b} for b in (8, 4, 2)]
+SETTINGS = {
+    "smollm2": _COMMON, "minilm": [*_COMMON, {"bits": 2, "embedding": 2}],
+    "efficientnet": _PLAIN, "resnet": _PLAIN, "vit": _PLAIN,
+}  # fmt: skip
 
 
 def compress(model: nn.Module, settings: dict[str, Any], data: Any) -> int:
-    embedding = settings["embedding"]
-    return by_matrix(model, _quantizer(settings["bits"]), _quantizer(embedding) if embedding < 16 else None)
+    linear, embedding = _quantizer(settings["bits"]), settings.get("embedding", 16)
+    return by_matrix(model, linear, _quantizer(embedding) if embedding < 16 else None, linear)
 
 
 def _quantizer(bits: int) -> Quantizer:

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from benchmarks.quality.peers import untouched
+
 TITLE, ENVIRONMENT = "rpq-convert", None
 _BITS = (8, 6, 5, 4, 3, 2)
 _FREE = [{"bits": b} for b in _BITS]
@@ -34,6 +36,6 @@ def compress(model: nn.Module, settings: dict[str, Any], data: Any) -> int:
     if base is not None:
         batches = data.tuning
         rpq.tune(model, base, batches[:-4], held_out=batches[-4:], steps=steps)
-    size = round(rpq.model_size(model) * 2**20)
+    size = untouched(model)
     rpq.restore(model)
     return size
