@@ -18,16 +18,6 @@ scales, zero points, and what a tool leaves alone, at 16 bits. **Bits** are all 
 beaten by no row of their size or below. Minutes are of one thread on a shared machine: an order of magnitude. Peak memory is the
 tool's process, the dense model in float32 and imports with it.
 """
-NOTES = {
-    "smollm2": """The only language model that installs from a package registry comes as a 4-bit GGUF: each 32 weights in a
-row lie on 16 levels, which tools with such groups find again, so that they look lossless. Here the channels are shuffled (the
-same function, the same numbers in each row, no grid: [shuffle.py](../benchmarks/quality/shuffle.py)), as in any
-ordinary checkpoint. Perplexity over 12 windows of 512 tokens of WikiText-2's test text (dense: {base:.3f}); calibrating tools
-see 32 windows of its validation text.""",
-    "smollm2-as-shipped": """The same model on its grid: what a tool owes to it. Not a fair comparison.""",
-    "minilm": """Mean cosine of the embeddings of STS-B's test sentences to the dense model's, and Spearman's rank correlation
-with the human scores. Calibrating tools see 512 lines of WikiText-2's validation text.""",
-}
 SIZES = (2.1, 2.6, 3.1, 3.6, 4.1, 4.6, 5.5, 6.2, 8.2)  # bits per parameter, all in
 
 
@@ -36,17 +26,16 @@ def document(rows: Sequence[Row]) -> str:
     for name, task in TASKS.items():
         mine = [r for r in rows if r["task"] == name]
         if mine:
-            parts.append(_section(name, task, mine))
+            parts.append(_section(task, mine))
     return "\n".join(parts)
 
 
-def _section(name: str, task: Any, rows: Sequence[Row]) -> str:
+def _section(task: Any, rows: Sequence[Row]) -> str:
     done = sorted((r for r in rows if "error" not in r), key=lambda r: r["bytes"])
     failed = [r for r in rows if "error" in r]
     lines = [f"## {task.title}\n"]
     if done:
-        base = done[0]["metrics"].get("base_perplexity", 0.0)
-        lines += [NOTES.get(name, "").format(base=base), ""]
+        lines += [task.note.format(**done[0]["metrics"]), ""]
         columns = task.columns
         lines += [
             "| MB | bits | tool | settings | "
