@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ def register_layer(kind: type | str, **views: WeightView | str) -> None:
 
     Args:
         kind: a class, or its dotted name (`"transformers.pytorch_utils.Conv1D"`). Subclasses are found through it.
-        views: parameter name = `WeightView`, or just its axis names.
+        views: parameter name, or a pattern as in `fnmatch` = `WeightView`, or just its axis names.
 
     Example:
         >>> register_layer("my_code.Scorer", table="out in")
@@ -53,11 +54,25 @@ register_layer(
     nn.MultiheadAttention,
     in_proj_weight="out in", q_proj_weight="out in", k_proj_weight="out in", v_proj_weight="out in",
 )  # fmt: skip
+register_layer(nn.RNNBase, **{"weight_*": "out in"})
+register_layer(nn.RNNCellBase, **{"weight_*": "out in"})
 register_layer("transformers.pytorch_utils.Conv1D", weight="in out")
-register_layer(  # raw parameters [width, heads, head size], each head a matrix of its own
-    "transformers.models.xlnet.modeling_xlnet.XLNetRelativeAttention",
-    q="in expert out", k="in expert out", v="in expert out", r="in expert out", o="out in in2",
+
+# Raw parameters of transformers' models, and layers that are no subclass of torch's.
+_MODELS = "transformers.models"
+_HEADS = "in expert out"  # [width, heads, head size]: each head a matrix of its own
+register_layer(
+    f"{_MODELS}.xlnet.modeling_xlnet.XLNetRelativeAttention", q=_HEADS, k=_HEADS, v=_HEADS, r=_HEADS, o="out in in2"
+)
+register_layer(f"{_MODELS}.funnel.modeling_funnel.FunnelRelMultiheadAttention", r_kernel=_HEADS)
+register_layer(f"{_MODELS}.jetmoe.modeling_jetmoe.JetMoeParallelExperts", weight="expert out in")
+register_layer(f"{_MODELS}.csm.modeling_csm.CsmCodebooksHead", weight="expert in out")
+register_layer(
+    f"{_MODELS}.recurrent_gemma.modeling_recurrent_gemma.RecurrentGemmaRglru",
+    input_gate_weight="expert in out", recurrent_gate_weight="expert in out",
 )  # fmt: skip
+register_layer(f"{_MODELS}.ibert.quant_modules.QuantLinear", weight="out in")
+register_layer(f"{_MODELS}.ibert.quant_modules.QuantEmbedding", weight=EMBEDDING)
 
 # Fused mixture-of-experts weights: transformers marks every such class with `is_transposed`.
 EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "gate_proj", "down_proj")
@@ -73,7 +88,7 @@ def find_view(module: nn.Module, name: str) -> WeightView | None:
     for kind, dotted in ((c, f"{c.__module__}.{c.__qualname__}") for c in type(module).__mro__):
         for key in (kind, dotted):
             if key in LAYERS:
-                return LAYERS[key].get(name)
+                return next((v for pattern, v in LAYERS[key].items() if fnmatchcase(name, pattern)), None)
     transposed = getattr(module, "is_transposed", None)
     if isinstance(transposed, bool) and name in EXPERT_WEIGHTS and getattr(module, name).ndim == 3:
         return WeightView("expert in out" if transposed else "expert out in")
@@ -118,6 +133,22 @@ def _computed(name: str) -> property:
     return property(read, doc=f"The expanded {name}; read-only.")
 
 
+def _flat(self: Any) -> list[Any]:
+    """Return a recurrent layer's weights in the order in which torch's C++ takes them."""
+    return [getattr(self, name, None) for name in self._flat_weights_names]
+
+
+def _refuse_inverse(self: Any, value: Any) -> None:
+    raise refuse("assigning to it", type(self).__name__)
+
+
+# What a generated class needs besides its computed parameters.
+EXTRAS: dict[type, dict[str, Any]] = {
+    nn.RNNBase: {"_flat_weights": property(_flat, lambda self, value: None), "flatten_parameters": lambda self: None},
+    nn.utils.parametrize.ParametrizationList: {"right_inverse": _refuse_inverse},  # how `layer.weight = x` ends
+}
+
+
 @functools.cache
 def rpq_class(original: Any, names: tuple[str, ...]) -> type[nn.Module]:
     """Return the class `RPQ<original>` in which these parameters are computed; the same class for the same question."""
@@ -128,6 +159,8 @@ def rpq_class(original: Any, names: tuple[str, ...]) -> type[nn.Module]:
         "__module__": original.__module__,
         "__doc__": original.__doc__,
     }
+    for kind, more in EXTRAS.items():
+        space |= more if issubclass(original, kind) else {}
     return type(f"RPQ{original.__name__}", (RPQLayer, original), space)
 
 
@@ -141,6 +174,7 @@ def put(module: nn.Module, name: str, rpq: RPQWeight) -> None:
     kind = rpq_class(original_class(module), names)
     del module._parameters[name]
     module.__class__ = kind
+    module.__dict__.pop("_flat_weights", None)  # a recurrent layer's list, which would keep the dense weight alive
     module.add_module(name + SUFFIX, rpq)
 
 
@@ -152,6 +186,8 @@ def take(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
     del module._modules[name + SUFFIX]  # type: ignore[attr-defined]
     module.__class__ = rpq_class(original, names) if names else original  # type: ignore[assignment]
     module.register_parameter(name, parameter)  # type: ignore[attr-defined]
+    if isinstance(module, nn.RNNBase) and not names:
+        module._init_flat_weights()
 
 
 @contextmanager
