@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rpq_convert import operations  # noqa: F401 - teaches computed weights what they can do without decoding
 from rpq_convert.computed import ComputedWeight, DecodedView, refuse
@@ -74,7 +74,7 @@ register_layer(
 register_layer(f"{_MODELS}.ibert.quant_modules.QuantLinear", weight="out in")
 register_layer(f"{_MODELS}.ibert.quant_modules.QuantEmbedding", weight=EMBEDDING)
 
-# Fused mixture-of-experts weights: transformers marks every such class with `is_transposed`.
+# Fused mixture-of-experts weights: transformers marks those that are stored the other way round with `is_transposed`.
 EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "gate_proj", "down_proj")
 
 
@@ -89,9 +89,8 @@ def find_view(module: nn.Module, name: str) -> WeightView | None:
         for key in (kind, dotted):
             if key in LAYERS:
                 return next((v for pattern, v in LAYERS[key].items() if fnmatchcase(name, pattern)), None)
-    transposed = getattr(module, "is_transposed", None)
-    if isinstance(transposed, bool) and name in EXPERT_WEIGHTS and getattr(module, name).ndim == 3:
-        return WeightView("expert in out" if transposed else "expert out in")
+    if name in EXPERT_WEIGHTS and isinstance(weight := getattr(module, name), Tensor) and weight.ndim == 3:
+        return WeightView("expert in out" if getattr(module, "is_transposed", False) is True else "expert out in")
     return None
 
 

@@ -437,6 +437,61 @@ def test_export(name):
     assert not shapes & {torch.Size(w.shape) for w in layers_of(model).values()}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adam_trains_what_is_stored_in_half_precision(dtype, tmp_path):
+    """The squares of small gradients underflow in float16: without wider copies the first step gives NaN."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 64)).to(dtype).eval()
+    plan = rpq.plan(model, bits=4, grow=True)
+    rpq.convert(model, plan=plan)
+    narrow, x = tensors(model), torch.randn(8, 64, generator=generator()).to(dtype)
+    before = model(x)
+    assert {w.codebooks.dtype for w in layers_of(model).values()} == {torch.float16}
+    assert {w.scales.dtype for w in layers_of(model).values()} == {torch.float16}
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model.train()
+    assert {w.codebooks.dtype for w in layers_of(model).values()} == {torch.float32}
+    assert torch.equal(model(x), before)
+    rpq.save(model, tmp_path / "untrained")
+    assert (tmp_path / "untrained" / "model.safetensors").stat().st_size == plan.file_bytes
+    assert all(torch.equal(t, narrow[k]) for k, t in tensors(copy.deepcopy(model).eval()).items())
+    losses = []
+    for _ in range(20):
+        loss = 1e-5 * (model(x) - 1).float().square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
+    rpq.save(model.eval(), tmp_path / "trained")
+    build = lambda: nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 64)).to(dtype)  # noqa: E731
+    same(rpq.load(tmp_path / "trained", factory=build), model)
+
+
+class Sliced(nn.Module):
+    """Some rows of a weight go through another layer, as DeBERTa's embeddings of positions do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions, self.layer = nn.Embedding(11, 6), nn.Linear(6, 9)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.layer(self.positions.weight[2:9]) + (self.positions.weight[:7] @ self.layer.weight.T).sum()
+
+
+def test_gradients_flow_where_a_view_of_one_weight_meets_another():
+    dense, x = Sliced(), torch.randn(2, 7, generator=generator())
+    model = copy.deepcopy(dense)
+    rpq.convert(model, dim=2, fit="random", grow=True)
+    found = layers_of(model)
+    weights = {name: weight().detach().requires_grad_() for name, weight in found.items()}
+    functional_call(dense, weights, (x,)).sum().backward()
+    model(x).sum().backward()
+    for name, weight in found.items():
+        (expected,) = torch.autograd.grad(weight(), weight.codebooks, weights[name].grad)
+        close(weight.codebooks.grad, expected)
+
+
 def test_gradient_checkpointing_gives_the_same_gradients():
     from torch.utils.checkpoint import checkpoint
 
@@ -518,7 +573,7 @@ def test_a_fit_decodes_to_the_weight():
 
 @pytest.mark.parametrize("bits", [2, 8])
 def test_a_weight_is_scaled_in_place_where_that_is_exact(bits):
-    layer = nn.Linear(64, 64)
+    layer = nn.Linear(64, 64).eval()
     rpq.convert(layer, bits=bits, grow=True)
     before = layer.weight.clone()
     with torch.no_grad():
