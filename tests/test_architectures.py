@@ -14,18 +14,23 @@ from rpq_convert.source import open_folder
 # Parameters of two and more axes that stay dense, by the end of their names. All others are converted, in every family.
 DENSE = {
     "XLNet": {"r_w_bias", "r_r_bias", "r_s_bias", "seg_embed", "mask_emb"},
+    "Funnel": {"r_w_bias", "r_r_bias", "r_s_bias", "seg_embed"},
     "Mamba": {"A_log"},
+    "RecurrentGemma": {"input_gate_bias", "recurrent_gate_bias"},
     "RWKV": {"time_mix_key", "time_mix_value", "time_mix_receptance"},
     "Mixtral": {"gate.weight"},
     "Qwen3-MoE": {"gate.weight"},
     "gpt-oss": {"router.weight", "gate_up_proj_bias", "down_proj_bias"},
     "DeepSeek-V3": {"gate.weight"},
     "Granite-MoE": {"router.weight"},
+    "Jamba": {"router.weight", "A_log"},
+    "EnCodec": {"parametrizations.weight.original0"},
     "Wav2Vec2": {"parametrizations.weight.original0"},
     "SigLIP": {"probe"},
     "SAM": {"pos_embed", "rel_pos_h", "rel_pos_w", "positional_embedding"},
     "ViT": {"cls_token", "position_embeddings"},
     "DINOv2": {"cls_token", "mask_token", "position_embeddings"},
+    "BEiT": {"cls_token", "relative_position_bias_table"},
     "Swin": {"relative_position_bias_table"},
 }
 
