@@ -72,6 +72,8 @@ def _guard_alias(out: Any, source: Tensor | None) -> Any:
         return type(out)([_guard_alias(o, source) for o in out]) if type(out) in (tuple, list) else out
     if type(out) is not Tensor or out.device.type == "meta" or out.numel() == 0:
         return out
+    if torch._C._functorch.is_functorch_wrapped_tensor(out) or torch._C._functorch.is_functorch_wrapped_tensor(source):
+        return out  # torch.func's tensors have no memory to compare
     with torch._C.DisableTorchFunctionSubclass():
         if out.untyped_storage().data_ptr() == source.untyped_storage().data_ptr():
             return out.as_subclass(DecodedView)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from rpq_convert import operations  # noqa: F401 - teaches computed weights what they can do without decoding
 from rpq_convert.computed import ComputedWeight, DecodedView, refuse
+from rpq_convert.tracing import TracedWeight
 from rpq_convert.view import WeightView
 from rpq_convert.weight import RPQWeight
 
@@ -100,6 +101,10 @@ class RPQLayer:
     _rpq_names: tuple[str, ...] = ()
     _rpq_original: Any  # the class it had
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Make an ordinary layer: code that builds another one with `type(layer)(…)`, as PEFT does, means that."""
+        return cls._rpq_original(*args, **kwargs)
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in self._rpq_names:
             return super().__setattr__(name, value)
@@ -117,17 +122,17 @@ class RPQLayer:
 
 
 def _blank(original: Any, names: tuple[str, ...]) -> nn.Module:
-    kind = rpq_class(original, names)
-    return kind.__new__(kind)
+    return object.__new__(rpq_class(original, names))
 
 
 def _computed(name: str) -> property:
     def read(self: nn.Module) -> torch.Tensor:
         rpq: Any = self._modules[name + SUFFIX]
+        compiling = torch.compiler.is_compiling()
         if rpq.kept is not None and not (torch.is_grad_enabled() and rpq.trainable):
-            return rpq.kept
-        # the compiler traces through the plain decode; eager code gets the lazy tensor
-        return rpq() if torch.compiler.is_compiling() else ComputedWeight(rpq, f"{type(self).__name__}.{name}")
+            return rpq.kept if compiling else rpq.guarded
+        lazy: Any = TracedWeight if compiling else ComputedWeight
+        return lazy(rpq, f"{type(self).__name__}.{name}")
 
     return property(read, doc=f"The expanded {name}; read-only.")
 
@@ -204,11 +209,12 @@ def decoded(model: nn.Module) -> Iterator[nn.Module]:
     try:
         with torch.no_grad():
             for weight in weights:
-                weight.kept = weight().as_subclass(DecodedView)
+                weight.kept = weight()
+                weight.guarded = weight.kept.as_subclass(DecodedView)
         yield model
     finally:
         for weight in weights:
-            weight.kept = None
+            weight.kept = weight.guarded = None
 
 
 def find(model: nn.Module, path: str) -> tuple[nn.Module, str]:

@@ -409,34 +409,6 @@ def test_random_codes_have_the_deviation_of_the_dense_layers_own_init(name, book
         assert float(weight().detach().std()) == pytest.approx(expected, rel=0.1), path
 
 
-@pytest.mark.parametrize(
-    "name", ["Linear", "Linear own forward", "Conv2d", "Embedding padding", "tied", "nested", "MultiheadAttention kdim"]
-)
-def test_compile(name):
-    row = zoo.BY_NAME[name]
-    _, model = pair(row)
-    inputs = row.inputs(generator())
-    expected = run(model, inputs)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    got = run(compiled, inputs)
-    close(got, expected)
-    got.sum().backward()
-    assert all(w.codebooks.grad is not None for w in layers_of(model).values())
-
-
-@pytest.mark.parametrize("name", ["Linear", "Conv2d", "Embedding", "nested", "transformers Conv1D"])
-def test_export(name):
-    row = zoo.BY_NAME[name]
-    _, model = pair(row)
-    inputs = row.inputs(generator())
-    program = torch.export.export(model.eval(), inputs)
-    close(program.module()(*inputs), run(model, inputs))
-    assert any(k.endswith("codes") for k in program.state_dict)  # the weight was not folded into the graph
-    shapes = {v.shape for v in program.constants.values() if isinstance(v, torch.Tensor)}
-    assert not shapes & {torch.Size(w.shape) for w in layers_of(model).values()}
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adam_trains_what_is_stored_in_half_precision(dtype, tmp_path):
     """The squares of small gradients underflow in float16: without wider copies the first step gives NaN."""
