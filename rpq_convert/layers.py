@@ -131,6 +131,8 @@ def _computed(name: str) -> property:
         compiling = torch.compiler.is_compiling()
         if rpq.kept is not None and not (torch.is_grad_enabled() and rpq.trainable):
             return rpq.kept if compiling else rpq.guarded
+        if compiling and isinstance(self, nn.utils.parametrize.ParametrizationList):
+            return rpq()  # torch's own functions that compute a weight from it take tensors alone
         lazy: Any = TracedWeight if compiling else ComputedWeight
         return lazy(rpq, f"{type(self).__name__}.{name}")
 

@@ -96,7 +96,9 @@ def test_architecture(name, tmp_path):
     hugging, info = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
     assert same(loaded, converted) and same(hugging.eval(), converted)
-    assert torch.equal(outputs(loaded), expected) and torch.equal(outputs(hugging), expected)
+    assert torch.equal(outputs(loaded), expected)
+    # transformers maps its tensors from the file, where they are aligned less: torch rounds some sums another way
+    assert (outputs(hugging) - expected).abs().max() < 1e-6 * expected.abs().max()
 
     # a dense model that holds the decoded weights says the same
     dense = rpq.restore(loaded)

@@ -33,7 +33,10 @@ AutoModelForCausalLM.from_pretrained(sys.argv[1])
 
 
 def same(a, b):
-    return torch.equal(outputs(a), outputs(b))
+    """Return whether two models hold the same tensors; outputs may differ in rounding where torch's memory is aligned otherwise."""
+    x, y = a.state_dict(), b.state_dict()
+    equal = x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+    return equal and torch.allclose(outputs(a), outputs(b), rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
