@@ -36,6 +36,9 @@ class _LargeOnMeta(TorchFunctionMode):
 def parameters_on_meta() -> Iterator[None]:
     """Within the block, every parameter that any module registers is moved to meta; shared ones stay shared."""
     original = nn.Module.register_parameter
+    if hasattr(original, "to_meta"):  # a block within a block
+        yield
+        return
     moved: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # keeps the originals alive, so that ids stay unique
 
     def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -53,6 +56,7 @@ def parameters_on_meta() -> Iterator[None]:
             moved[id(param)] = (param, empty)
         self._parameters[name] = moved[id(param)][1]
 
+    register.to_meta = True  # type: ignore[attr-defined]
     with _LOCK:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
         try:

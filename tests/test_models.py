@@ -52,6 +52,19 @@ def test_vit_sizes(kind, arguments, options, dense, small):
     assert megabytes(rpq.plan(model, fit="random", **options)) == small
 
 
+def test_a_factory_may_be_one_that_converts(tmp_path):
+    model = models.RPQViT(**SMALL, grow=True, seed=0).eval()
+    rpq.save(model, tmp_path / "vit")
+    again = rpq.load(tmp_path / "vit", factory=lambda: models.RPQViT(**SMALL, grow=True, seed=1))
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(t, again.state_dict()[k]) for k, t in model.state_dict().items())
+    tied = models.RPQOPTForCausalLM(tf.OPTConfig(**TINY), grow=True, seed=0).eval()
+    rpq.save(tied, tmp_path / "opt")
+    again = rpq.load(tmp_path / "opt", factory=lambda: models.RPQOPTForCausalLM(tf.OPTConfig(**TINY), grow=True, seed=1))
+    assert again.lm_head.weight_rpq is again.model.decoder.embed_tokens.weight_rpq
+    assert all(torch.equal(t, again.state_dict()[k]) for k, t in tied.state_dict().items())
+
+
 def test_plans_of_parameters_larger_than_any_memory():
     """One of DeepSeek-V3's fused parameters has 15 GB in bfloat16; a system refuses to lend what it does not have."""
     sizes = {"vocab_size": 64, "hidden_size": 2**14, "num_hidden_layers": 1, "first_k_dense_replace": 0}
