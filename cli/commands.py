@@ -288,6 +288,18 @@ def restore(
     print(f"{out}: {written.file_bytes:,} bytes of dense weights")
 
 
+@group.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog=examples("rpq serve smollm2-rpq", "rpq serve smollm2-rpq --port 9000 --log-level info"),
+)
+@catching
+def serve(context: typer.Context, folder: o.OutputFolder) -> None:
+    """Serve a converted language model over HTTP as OpenAI's interface: `transformers serve`, which takes all other options."""
+    from rpq_convert.integrations.serving import serve as run
+
+    run([str(folder), *context.args])
+
+
 @group.command(epilog=examples("rpq presets", "rpq presets 4bit > mine.toml"))
 @catching
 def presets(name: Annotated[str | None, Argument(metavar="[NAME]", help="Print this preset's TOML.")] = None) -> None:

@@ -227,6 +227,7 @@ def swap(model: nn.Module, job: Job, encoded: Encoded) -> None:
     for parameter in rpq.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(old.requires_grad)
+    rpq.train(module.training)
     put_everywhere(model, (job.name, *job.aliases), rpq)
 
 
@@ -277,11 +278,12 @@ def plan_of(model: nn.Module, max_shard_size: str | int | None = None) -> Plan:
 
 
 def stored_spec(rpq: Any) -> Any:
-    """Return the spec with the dtypes that the tensors have now (a model may have been cast)."""
+    """Return the spec with the dtypes that the tensors need now (a model may have been cast, or trained)."""
     from rpq_convert.spec import dtype_name
 
-    scales = None if rpq.scales is None else dtype_name(rpq.scales.dtype)
-    return replace(rpq.spec, codebook_dtype=dtype_name(rpq.codebooks.dtype), scales=scales)
+    kept = rpq.stored()
+    scales = dtype_name(kept["scales"].dtype) if "scales" in kept else None
+    return replace(rpq.spec, codebook_dtype=dtype_name(kept["codebooks"].dtype), scales=scales)
 
 
 def _why(model: nn.Module, name: str) -> str:

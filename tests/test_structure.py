@@ -14,6 +14,7 @@ LEVELS = [
     ["weight"],
     ["computed"],
     ["operations"],
+    ["tracing"],
     ["layers"],
     ["walk", "evaluation"],
     ["rules", "report"],
@@ -21,7 +22,7 @@ LEVELS = [
     ["integrations", "encode"],
     ["folder", "calibration"],
     ["opened", "record"],
-    ["conversion", "tuning"],
+    ["conversion", "tuning", "adapters"],
     ["checkpoint", "models", "nn"],
     ["pretrained", "texts"],
     ["cli"],
@@ -29,7 +30,7 @@ LEVELS = [
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
 # Who may import what is slow to import or optional.
 HOMES = {
-    "transformers": {"integrations/transformers.py", "models/opt.py", "pretrained.py", "texts.py"},
+    "transformers": {"integrations/transformers.py", "integrations/serving.py", "models/opt.py", "pretrained.py", "texts.py"},
     "vit_pytorch": {"models/vit.py"},
     "torchvision": set(),
     "huggingface_hub": {"integrations/transformers.py"},
