@@ -95,17 +95,7 @@ def convert(
 
     if not dry_run and folder.exists() and not overwrite:  # said before a download, not after
         raise FolderError(f"{folder} exists; choose another folder or pass --overwrite")
-<<<<<<< HEAD
-    opened = open_checkpoint(src, **where, config_only=True)
-    if opened.model is None and not dry_run:
-        raise SourceError(f"{src} has no config.json: give --factory package:callable, which builds its model")
-    plan = opened.plan(**asked)
-    del opened
-    warn(plan.warnings)
     data: Any = None
-=======
-    data = None
->>>>>>> 0953274 (wip budget 2)
     if calibrate is not None:
         if factory is not None:
             raise typer.BadParameter(

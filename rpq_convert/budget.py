@@ -231,6 +231,8 @@ class Choices:
         found = self._fit(self.items, target) or small
         if found.plan.file_bytes < CLOSE * target:
             found = self._fit(self.finer, target) or found
+        if large.plan.file_bytes <= target and large.loss < found.loss:  # its header is shorter than it could have been
+            found = large
         return self._told(found, found.plan.file_bytes, target, {"target_size": target})
 
     def _fit(self, items: Sequence[Sequence[Option]], target: int) -> Point | None:

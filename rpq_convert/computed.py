@@ -57,6 +57,8 @@ class DecodedView(Tensor):
         kwargs = kwargs or {}
         if _writes(func, args, kwargs, DecodedView):
             raise refuse(f"{getattr(func, '__name__', 'this')} on a view of it", "A weight")
+        if any(issubclass(t, ComputedWeight) for t in types):
+            return NotImplemented  # its turn: below, without it, that weight would be decoded outside autograd
         with torch._C.DisableTorchFunctionSubclass():
             out = func(*args, **kwargs)
         return _guard_alias(out, next((a for a in args if isinstance(a, DecodedView)), None))

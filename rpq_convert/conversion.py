@@ -19,7 +19,7 @@ from rpq_convert.calibration import calibrate, describe
 from rpq_convert.encode import Encoded, Statistics, build, encode
 from rpq_convert.executors import run
 from rpq_convert.folder import Folder
-from rpq_convert.opened import Factory, Opened, either, fill, open_checkpoint
+from rpq_convert.opened import Factory, Opened, either, open_checkpoint
 from rpq_convert.planning import Job, Plan
 from rpq_convert.record import make_report, write_rest
 from rpq_convert.report.curve import Curve
@@ -106,6 +106,12 @@ def _open(target: Any, measured: bool, where: Mapping[str, Any]) -> Opened:
     return open_checkpoint(target, config_only=not (measured and Path(target).exists()), **where)
 
 
+def _inputs(calibration: Calibration | None, model: nn.Module) -> list[Any] | None:
+    if calibration is None:
+        return None
+    return list(calibration(model) if callable(calibration) else calibration)
+
+
 def _encode(item: tuple[Job, Tensor, float | None, Statistics | None]) -> Encoded:
     job, tensor, std, statistics = item
     return encode(job, tensor, std=std, statistics=statistics)
@@ -163,7 +169,7 @@ def convert(
     Example:
         >>> report = rpq.convert(model, bits=4); print(report)
     """
-    data = None if calibration is None else list(calibration)
+    data = _inputs(calibration, model)
     plan = plan or Opened(model, None, None, []).plan(data=data, **options)
     source = {n: p.detach() for n, p in model.named_parameters(remove_duplicate=False)}
     unknown = [j.name for j in plan.jobs if j.name not in source]
@@ -172,12 +178,7 @@ def convert(
     config = getattr(model, "config", None)  # OPT and a few others call it init_std
     std = next((v for n in ("initializer_range", "init_std") if (v := getattr(config, n, None))), None)
     how: dict[str, Any] = {"executor": executor, "workers": workers}
-<<<<<<< HEAD
-    if calibration is not None:
-        data = list(calibration(model) if callable(calibration) else calibration)
-=======
     if data is not None:
->>>>>>> 0953274 (wip budget 2)
         plan = replace(plan, options={**plan.options, "calibration": describe(data)})
         _convert_calibrated(model, plan, source, data, progress, how)
     else:
@@ -267,6 +268,7 @@ def swap(model: nn.Module, job: Job, encoded: Encoded) -> None:
     for parameter in rpq.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(old.requires_grad)
+    rpq.train(module.training)
     put_everywhere(model, (job.name, *job.aliases), rpq)
 
 
@@ -317,11 +319,12 @@ def plan_of(model: nn.Module, max_shard_size: str | int | None = None) -> Plan:
 
 
 def stored_spec(rpq: Any) -> Any:
-    """Return the spec with the dtypes that the tensors have now (a model may have been cast)."""
+    """Return the spec with the dtypes that the tensors need now (a model may have been cast, or trained)."""
     from rpq_convert.spec import dtype_name
 
-    scales = None if rpq.scales is None else dtype_name(rpq.scales.dtype)
-    return replace(rpq.spec, codebook_dtype=dtype_name(rpq.codebooks.dtype), scales=scales)
+    kept = rpq.stored()
+    scales = dtype_name(kept["scales"].dtype) if "scales" in kept else None
+    return replace(rpq.spec, codebook_dtype=dtype_name(kept["codebooks"].dtype), scales=scales)
 
 
 def _why(model: nn.Module, name: str) -> str:
@@ -348,12 +351,8 @@ def convert_checkpoint(
     executor: str = "threads",
     workers: int | None = None,
     progress: Progress | None = None,
-<<<<<<< HEAD
-    calibration: Calibration | None = None,
-=======
     plan: Plan | None = None,
-    calibration: Iterable[Any] | None = None,
->>>>>>> 0953274 (wip budget 2)
+    calibration: Calibration | None = None,
     **options: Any,
 ) -> Report:
     """Convert a checkpoint tensor by tensor, whatever its size, into a folder.
@@ -375,18 +374,10 @@ def convert_checkpoint(
     )
     if opened.model is None:
         raise SourceError(f"{src} has no config.json: give factory='package.module:callable' that builds its model")
-<<<<<<< HEAD
-    plan = opened.plan(**options)
-    model: Any = opened.model
-    data = None
-    if calibration is not None:
-        model = _filled(model, opened.source)
-        data = list(calibration(model) if callable(calibration) else calibration)
-=======
-    data = None if calibration is None else list(calibration)
+    model = opened.model if calibration is None else opened.filled()
+    data = _inputs(calibration, model)
     plan = plan or opened.plan(data=data, **options)
     if data is not None:
->>>>>>> 0953274 (wip budget 2)
         plan = replace(plan, options={**plan.options, "calibration": describe(data)})
     folder = Folder(out, plan, overwrite=overwrite, origin=opened.origin)
     by_name = {j.name: j for j in plan.jobs}
@@ -399,10 +390,6 @@ def convert_checkpoint(
             progress(job, encoded)
 
     if data is not None:
-<<<<<<< HEAD
-=======
-        model = fill(opened.model, opened.source)
->>>>>>> 0953274 (wip budget 2)
         _convert_calibrated(model, plan, opened.source, data, keep, how, stored=folder.get)
     else:
         for job in plan.jobs:

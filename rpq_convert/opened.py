@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rpq_convert import layers
@@ -132,7 +133,10 @@ def open_checkpoint(
 
 
 def empty_from_factory(factory: str | Factory) -> nn.Module:
-    """Build a model with parameters on meta and real buffers, from a callable or `"package.module:callable"`."""
+    """Build a model with parameters on meta and real buffers, from a callable or `"package.module:callable"`.
+
+    Of a model that the factory converts itself (`RPQViT`) the dense one is returned.
+    """
     told = factory
     if isinstance(factory, str):
         module, _, name = factory.partition(":")
@@ -146,6 +150,10 @@ def empty_from_factory(factory: str | Factory) -> nn.Module:
         model = factory()
     if not isinstance(model, nn.Module):
         raise SourceError(f"factory {told!r} returned {type(model).__name__}, not a module")
+    dense: dict[int, nn.Parameter] = {}
+    for path, weight in layers.layers_of(model).items():
+        empty = nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype, device="meta"))
+        layers.take(*layers.find(model, path), dense.setdefault(id(weight), empty))
     return model.eval()
 
 

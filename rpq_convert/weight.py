@@ -159,6 +159,34 @@ class RPQWeight(nn.Module):
             weight = weight.masked_fill((at == self.zero_row)[:, None], 0)
         return weight
 
+    def stored(self) -> dict[str, Tensor]:
+        """Return the tensors as a file keeps them: what training made wider is narrow again where that is exact."""
+        kept = {}
+        for name, (dtype, _) in self.spec.tensors(self.view, self.shape).items():
+            tensor = getattr(self, name).detach()
+            if (tensor.dtype, dtype) == (torch.float32, torch.float16) and not tensor.is_meta:
+                half = tensor.to(dtype)
+                tensor = half if torch.equal(half.float(), tensor) else tensor
+            kept[name] = tensor
+        return kept
+
+    def train(self, mode: bool = True) -> RPQWeight:
+        """Set the mode. For training, float16 codebooks and scales of a wider weight become float32.
+
+        The squares of gradients that Adam keeps underflow in float16, and its first step divides by zero.
+        """
+        super().train(mode)
+        if mode and self.dtype != torch.float16:
+            for parameter in self.parameters():
+                if parameter.requires_grad and parameter.dtype == torch.float16:
+                    parameter.data = parameter.data.float()
+        elif not mode:
+            for name, tensor in self.stored().items():
+                parameter = getattr(self, name)
+                if tensor.dtype != parameter.dtype:
+                    parameter.data = tensor
+        return self
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RPQWeight:
         super()._apply(fn, recurse)
         self._probe = fn(self._probe)

@@ -31,7 +31,13 @@ LEVELS = [
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
 # Who may import what is slow to import or optional.
 HOMES = {
-    "transformers": {"integrations/transformers.py", "integrations/serving.py", "models/opt.py", "pretrained.py", "texts.py"},
+    "transformers": {
+        "integrations/transformers.py",
+        "integrations/serving.py",
+        "models/opt.py",
+        "pretrained.py",
+        "texts.py",
+    },
     "vit_pytorch": {"models/vit.py"},
     "torchvision": set(),
     "huggingface_hub": {"integrations/transformers.py"},
