@@ -31,7 +31,7 @@ RATES = (
     (5, 1), (6, 1), (7, 1), (8, 1), (10, 1), (12, 1), (14, 1), (16, 1),
 )  # fmt: skip
 # Errors of equal size harm the more the higher the rate: they sit on the large weights, above all with one codebook. By
-# what factor for every bit above 2, as `benchmarks/budget.py` measures it on SmolLM2: [one stage, several].
+# what factor for every bit above 2, fitted to SmolLM2's perplexities: [one stage, several].
 HARM = (1.2, 1.1)
 EMBEDDED = 4.0
 ROUNDING = 1e-7
