@@ -48,6 +48,9 @@ def convert(
     ] = None,
     preset: o.Preset = None,
     bits: o.Bits = None,
+    target_size: o.TargetSize = None,
+    max_error: o.MaxError = None,
+    sensitivity: o.Sensitivity = None,
     codebooks: o.Codebooks = None,
     dim: o.Dim = None,
     axis: o.Axis = None,
@@ -92,20 +95,15 @@ def convert(
     folder = o.output_for(src, out)
     from rpq_convert.conversion import convert_checkpoint, make_report, open_checkpoint
     from rpq_convert.folder import FolderError
+    from rpq_convert.sensitivity import asks
     from rpq_convert.source import SourceError
 
     if not dry_run and folder.exists() and not overwrite:  # said before a download, not after
         raise FolderError(f"{folder} exists; choose another folder or pass --overwrite")
-    opened = open_checkpoint(src, **where, need="headers")
     if push_to and not dry_run:
         from rpq_convert.publish import check_login
 
         check_login(push_to, token=token)  # hours before the upload
-    if opened.model is None and not dry_run:
-        raise SourceError(f"{src} has no config.json: give --factory package:callable, which builds its model")
-    plan = opened.plan(**asked)
-    del opened
-    warn(plan.warnings)
     data: Any = None
     if calibrate is not None:
         if factory is not None:
@@ -125,8 +123,17 @@ def convert(
                 revision=revision,
                 token=token,
                 local_files_only=local_files_only,
-            )  # fmt: skip
+            )
         )
+    measured = asks(asked) and (not dry_run or Path(src).exists())
+    if measured and not quiet:
+        say("measuring what the model is sensitive to")
+    opened = open_checkpoint(src, **where, need="weights" if measured else "headers")
+    if opened.model is None and not dry_run:
+        raise SourceError(f"{src} has no config.json: give --factory package:callable, which builds its model")
+    plan = opened.plan(data=data, **asked)
+    del opened
+    warn(plan.warnings)
     if dry_run:
         return show_report(make_report(plan, {}, title=o.name_of(src)), json=json)
     with progress(plan, quiet=quiet) as callback:
@@ -137,9 +144,9 @@ def convert(
             executor=executor,
             workers=workers,
             progress=callback,
+            plan=plan,
             calibration=data,
             **where,
-            **asked,
         )
     warn(tuple(w for w in report.warnings if w not in plan.warnings))
     show_report(report, json=json)
@@ -171,13 +178,21 @@ def push(
 
 
 @group.command(
-    epilog=examples("rpq plan facebook/opt-66b --codebooks heads", "rpq plan model/ --bits 2 --explain layers.0.fc1")
+    epilog=examples(
+        "rpq plan facebook/opt-66b --codebooks heads",
+        "rpq plan model/ --bits 2 --explain layers.0.fc1",
+        "rpq plan model/ --target-size 50MB",
+        "rpq plan model/ --sweep --sweep-out curve.svg",
+    )
 )
 @catching
 def plan(
     src: o.Source,
     preset: o.Preset = None,
     bits: o.Bits = None,
+    target_size: o.TargetSize = None,
+    max_error: o.MaxError = None,
+    sensitivity: o.Sensitivity = None,
     codebooks: o.Codebooks = None,
     dim: o.Dim = None,
     axis: o.Axis = None,
@@ -195,14 +210,24 @@ def plan(
     local_files_only: o.LocalFilesOnly = False,
     allow_pickle: o.AllowPickle = False,
     explain: Annotated[str | None, Option(metavar="NAME", help="Say what happens to one parameter, and why.")] = None,
+    sweep: Annotated[bool, Option("--sweep", help="Show the whole curve of size against expected quality.")] = False,
+    sweep_out: Annotated[
+        Path | None, Option(metavar="FILE.svg", help="Draw the curve into a file as well; implies --sweep.")
+    ] = None,
     json: o.Json = False,
 ) -> None:
-    """Show what a conversion would do and weigh, without reading a weight; a hub id costs kilobytes."""
+    """Show what a conversion would do and weigh; a hub id costs kilobytes.
+
+    Weights are read only where they are at hand and sizes are to be chosen: to measure what the model is sensitive to.
+    """
     given = dict(locals())
     asked, where = o.plan_options(given), o.open_options(given)
-    from rpq_convert.conversion import make_report, open_checkpoint
+    if sweep or sweep_out is not None:
+        return _sweep(src, sweep_out, json, where, asked)
+    from rpq_convert.conversion import make_report
+    from rpq_convert.conversion import plan as make
 
-    made = open_checkpoint(src, **where, need="headers").plan(**asked)
+    made = make(src, **where, **asked)
     warn(made.warnings)
     if explain is not None:
         text = made.explain(explain)
@@ -211,6 +236,20 @@ def plan(
         print(made.to_json())
     else:
         show_report(make_report(made, {}, title=o.name_of(src)), json=False)
+
+
+def _sweep(src: str, file: Path | None, json: bool, where: dict[str, Any], asked: dict[str, Any]) -> None:
+    sized = [k for k in ("preset", "bits", "target_size", "max_error", "codebooks", "dim") if asked.pop(k) is not None]
+    if sized:
+        raise typer.BadParameter(f"the curve shows every size; leave out {', '.join(sized)}", param_hint="--sweep")
+    from rpq_convert.conversion import sweep
+
+    curve = sweep(src, **where, **asked)
+    warn(curve.warnings)
+    if file is not None:
+        file.write_text(curve.to_svg(o.name_of(src)), "utf8")
+        say(f"wrote {file}")
+    print(curve.to_json() if json else curve)
 
 
 @group.command(epilog=examples("rpq audit opt-125m-rpq", "rpq audit opt-125m-rpq --format html --output audit.html"))
@@ -327,6 +366,18 @@ def restore(
 
     written = restore_checkpoint(folder, out, overwrite=overwrite)
     print(f"{out}: {written.file_bytes:,} bytes of dense weights")
+
+
+@group.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog=examples("rpq serve smollm2-rpq", "rpq serve smollm2-rpq --port 9000 --log-level info"),
+)
+@catching
+def serve(context: typer.Context, folder: o.OutputFolder) -> None:
+    """Serve a converted language model over HTTP as OpenAI's interface: `transformers serve`, which takes all other options."""
+    from rpq_convert.integrations.serving import serve as run
+
+    run([str(folder), *context.args])
 
 
 @group.command(epilog=examples("rpq presets", "rpq presets 4bit > mine.toml"))

@@ -1,5 +1,6 @@
 """The options that `convert` and `plan` share, each defined once, and what they mean to the library."""
 
+import json
 import os
 import sys
 from collections.abc import Mapping
@@ -21,7 +22,26 @@ Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing outp
 Preset = Annotated[
     str | None, Option(help="A preset's name (see `rpq presets`) or a .toml file.", rich_help_panel=SIZE)
 ]
-Bits = Annotated[float | None, Option(help="Code bits per weight, 0.05 to 8.", rich_help_panel=SIZE)]
+Bits = Annotated[
+    float | None,
+    Option(help="Code bits per weight, 0.05 to 8; one that no layout has exactly, such as 2.5, is met by mixing.", rich_help_panel=SIZE),
+]  # fmt: skip
+TargetSize = Annotated[
+    str | None,
+    Option(metavar="SIZE", help="Bytes of all weight files, e.g. 50MB: sizes of layers are chosen so that they fit.", rich_help_panel=SIZE),
+]  # fmt: skip
+MaxError = Annotated[
+    float | None,
+    Option(help="Largest expected relative squared error of any layer: the smallest size below it.", rich_help_panel=SIZE),
+]  # fmt: skip
+Sensitivity = Annotated[
+    str | None,
+    Option(
+        metavar="FILE|shape",
+        help="What budgets go by: JSON of name to number, or shapes alone. By default the model is run and measured.",
+        rich_help_panel=SIZE,
+    ),
+]
 Codebooks = Annotated[
     str | None,
     Option(metavar="heads|N", help="'heads': sub-vectors as long as an attention head; or N codebooks per weight.", rich_help_panel=SIZE),
@@ -66,7 +86,7 @@ AllowPickle = Annotated[
     bool, Option("--allow-pickle", help="Read pickled weights, tensors only.", rich_help_panel=WHERE)
 ]
 
-PLAN = ("preset", "bits", "dim", "axis", "fit", "grow", "seed", "dtype")
+PLAN = ("preset", "bits", "target_size", "max_error", "dim", "axis", "fit", "grow", "seed", "dtype")
 OPEN = ("factory", "revision", "token", "local_files_only", "allow_pickle")
 
 
@@ -77,9 +97,30 @@ def plan_options(given: Mapping[str, Any]) -> dict[str, Any]:
     codebooks = given["codebooks"]
     options["codebooks"] = int(codebooks) if codebooks and codebooks.isascii() and codebooks.isdigit() else codebooks
     options["rules"] = [parse_rule(r) for r in given["rule"] or ()]
+    if given["sensitivity"] is not None:
+        options["sensitivity"] = _sensitivity(given["sensitivity"])
     if given["max_shard_size"]:
         options["max_shard_size"] = given["max_shard_size"]
     return options
+
+
+def _sensitivity(text: str) -> Any:
+    if text == "shape":
+        return text
+    try:
+        found = json.loads(Path(text).read_text("utf8"))
+    except ValueError as e:
+        raise typer.BadParameter(f"{text} is not JSON: {e}", param_hint="--sensitivity") from None
+    numbers = isinstance(found, dict) and all(
+        isinstance(x, (int, float)) and not isinstance(x, bool) and x >= 0
+        for v in found.values()
+        for x in (v.values() if isinstance(v, dict) and v else [v])
+    )
+    if not numbers:
+        raise typer.BadParameter(
+            f"{text} must map parameter names to numbers, or to bits and losses", param_hint="--sensitivity"
+        )
+    return found
 
 
 def open_options(given: Mapping[str, Any]) -> dict[str, Any]:

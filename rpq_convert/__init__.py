@@ -16,17 +16,18 @@ from rpq_convert.integrations.hook import when_imported
 from rpq_convert.version import __version__
 
 when_imported("transformers.quantizers.auto", "rpq_convert.pretrained")  # from_pretrained knows "rpq" from then on
+when_imported("torch.export.pt2_archive._package", "rpq_convert.kernels.operators")  # so does torch.export.load
 
 _HOMES = {
-    "convert": "conversion", "convert_checkpoint": "conversion", "plan": "conversion",
+    "convert": "conversion", "convert_checkpoint": "conversion", "plan": "conversion", "sweep": "conversion", "sensitivities": "sensitivity",
     "save": "checkpoint", "load": "checkpoint", "restore": "checkpoint", "restore_checkpoint": "checkpoint",
     "verify": "checkpoint", "audit": "checkpoint", "model_size": "checkpoint", "VerifyError": "checkpoint",
     "Plan": "planning", "Job": "planning", "Skip": "planning", "Rule": "rules", "PlanError": "rules", "preset_names": "rules",
     "Spec": "spec", "WeightView": "view", "RPQWeight": "weight", "register_layer": "layers", "RPQLayer": "layers",
-    "decoded": "layers", "RPQConfig": "pretrained",
+    "decoded": "layers", "RPQConfig": "pretrained", "decompositions": "kernels.operators",
     "evaluate": "evaluation", "layer_errors": "evaluation", "Evaluation": "evaluation", "EvaluateError": "evaluation",
     "CalibrationError": "calibration", "tune": "tuning", "Tuning": "tuning", "TuneError": "tuning",
-    "own_inputs": "texts", "push": "publish", "HubError": "hub",
+    "own_inputs": "texts", "merge_adapter": "adapters", "push": "publish", "HubError": "hub",
     "Report": "report.schema", "SourceError": "source", "EncodeError": "encode", "FolderError": "folder",
 }  # fmt: skip
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604 - the keys are strings

@@ -106,12 +106,12 @@ def calibrate(model: nn.Module, jobs: Sequence[Job], data: Sequence[Any], fit: F
     """
     if len(data) == 0:
         raise CalibrationError("the calibration data is empty; give some texts, images or other inputs")
-    with _quiet(model), torch.no_grad():
+    with quiet(model), torch.no_grad():
         _Walk(model, jobs, data, fit).run()
 
 
 @contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
+def quiet(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and no cache of keys and values, as long as the block lasts."""
     training = [m for m in model.modules() if m.training]
     configs: dict[int, Any] = {

@@ -63,7 +63,7 @@ def save(
     for job in plan.jobs:
         rpq = found[job.name]
         facts[job.name] = {**getattr(rpq, "record", {}), "zero_row": rpq.zero_row}
-        tensors = {k: t.detach().cpu().contiguous() for k, t in rpq.named_parameters()}
+        tensors = {k: t.cpu().contiguous() for k, t in rpq.stored().items()}
         record = facts[job.name]
         folder.put(
             Encoded(

@@ -57,6 +57,8 @@ class DecodedView(Tensor):
         kwargs = kwargs or {}
         if _writes(func, args, kwargs, DecodedView):
             raise refuse(f"{getattr(func, '__name__', 'this')} on a view of it", "A weight")
+        if any(issubclass(t, ComputedWeight) for t in types):
+            return NotImplemented  # its turn: below, without it, that weight would be decoded outside autograd
         with torch._C.DisableTorchFunctionSubclass():
             out = func(*args, **kwargs)
         return _guard_alias(out, next((a for a in args if isinstance(a, DecodedView)), None))
@@ -70,6 +72,8 @@ def _guard_alias(out: Any, source: Tensor | None) -> Any:
         return type(out)([_guard_alias(o, source) for o in out]) if type(out) in (tuple, list) else out
     if type(out) is not Tensor or out.device.type == "meta" or out.numel() == 0:
         return out
+    if torch._C._functorch.is_functorch_wrapped_tensor(out) or torch._C._functorch.is_functorch_wrapped_tensor(source):
+        return out  # torch.func's tensors have no memory to compare
     with torch._C.DisableTorchFunctionSubclass():
         if out.untyped_storage().data_ptr() == source.untyped_storage().data_ptr():
             return out.as_subclass(DecodedView)

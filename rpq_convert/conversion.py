@@ -19,12 +19,13 @@ from rpq_convert.calibration import calibrate, describe
 from rpq_convert.encode import Encoded, Statistics, build, encode
 from rpq_convert.executors import run
 from rpq_convert.folder import Folder
-from rpq_convert.heads import head_rules
-from rpq_convert.opened import Factory, open_checkpoint
-from rpq_convert.planning import Job, Plan, make_plan
+from rpq_convert.opened import Factory, Opened, either, open_checkpoint
+from rpq_convert.planning import Job, Plan
 from rpq_convert.record import make_report, write_rest
+from rpq_convert.report.curve import Curve
 from rpq_convert.report.schema import Report
 from rpq_convert.rules import PlanError
+from rpq_convert.sensitivity import asks
 from rpq_convert.source import SourceError
 from rpq_convert.walk import walk
 
@@ -43,34 +44,77 @@ def plan(
     allow_pickle: bool = False,
     **options: Any,
 ) -> Plan:
-    """Plan a conversion without reading a weight.
+    """Plan a conversion; a weight is read only to measure what a budget is best spent on.
 
     Args:
         target: a live or meta model, a transformers config, a hub id (of which the config and the headers of the weight
             files are read, kilobytes), a folder, or a safetensors file.
         factory: for a checkpoint that is not transformers': a callable or `"package:callable"` that builds the model.
         revision, token, local_files_only, allow_pickle: where a checkpoint comes from, as for `convert_checkpoint`.
-        options: those of `make_plan`: preset, bits, dim, codebooks, axis, rules, include, exclude, fit, seed, dtype, …
+        options: those of `make_plan`: preset, bits, target_size, max_error, sensitivity, dim, codebooks, axis, rules,
+            include, exclude, fit, seed, dtype, … With a budget (target_size, an average of bits) and weights at hand,
+            a live model or a folder, the model is run to measure its sensitivities, unless they are given or
+            `sensitivity="shape"`.
 
     Example:
         >>> rpq.plan(model, bits=4).explain("layers.0.fc1")
     """
+    where = {
+        "factory": factory,
+        "revision": revision,
+        "token": token,
+        "local_files_only": local_files_only,
+        "allow_pickle": allow_pickle,
+    }
+    return _open(target, asks(options), where).plan(**options)
+
+
+def sweep(
+    target: nn.Module | str | Path | Any,
+    *,
+    points: int = 24,
+    factory: str | Factory | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    allow_pickle: bool = False,
+    **options: Any,
+) -> Curve:
+    """Return the curve of size against expected quality.
+
+    Args:
+        target, factory, revision, token, local_files_only, allow_pickle: as for `plan`.
+        points: plans from the smallest to 8 bits everywhere.
+        options: those of `plan` that choose no size.
+
+    Example:
+        >>> print(rpq.sweep(model)); Path("curve.svg").write_text(rpq.sweep(model).to_svg("my model"))
+    """
+    where = {
+        "factory": factory,
+        "revision": revision,
+        "token": token,
+        "local_files_only": local_files_only,
+        "allow_pickle": allow_pickle,
+    }
+    return _open(target, options.get("sensitivity") is None, where).sweep(points=points, **options)
+
+
+def _open(target: Any, measured: bool, where: Mapping[str, Any]) -> Opened:
+    """Find what to plan for; with weights only where they are to be measured and lie on this machine."""
     if isinstance(target, nn.Module):
-        return make_plan(walk(target), head_rules=head_rules(target), **options)
+        return Opened(target, None)
     if not isinstance(target, (str, Path)):
         from rpq_convert.integrations import transformers
 
-        empty = transformers.build_empty(target)
-        return make_plan(walk(empty), head_rules=head_rules(empty, target), **options)
-    opened = open_checkpoint(
-        target, factory=factory, revision=revision, token=token, local_files_only=local_files_only,
-        allow_pickle=allow_pickle, need="headers",
-    )  # fmt: skip
-    return opened.plan(**options)
+        return Opened(transformers.build_empty(target), None)
+    return open_checkpoint(target, need="weights" if measured and Path(target).exists() else "headers", **where)
 
 
-def _from(source: Mapping[str, Tensor], names: tuple[str, ...]) -> Tensor:
-    return source[next((n for n in names if n in source), names[0])]
+def _inputs(calibration: Calibration | None, model: nn.Module) -> list[Any] | None:
+    if calibration is None:
+        return None
+    return list(calibration(model) if callable(calibration) else calibration)
 
 
 def _encode(item: tuple[Job, Tensor, float | None, Statistics | None]) -> Encoded:
@@ -90,7 +134,7 @@ def run_jobs(
     """Encode every job, in order of completion; at most `workers` tensors are in memory."""
     known = statistics or {}
     items = (
-        (j, _from(source, (j.name, *j.aliases)).detach().to(getattr(torch, j.dtype)), std, known.get(j.name))
+        (j, either(source, (j.name, *j.aliases)).detach().to(getattr(torch, j.dtype)), std, known.get(j.name))
         for j in jobs
     )
     yield from run(_encode, items, executor=executor, workers=workers or default_workers())
@@ -130,7 +174,8 @@ def convert(
     Example:
         >>> report = rpq.convert(model, bits=4); print(report)
     """
-    plan = plan or make_plan(walk(model), head_rules=head_rules(model), **options)
+    data = _inputs(calibration, model)
+    plan = plan or Opened(model, None).plan(data=data, **options)
     source = {n: p.detach() for n, p in model.named_parameters(remove_duplicate=False)}
     unknown = [j.name for j in plan.jobs if j.name not in source]
     if unknown:
@@ -138,8 +183,7 @@ def convert(
     config = getattr(model, "config", None)  # OPT and a few others call it init_std
     std = next((v for n in ("initializer_range", "init_std") if (v := getattr(config, n, None))), None)
     how: dict[str, Any] = {"executor": executor, "workers": workers}
-    if calibration is not None:
-        data = list(calibration(model) if callable(calibration) else calibration)
+    if data is not None:
         plan = replace(plan, options={**plan.options, "calibration": describe(data)})
         _convert_calibrated(model, plan, source, data, progress, how)
     else:
@@ -229,6 +273,7 @@ def swap(model: nn.Module, job: Job, encoded: Encoded) -> None:
     for parameter in rpq.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(old.requires_grad)
+    rpq.train(module.training)
     put_everywhere(model, (job.name, *job.aliases), rpq)
 
 
@@ -279,11 +324,12 @@ def plan_of(model: nn.Module, max_shard_size: str | int | None = None) -> Plan:
 
 
 def stored_spec(rpq: Any) -> Any:
-    """Return the spec with the dtypes that the tensors have now (a model may have been cast)."""
+    """Return the spec with the dtypes that the tensors need now (a model may have been cast, or trained)."""
     from rpq_convert.spec import dtype_name
 
-    scales = None if rpq.scales is None else dtype_name(rpq.scales.dtype)
-    return replace(rpq.spec, codebook_dtype=dtype_name(rpq.codebooks.dtype), scales=scales)
+    kept = rpq.stored()
+    scales = dtype_name(kept["scales"].dtype) if "scales" in kept else None
+    return replace(rpq.spec, codebook_dtype=dtype_name(kept["codebooks"].dtype), scales=scales)
 
 
 def _why(model: nn.Module, name: str) -> str:
@@ -311,6 +357,7 @@ def convert_checkpoint(
     executor: str = "threads",
     workers: int | None = None,
     progress: Progress | None = None,
+    plan: Plan | None = None,
     calibration: Calibration | None = None,
     **options: Any,
 ) -> Report:
@@ -323,6 +370,7 @@ def convert_checkpoint(
         overwrite: replace `out`.
         revision: branch, tag or commit of a hub id. token: instead of the stored one. local_files_only: take it from the
             local cache. allow_pickle: read pickled weights, as tensors only, where there are no others.
+        plan: a plan made before, for this checkpoint; otherwise one is made from the options.
         calibration: as for `convert`; the model is then run, its weights read from disk as they are used.
         options: those of `rpq.plan`.
 
@@ -339,12 +387,10 @@ def convert_checkpoint(
     )
     if opened.model is None:
         raise SourceError(f"{src} has no config.json: give factory='package.module:callable' that builds its model")
-    plan = opened.plan(**options)
-    model: Any = opened.model
-    data = None
-    if calibration is not None:
-        model = _filled(model, opened.source)
-        data = list(calibration(model) if callable(calibration) else calibration)
+    model = opened.model if calibration is None else opened.filled()
+    data = _inputs(calibration, model)
+    plan = plan or opened.plan(data=data, **options)
+    if data is not None:
         plan = replace(plan, options={**plan.options, "calibration": describe(data)})
     folder = Folder(out, plan, overwrite=overwrite, origin=opened.origin)
     by_name = {j.name: j for j in plan.jobs}
@@ -365,19 +411,8 @@ def convert_checkpoint(
         for encoded in run_jobs([j for j in plan.jobs if not folder.done(j)], opened.source, **how):
             keep(by_name[encoded.name], encoded)
     aliases = {s.name: (s.name, *s.aliases) for s in plan.skips}
-    folder.write_weights(lambda name: _from(opened.source, aliases[name]))
+    folder.write_weights(lambda name: either(opened.source, aliases[name]))
     facts = {j.name: folder.facts(j) for j in plan.jobs}
     title = Path(src).resolve().name if Path(src).exists() else Path(src).name
     folder.copy(opened.files)
     return write_rest(folder, opened.config, facts, title, opened.base)
-
-
-def _filled(model: nn.Module, source: Mapping[str, Tensor]) -> nn.Module:
-    """Give an empty model the weights of its checkpoint, in place."""
-    for slot in walk(model):
-        tensor = _from(source, (slot.name, *slot.aliases))
-        filled: Any = tensor if slot.buffer else nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
-        for path in (slot.name, *slot.aliases):
-            module, name = layers.find(model, path)
-            (module._buffers if slot.buffer else module._parameters)[name] = filled
-    return model

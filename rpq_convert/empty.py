@@ -2,7 +2,9 @@
 
 `torch.device("meta")` would lose non-persistent buffers (rotary frequencies, masks), which no checkpoint holds. Here a
 layer's constructor allocates its parameter (untouched memory), registration replaces it by a meta one, and the
-initialisation that follows does nothing, so a model of any size is built in seconds and without memory.
+initialisation that follows does nothing, so a model of any size is built in seconds and without memory. An uninitialised
+tensor of more than `LARGE` bytes is on meta from the start: the system refuses fused experts (30 GB in one parameter of
+DeepSeek-V3) even where nobody would touch them, and only a parameter is made that way.
 """
 
 from __future__ import annotations
@@ -10,16 +12,33 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+LARGE = 1 << 30  # bytes
 _LOCK = threading.RLock()
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and kwargs.get("device") is None and kwargs.get("out") is None:
+            planned: Tensor = func(*args, **{**kwargs, "device": "meta"})
+            if planned.nbytes > LARGE:
+                return planned
+        return func(*args, **kwargs)
 
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
     """Within the block, every parameter that any module registers is moved to meta; shared ones stay shared."""
     original = nn.Module.register_parameter
+    if hasattr(original, "to_meta"):  # a block within a block
+        yield
+        return
     moved: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # keeps the originals alive, so that ids stay unique
 
     def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -37,9 +56,11 @@ def parameters_on_meta() -> Iterator[None]:
             moved[id(param)] = (param, empty)
         self._parameters[name] = moved[id(param)][1]
 
+    register.to_meta = True  # type: ignore[attr-defined]
     with _LOCK:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
         try:
-            yield
+            with _LargeOnMeta():
+                yield
         finally:
             nn.Module.register_parameter = original  # type: ignore[method-assign]

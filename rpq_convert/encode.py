@@ -187,6 +187,9 @@ def _stored(job: Job, codebooks: Tensor, codes: Tensor) -> dict[str, Tensor]:
     return {"codebooks": codebooks.contiguous(), "codes": codes.contiguous()}
 
 
+GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}  # matrices of a recurrent layer, stacked in one weight
+
+
 def default_std(job: Job) -> float:
     """Return the standard deviation that torch's own initialisation of this layer would give its weight."""
     view = job.weight_view
@@ -199,6 +202,8 @@ def default_std(job: Job) -> float:
         return 1 / math.sqrt(3 * job.shape[1])
     if job.layer == "MultiheadAttention":  # xavier_uniform
         return math.sqrt(2 / sum(job.shape))
+    if job.layer.removesuffix("Cell") in GATES and "_hr" not in job.name:  # drawn by the hidden width, stored per gate
+        return math.sqrt(GATES[job.layer.removesuffix("Cell")] / (3 * job.shape[0]))
     if view.axes[0] == "in":  # transposed convolutions: torch counts the second stored axis as fan-in
         return 1 / math.sqrt(3 * math.prod(job.shape[1:]))
     return 1 / math.sqrt(3 * math.prod(inputs))

@@ -29,7 +29,10 @@ def head_size(config: Any) -> int | None:
     if config is None or not hasattr(config, "get_text_config"):
         return None
     text = config.get_text_config()
-    hidden, heads = getattr(text, "hidden_size", None), getattr(text, "num_attention_heads", None)
+    try:
+        hidden, heads = getattr(text, "hidden_size", None), getattr(text, "num_attention_heads", None)
+    except RuntimeError:  # transformers' way to say that its layers differ
+        return None
     if not isinstance(hidden, int) or not isinstance(heads, int) or heads < 1:
         return None
     return -(-hidden // heads)

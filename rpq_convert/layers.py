@@ -11,13 +11,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rpq_convert import operations  # noqa: F401 - teaches computed weights what they can do without decoding
 from rpq_convert.computed import ComputedWeight, DecodedView, refuse
+from rpq_convert.tracing import TracedWeight
 from rpq_convert.view import WeightView
 from rpq_convert.weight import RPQWeight
 
@@ -30,7 +32,7 @@ def register_layer(kind: type | str, **views: WeightView | str) -> None:
 
     Args:
         kind: a class, or its dotted name (`"transformers.pytorch_utils.Conv1D"`). Subclasses are found through it.
-        views: parameter name = `WeightView`, or just its axis names.
+        views: parameter name, or a pattern as in `fnmatch` = `WeightView`, or just its axis names.
 
     Example:
         >>> register_layer("my_code.Scorer", table="out in")
@@ -53,13 +55,27 @@ register_layer(
     nn.MultiheadAttention,
     in_proj_weight="out in", q_proj_weight="out in", k_proj_weight="out in", v_proj_weight="out in",
 )  # fmt: skip
+register_layer(nn.RNNBase, **{"weight_*": "out in"})
+register_layer(nn.RNNCellBase, **{"weight_*": "out in"})
 register_layer("transformers.pytorch_utils.Conv1D", weight="in out")
-register_layer(  # raw parameters [width, heads, head size], each head a matrix of its own
-    "transformers.models.xlnet.modeling_xlnet.XLNetRelativeAttention",
-    q="in expert out", k="in expert out", v="in expert out", r="in expert out", o="out in in2",
-)  # fmt: skip
 
-# Fused mixture-of-experts weights: transformers marks every such class with `is_transposed`.
+# Raw parameters of transformers' models, and layers that are no subclass of torch's.
+_MODELS = "transformers.models"
+_HEADS = "in expert out"  # [width, heads, head size]: each head a matrix of its own
+register_layer(
+    f"{_MODELS}.xlnet.modeling_xlnet.XLNetRelativeAttention", q=_HEADS, k=_HEADS, v=_HEADS, r=_HEADS, o="out in in2"
+)
+register_layer(f"{_MODELS}.funnel.modeling_funnel.FunnelRelMultiheadAttention", r_kernel=_HEADS)
+register_layer(f"{_MODELS}.jetmoe.modeling_jetmoe.JetMoeParallelExperts", weight="expert out in")
+register_layer(f"{_MODELS}.csm.modeling_csm.CsmCodebooksHead", weight="expert in out")
+register_layer(
+    f"{_MODELS}.recurrent_gemma.modeling_recurrent_gemma.RecurrentGemmaRglru",
+    input_gate_weight="expert in out", recurrent_gate_weight="expert in out",
+)  # fmt: skip
+register_layer(f"{_MODELS}.ibert.quant_modules.QuantLinear", weight="out in")
+register_layer(f"{_MODELS}.ibert.quant_modules.QuantEmbedding", weight=EMBEDDING)
+
+# Fused mixture-of-experts weights: transformers marks those that are stored the other way round with `is_transposed`.
 EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "gate_proj", "down_proj")
 
 
@@ -73,10 +89,9 @@ def find_view(module: nn.Module, name: str) -> WeightView | None:
     for kind, dotted in ((c, f"{c.__module__}.{c.__qualname__}") for c in type(module).__mro__):
         for key in (kind, dotted):
             if key in LAYERS:
-                return LAYERS[key].get(name)
-    transposed = getattr(module, "is_transposed", None)
-    if isinstance(transposed, bool) and name in EXPERT_WEIGHTS and getattr(module, name).ndim == 3:
-        return WeightView("expert in out" if transposed else "expert out in")
+                return next((v for pattern, v in LAYERS[key].items() if fnmatchcase(name, pattern)), None)
+    if name in EXPERT_WEIGHTS and isinstance(weight := getattr(module, name), Tensor) and weight.ndim == 3:
+        return WeightView("expert in out" if getattr(module, "is_transposed", False) is True else "expert out in")
     return None
 
 
@@ -85,6 +100,10 @@ class RPQLayer:
 
     _rpq_names: tuple[str, ...] = ()
     _rpq_original: Any  # the class it had
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Make an ordinary layer: code that builds another one with `type(layer)(…)`, as PEFT does, means that."""
+        return cls._rpq_original(*args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in self._rpq_names:
@@ -103,19 +122,37 @@ class RPQLayer:
 
 
 def _blank(original: Any, names: tuple[str, ...]) -> nn.Module:
-    kind = rpq_class(original, names)
-    return kind.__new__(kind)
+    return object.__new__(rpq_class(original, names))
 
 
 def _computed(name: str) -> property:
     def read(self: nn.Module) -> torch.Tensor:
         rpq: Any = self._modules[name + SUFFIX]
+        compiling = torch.compiler.is_compiling()
         if rpq.kept is not None and not (torch.is_grad_enabled() and rpq.trainable):
-            return rpq.kept
-        # the compiler traces through the plain decode; eager code gets the lazy tensor
-        return rpq() if torch.compiler.is_compiling() else ComputedWeight(rpq, f"{type(self).__name__}.{name}")
+            return rpq.kept if compiling else rpq.guarded
+        if compiling and isinstance(self, nn.utils.parametrize.ParametrizationList):
+            return rpq()  # torch's own functions that compute a weight from it take tensors alone
+        lazy: Any = TracedWeight if compiling else ComputedWeight
+        return lazy(rpq, f"{type(self).__name__}.{name}")
 
     return property(read, doc=f"The expanded {name}; read-only.")
+
+
+def _flat(self: Any) -> list[Any]:
+    """Return a recurrent layer's weights in the order in which torch's C++ takes them."""
+    return [getattr(self, name, None) for name in self._flat_weights_names]
+
+
+def _refuse_inverse(self: Any, value: Any) -> None:
+    raise refuse("assigning to it", type(self).__name__)
+
+
+# What a generated class needs besides its computed parameters.
+EXTRAS: dict[type, dict[str, Any]] = {
+    nn.RNNBase: {"_flat_weights": property(_flat, lambda self, value: None), "flatten_parameters": lambda self: None},
+    nn.utils.parametrize.ParametrizationList: {"right_inverse": _refuse_inverse},  # how `layer.weight = x` ends
+}
 
 
 @functools.cache
@@ -128,6 +165,8 @@ def rpq_class(original: Any, names: tuple[str, ...]) -> type[nn.Module]:
         "__module__": original.__module__,
         "__doc__": original.__doc__,
     }
+    for kind, more in EXTRAS.items():
+        space |= more if issubclass(original, kind) else {}
     return type(f"RPQ{original.__name__}", (RPQLayer, original), space)
 
 
@@ -141,6 +180,7 @@ def put(module: nn.Module, name: str, rpq: RPQWeight) -> None:
     kind = rpq_class(original_class(module), names)
     del module._parameters[name]
     module.__class__ = kind
+    module.__dict__.pop("_flat_weights", None)  # a recurrent layer's list, which would keep the dense weight alive
     module.add_module(name + SUFFIX, rpq)
 
 
@@ -152,6 +192,8 @@ def take(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
     del module._modules[name + SUFFIX]  # type: ignore[attr-defined]
     module.__class__ = rpq_class(original, names) if names else original  # type: ignore[assignment]
     module.register_parameter(name, parameter)  # type: ignore[attr-defined]
+    if isinstance(module, nn.RNNBase) and not names:
+        module._init_flat_weights()
 
 
 @contextmanager
@@ -169,11 +211,12 @@ def decoded(model: nn.Module) -> Iterator[nn.Module]:
     try:
         with torch.no_grad():
             for weight in weights:
-                weight.kept = weight().as_subclass(DecodedView)
+                weight.kept = weight()
+                weight.guarded = weight.kept.as_subclass(DecodedView)
         yield model
     finally:
         for weight in weights:
-            weight.kept = None
+            weight.kept = weight.guarded = None
 
 
 def find(model: nn.Module, path: str) -> tuple[nn.Module, str]:

@@ -6,22 +6,27 @@ bare headers, from which a size can be planned but nothing converted. Each is a 
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from rpq_convert import hub
+from rpq_convert import hub, layers
+from rpq_convert.budget import make_plan, sweep
 from rpq_convert.card import Base, base_in
 from rpq_convert.empty import parameters_on_meta
 from rpq_convert.folder import CARD, CONFIG
 from rpq_convert.heads import head_rules
-from rpq_convert.planning import Plan, make_plan
+from rpq_convert.planning import Plan
+from rpq_convert.report.curve import Curve
+from rpq_convert.sensitivity import asks, measure_for
 from rpq_convert.source import SourceError, open_folder, weight_files
-from rpq_convert.walk import walk, walk_headers
+from rpq_convert.walk import Slot, walk, walk_headers
 
 Factory = Callable[[], nn.Module]
 
@@ -52,12 +57,51 @@ class Opened:
         facts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         return json.dumps(facts, indent=1)
 
-    def plan(self, **options: Any) -> Plan:
+    def plan(self, *, data: Iterable[Any] | None = None, **options: Any) -> Plan:
+        """Plan the conversion; where sizes are chosen to a budget and the weights are at hand, the model is measured."""
+        if asks(options):
+            options = self._measured(options, data)
+        slots, known = self._slots()
+        return make_plan(slots, **known, **options)
+
+    def sweep(self, *, points: int = 24, data: Iterable[Any] | None = None, **options: Any) -> Curve:
+        """Return the curve of size against expected quality, by measured sensitivities where `plan` would measure them."""
+        if options.get("sensitivity") is None:
+            options = self._measured(options, data)
+        slots, known = self._slots()
+        return sweep(slots, points=points, **known, **options)
+
+    def _slots(self) -> tuple[Sequence[Slot], Mapping[str, Any]]:
         if self.model is not None:
-            return make_plan(walk(self.model), head_rules=head_rules(self.model), warnings=self.notes, **options)
-        slots = walk_headers((i.name, i.dtype, i.shape) for i in self.source.infos.values())
+            return walk(self.model), {"head_rules": head_rules(self.model), "warnings": self.notes}
         note = "planned from tensor names and shapes alone: layer types are guesses; give a factory to convert"
-        return make_plan(slots, warnings=[note], **options)
+        return walk_headers((i.name, i.dtype, i.shape) for i in self.source.infos.values()), {"warnings": [note]}
+
+    def _measured(self, options: Mapping[str, Any], data: Iterable[Any] | None) -> dict[str, Any]:
+        return dict(options) if self.model is None else measure_for(options, self.filled, data)
+
+    def filled(self) -> nn.Module:
+        """Return the model with its weights; without a source it is as it came, perhaps on meta."""
+        assert self.model is not None
+        if self.source is None:
+            return self.model
+        return fill(copy.deepcopy(self.model), self.source)
+
+
+def fill(model: nn.Module, source: Mapping[str, Tensor]) -> nn.Module:
+    """Give an empty model the weights of its checkpoint, in place."""
+    for slot in walk(model):
+        tensor = either(source, (slot.name, *slot.aliases))
+        filled: Any = tensor if slot.buffer else nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+        for path in (slot.name, *slot.aliases):
+            module, name = layers.find(model, path)
+            (module._buffers if slot.buffer else module._parameters)[name] = filled
+    return model
+
+
+def either(source: Mapping[str, Tensor], names: tuple[str, ...]) -> Tensor:
+    """Return the tensor that a source has under one of these names."""
+    return source[next((n for n in names if n in source), names[0])]
 
 
 def open_checkpoint(
@@ -140,7 +184,10 @@ def _small() -> tuple[str, ...]:
 
 
 def empty_from_factory(factory: str | Factory) -> nn.Module:
-    """Build a model with parameters on meta and real buffers, from a callable or `"package.module:callable"`."""
+    """Build a model with parameters on meta and real buffers, from a callable or `"package.module:callable"`.
+
+    Of a model that the factory converts itself (`RPQViT`) the dense one is returned.
+    """
     told = factory
     if isinstance(factory, str):
         module, _, name = factory.partition(":")
@@ -154,6 +201,10 @@ def empty_from_factory(factory: str | Factory) -> nn.Module:
         model = factory()
     if not isinstance(model, nn.Module):
         raise SourceError(f"factory {told!r} returned {type(model).__name__}, not a module")
+    dense: dict[int, nn.Parameter] = {}
+    for path, weight in layers.layers_of(model).items():
+        empty = nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype, device="meta"))
+        layers.take(*layers.find(model, path), dense.setdefault(id(weight), empty))
     return model.eval()
 
 

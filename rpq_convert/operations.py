@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rpq_convert.computed import HANDLERS, ComputedWeight, rpq_of
-from rpq_convert.weight import kernels
+from rpq_convert.kernels import plain
+from rpq_convert.weight import RPQWeight
 
 
 def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Any:
@@ -34,22 +35,21 @@ def _product(x: Tensor, weight: Any, bias: Tensor | None, axes: tuple[str, ...])
     if not isinstance(weight, ComputedWeight) or isinstance(x, ComputedWeight) or isinstance(bias, ComputedWeight):
         return NotImplemented
     rpq = rpq_of(weight)
-    if rpq.view.axes != axes or x.device.type != "cpu" or not rpq.compiled:
+    face, device = rpq.face, x.device.type
+    if rpq.view.axes != axes or device != rpq.codes.device.type or face is plain:
         return NotImplemented
-    faces, cut, dtype = kernels(), rpq.cut, rpq.dtype
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
+    cut, dtype = rpq.cut, rpq.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
     elif x.dtype != dtype:
         return NotImplemented  # torch says what is wrong
     if x.ndim == 0 or x.shape[-1] != cut.inputs or x.numel() == 0:
         return NotImplemented
-    training = torch.is_grad_enabled() and (x.requires_grad or rpq.trainable)
-    if rpq.zero_row is not None and training:
+    if rpq.zero_row is not None and torch.is_grad_enabled() and (x.requires_grad or rpq.trainable):
         return NotImplemented
     flat = x if x.ndim == 2 else x.reshape(-1, cut.inputs)
     flat = flat if flat.dtype == dtype else flat.to(dtype)
-    serve = faces.linear if cut.cost(flat.shape[0], dtype) <= 1 else faces.decoded if training else faces.tiled
-    out = serve(flat, rpq.stages_codes(), rpq.codebooks, rpq.scales, bias, cut)
+    out = face.linear(flat, rpq.stages_codes(), rpq.codebooks, rpq.scales, bias, cut)
     if rpq.zero_row is not None:
         out[:, rpq.zero_row] = 0 if bias is None else bias[rpq.zero_row].to(dtype)
     return out if x.ndim == 2 else out.view(*x.shape[:-1], cut.outputs)
@@ -60,7 +60,7 @@ def _getitem(weight: Any, index: Any) -> Any:
     if not isinstance(weight, ComputedWeight) or isinstance(index, (bool, ComputedWeight)):
         return NotImplemented
     rpq = rpq_of(weight)
-    if rpq.view.axes[0] != "expert" or not rpq.compiled:
+    if rpq.view.axes[0] != "expert" or rpq.face is plain:
         return NotImplemented
     if isinstance(index, Tensor) and (index.ndim or index.dtype == torch.bool):
         return NotImplemented
@@ -73,7 +73,7 @@ def _all(values: Any, wanted: int) -> bool:
     return all(v == wanted for v in (values if isinstance(values, (tuple, list)) else (values,)))
 
 
-def _conv(plain: Callable[..., Tensor]) -> Callable[..., Any]:
+def _conv(convolve: Callable[..., Tensor]) -> Callable[..., Any]:
     """Return the handler of a convolution: 1 x 1 ones are linear layers, others decode into memory that is used again."""
 
     def handle(
@@ -88,17 +88,17 @@ def _conv(plain: Callable[..., Tensor]) -> Callable[..., Any]:
         )
         if training or rpq.dtype != torch.float32 != input.dtype or torch.is_autocast_enabled("cpu"):
             return NotImplemented
-        if not rpq.compiled or input.device.type != "cpu" or rpq.view.axes[0] != "out":
+        face = rpq.face
+        if not hasattr(face, "pointwise") or input.device.type != "cpu" or rpq.view.axes[0] != "out":
             return NotImplemented
-        faces = kernels()
         parts, cut = (rpq.stages_codes(), rpq.codebooks, rpq.scales), rpq.cut
         points = math.prod(rpq.shape[2:]) == 1 and groups == 1 and _all(padding, 0) and _all(stride, 1)
         if points and input.ndim == len(rpq.shape) and input.shape[1] == cut.inputs and input.numel():
             pixels = math.prod(input.shape[2:])
-            if cut.cost(len(input) * pixels) <= 1:
-                flat = faces.pointwise(input.reshape(len(input), cut.inputs, pixels), *parts, bias, cut)
+            if face.cost(cut, len(input) * pixels) <= 1:
+                flat = face.pointwise(input.reshape(len(input), cut.inputs, pixels), *parts, bias, cut)
                 return flat.view(len(input), cut.outputs, *input.shape[2:])
-        return plain(input, faces.decode_again(*parts, cut).view(rpq.shape), bias, stride, padding, dilation, groups)
+        return convolve(input, face.decode_again(*parts, cut).view(rpq.shape), bias, stride, padding, dilation, groups)
 
     return handle
 
@@ -108,7 +108,7 @@ def _looked_up(index: Tensor, weight: Any, padding_idx: int | None) -> tuple[Ten
     if not isinstance(weight, ComputedWeight):
         return None
     rpq = rpq_of(weight)
-    if not rpq.rows_are_entries or index.device.type == "meta" or not index.numel():
+    if not rpq.rows_are_entries or index.device.type == "meta" or torch.jit.is_tracing() or not index.numel():
         return None
     entries = rpq.shape[0]
     used, inverse = torch.unique(index, return_inverse=True)
@@ -123,6 +123,16 @@ def _looked_up(index: Tensor, weight: Any, padding_idx: int | None) -> tuple[Ten
     return rpq.rows(used), inverse, at if at < len(used) and int(used[at]) == padding_idx else None
 
 
+def rows_of(rpq: RPQWeight, index: Tensor, padding_idx: int | None) -> Tensor:
+    """Return the rows of an embedding at `index`, whose padding row gets no gradient."""
+    flat = index.reshape(-1)
+    rows = rpq.rows(flat)
+    if padding_idx is not None and torch.is_grad_enabled() and rpq.trainable:
+        padding = flat == padding_idx % rpq.shape[0]
+        rows = torch.where(padding[:, None], rows.detach(), rows)
+    return rows.view(*index.shape, rpq.shape[1])
+
+
 def _embedding(
     input: Tensor,
     weight: Any,
@@ -134,11 +144,9 @@ def _embedding(
 ) -> Any:
     if isinstance(weight, ComputedWeight) and max_norm is None and not scale_grad_by_freq:
         rpq = rpq_of(weight)
-        frozen = padding_idx is None or not (
-            torch.is_grad_enabled() and rpq.trainable
-        )  # no gradient to keep from a row
-        if frozen and rpq.rows_are_entries and rpq.compiled and input.device.type == "cpu" and input.numel():
-            return rpq.rows(input.reshape(-1), checked=True).view(*input.shape, rpq.shape[1])
+        served = rpq.rows_are_entries and rpq.face is not plain and input.device.type == rpq.codes.device.type
+        if served and input.numel():
+            return rows_of(rpq, input, padding_idx)
     found = _looked_up(input, weight, padding_idx)
     if found is None:
         return (

@@ -277,6 +277,7 @@ def make_plan(
     preset: str | None = None,
     bits: float | None = None,
     dim: int | None = None,
+    stages: int | None = None,
     codebooks: str | int | None = None,
     axis: str | None = None,
     rules: Iterable[Rule | Mapping[str, Any]] = (),
@@ -296,6 +297,7 @@ def make_plan(
         slots: the model, from `walk` or `walk_headers`.
         preset: a preset's name or TOML path; with no size option at all, `DEFAULT_PRESET`.
         bits, dim: code bits per weight, or the length of a sub-vector.
+        stages: with `dim`, how many codewords are summed for one sub-vector.
         codebooks: `"heads"`, the seed's rule, or a number: that many codebooks per parameter, one for each block.
         axis: the cut axis for layers that allow both.
         rules: overlay the preset, first match wins; one that matches nothing is an error.
@@ -334,9 +336,12 @@ def make_plan(
         preset_rules = chosen.rules if chosen else ()
         if bits is not None:
             base = overlay(base, {"bits": bits})
+    if stages is not None and dim is None:
+        raise PlanError("stages needs dim: together they are the bits per weight")
     if dim is not None:
-        base = overlay(base, {"dim": dim})
-        preset_rules = [Rule(r.match, overlay(r.settings, {"dim": dim})) for r in preset_rules]
+        size = {"dim": dim} if stages is None else {"dim": dim, "stages": stages}
+        base = overlay(base, size)
+        preset_rules = [Rule(r.match, overlay(r.settings, size)) for r in preset_rules]
     forced = {k: v for k, v in (("axis", axis), ("fit", fit), ("grow", grow or None)) if v is not None}
 
     hits: dict[int, int] = {}
@@ -360,13 +365,13 @@ def make_plan(
         raise PlanError(f"no parameter matches {', '.join(map(repr, unmatched))}; names look like {some}")
     options = {
         "preset": preset, "bits": bits, "dim": dim, "codebooks": codebooks, "axis": axis, "fit": fit, "seed": seed,
-        "grow": grow, "dtype": dtype, "include": list(include), "exclude": list(exclude),
+        **({} if stages is None else {"stages": stages}), "grow": grow, "dtype": dtype, "include": list(include), "exclude": list(exclude),
         "rules": [{"match": r.match, **r.settings} for r in own],
     }  # fmt: skip
     if all(options[k] is None for k in ("preset", "bits", "dim", "codebooks")):
         options["preset"] = DEFAULT_PRESET
     plan = Plan(tuple(jobs), tuple(skips), options, parse_size(max_shard_size), tuple(warnings))
-    return Plan(plan.jobs, plan.skips, options, plan.max_shard_size, (*warnings, *_warn(plan)))
+    return Plan(plan.jobs, plan.skips, options, plan.max_shard_size, (*warnings, *warnings_of(plan)))
 
 
 def _decide(
@@ -470,7 +475,7 @@ def resolve(name: str, shape: tuple[int, ...], view: WeightView, settings: Mappi
         raise PlanError(f"{name} {list(shape)}: {e}") from None
 
 
-def _warn(plan: Plan) -> list[str]:
+def warnings_of(plan: Plan) -> list[str]:
     """Say plainly where most of the weights' information will go."""
     fitted = [j for j in plan.jobs if j.fit != "random"]
     weights = sum(math.prod(j.shape) for j in fitted)

@@ -119,7 +119,10 @@ class RPQQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
         """Return what `save_pretrained` writes: the state and the guard; and describe the model as it stands now."""
         config = model.config.quantization_config = describe(model)
-        return model.state_dict() | {config.stored["guard"]: torch.empty(0)}, {}
+        found = layers.layers_of(model)
+        stored = {id(w): w.stored() for w in found.values()}  # one tensor for all names, or it would be written twice
+        parts = {f"{path}_rpq.{k}": t for path, w in found.items() for k, t in stored[id(w)].items()}
+        return model.state_dict() | parts | {config.stored["guard"]: torch.empty(0)}, {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rpq_convert.layers import class_names, find_view, original_class
+from rpq_convert.layers import RPQLayer, class_names, find_view, original_class
 from rpq_convert.view import WeightView
 
 
@@ -53,9 +53,7 @@ def _reason(module: nn.Module, name: str, tensor: Tensor) -> str:
     if isinstance(module, torch.jit.ScriptModule):
         return "inside a ScriptModule, whose class is compiled"
     if isinstance(module, nn.utils.parametrize.ParametrizationList):
-        return "parametrized: its module computes the weight from it"
-    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-        return "recurrent: torch reads its weights as flat C++ lists"
+        return "parametrized: a factor of the weight that is computed from it"
     if name.endswith(("_g", "_v", "_orig")) and isinstance(getattr(module, name.rpartition("_")[0], None), Tensor):
         return "old-style weight_norm or spectral_norm: a hook computes the weight from it"
     if not tensor.is_floating_point():
@@ -73,11 +71,24 @@ def walk(model: nn.Module) -> tuple[Slot, ...]:
     for path, module in model.named_modules(remove_duplicate=False):
         for name, tensor in module._parameters.items():
             if tensor is not None:
-                found.setdefault(id(tensor), []).append((f"{path}.{name}".lstrip("."), module, name, tensor, False))
+                full = f"{path}.{name}".lstrip(".")
+                found.setdefault(id(tensor), []).append((full, *_home(model, path, module, name), tensor, False))
         for name, tensor in module._buffers.items():
             if tensor is not None and name not in module._non_persistent_buffers_set:
                 found.setdefault(id(tensor), []).append((f"{path}.{name}".lstrip("."), module, name, tensor, True))
     return tuple(_slot(places) for places in found.values())
+
+
+def _home(model: nn.Module, path: str, module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return the layer and weight that a parameter stands for: its own, or those that torch's parametrizations compute.
+
+    `weight_norm`, `spectral_norm` and the like keep a tensor as large as the weight, read along the same axes.
+    """
+    if not isinstance(module, nn.utils.parametrize.ParametrizationList) or isinstance(module, RPQLayer):
+        return module, name
+    largest = max(module._parameters, key=lambda n: module._parameters[n].numel())  # type: ignore[union-attr]
+    owner, _, weight = f".{path}".rpartition(".parametrizations.")
+    return (model.get_submodule(owner.lstrip(".")), weight) if name == largest else (module, name)
 
 
 def _slot(places: list[tuple[str, nn.Module, str, Tensor, bool]]) -> Slot:

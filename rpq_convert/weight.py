@@ -6,32 +6,25 @@ operation can work on the codes (operations.py).
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from rpq_convert.spec import CODEWORDS, Spec, dtype_name, dtype_of
+from rpq_convert import kernels
+from rpq_convert.kernels import operators, plain
+from rpq_convert.kernels.cut import Cut
+from rpq_convert.spec import Spec, dtype_name, dtype_of
 from rpq_convert.view import WeightView
 
-if TYPE_CHECKING:
-    from rpq_convert.kernels.linear import Cut
 
-
-@functools.cache
-def kernels() -> SimpleNamespace:
-    """Return the compiled kernels' torch faces; numba is imported on first use."""
-    from rpq_convert.kernels import decode, linear
-
-    return SimpleNamespace(
-        linear=linear.linear, decoded=linear.decoded_linear, pointwise=linear.pointwise, tiled=decode.tiled_linear,
-        decode=decode.decode, decode_again=decode.decode_again, decode_rows=decode.decode_rows,
-        check_rows=decode.check_rows,
-    )  # fmt: skip
+def _transformed() -> bool:
+    """Whether torch.func rewrites operations just now: it looks through ordinary ones only."""
+    # isinstance, as the compiler takes `is not None` for true here
+    return isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter)
 
 
 class RPQWeight(nn.Module):
@@ -53,6 +46,7 @@ class RPQWeight(nn.Module):
     codes: nn.Parameter
     scales: nn.Parameter | None
     kept: Tensor | None = None  # the expanded weight, inside a block of `rpq_convert.decoded`
+    guarded: Tensor | None = None  # the same memory, as eager code gets it
 
     def __init__(
         self,
@@ -66,6 +60,8 @@ class RPQWeight(nn.Module):
     ) -> None:
         super().__init__()
         self.spec, self.view, self.shape, self.zero_row = spec, view, tuple(shape), zero_row
+        n, length = view.matrix_shape(self.shape, spec.axis)
+        self.cut = Cut(spec.axis, n, length, spec.dim, spec.books, spec.stages)  # the coded matrix, as kernels see it
         self._probe = torch.empty(0, dtype=dtype, device=device)  # follows .to() and remembers the expanded dtype
         for name, (kind, size) in spec.tensors(view, self.shape).items():
             empty = torch.zeros(size, dtype=kind, device=device)
@@ -82,25 +78,23 @@ class RPQWeight(nn.Module):
     def trainable(self) -> bool:
         return self.codebooks.requires_grad or (self.scales is not None and self.scales.requires_grad)
 
-    @functools.cached_property
-    def cut(self) -> Cut:
-        """The coded matrix as kernels see it."""
-        from rpq_convert.kernels.linear import Cut
-
-        n, length = self.view.matrix_shape(self.shape, self.spec.axis)
-        return Cut(self.spec.axis, n, length, self.spec.dim, self.spec.books, self.spec.stages)
-
     @property
-    def compiled(self) -> bool:
-        """Whether the kernels serve: real tensors on the CPU, with nothing that watches or rewrites torch's operations."""
-        return (
-            type(self.codes) in (nn.Parameter, Tensor)
-            and self.codes.device.type == "cpu"
-            and self.dtype in (torch.float32, torch.bfloat16, torch.float16)
-            and not torch.compiler.is_compiling()
+    def face(self) -> ModuleType:
+        """What computes on the codes: compiled kernels, for real tensors and with nothing that watches torch's operations.
+
+        A compiler gets operators, an exporter to ONNX, a tracer and everything else plain torch operations.
+        """
+        if torch.compiler.is_compiling():
+            return plain if torch.onnx.is_in_onnx_export() or _transformed() else operators
+        codes = self.codes
+        real = (
+            type(codes) in (nn.Parameter, Tensor)
+            and self.dtype in kernels.SERVED
             and torch._C._len_torch_dispatch_stack() == 0
-            and torch._C._functorch.peek_interpreter_stack() is None
+            and not _transformed()
+            and torch._C._get_tracing_state() is None
         )
+        return kernels.face(codes.device.type) if real else plain
 
     def stages_codes(self) -> Tensor:
         """Return the codes as [stages, blocks, n], a view."""
@@ -109,10 +103,7 @@ class RPQWeight(nn.Module):
 
     def forward(self) -> Tensor:
         """Expand to the dense parameter, in its stored shape, contiguous, differentiable."""
-        if not self.compiled:
-            matrix = self._expand(None)  # [n, L]
-            return self._finish(self.view.from_matrix(matrix, self.shape, self.spec.axis))
-        decode, codes, axes = kernels().decode, self.stages_codes(), self.view.axes
+        decode, codes, axes = self.face.decode, self.stages_codes(), self.view.axes
         if axes[0] == "out" and "expert" not in axes:
             weight = decode(codes, self.codebooks, self.scales, self.cut, self.dtype).view(self.shape)
             return self._finish(weight, scaled=True)
@@ -120,15 +111,10 @@ class RPQWeight(nn.Module):
         matrix = weight if self.spec.axis == "in" else weight.T
         return self._finish(self.view.from_matrix(matrix, self.shape, self.spec.axis))
 
-    def rows(self, index: Tensor, *, checked: bool = False) -> Tensor:
+    def rows(self, index: Tensor) -> Tensor:
         """Expand the rows `index [r]` of a two-axis parameter cut along its input axis: [r, L]."""
-        if not self.compiled:
-            return self._finish(self._expand(index), index)
-        faces = kernels()
-        index = index.long().contiguous()
-        if checked:
-            faces.check_rows(index, self.shape[0])
-        rows = faces.decode_rows(self.stages_codes(), self.codebooks, self.scales, index, self.cut, self.dtype)
+        codes = self.stages_codes()
+        rows = self.face.decode_rows(codes, self.codebooks, self.scales, index, self.cut, self.dtype)
         return self._finish(rows, index, scaled=True)
 
     def part(self, expert: int) -> RPQWeight:
@@ -138,6 +124,7 @@ class RPQWeight(nn.Module):
         part.spec, part.view, part.shape, part.zero_row = self.spec, self.view.inner, self.shape[1:], None
         part._probe = self._probe
         rows = self.cut.n // self.shape[0]
+        part.cut = dataclasses.replace(self.cut, n=rows)
         part.__dict__["codebooks"] = self.codebooks
         part.__dict__["codes"] = self.codes[..., expert * rows : (expert + 1) * rows]
         part.__dict__["scales"] = None if self.scales is None else self.scales[expert]
@@ -146,7 +133,8 @@ class RPQWeight(nn.Module):
     @torch.no_grad()
     def matrix_rows(self, start: int, stop: int) -> Tensor:
         """Expand rows `start` to `stop` of the matrix view alone: [stop - start, L], not differentiable."""
-        part = self._expand(slice(start, stop))
+        codes = self.stages_codes()[:, :, start:stop]
+        part = plain.matrix(codes, self.codebooks, self.cut, self.dtype)
         if self.scales is not None:
             spread = self.view.spread_scales(self.scales).expand(self.shape)
             part = part * self.view.to_matrix(spread, self.spec.axis)[start:stop].to(self.dtype)
@@ -161,26 +149,6 @@ class RPQWeight(nn.Module):
         """Whether one row of the stored parameter is one row of `M`, so that `rows` serves lookups."""
         return self.spec.axis == "in" and self.view.axes == ("out", "in")
 
-    def _expand(self, index: Tensor | slice | None) -> Tensor:
-        spec = self.spec
-        length = self.view.matrix_shape(self.shape, spec.axis)[1]
-        codes = self.stages_codes().transpose(1, 2)  # [stages, n, blocks]
-        if index is not None:
-            codes = codes[:, index]
-        blocks = codes.shape[2]
-        table = self.codebooks.reshape(spec.stages, spec.books * CODEWORDS, spec.dim)
-        if spec.stages > 1:
-            table = table.to(
-                torch.promote_types(table.dtype, torch.float32)
-            )  # sums of stages are not rounded on the way
-        first = torch.arange(blocks, device=codes.device, dtype=torch.int32) * spec.books // blocks * CODEWORDS
-        total: Tensor | None = None
-        for stage in range(spec.stages):
-            part = F.embedding(codes[stage].int() + first, table[stage])  # [n, blocks, dim]
-            total = part if total is None else total + part
-        assert total is not None
-        return total.to(self.dtype).flatten(1)[:, :length]
-
     def _finish(self, weight: Tensor, index: Tensor | None = None, *, scaled: bool = False) -> Tensor:
         """Apply row scales and the zero row to a stored-shape weight, or to the rows `index` of it."""
         if self.scales is not None and not scaled:
@@ -190,6 +158,34 @@ class RPQWeight(nn.Module):
             at = torch.arange(self.shape[0], device=weight.device) if index is None else index
             weight = weight.masked_fill((at == self.zero_row)[:, None], 0)
         return weight
+
+    def stored(self) -> dict[str, Tensor]:
+        """Return the tensors as a file keeps them: what training made wider is narrow again where that is exact."""
+        kept = {}
+        for name, (dtype, _) in self.spec.tensors(self.view, self.shape).items():
+            tensor = getattr(self, name).detach()
+            if (tensor.dtype, dtype) == (torch.float32, torch.float16) and not tensor.is_meta:
+                half = tensor.to(dtype)
+                tensor = half if torch.equal(half.float(), tensor) else tensor
+            kept[name] = tensor
+        return kept
+
+    def train(self, mode: bool = True) -> RPQWeight:
+        """Set the mode. For training, float16 codebooks and scales of a wider weight become float32.
+
+        The squares of gradients that Adam keeps underflow in float16, and its first step divides by zero.
+        """
+        super().train(mode)
+        if mode and self.dtype != torch.float16:
+            for parameter in self.parameters():
+                if parameter.requires_grad and parameter.dtype == torch.float16:
+                    parameter.data = parameter.data.float()
+        elif not mode:
+            for name, tensor in self.stored().items():
+                parameter = getattr(self, name)
+                if tensor.dtype != parameter.dtype:
+                    parameter.data = tensor
+        return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RPQWeight:
         super()._apply(fn, recurse)

@@ -109,6 +109,24 @@ def _siglip(width: int) -> torch.nn.Module:
     )
 
 
+def _llava(width: int) -> torch.nn.Module:
+    language = {"model_type": "llama", **wide(width), "num_key_value_heads": width // 32}
+    vision = {"model_type": "clip_vision_model", **image(width), "intermediate_size": 2 * width}
+    return tf.LlavaForConditionalGeneration(
+        tf.LlavaConfig(text_config=language, vision_config=vision, image_token_id=1)
+    )
+
+
+def _qwen_vl(width: int) -> torch.nn.Module:
+    rope = {"type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
+    language = {**wide(width), "num_key_value_heads": width // 32, "rope_parameters": rope}
+    vision = {
+        "depth": 2, "hidden_size": width, "intermediate_size": 2 * width, "num_heads": width // 16, "out_hidden_size": width,
+        "fullatt_block_indexes": [1],
+    }  # fmt: skip
+    return tf.Qwen2_5_VLForConditionalGeneration(tf.Qwen2_5_VLConfig(text_config=language, vision_config=vision))
+
+
 def _wav2vec(width: int) -> torch.nn.Module:
     convolutions = {
         "conv_dim": (width,) * 3,
@@ -148,6 +166,12 @@ ARCHITECTURES = {
     "XLNet": lambda w: tf.XLNetLMHeadModel(
         tf.XLNetConfig(vocab_size=4 * w, d_model=w, n_layer=2, n_head=w // 16, d_inner=2 * w)
     ),
+    "Funnel": lambda w: tf.FunnelForMaskedLM(
+        tf.FunnelConfig(
+            vocab_size=4 * w, block_sizes=[1, 1], num_decoder_layers=1, d_model=w, n_head=w // 16, d_head=16, d_inner=2 * w
+        )
+    ),
+    "I-BERT": lambda w: tf.IBertForMaskedLM(tf.IBertConfig(**wide(w), max_position_embeddings=64)),
     "ModernBERT": lambda w: tf.ModernBertForMaskedLM(
         tf.ModernBertConfig(
             **wide(w), pad_token_id=0, bos_token_id=1, eos_token_id=1, cls_token_id=1, sep_token_id=1
@@ -178,6 +202,18 @@ ARCHITECTURES = {
     "Cohere": lambda w: tf.CohereForCausalLM(tf.CohereConfig(**wide(w))),
     "StarCoder 2": lambda w: tf.Starcoder2ForCausalLM(tf.Starcoder2Config(**wide(w), num_key_value_heads=w // 32)),
     "Mamba": lambda w: tf.MambaForCausalLM(tf.MambaConfig(vocab_size=4 * w, hidden_size=w, num_hidden_layers=2)),
+    "Mamba 2": lambda w: tf.Mamba2ForCausalLM(
+        tf.Mamba2Config(
+            vocab_size=4 * w, hidden_size=w, num_hidden_layers=2, num_heads=w // 8, head_dim=16, state_size=16,
+            n_groups=2, chunk_size=8,
+        )
+    ),
+    "RecurrentGemma": lambda w: tf.RecurrentGemmaForCausalLM(
+        tf.RecurrentGemmaConfig(
+            **{**text(w), "num_hidden_layers": 3}, num_key_value_heads=1, intermediate_size=4 * w, lru_width=w,
+            attention_window_size=16,
+        )
+    ),
     "RWKV": lambda w: tf.RwkvForCausalLM(
         tf.RwkvConfig(vocab_size=4 * w, hidden_size=w, num_hidden_layers=2, context_length=64)
     ),
@@ -195,6 +231,23 @@ ARCHITECTURES = {
     "Granite-MoE": lambda w: tf.GraniteMoeForCausalLM(
         tf.GraniteMoeConfig(**wide(w), num_key_value_heads=w // 32, num_local_experts=4, **EXPERTS)
     ),
+    "Llama 4": lambda w: tf.Llama4ForCausalLM(
+        tf.Llama4TextConfig(
+            **gqa(w), intermediate_size_mlp=2 * w, num_local_experts=4, pad_token_id=0, bos_token_id=1, eos_token_id=2
+        )
+    ),
+    "JetMoE": lambda w: tf.JetMoeForCausalLM(
+        tf.JetMoeConfig(
+            vocab_size=4 * w, hidden_size=w, num_hidden_layers=2, num_key_value_heads=w // 32, kv_channels=16,
+            intermediate_size=2 * w, num_local_experts=4, **EXPERTS,
+        )
+    ),
+    "Jamba": lambda w: tf.JambaForCausalLM(
+        tf.JambaConfig(
+            **wide(w), num_key_value_heads=w // 32, num_experts=4, attn_layer_period=2, attn_layer_offset=1,
+            expert_layer_period=2, expert_layer_offset=1, use_mamba_kernels=False,
+        )
+    ),
     # encoders with decoders
     "T5": _t5,
     "BART": lambda w: tf.BartForConditionalGeneration(tf.BartConfig(**both(w))),
@@ -202,11 +255,21 @@ ARCHITECTURES = {
     "Whisper": _whisper,
     # sound and images
     "Wav2Vec2": _wav2vec,
+    "EnCodec": lambda w: tf.EncodecModel(
+        tf.EncodecConfig(
+            hidden_size=w, num_filters=w // 8, upsampling_ratios=[4, 2], num_lstm_layers=1, codebook_size=64, codebook_dim=w
+        )
+    ),
     "CLIP": _clip,
     "SigLIP": _siglip,
+    "LLaVA": _llava,
+    "Qwen2.5-VL": _qwen_vl,
     "SAM": _sam,
     "ViT": lambda w: tf.ViTForImageClassification(tf.ViTConfig(**image(w), intermediate_size=2 * w)),
     "DINOv2": lambda w: tf.Dinov2ForImageClassification(tf.Dinov2Config(**image(w), mlp_ratio=2)),
+    "BEiT": lambda w: tf.BeitForImageClassification(
+        tf.BeitConfig(**image(w), intermediate_size=2 * w, use_relative_position_bias=True)
+    ),
     "Swin": lambda w: tf.SwinForImageClassification(
         tf.SwinConfig(image_size=32, patch_size=4, embed_dim=w // 2, depths=[2, 2], num_heads=[2, 4], window_size=4)
     ),
@@ -234,6 +297,8 @@ def inputs(model) -> dict[str, torch.Tensor]:
         given["decoder_input_ids"] = ids
     if model.config.model_type in ("clip", "siglip"):
         given = {"input_ids": ids, "pixel_values": pixels}
+    if model.config.model_type == "encodec":
+        given["input_values"] = given["input_values"][:, None]
     if model.config.model_type == "sam":
         given["input_points"] = torch.rand(2, 1, 3, 2, generator=g) * 32
     return given

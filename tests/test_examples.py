@@ -1,12 +1,13 @@
-"""The notebook runs from start to end in an empty folder, and says what it said when it was stored.
+"""The notebooks run from start to end in empty folders, and say what they said when they were stored.
 
-`python tests/test_examples.py` runs it and stores its outputs afresh.
+`python tests/test_examples.py [NAME …]` runs them and stores their outputs afresh.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import sys
 import tempfile
 from pathlib import Path
 from unittest import mock
@@ -16,15 +17,20 @@ import pytest
 from ipykernel.kernelspec import write_kernel_spec
 from nbclient import NotebookClient
 
-NOTEBOOK = Path(__file__).parent.parent / "examples" / "quickstart.ipynb"
+EXAMPLES = Path(__file__).parent.parent / "examples"
+NAMES = sorted(p.stem for p in EXAMPLES.glob("*.ipynb"))
 
 
-def execute(folder: Path) -> nbformat.NotebookNode:
-    """Run the notebook in `folder`, in this interpreter's own kernel whatever others are installed."""
+def read(name: str) -> nbformat.NotebookNode:
+    return nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)
+
+
+def execute(name: str, folder: Path) -> nbformat.NotebookNode:
+    """Run a notebook in `folder`, in this interpreter's own kernel whatever others are installed."""
     write_kernel_spec(folder / "jupyter" / "kernels" / "python3")
     work = folder / "work"
     work.mkdir()
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    notebook = read(name)
     client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": work}})
     with mock.patch.dict(os.environ, JUPYTER_PATH=str(folder / "jupyter")):
         client.execute()
@@ -36,46 +42,67 @@ def printed(notebook: nbformat.NotebookNode) -> str:
 
 
 @pytest.fixture(scope="module")
-def fresh(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("notebook")
-    return execute(folder), folder / "work"
+def ran(tmp_path_factory):
+    """Return a function: name -> the executed notebook and the folder that it worked in, run once."""
+    done = {}
+
+    def run(name):
+        if name not in done:
+            folder = tmp_path_factory.mktemp(name)
+            done[name] = execute(name, folder), folder / "work"
+        return done[name]
+
+    return run
 
 
-def test_quality_and_exact_reload(fresh):
-    text = printed(fresh[0])
+def test_a_transformer_keeps_its_quality_and_its_planned_size(ran):
+    notebook, work = ran("quickstart")
+    text = printed(notebook)
     assert float(text.split("mean cosine to the original: ")[1].split()[0]) > 0.99
     assert "reload is exact: True" in text
-
-
-def test_planned_size_is_the_size_on_disk(fresh):
-    notebook, work = fresh
-    planned, on_disk = re.search(r"planned ([\d,]+) bytes, ([\d,]+) bytes on disk", printed(notebook)).groups()
+    planned, on_disk = re.search(r"planned ([\d,]+) bytes, ([\d,]+) bytes on disk", text).groups()
     written = sum(p.stat().st_size for p in (work / "minilm-rpq").glob("*.safetensors"))
     assert planned == on_disk == f"{written:,}"
-
-
-def test_report_is_drawn(fresh):
     drawn = [
-        o.data["text/html"] for c in fresh[0].cells for o in c.get("outputs", ()) if "text/html" in o.get("data", {})
+        o.data["text/html"] for c in notebook.cells for o in c.get("outputs", ()) if "text/html" in o.get("data", {})
     ]
     assert len(drawn) == 1 and "encoder.layer.{0…5}.attention.self.query.weight" in drawn[0]
 
 
-def test_stored_outputs_are_of_this_code(fresh):
+def test_a_vit_and_a_convnet_keep_their_accuracy(ran):
+    text = printed(ran("vision")[0])
+    for name in ("vit", "convnet"):
+        dense = float(re.search(rf"{name}: [\d,]+ parameters, accuracy ([\d.]+)", text)[1])
+        small = re.findall(rf"{name}, \d bits, [\w-]+: accuracy ([\d.]+)", text)
+        assert dense > 0.85 and len(small) == 4 and min(map(float, small)) > dense - 0.03
+        assert re.search(rf"{name}: [\d,]+ bytes on disk, reload is exact: True", text)
+
+
+def test_random_codes_train_as_well_as_dense_weights(ran):
+    text = printed(ran("training")[0])
+    dense, small = map(float, re.search(r"after: dense ([\d.]+), random codes ([\d.]+)", text).groups())
+    assert dense > 0.85 and small > dense - 0.05
+    assert "codes as they were drawn: True" in text
+    assert float(text.split("accuracy of the reload ")[1].split()[0]) == small
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stored_outputs_are_of_this_code(name, ran):
     """Sizes are exact: what differs in them was stored before a change."""
-    stored = nbformat.read(NOTEBOOK, as_version=4)
+    stored = read(name)
     sizes = re.compile(r"[\d,]+ bytes")
-    assert sizes.findall(printed(stored)) == sizes.findall(printed(fresh[0]))
+    assert sizes.findall(printed(stored)) == sizes.findall(printed(ran(name)[0]))
     assert all(c.execution_count for c in stored.cells if c.cell_type == "code")
     assert not re.search(r"/(home|tmp|Users|site-packages)/", nbformat.writes(stored))
     assert not any(o.get("name") == "stderr" for c in stored.cells for o in c.get("outputs", ()))
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as place:
-        made = execute(Path(place))
-    for cell in made.cells:
-        cell.metadata.pop("execution", None)  # times of day
-        if "outputs" in cell:  # progress bars and warnings, with paths of this machine
-            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
-    nbformat.write(made, NOTEBOOK)
+    for asked in sys.argv[1:] or NAMES:
+        with tempfile.TemporaryDirectory() as place:
+            made = execute(asked, Path(place))
+        for cell in made.cells:
+            cell.metadata.pop("execution", None)  # times of day
+            if "outputs" in cell:  # progress bars and warnings, with paths of this machine
+                cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+        nbformat.write(made, EXAMPLES / f"{asked}.ipynb")

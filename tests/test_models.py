@@ -52,6 +52,53 @@ def test_vit_sizes(kind, arguments, options, dense, small):
     assert megabytes(rpq.plan(model, fit="random", **options)) == small
 
 
+def test_a_factory_may_be_one_that_converts(tmp_path):
+    model = models.RPQViT(**SMALL, grow=True, seed=0).eval()
+    rpq.save(model, tmp_path / "vit")
+    again = rpq.load(tmp_path / "vit", factory=lambda: models.RPQViT(**SMALL, grow=True, seed=1))
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(t, again.state_dict()[k]) for k, t in model.state_dict().items())
+    tied = models.RPQOPTForCausalLM(tf.OPTConfig(**TINY), grow=True, seed=0).eval()
+    rpq.save(tied, tmp_path / "opt")
+    again = rpq.load(
+        tmp_path / "opt", factory=lambda: models.RPQOPTForCausalLM(tf.OPTConfig(**TINY), grow=True, seed=1)
+    )
+    assert again.lm_head.weight_rpq is again.model.decoder.embed_tokens.weight_rpq
+    assert all(torch.equal(t, again.state_dict()[k]) for k, t in tied.state_dict().items())
+
+
+def test_plans_of_parameters_larger_than_any_memory():
+    """One of DeepSeek-V3's fused parameters has 15 GB in bfloat16; a system refuses to lend what it does not have."""
+    sizes = {"vocab_size": 64, "hidden_size": 2**14, "num_hidden_layers": 1, "first_k_dense_replace": 0}
+    config = tf.DeepseekV3Config(
+        **sizes, n_routed_experts=2**12, moe_intermediate_size=2**15, architectures=["DeepseekV3ForCausalLM"]
+    )
+    plan = rpq.plan(config, bits=2)
+    experts = {j.name: j for j in plan.jobs}["model.layers.0.mlp.experts.gate_up_proj"]
+    assert experts.shape == (2**12, 2**16, 2**14) and experts.dense_bytes >= 2**43
+
+
+class Layered:
+    """A config whose layers differ in their heads: transformers raises, rather than to name one number."""
+
+    hidden_size = 64
+
+    def get_text_config(self):
+        return self
+
+    @property
+    def num_attention_heads(self):
+        raise RuntimeError("'num_attention_heads' is a per-layer attribute")
+
+
+def test_a_model_whose_layers_differ_in_their_heads_has_a_plan():
+    model = nn.Linear(64, 64)
+    model.config = Layered()
+    assert rpq.plan(model, bits=4, grow=True).jobs
+    with pytest.raises(rpq.PlanError, match="needs a model with attention heads"):
+        rpq.plan(model, codebooks="heads")
+
+
 def test_a_built_vit_base_has_the_published_size():
     model = models.RPQViT(**BASE, seed=0)
     assert f"{rpq.model_size(model):.3f}MB" == "88.164MB"

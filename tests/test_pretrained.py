@@ -33,7 +33,10 @@ AutoModelForCausalLM.from_pretrained(sys.argv[1])
 
 
 def same(a, b):
-    return torch.equal(outputs(a), outputs(b))
+    """Return whether two models hold the same tensors; outputs may differ in rounding where torch's memory is aligned otherwise."""
+    x, y = a.state_dict(), b.state_dict()
+    equal = x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+    return equal and torch.allclose(outputs(a), outputs(b), rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +177,8 @@ def test_trainer(folders, tmp_path):
     )  # fmt: skip
     before = model.bert.encoder.layer[0].output.dense.weight_rpq.codebooks.detach().clone()
     tf.Trainer(model=model, args=arguments, train_dataset=data).train()
-    assert not torch.equal(before, model.bert.encoder.layer[0].output.dense.weight_rpq.codebooks)
+    after = model.bert.encoder.layer[0].output.dense.weight_rpq.codebooks
+    assert torch.isfinite(after).all() and not torch.equal(before, after)
 
 
 def test_failures_name_what_is_wrong(folders, tmp_path):

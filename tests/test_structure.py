@@ -9,21 +9,22 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Each line may import the lines above it, and its own.
 LEVELS = [
-    ["version", "view", "executors", "source", "empty", "kernels", "fit", "calling", "reading"],
+    ["version", "allocation", "view", "executors", "source", "empty", "kernels", "fit", "calling", "reading"],
     ["spec"],
     ["weight"],
     ["computed"],
     ["operations"],
+    ["tracing"],
     ["layers"],
     ["walk", "evaluation"],
     ["rules", "report"],
     ["heads", "planning"],
-    ["integrations", "encode"],
+    ["budget", "integrations", "encode"],
     ["folder", "calibration"],
-    ["hub"],
+    ["sensitivity", "hub"],
     ["card"],
     ["opened", "record"],
-    ["conversion", "tuning"],
+    ["conversion", "tuning", "adapters"],
     ["checkpoint", "models", "nn"],
     ["pretrained", "texts", "publish"],
     ["cli"],
@@ -31,7 +32,14 @@ LEVELS = [
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
 # Who may import what is slow to import or optional.
 HOMES = {
-    "transformers": {"integrations/transformers.py", "integrations/tasks.py", "models/opt.py", "pretrained.py", "texts.py"},
+    "transformers": {
+        "integrations/transformers.py",
+        "integrations/serving.py",
+        "integrations/tasks.py",
+        "models/opt.py",
+        "pretrained.py",
+        "texts.py",
+    },
     "vit_pytorch": {"models/vit.py"},
     "torchvision": set(),
     "huggingface_hub": {"hub.py", "card.py", "publish.py"},

@@ -25,6 +25,7 @@ class Row:
         lookups: the paths among them that are read by rows (embeddings).
         zero_rows: path = padding row that random codes leave at zero.
         rules: extra rules, as (pattern, settings).
+        parametrized: by torch, which makes a class for every module: it does not pickle, and a copy has a class of its own.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Row:
     zero_rows: Mapping[str, int] = field(default_factory=dict)
     rules: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     dtype: torch.dtype = torch.float32
+    parametrized: bool = False
 
 
 class OwnForward(nn.Linear):
@@ -153,6 +155,82 @@ class Relative(nn.Module):
 
     def forward(self, x: Tensor, r: Tensor) -> Tensor:
         return self.attention(x, None, None, None, r, None)[0]
+
+
+class Calls(nn.Module):
+    """A module of transformers, its parameters drawn anew (most wait for an initialisation by their model) and its call."""
+
+    def __init__(self, layer: nn.Module, call: Callable[..., Any]) -> None:
+        super().__init__()
+        self.layer, self.call = layer, call
+        for p in self.parameters():
+            nn.init.normal_(p)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.call(self.layer, *inputs)
+
+
+def jetmoe() -> nn.Module:
+    from transformers.models.jetmoe.modeling_jetmoe import JetMoeParallelExperts
+
+    return Calls(JetMoeParallelExperts(3, 6, 5), split_evenly)
+
+
+def split_evenly(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(x, [2, 1, 3])
+
+
+def csm() -> nn.Module:
+    from transformers.models.csm.modeling_csm import CsmCodebooksHead
+
+    return Calls(CsmCodebooksHead(6, 4, 5), second_and_third)
+
+
+def second_and_third(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(x, torch.tensor([1, 2]))
+
+
+def gated() -> nn.Module:
+    from transformers import RecurrentGemmaConfig
+    from transformers.models.recurrent_gemma.modeling_recurrent_gemma import RecurrentGemmaRglru
+
+    return Calls(RecurrentGemmaRglru(RecurrentGemmaConfig(lru_width=8, num_attention_heads=2)), from_the_start)
+
+
+def from_the_start(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(x, torch.arange(x.shape[1])[None])
+
+
+def funnel() -> nn.Module:
+    from transformers import FunnelConfig
+    from transformers.models.funnel.modeling_funnel import FunnelRelMultiheadAttention
+
+    config = FunnelConfig(d_model=6, n_head=2, d_head=4, d_inner=8, attention_type="factorized")
+    config.attention_dropout = config.hidden_dropout = 0.0
+    return Calls(FunnelRelMultiheadAttention(config, 0).eval(), at_positions)
+
+
+def at_positions(layer: nn.Module, x: Tensor, *positions: Tensor) -> Tensor:
+    return layer(x, x, x, (positions, None, torch.ones(len(x), x.shape[1]), None))[0]
+
+
+def simulated(kind: str) -> nn.Module:
+    """I-BERT's layers, which are no subclass of torch's and return a pair."""
+    from transformers.models.ibert import quant_modules
+
+    return Calls(getattr(quant_modules, kind)(11, 8), first_of)
+
+
+def first_of(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(x)[0]
+
+
+def weight_norm() -> nn.Module:
+    return nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 6, 3), dim=2)  # per position, as in Wav2Vec2
+
+
+def spectral_norm() -> nn.Module:
+    return nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 8)))
 
 
 def hf_conv1d() -> nn.Module:
@@ -293,6 +371,51 @@ ZOO = [
         normals((4, 2, 6), (8, 2, 6)),
         {**{f"attention.{n}": "in expert out" for n in "qkvr"}, "attention.o": "out in in2"},
     ),
+    Row("JetMoE experts", jetmoe, normal(6, 6), {"layer.weight": "expert out in"}),
+    Row("CSM head", csm, normal(2, 2, 6), {"layer.weight": "expert in out"}),
+    Row(
+        "RecurrentGemma gates",
+        gated,
+        normal(2, 3, 8),
+        dict.fromkeys(("layer.input_gate_weight", "layer.recurrent_gate_weight"), "expert in out"),
+    ),
+    Row(
+        "Funnel attention",
+        funnel,
+        normals((2, 3, 6), *[(3, 6)] * 4),
+        {f"layer.{n}_head.weight": LINEAR for n in "qkv"}
+        | {"layer.post_proj.weight": LINEAR, "layer.r_kernel": "in expert out"},
+    ),
+    Row("I-BERT linear", lambda: simulated("QuantLinear"), normal(2, 11), {"layer.weight": LINEAR}),
+    Row(
+        "I-BERT embedding",
+        lambda: simulated("QuantEmbedding"),
+        ids(11, 2, 6),
+        {"layer.weight": LINEAR},
+        ("layer.weight",),
+    ),
+    Row("weight norm", weight_norm, normal(2, 4, 7), {"parametrizations.weight.original1": CONV1}, parametrized=True),
+    Row(
+        "spectral norm", spectral_norm, normal(2, 6), {"0.parametrizations.weight.original": LINEAR}, parametrized=True
+    ),
+    Row(
+        "LSTM",
+        lambda: nn.LSTM(5, 6, 2, bidirectional=True, proj_size=4),
+        normal(3, 2, 5),
+        {
+            f"weight_{part}_l{layer}{way}": LINEAR
+            for part in ("ih", "hh", "hr")
+            for layer in (0, 1)
+            for way in ("", "_reverse")
+        },
+    ),
+    Row(
+        "GRU no bias",
+        lambda: nn.GRU(5, 6, bias=False),
+        normal(3, 2, 5),
+        dict.fromkeys(("weight_ih_l0", "weight_hh_l0"), LINEAR),
+    ),
+    Row("GRUCell", lambda: nn.GRUCell(5, 6), normal(2, 5), dict.fromkeys(("weight_ih", "weight_hh"), LINEAR)),
     Row("raw parameter", Scorer, normal(2, 7), {"table": "in out"}, rules=(("table", {"view": "in out"}),)),
     Row(
         "shared module",

@@ -1,0 +1,27 @@
+"""What computes on codes: files with one face, and the choice between them.
+
+A face is a module with `linear`, `linear_gradients`, `decode`, `decode_rows` and `decode_gradients`: `plain` is ordinary torch
+operations, right on every device and the reference of all; `cpu` is compiled by numba. `operators` has the same face for
+compilers: operations that they take as they are, and that call one of the others when they run.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+import torch
+
+SERVED = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that compiled kernels compute
+
+
+@functools.cache
+def face(device: str) -> ModuleType:
+    """Return the fastest face for tensors on this type of device; what compiles it is imported on first use."""
+    if device == "cpu":
+        from rpq_convert.kernels import cpu
+
+        return cpu
+    from rpq_convert.kernels import plain
+
+    return plain

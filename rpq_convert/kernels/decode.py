@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from rpq_convert.kernels import expand as e
-from rpq_convert.kernels.linear import Cut, _address, _flat, _wide, plain_weight, ready, share
+from rpq_convert.kernels import plain
+from rpq_convert.kernels.cut import Cut
+from rpq_convert.kernels.linear import _address, _flat, _wide, ready, share
 from rpq_convert.kernels.team import FIRST, run
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STEP = 64  # positions of one part
 KEEP = 1 << 23  # weights of a buffer that is kept
 _local = threading.local()
@@ -37,7 +38,9 @@ def decode(codes: Tensor, codebooks: Tensor, scales: Tensor | None, cut: Cut, dt
 def decode_rows(
     codes: Tensor, codebooks: Tensor, scales: Tensor | None, index: Tensor, cut: Cut, dtype: torch.dtype
 ) -> Tensor:
-    """Return rows `index` [k] int64 of a weight cut along its inputs: [k, inputs]."""
+    """Return rows `index` [k] of a weight cut along its inputs: [k, inputs]; an index that is none raises."""
+    index = index.long().contiguous()
+    check_rows(index, cut.n)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (codebooks, scales)):
         return _Decode.apply(codes, codebooks, scales, index, cut, dtype)
     return _decode(codes, codebooks, scales, index, cut, dtype)
@@ -149,21 +152,29 @@ class _Decode(torch.autograd.Function):
         codes, codebooks, scales, index = ctx.saved_tensors
         cut, needs = ctx.cut, ctx.needs_input_grad
         if torch.is_grad_enabled():  # a gradient of this gradient is wanted: ordinary operations have one
-            weight = plain_weight(codes, codebooks, scales, cut)
+            weight = plain.decode(codes, codebooks, scales, cut, torch.float32)
             weight = weight if index is None else weight[index]
             inner = [t for t, need in ((codebooks, needs[1]), (scales, needs[2])) if need]
             grads = iter(torch.autograd.grad(weight, inner, gradient.to(weight.dtype), create_graph=True))
             return None, next(grads) if needs[1] else None, next(grads) if needs[2] else None, None, None, None
-        dbooks = dscales = None
-        if needs[2]:
-            bare = _decode(codes, codebooks, None, index, cut, torch.float32)
-            rows = (bare * gradient).sum(1)
-            if index is not None:
-                rows = torch.zeros(cut.n, dtype=rows.dtype).index_add_(0, index, rows)
-            dscales = rows.to(scales.dtype)
-        if needs[1]:
-            dbooks = _gradient(gradient, codes, codebooks, scales, index, cut)
+        dbooks, dscales = decode_gradients(gradient, codes, codebooks, scales, index, cut, needs[1:3])
         return None, dbooks, dscales, None, None, None
+
+
+def decode_gradients(
+    gradient: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, index: Tensor | None, cut: Cut,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Return the gradients of (codebooks, scales) from that of the weight, or of its rows `index`; None where not needed."""
+    dscales = None
+    if needs[1]:
+        assert scales is not None
+        bare = _decode(codes, codebooks, None, index, cut, torch.float32)
+        dscales = (bare * gradient).sum(1)
+        if index is not None:
+            dscales = torch.zeros(cut.n, dtype=dscales.dtype).index_add_(0, index, dscales)
+        dscales = dscales.to(scales.dtype)
+    return _gradient(gradient, codes, codebooks, scales, index, cut) if needs[0] else None, dscales
 
 
 def _gradient(

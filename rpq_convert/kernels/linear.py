@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +16,8 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from rpq_convert.kernels import lookup as k
+from rpq_convert.kernels import plain
+from rpq_convert.kernels.cut import Cut
 from rpq_convert.kernels.tasks import CHUNK, TASKS, one_parts, one_whole
 from rpq_convert.kernels.team import run
 from rpq_convert.kernels.vectors import HAS_BFLOAT16, HAS_HALF, HAS_PICK
@@ -27,52 +28,14 @@ SMALL = 1 << 16  # codebooks of fewer numbers are kept wide
 WORTH = 1 << 18  # lookups that are worth a thread
 
 
-@dataclass(frozen=True)
-class Cut:
-    """A coded matrix M [n, length]: rows in `blocks` sub-vectors of `dim`, `books` codebooks, `stages` summed.
+def cost(cut: Cut, tokens: int, dtype: torch.dtype = torch.float32) -> float:
+    """Return the time of a layer by lookups over that of decoding its weight and multiplying, roughly.
 
-    `axis` "in": M's rows are outputs, its columns inputs; "out": the other way round.
+    A decoded weight counts 50 multiply-adds. Dense bfloat16 is 2.4 times as fast where the processor has it. Few tokens are
+    bound by memory, where codes always win.
     """
-
-    axis: str
-    n: int
-    length: int
-    dim: int
-    books: int
-    stages: int
-
-    @property
-    def blocks(self) -> int:
-        return -(-self.length // self.dim)
-
-    @property
-    def inputs(self) -> int:
-        return self.length if self.axis == "in" else self.n
-
-    @property
-    def outputs(self) -> int:
-        return self.n if self.axis == "in" else self.length
-
-    @property
-    def shape(self) -> tuple[int, int, int, int, int]:
-        return self.stages, self.books, self.blocks, self.dim, self.n
-
-    @property
-    def room(self) -> int:
-        """Floats of scratch that hold one widened codebook."""
-        return 256 * self.dim
-
-    def cost(self, tokens: int, dtype: torch.dtype = torch.float32) -> float:
-        """Return the time of this layer over that of decoding the weight and multiplying, roughly.
-
-        In multiply-adds of a dense product: a lookup counts 1.5, a bin 2.6, a table entry 0.9, a decoded weight 50 (from
-        benchmarks/speed.py, two cores of an AMD EPYC 9004). Dense bfloat16 is 2.4 times as fast where the processor has
-        it. Few tokens are bound by memory, where codes always win.
-        """
-        faster, decoded = (2.4, 75) if dtype == torch.bfloat16 and HAS_BFLOAT16 else (1.0, 50)
-        adds = self.n * self.blocks * self.stages * (1.5 if self.axis == "in" else 2.6)
-        tables = 0.9 * 256 * self.length * self.stages
-        return faster * tokens * (adds + tables) / (self.n * self.length * (tokens + decoded))
+    faster, decoded = (2.4, 75) if dtype == torch.bfloat16 and HAS_BFLOAT16 else (1.0, 50)
+    return faster * tokens * cut.work / (tokens + decoded)
 
 
 _READY: Any = WeakIdKeyDictionary()  # codebooks -> (version, address, shape, sample, its values, {kind: tensors})
@@ -170,17 +133,25 @@ class _Linear(torch.autograd.Function):
         cut, needs = ctx.cut, ctx.needs_input_grad
         if torch.is_grad_enabled():
             return _graph_backward(gradient, ctx.saved_tensors, cut, needs)
-        dx = dbooks = dscales = dbias = None
-        if needs[4]:
-            dbias = gradient.sum(0, dtype=torch.float32).to(bias.dtype)
-        if needs[3]:
-            bare = apply(cut.axis == "in", x, codes, codebooks, cut)
-            dscales = (bare * gradient).sum(0).to(scales.dtype)
-        if needs[2]:
-            dbooks, dx = _book_gradient(x, gradient, codes, codebooks, scales, cut, needs[0])
-        if needs[0] and dx is None:
-            dx = apply(cut.axis != "in", gradient, codes, codebooks, cut, factors=scales)
-        return None if dx is None else dx.to(x.dtype), None, dbooks, dscales, dbias, None
+        dbias = gradient.sum(0, dtype=torch.float32).to(bias.dtype) if needs[4] else None
+        dx, dbooks, dscales = linear_gradients(gradient, x, codes, codebooks, scales, cut, (needs[0], *needs[2:4]))
+        return dx, None, dbooks, dscales, dbias, None
+
+
+def linear_gradients(
+    gradient: Tensor, x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, cut: Cut, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Return the gradients of (x, codebooks, scales) by lookups and bins; None where not needed."""
+    dx = dbooks = dscales = None
+    if needs[2]:
+        assert scales is not None
+        bare = apply(cut.axis == "in", x, codes, codebooks, cut)
+        dscales = (bare * gradient).sum(0).to(scales.dtype)
+    if needs[1]:
+        dbooks, dx = _book_gradient(x, gradient, codes, codebooks, scales, cut, needs[0])
+    if needs[0] and dx is None:
+        dx = apply(cut.axis != "in", gradient, codes, codebooks, cut, factors=scales)
+    return None if dx is None else dx.to(x.dtype), dbooks, dscales
 
 
 def decoded_linear(
@@ -201,31 +172,32 @@ class _DecodedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        from rpq_convert.kernels.decode import decode
-
         x, codes, codebooks, scales, _ = ctx.saved_tensors
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():
             return _graph_backward(gradient, ctx.saved_tensors, ctx.cut, needs)
-        books, factors = (
-            None if t is None else t.detach().requires_grad_(need)
-            for t, need in ((codebooks, needs[2]), (scales, needs[3]))
-        )
-        assert books is not None
-        with torch.enable_grad():
-            weight = decode(codes, books, factors, ctx.cut, x.dtype)
-        inner = [t for t in (books, factors) if t is not None and t.requires_grad]
-        grads = iter(torch.autograd.grad(weight, inner, gradient.T @ x) if inner else ())
-        return (
-            gradient @ weight.detach() if needs[0] else None, None, next(grads) if needs[2] else None,
-            next(grads) if needs[3] else None, gradient.sum(0) if needs[4] else None, None,
-        )  # fmt: skip
+        wanted = (needs[0], *needs[2:4])
+        dx, dbooks, dscales = decoded_gradients(gradient, x, codes, codebooks, scales, ctx.cut, wanted)
+        return dx, None, dbooks, dscales, gradient.sum(0) if needs[4] else None, None
+
+
+def decoded_gradients(
+    gradient: Tensor, x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, cut: Cut, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Return the gradients of (x, codebooks, scales) by way of the dense weight; None where not needed."""
+    from rpq_convert.kernels.decode import decode, decode_gradients
+
+    with torch.no_grad():
+        dx = gradient @ decode(codes, codebooks, scales, cut, x.dtype) if needs[0] else None
+    if not any(needs[1:]):
+        return dx, None, None
+    return dx, *decode_gradients(gradient.T @ x, codes, codebooks, scales, None, cut, needs[1:])
 
 
 def _graph_backward(gradient: Tensor, saved: tuple[Any, ...], cut: Cut, needs: tuple[bool, ...]) -> tuple[Any, ...]:
     """The backward pass by ordinary operations, for when a gradient of this gradient is wanted."""
     x, codes, codebooks, scales, bias = saved
-    weight = plain_weight(codes, codebooks, scales, cut)
+    weight = plain.decode(codes, codebooks, scales, cut, torch.float32)
     wide = gradient.to(weight.dtype)
     inner = [t for t, need in ((codebooks, needs[2]), (scales, needs[3])) if need]
     dw = wide.T @ x.to(weight.dtype)
@@ -234,18 +206,6 @@ def _graph_backward(gradient: Tensor, saved: tuple[Any, ...], cut: Cut, needs: t
         (wide @ weight).to(x.dtype) if needs[0] else None, None, next(grads) if needs[2] else None,
         next(grads) if needs[3] else None, gradient.sum(0).to(bias.dtype) if needs[4] else None, None,
     )  # fmt: skip
-
-
-def plain_weight(codes: Tensor, codebooks: Tensor, scales: Tensor | None, cut: Cut) -> Tensor:
-    """Return W [outputs, inputs] in float32 by ordinary, differentiable torch operations: the reference of this module."""
-    table = codebooks.reshape(cut.stages, cut.books * 256, cut.dim).float()
-    first = torch.arange(cut.blocks, device=codes.device) * cut.books // cut.blocks * 256
-    matrix = sum(
-        torch.nn.functional.embedding(codes[s].T.int() + first, table[s]).flatten(1)[:, : cut.length]
-        for s in range(cut.stages)
-    )  # [n, length]
-    weight: Any = matrix if cut.axis == "in" else matrix.T  # type: ignore[union-attr]
-    return weight if scales is None else weight * scales.float()[:, None]
 
 
 def _flat(t: Tensor | None) -> Tensor | None:

@@ -1,0 +1,41 @@
+"""rpq-convert: fitted to the weights; calibrated; calibrated and tuned. Every weight, the embedding and the tied head with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from benchmarks.quality.peers import untouched
+
+TITLE, ENVIRONMENT = "rpq-convert", None
+_BITS = (8, 6, 5, 4, 3, 2)
+_FREE = [{"bits": b} for b in _BITS]
+_CALIBRATED = [{"bits": b, "calibrated": True} for b in _BITS[2:]]
+_TUNED = [{"bits": b, "calibrated": True, "steps": 200} for b in (4, 3, 2)]
+SETTINGS = {
+    "smollm2": [*_FREE, *_CALIBRATED, *_TUNED],
+    "smollm2-as-shipped": [{"bits": 4}],
+    "minilm": [*_FREE, *_CALIBRATED, *_TUNED],
+    "efficientnet": [*_FREE, *_CALIBRATED],
+    "resnet": [*_FREE, *_CALIBRATED],
+    "vit": [*_FREE, *_CALIBRATED],
+}
+
+
+def compress(model: nn.Module, settings: dict[str, Any], data: Any) -> int:
+    """`settings`: options of `rpq.convert`, and `calibrated`, `steps` (of tuning)."""
+    import copy
+
+    import rpq_convert as rpq
+
+    options = dict(settings)
+    steps, calibrated = options.pop("steps", 0), options.pop("calibrated", False)
+    base = copy.deepcopy(model) if steps else None
+    rpq.convert(model, **({"calibration": data.calibration} if calibrated else {}), **options)
+    if base is not None:
+        batches = data.tuning
+        rpq.tune(model, base, batches[:-4], held_out=batches[-4:], steps=steps)
+    size = untouched(model)
+    rpq.restore(model)
+    return size

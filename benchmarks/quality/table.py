@@ -1,0 +1,109 @@
+"""The page: per model one table sorted by bytes, who is best per size, and what could not be run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+from benchmarks.quality.tasks import TASKS
+
+Row = dict[str, Any]
+HEADER = """# Quality for the bytes, tool by tool
+
+Written by `python -m benchmarks.quality` (its first lines say with which files) from the cells in `quality.jsonl`; how it is
+done and what is counted: [benchmarks/quality](../benchmarks/quality). Each tool converts the same dense model on a CPU; its
+weights are decoded and measured by the same code. **MB** (2^20 bytes) is everything that a file holds: codes, codebooks,
+scales, zero points, and what a tool leaves alone, at 16 bits. **Bits** are all those bytes per parameter. Rows in bold are
+beaten by no row of their size or below. Minutes are of one thread on a shared machine: an order of magnitude. Peak memory is the
+tool's process, the dense model in float32 and imports with it.
+"""
+SIZES = (2.1, 2.6, 3.1, 3.6, 4.1, 4.6, 5.5, 6.2, 8.2)  # bits per parameter, all in
+
+
+def document(rows: Sequence[Row]) -> str:
+    parts = [HEADER]
+    for name, task in TASKS.items():
+        mine = [r for r in rows if r["task"] == name]
+        if mine:
+            parts.append(_section(task, mine))
+    return "\n".join(parts)
+
+
+def _section(task: Any, rows: Sequence[Row]) -> str:
+    done = sorted((r for r in rows if "error" not in r), key=lambda r: r["bytes"])
+    failed = [r for r in rows if "error" in r]
+    lines = [f"## {task.title}\n"]
+    if done:
+        lines += [task.note.format(**done[0]["metrics"]), ""]
+        columns = task.columns
+        lines += [
+            "| MB | bits | tool | settings | "
+            + " | ".join(c.replace("_", " ") for c in columns)
+            + " | minutes | peak MB |"
+        ]
+        lines += ["|---" * (6 + len(columns)) + "|"]
+        best: float | None = None
+        for row in done:
+            loss = _loss(task, row)
+            leads = best is None or loss < best
+            best = loss if leads else best
+            cells = [f"{row['bytes'] / 2**20:.1f}", f"{_bits(task, row):.2f}", _title(row), _words(row["settings"])]
+            cells += [_figure(c, row["metrics"][c]) for c in columns]
+            cells += [f"{row['minutes']:.1f}", f"{row['peak_mb']:.0f}"]
+            lines.append("| " + " | ".join(f"**{c}**" if leads else c for c in cells) + " |")
+        lines += ["", *_per_size(task, done)]
+    if failed:
+        lines += ["", "Could not be run:", ""]
+        lines += [f"- {_title(r)}, {_words(r['settings'])}: `{r['error']}`" for r in failed]
+    return "\n".join(lines) + "\n"
+
+
+def _per_size(task: Any, rows: Sequence[Row]) -> list[str]:
+    """Rows of the table 'with at most so many bits per parameter, the best peer and the best of this project'."""
+    lines = [
+        f"| at most, bits all in | best other tool | {task.best} | best rpq-convert | {task.best} |",
+        "|---|---|---|---|---|",
+    ]
+    for limit in SIZES:
+        fitting = [r for r in rows if _bits(task, r) <= limit]
+        groups = ([r for r in fitting if (r["peer"] == "rpq") is ours] for ours in (False, True))
+        cells = []
+        for group in groups:
+            if not group:
+                cells += ["none", ""]
+                continue
+            first = min(group, key=lambda r: _loss(task, r))
+            cells += [f"{_title(first)}, {_words(first['settings'])}", _figure(task.best, first["metrics"][task.best])]
+        lines.append(f"| {limit} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _loss(task: Any, row: Row) -> float:
+    value = row["metrics"][task.best]
+    return value if task.best == "perplexity" else -value
+
+
+def _bits(task: Any, row: Row) -> float:
+    return 8 * row["bytes"] / task.parameters
+
+
+def _title(row: Row) -> str:
+    return import_module(f"benchmarks.quality.peers.{row['peer']}").TITLE
+
+
+def _words(settings: Row) -> str:
+    """Return settings as a reader would say them."""
+    said = {
+        "bits": lambda v: f"{v:g} bits", "group": lambda v: f"groups of {v}", "type": str, "dim": lambda v: f"dim {v}",
+        "embedding": lambda v: "embedding dense" if v == 16 else f"embedding {v}" + ("" if isinstance(v, str) else " bits"),
+        "calibrated": lambda v: "calibrated", "steps": lambda v: f"{v} steps of tuning",
+        "imatrix": lambda v: "importance matrix", "iters": lambda v: f"{v} iterations",
+    }  # fmt: skip
+    return ", ".join(said[k](v) if k in said else f"{k} {v}" for k, v in settings.items() if v is not False)
+
+
+def _figure(column: str, value: float) -> str:
+    if column in ("perplexity", "ratio") and value >= 1000:
+        return f"{value:.0f}"
+    return f"{value:.3f}" if column in ("perplexity", "ratio", "kl") else f"{value:.4f}"

@@ -1,0 +1,24 @@
+"""`transformers serve` in a process that knows RPQ: an HTTP server that answers as OpenAI's does.
+
+transformers has no way to name a library that its commands should import first, so its own command runs in here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rpq_convert.integrations import torchvision
+from rpq_convert.source import SourceError
+
+torchvision.mend()
+
+from transformers.utils.import_utils import is_serve_available  # noqa: E402
+
+
+def serve(arguments: Sequence[str]) -> None:
+    """Run `transformers serve` with these arguments until it is stopped."""
+    if not is_serve_available():
+        raise SourceError('serving needs fastapi, uvicorn and openai: pip install "rpq-convert[serve]"')
+    from transformers.cli.transformers import app
+
+    app(args=["serve", *arguments], prog_name="rpq")

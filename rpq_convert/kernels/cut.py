@@ -1,0 +1,52 @@
+"""Cut: the shape of a coded matrix, as kernels see it."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A coded matrix M [n, length]: rows in `blocks` sub-vectors of `dim`, `books` codebooks, `stages` summed.
+
+    `axis` "in": M's rows are outputs, its columns inputs; "out": the other way round.
+    """
+
+    axis: str
+    n: int
+    length: int
+    dim: int
+    books: int
+    stages: int
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.length // self.dim)
+
+    @property
+    def inputs(self) -> int:
+        return self.length if self.axis == "in" else self.n
+
+    @property
+    def outputs(self) -> int:
+        return self.n if self.axis == "in" else self.length
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        return self.stages, self.books, self.blocks, self.dim, self.n
+
+    @property
+    def room(self) -> int:
+        """Floats of scratch that hold one widened codebook."""
+        return 256 * self.dim
+
+    @functools.cached_property
+    def work(self) -> float:
+        """The time of one token by lookups over that of a dense product, roughly, where memory does not limit either.
+
+        In multiply-adds of a dense product a lookup counts 1.5, a bin 2.6, a table entry 0.9 (from benchmarks/speed.py, two
+        cores of an AMD EPYC 9004).
+        """
+        adds = self.n * self.blocks * self.stages * (1.5 if self.axis == "in" else 2.6)
+        return (adds + 0.9 * 256 * self.length * self.stages) / (self.n * self.length)

@@ -1,0 +1,83 @@
+"""The comparison with other tools: a shuffled model is the same model, bytes are counted once, the best row is the best."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.quality.peers import by_matrix, packed, rounding
+from benchmarks.quality.shuffle import shuffle_channels
+from benchmarks.quality.table import document
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=4, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            nn.init.uniform_(parameter, 0.5, 2.0)
+    return model
+
+
+def test_a_shuffled_llama_computes_the_same_with_the_same_numbers_in_other_places():
+    model, ids = llama(), torch.arange(14).view(2, 7)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with torch.inference_mode():
+        wanted = model(input_ids=ids).logits
+        shuffle_channels(model)
+        found = model(input_ids=ids).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.flatten().sort().values, before[name].flatten().sort().values), name
+        assert not torch.equal(parameter, before[name]), name
+
+
+def test_a_tied_head_is_quantized_as_the_embedding_and_counted_once():
+    model = llama()
+    dense = model.model.embed_tokens.weight.detach().clone()
+    asked = []
+
+    def linear(weight):
+        asked.append(tuple(weight.shape))
+        return weight * 0, 7
+
+    total = by_matrix(model, linear)
+    assert len(asked) == 14 and (50, 24) not in asked
+    assert torch.equal(model.lm_head.weight, dense) and not model.model.layers[0].mlp.up_proj.weight.any()
+    norms = 5 * 24
+    assert total == 14 * 7 + 2 * (50 * 24 + norms)
+    assert by_matrix(model, linear, embedding=lambda w: (w * 0, 1)) == 14 * 7 + 1 + 2 * norms
+    assert not model.lm_head.weight.any()
+
+
+def test_rounding_keeps_what_lies_on_a_grid_and_counts_codes_scales_and_zero_points():
+    weight = (torch.arange(64.0).view(4, 16) % 16 - 5) * 0.25
+    decoded, size = rounding(4, 16)(weight)
+    assert torch.equal(decoded, weight)
+    assert size == 64 * 4 // 8 + 4 * 2 + 4 * 4 // 8
+    assert packed(3, 3) == 2
+
+
+@pytest.fixture
+def rows():
+    def row(peer, bits, size, perplexity):
+        metrics = {"perplexity": perplexity, "base_perplexity": 30.0, "ratio": 1.0, "kl": 0.1, "top1_agreement": 0.9}
+        return {
+            "task": "smollm2", "peer": peer, "settings": {"bits": bits}, "bytes": size, "minutes": 1, "peak_mb": 1,
+            "metrics": metrics,
+        }  # fmt: skip
+
+    return [row("rpq", 4, 66_000_000, 40.0), row("hqq", 4, 67_000_000, 41.0), row("bnb", 4, 68_000_000, 39.0)]
+
+
+def test_a_row_is_bold_when_nothing_of_its_size_or_below_is_better(rows):
+    failed = {"task": "smollm2", "peer": "gptq", "settings": {"bits": 3}, "error": "no GPU"}
+    page = document([*rows, failed])
+    lines = [line for line in page.splitlines() if "4 bits" in line and " MB" not in line]
+    assert [line.startswith("| **") for line in lines[:3]] == [True, False, True]
+    assert "| 4.1 | bitsandbytes NF4, 4 bits | 39.000 | rpq-convert, 4 bits | 40.000 |" in page
+    assert "3 bits: `no GPU`" in page
