@@ -1,71 +1,208 @@
-"""Models named by hub id, from a hub on the loopback address, in a process of their own with an empty cache."""
+"""Models named by hub id, from and to a hub on the loopback address, in processes of their own with an empty cache."""
 
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import transformers as tf
-from hub import COMMIT, Hub
+from hub import COMMIT, TOKEN, Hub, Repository, copied
+from huggingface_hub import metadata_load
 from safetensors.torch import load_file
 
-SCRIPT = """
-import json, sys
 import rpq_convert as rpq
 
-out = sys.argv[1]
-plan = rpq.plan("team/small", bits=4, revision="v1")
-print("PLANNED", flush=True)
-rpq.convert_checkpoint("team/small", out, bits=4, revision="v1")
-assert rpq.plan("team/small", bits=4, revision="v1", local_files_only=True) == plan
-model = rpq.load(out)
-failures = {}
-for name, options in {"team/missing": {}, "team/small": {"revision": "v2"}, "a/b/c": {}}.items():
+ROOT = Path(__file__).parent.parent
+
+
+def run(hub, cache, code, *arguments, token=None):
+    """Run Python code with this hub; return the JSON that it prints last."""
+    environment = {
+        **os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+        "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    environment.pop("HF_TOKEN", None)
+    if token:
+        environment["HF_TOKEN"] = token
+    code = "import json, sys\nimport rpq_convert as rpq\nout = {}\n" + code + "\nprint(json.dumps(out))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+FAIL = """
+def fail(f, *args, **kwargs):
     try:
-        rpq.plan(name, **options)
-    except rpq.SourceError as e:
-        failures[name] = str(e)
-print(json.dumps({"bytes": plan.file_bytes, "failures": failures}))
+        f(*args, **kwargs)
+    except (rpq.SourceError, rpq.VerifyError) as e:
+        return f"{type(e).__name__}: {e}"
+    return "nothing raised"
 """
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory):
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("repository")
     torch.manual_seed(0)
     config = tf.BertConfig(
-        vocab_size=200, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128
+        vocab_size=2000, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128
     )
     tf.BertModel(config).save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n# Small\n")
     (folder / "tokenizer.json").write_text("{}")
     (folder / "modeling_evil.py").write_text("raise SystemExit('never run')")
     (folder / "tf_model.h5").write_bytes(b"other weights" * 1000)
     return folder
 
 
-def test_hub_id(repository, tmp_path):
-    with Hub({"team/small": repository}, revision="v1") as hub:
-        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
-        process = subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(tmp_path / "out")],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-        )  # fmt: skip
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        planned = list(hub.requests)
-        rest, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors[-3000:]
-    assert line == "PLANNED\n"
-    assert any(path.endswith("config.json") for _, path in planned)
-    assert not any("safetensors" in path for _, path in planned), "a plan reads no weights"
-    assert hub.asked(f"/team/small/resolve/{COMMIT}/model.safetensors") and hub.asked("tokenizer.json")
-    assert not hub.asked(".py") and not hub.asked(".h5")
-    facts = json.loads(rest.splitlines()[-1])
-    weights = tmp_path / "out" / "model.safetensors"
-    assert weights.stat().st_size == facts["bytes"]
-    assert (tmp_path / "out" / "tokenizer.json").is_file() and not list((tmp_path / "out").glob("*.py"))
-    assert any(k.endswith("_rpq.codes") for k in load_file(weights))
-    assert "team/missing" in facts["failures"]["team/missing"] and "hub" in facts["failures"]["team/missing"]
-    assert set(facts["failures"]) == {"team/missing", "team/small", "a/b/c"}
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory, folder):
+    place = tmp_path_factory.mktemp("sharded")
+    tf.BertModel.from_pretrained(folder).save_pretrained(place, max_shard_size="200KB")
+    assert len(list(place.glob("*.safetensors"))) > 2
+    return place
+
+
+def test_a_plan_reads_headers_alone(folder, sharded, tmp_path):
+    code = """
+for name in ("team/small", "team/sharded"):
+    out[name] = rpq.plan(name, bits=4).file_bytes
+out["headers"] = rpq.plan("team/bare", bits=4).file_bytes
+"""
+    bare = copied(folder, tmp_path / "bare")
+    (bare / "config.json").unlink()
+    with Hub({"team/small": folder, "team/sharded": sharded, "team/bare": bare}) as hub:
+        planned = run(hub, tmp_path / "cache", code)
+        sent = dict(hub.sent)
+    assert planned["team/small"] == rpq.plan(folder, bits=4).file_bytes
+    assert planned["team/sharded"] == planned["team/small"]
+    assert planned["headers"] > 0
+    size = (folder / "model.safetensors").stat().st_size
+    assert (
+        sent["model.safetensors"] <= 2 * 100_001 < size
+    )  # two repositories; a header is asked for by its first 100 kB
+
+
+def test_a_conversion_fetches_what_it_needs_at_one_commit(folder, tmp_path):
+    code = """
+rpq.convert_checkpoint("team/small", sys.argv[1], bits=4, revision="v1")
+out["again"] = rpq.plan("team/small", bits=4, revision="v1", local_files_only=True).file_bytes
+"""
+    with Hub({"team/small": Repository(folder, "v1")}, cut=("model.safetensors",)) as hub:
+        found = run(hub, tmp_path / "cache", code, tmp_path / "out")
+        assert hub.asked(f"/team/small/resolve/{COMMIT}/model.safetensors") and hub.asked("tokenizer.json")
+        assert not hub.asked(".py") and not hub.asked(".h5")
+        # broken off half-way, and fetched again without a new command (parts below 10 MB from their start)
+        assert not hub.cut and hub.sent["model.safetensors"] == 1.5 * (folder / "model.safetensors").stat().st_size
+    out = tmp_path / "out"
+    assert (out / "model.safetensors").stat().st_size == found["again"]
+    rpq.convert_checkpoint(folder, tmp_path / "local", bits=4)
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "local" / "model.safetensors").read_bytes()
+    assert (out / "tokenizer.json").is_file() and not list(out.glob("*.py"))
+    card = metadata_load(out / "README.md")
+    assert (card["base_model"], card["base_model_relation"]) == ("team/small", "quantized")
+    assert (card["license"], card["library_name"]) == ("apache-2.0", "transformers")
+    assert {"rpq", "product-quantization"} <= set(card["tags"])
+    assert f"--revision {COMMIT}" in (out / "README.md").read_text()
+
+
+def test_what_the_hub_refuses_is_told(folder, tmp_path):
+    code = (
+        FAIL
+        + """
+out["missing"] = fail(rpq.plan, "team/missing")
+out["revision"] = fail(rpq.plan, "team/small", revision="v9")
+out["gated"] = fail(rpq.convert_checkpoint, "team/gated", sys.argv[1], bits=4)
+out["private"] = fail(rpq.plan, "team/private")
+out["token"] = rpq.plan("team/private", bits=4, token="hf_secret").file_bytes
+out["name"] = fail(rpq.plan, "a/b/c")
+out["uncached"] = fail(rpq.plan, "team/other", local_files_only=True)
+"""
+    )
+    repositories = {
+        "team/small": folder, "team/gated": Repository(folder, gated=True), "team/private": Repository(folder, private=True),
+    }  # fmt: skip
+    with Hub(repositories) as hub:
+        told = run(hub, tmp_path / "cache", code, tmp_path / "out")
+    assert "team/missing is no local folder" in told["missing"] and "hf auth login" in told["missing"]
+    assert "team/small has no such revision" in told["revision"]
+    assert "team/gated is gated: accept its terms" in told["gated"]
+    assert "hf auth login" in told["private"] and told["token"] == rpq.plan(folder, bits=4).file_bytes
+    assert "a/b/c" in told["name"] and "team/other is not whole in the local cache" in told["uncached"]
+    assert not (tmp_path / "out").exists()
+
+
+PUSH = (
+    FAIL
+    + """
+from transformers import AutoModel
+import torch
+folder, broken, many = sys.argv[1:]
+out["first"] = rpq.push(folder, "me/small-rpq")
+out["second"] = rpq.push(many, "me/small-rpq")
+out["public"] = fail(rpq.push, folder, "me/small-rpq", private=False)
+out["foreign"] = fail(rpq.push, folder, "team/small")
+out["broken"] = fail(rpq.push, broken, "me/broken")
+model = AutoModel.from_pretrained("me/small-rpq")
+mine = rpq.load(many)
+same = model.state_dict().items()
+out["equal"] = all(torch.equal(t, mine.state_dict()[k]) for k, t in same)
+"""
+)
+
+
+def test_a_converted_folder_is_pushed_whole_or_not_at_all(folder, tmp_path):
+    one, many, broken = tmp_path / "small-rpq", tmp_path / "many-rpq", tmp_path / "broken-rpq"
+    rpq.convert_checkpoint(folder, one, bits=4)
+    rpq.convert_checkpoint(folder, many, bits=4, max_shard_size="50KB")
+    copied(one, broken)
+    damaged = bytearray((broken / "model.safetensors").read_bytes())
+    damaged[-1] ^= 1
+    (broken / "model.safetensors").write_bytes(damaged)
+    with Hub(
+        {"team/small": Repository(copied(folder, tmp_path / "foreign"), private=True)}, where=tmp_path / "hub"
+    ) as hub:
+        told = run(hub, tmp_path / "cache", PUSH, one, broken, many, token=TOKEN)
+        pushed = hub.repositories["me/small-rpq"]
+        assert set(hub.repositories) == {"team/small", "me/small-rpq"}  # nothing was made for the broken folder
+    assert told["first"] == told["second"] == f"{hub.url}/me/small-rpq"
+    assert pushed.private and len(pushed.commits) == 2
+    assert "exists and is private, not public" in told["public"]
+    assert "holds the weights of another model" in told["foreign"]
+    assert told["broken"].startswith("VerifyError")
+    assert told["equal"] is True
+    # the second push left no shard of the first
+    assert {p.name for p in pushed.folder.glob("*.safetensors")} == {p.name for p in many.glob("*.safetensors")}
+    assert rpq.verify(pushed.folder)
+    card = (pushed.folder / "README.md").read_text()
+    assert 'from_pretrained("me/small-rpq")' in card and "many-rpq" not in card.split("## Size")[0]
+
+
+def test_push_from_the_command_line(folder, tmp_path):
+    code = """
+import subprocess
+def rpq_cli(*words):
+    done = subprocess.run([sys.executable, "-c", "from cli import group; group()", *words], capture_output=True, text=True)
+    return [done.returncode, done.stdout[-3000:] + done.stderr[-3000:]]
+src, here = sys.argv[1:]
+import os
+os.chdir(here)
+out["anonymous"] = rpq_cli("convert", src, "--bits", "4", "--push-to", "me/from-cli", "--out", "a")
+os.environ["HF_TOKEN"] = "hf_secret"
+out["pushed"] = rpq_cli("convert", src, "--bits", "4", "--push-to", "me/from-cli", "--out", "b")
+"""
+    with Hub({}, where=tmp_path / "hub") as hub:
+        told = run(hub, tmp_path / "cache", code, folder, tmp_path)
+    status, said = told["anonymous"]
+    assert status == 4 and "hf auth login" in said and not (tmp_path / "a").exists()
+    assert told["pushed"][0] == 0, told["pushed"][1]
+    assert hub.repositories["me/from-cli"].private
+    assert (
+        load_file(hub.repositories["me/from-cli"].folder / "model.safetensors").keys()
+        == load_file(tmp_path / "b" / "model.safetensors").keys()
+    )
