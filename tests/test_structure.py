@@ -42,7 +42,7 @@ HOMES = {
     },
     "vit_pytorch": {"models/vit.py"},
     "torchvision": set(),
-    "huggingface_hub": {"hub.py", "card.py", "publish.py"},
+    "huggingface_hub": {"hub.py", "card.py", "publish.py", "integrations/serving.py"},
     "typer": {"cli"},
     "rich": {"cli"},
     "numba": {"kernels"},

@@ -6,6 +6,7 @@ transformers has no way to name a library that its commands should import first,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from rpq_convert.integrations import torchvision
 from rpq_convert.source import SourceError
@@ -19,6 +20,9 @@ def serve(arguments: Sequence[str]) -> None:
     """Run `transformers serve` with these arguments until it is stopped."""
     if not is_serve_available():
         raise SourceError('serving needs fastapi, uvicorn and openai: pip install "rpq-convert[serve]"')
+    from huggingface_hub.constants import HF_HUB_CACHE
     from transformers.cli.transformers import app
+
+    Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)  # without it the list of models is an error
 
     app(args=["serve", *arguments], prog_name="rpq")
