@@ -196,6 +196,11 @@ def convert(
         source.clear()
         for job in plan.jobs:
             swap(model, job, results.pop(job.name))
+    return finish(model, plan)
+
+
+def finish(model: nn.Module, plan: Plan) -> Report:
+    """Do what follows when every job of a model in memory is done; return the report."""
     dtype = plan.options.get("dtype")
     if dtype:
         _cast_rest(model, getattr(torch, dtype))

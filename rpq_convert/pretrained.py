@@ -2,28 +2,35 @@
 
 A converted folder loads through any Auto class as soon as `rpq_convert` is imported: before weights are read, the empty
 model gets empty RPQ weights in the places that config.json lists, and transformers fills them like any parameter. A dense
-checkpoint with `quantization_config=RPQConfig(bits=4)` is converted once it is loaded. Nothing here runs code that a
+checkpoint with `quantization_config=RPQConfig(bits=4)` is converted while it is loaded, a parameter at a time. Nothing here runs code that a
 checkpoint names.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from rpq_convert import layers
 from rpq_convert.checkpoint import restore
-from rpq_convert.conversion import AFTER, convert, plan_of, put_everywhere
+from rpq_convert.conversion import AFTER, convert, finish, plan_of, put_everywhere, swap
+from rpq_convert.encode import encode
 from rpq_convert.integrations import torchvision
-from rpq_convert.planning import FORMAT_VERSION
+from rpq_convert.opened import Opened
+from rpq_convert.planning import FORMAT_VERSION, Job, Plan
 from rpq_convert.record import quantization_config
+from rpq_convert.sensitivity import asks
 from rpq_convert.source import SourceError
+from rpq_convert.spec import dtype_of
 from rpq_convert.weight import RPQWeight
 
 torchvision.mend()  # transformers imports it with the first model
@@ -58,11 +65,36 @@ class RPQConfig(QuantizationConfigMixin):
         return self.to_dict()
 
 
+class Encode(ConversionOps):
+    """A step of transformers' loading: a dense parameter comes in, its codes go into the model, nothing comes out."""
+
+    def __init__(self, jobs: Mapping[str, Job]) -> None:
+        self.jobs = jobs
+
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], model: Any, missing_keys: set[str], **_: Any
+    ) -> dict[str, Any]:
+        for name, value in input_dict.items():
+            job, tensor = self.jobs[name], value[0] if isinstance(value, list) else value
+            if _computed(model, job.name):
+                continue  # a tied one that the checkpoint holds twice
+            swap(model, job, encode(job, tensor.to(dtype_of(job.dtype))))
+            module, parameter = layers.find(model, job.name)
+            rpq: Any = module._modules[parameter + layers.SUFFIX]
+            rpq.to(tensor.device)
+            for part in rpq.parameters():
+                part._is_hf_initialized = True
+            missing_keys.difference_update((job.name, *job.aliases))
+        return {}
+
+
 class RPQQuantizer(HfQuantizer):
     """Puts RPQ weights in their places when transformers loads a model."""
 
     requires_calibration = False
     quantization_config: Any
+    plan: Plan | None = None  # of a conversion on load
+    jobs: Mapping[str, Job] = {}
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         config = self.quantization_config
@@ -73,6 +105,7 @@ class RPQQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if not self.pre_quantized:
+            self._plan(model)
             return model
         stored = self.quantization_config.stored
         tied: dict[str, list[str]] = {}
@@ -104,8 +137,34 @@ class RPQQuantizer(HfQuantizer):
             model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
         return model
 
+    def _plan(self, model: Any) -> None:
+        """Plan a conversion on load; one whose sizes depend on the weights waits until they are there."""
+        options = self.quantization_config.options
+        if asks(options):
+            return
+        tied = copy.deepcopy(model)  # on meta; transformers ties weights when they are loaded
+        for alias, name in model.all_tied_weights_keys.items():
+            module, parameter = layers.find(tied, alias)
+            source, known = layers.find(tied, name)
+            module._parameters[parameter] = source._parameters[known]
+        self.plan = Opened(tied, None).plan(**options)
+        self.jobs = {name: job for job in self.plan.jobs for name in (job.name, *job.aliases)}
+        model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if k not in self.jobs}
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        return param_name in self.jobs
+
+    def get_quantize_ops(self) -> Encode:
+        return Encode(self.jobs)
+
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        if not self.pre_quantized:
+        if self.plan is not None:
+            new = dict(model.named_parameters(remove_duplicate=False))  # a head that the checkpoint does not have
+            for job in self.plan.jobs:
+                if job.name in new:
+                    swap(model, job, encode(job, new[job.name].detach()))
+            finish(model, self.plan)
+        elif not self.pre_quantized:
             convert(model, **self.quantization_config.options)
         for weight in layers.layers_of(model).values():
             weight._probe = torch.empty(0, dtype=weight.dtype, device=weight.codes.device)

@@ -1,6 +1,7 @@
 """Converted models inside transformers: every Auto class, sharded or not, other dtypes, tied weights, training, failures."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -8,8 +9,10 @@ import pytest
 import torch
 import transformers as tf
 from architectures import ARCHITECTURES, inputs, outputs
+from PIL import Image
 
 import rpq_convert as rpq
+from rpq_convert.layers import layers_of
 
 AGAIN = """
 import sys, torch
@@ -116,13 +119,124 @@ def test_other_dtypes_and_a_device_map(folders):
     assert same(mapped, expected)
 
 
-def test_conversion_on_load_equals_conversion(folders):
-    source, _ = folders("BERT")
-    loaded = tf.AutoModel.from_pretrained(source, quantization_config=rpq.RPQConfig(bits=4, grow=True)).eval()
-    converted = tf.AutoModel.from_pretrained(source).eval()
+@pytest.mark.parametrize("name", ["BERT", "Llama", "GPT-2", "Mixtral", "T5"])
+def test_conversion_on_load_equals_conversion(name, folders, tmp_path):
+    source, _ = folders(name)
+    kind = type(rpq.load(folders(name)[1]))
+    how = rpq.RPQConfig(bits=4, grow=True)
+    loaded = kind.from_pretrained(source, quantization_config=how).eval()
+    converted = kind.from_pretrained(source).eval()
     rpq.convert(converted, bits=4, grow=True)
     assert same(loaded, converted)
     assert loaded.config.quantization_config.to_dict() == converted.config.quantization_config.to_dict()
+    loaded.save_pretrained(tmp_path / "again")
+    assert same(kind.from_pretrained(tmp_path / "again").eval(), converted)
+
+
+def test_conversion_on_load_of_a_new_head_and_to_a_budget(folders):
+    source, _ = folders("BERT")
+    config = rpq.RPQConfig(bits=4, grow=True)
+    model = tf.AutoModelForSequenceClassification.from_pretrained(source, num_labels=70, quantization_config=config)
+    assert (
+        "classifier.weight" in layers_of(model) and torch.isfinite(model.eval()(torch.arange(2, 9)[None]).logits).all()
+    )
+    base = tf.AutoModel.from_pretrained(source)
+    target = 2 * rpq.plan(base, bits=2, grow=True).file_bytes
+    small = tf.AutoModel.from_pretrained(source, quantization_config=rpq.RPQConfig(target_size=target, grow=True))
+    rpq.convert(base, target_size=target, grow=True)
+    assert same(small.eval(), base.eval())
+
+
+LOADING = """
+import sys, threading, time
+from pathlib import Path
+import rpq_convert as rpq
+from rpq_convert.integrations import torchvision
+torchvision.mend()
+from transformers import AutoModel
+
+def private():
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+def load(name):
+    return AutoModel.from_pretrained(name, quantization_config=rpq.RPQConfig(bits=4))
+
+load(sys.argv[1])  # compiles or loads the kernels
+before, peak, done = private(), 0, False
+
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, private())
+        time.sleep(0.002)
+
+thread = threading.Thread(target=watch)
+thread.start()
+load(sys.argv[2])
+done = True
+thread.join()
+print(peak - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_conversion_on_load_never_holds_the_dense_model(tmp_path):
+    for name, depth in (("small", 1), ("large", 12)):
+        config = tf.BertConfig(
+            vocab_size=500, hidden_size=768, num_hidden_layers=depth, num_attention_heads=4, intermediate_size=1536
+        )
+        tf.BertModel(config).save_pretrained(tmp_path / name)
+    dense = (tmp_path / "large" / "model.safetensors").stat().st_size
+    command = [sys.executable, "-c", LOADING, str(tmp_path / "small"), str(tmp_path / "large")]
+    alone = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=alone)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) < dense / 2
+
+
+def test_disk_offload(folders, tmp_path):
+    _, out = folders("Llama")
+    places = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    model = tf.AutoModelForCausalLM.from_pretrained(out, device_map=places, offload_folder=tmp_path / "off").eval()
+    expected = rpq.load(out)
+    assert any(p.is_meta for p in model.model.layers[1].parameters())
+    assert torch.allclose(outputs(model), outputs(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_pipeline_and_sampling(folders):
+    _, out = folders("Llama")
+    model, dense = rpq.load(out), rpq.restore(rpq.load(out))
+    ids = torch.arange(2, 8)[None]
+    found = []
+    for one in (model, dense):
+        torch.manual_seed(3)
+        found.append(one.generate(ids, max_new_tokens=8, do_sample=True, top_k=20, pad_token_id=0))
+    assert torch.equal(*found)
+    _, out = folders("ViT")
+    model = rpq.load(out)
+    size = model.config.image_size
+    processor = tf.ViTImageProcessor(size={"height": size, "width": size}) if model.config.num_channels == 3 else None
+    classify = tf.pipeline("image-classification", model=model, image_processor=processor, device="cpu")
+    image = Image.fromarray(torch.randint(0, 256, (size, size, 3), dtype=torch.uint8).numpy())
+    pixels = processor(image, return_tensors="pt").pixel_values
+    with torch.no_grad():
+        best = int(model(pixels).logits.argmax())
+    assert classify(image)[0]["label"] == model.config.id2label[best]
+
+
+def test_resized_embeddings(folders):
+    _, out = folders("Llama")
+    model = rpq.load(out)
+    entries = model.config.vocab_size
+    with pytest.raises(RuntimeError, match="restore"):
+        model.resize_token_embeddings(entries + 7)
+    for module in {model.get_input_embeddings(), model.get_output_embeddings()}:
+        rpq.restore(module)
+    model.resize_token_embeddings(entries + 7)
+    assert model(torch.tensor([[entries + 6]])).logits.shape[-1] == entries + 7
+    assert layers_of(model)
 
 
 def test_converted_in_memory_trained_saved_and_loaded(folders, tmp_path):
