@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rpq_convert import layers
-from rpq_convert.calling import call, first_tensor
+from rpq_convert.blocks import Run, Stop, arrivals, chains, inside
+from rpq_convert.calling import call
 from rpq_convert.encode import Statistics
 from rpq_convert.planning import Job
 from rpq_convert.reading import Reading, Watch
@@ -77,7 +77,6 @@ def describe(data: Sequence[Any]) -> dict[str, Any]:
 
 
 Fit = Callable[[Mapping[str, Statistics | None]], None]  # fits jobs, by name, and puts them in
-Run = Callable[[], Any]
 
 
 @dataclass
@@ -86,11 +85,6 @@ class _Trace:
 
     groups: list[list[str]] = field(default_factory=list)  # jobs that multiply one tensor, in order of use
     calls: dict[str, int] = field(default_factory=dict)
-    chains: list[list[str]] = field(default_factory=list)  # paths of blocks, each the next one's input
-
-
-class _Stop(Exception):
-    pass
 
 
 def calibrate(model: nn.Module, jobs: Sequence[Job], data: Sequence[Any], fit: Fit) -> None:
@@ -136,6 +130,7 @@ class _Walk:
         self.jobs = {job.name: job for job in jobs if job.fit != "random"}
         self.random = [job.name for job in jobs if job.fit == "random"]
         self.trace = self._trace()
+        self.chains = chains(model, data[0])
 
     def run(self) -> None:
         groups = self.trace.groups
@@ -151,14 +146,14 @@ class _Walk:
         for group in groups:
             if group[0] in done:
                 continue
-            chain = next((c for c in self.trace.chains if _inside(group[0], c)), None)
+            chain = next((c for c in self.chains if inside(group[0], c)), None)
             if chain is None:
                 self._fit_group(group, self._passes())
                 done.update(group)
             else:
-                inside = [g for g in groups if _inside(g[0], chain)]
-                self._run_chain(chain, inside)
-                done.update(n for g in inside for n in g)
+                own = [g for g in groups if inside(g[0], chain)]
+                self._run_chain(chain, own)
+                done.update(n for g in own for n in g)
 
     def _passes(self) -> list[Run]:
         return [partial(call, self.model, item) for item in self.items]
@@ -178,10 +173,10 @@ class _Walk:
             for offset, x in reading.vectors():
                 moments[name].add(x, part + offset)
             if name == stop:
-                raise _Stop
+                raise Stop
 
         for run in runs:
-            with suppress(_Stop), self._watch(names, see):
+            with suppress(Stop), self._watch(names, see):
                 run()
         return moments
 
@@ -206,7 +201,6 @@ class _Walk:
         """Run one item, and see what multiplies what, in which order."""
         trace = _Trace()
         inputs: dict[str, list[Tensor]] = {}  # kept, so that identities stay their own
-        flow: dict[str, list[tuple[Any, Any]]] = {}  # block -> (input, output) of every call
 
         def see(name: str, reading: Reading, part: int) -> None:
             if reading.input is None:
@@ -215,19 +209,7 @@ class _Walk:
                 inputs.setdefault(name, []).append(reading.input)
 
         lookups: set[str] = set()
-        lists = {
-            path: [f"{path}.{name}".lstrip(".") for name, _ in module.named_children()]
-            for path, module in self.model.named_modules()
-            if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1
-        }
-        with ExitStack() as stack:
-            for block in {b for blocks in lists.values() for b in blocks}:
-
-                def flows(module: nn.Module, args: Any, output: Any, block: str = block) -> None:
-                    flow.setdefault(block, []).append((args[0] if args else None, first_tensor(output)))
-
-                stack.callback(self.model.get_submodule(block).register_forward_hook(flows).remove)
-            stack.enter_context(self._watch(self.jobs, see))
+        with self._watch(self.jobs, see):
             call(self.model, self.items[0])
         readers: dict[int, list[str]] = {}
         for name, tensors in inputs.items():
@@ -240,49 +222,15 @@ class _Walk:
                 if len(tensors) == 1:
                     readers[id(tensors[0])] = group
             group.append(name)
-        for path, blocks in lists.items():
-            runs = [flow.get(b, []) for b in blocks]
-            if any(len(r) != 1 for r in runs) or any(_inside(path, outer) for outer in trace.chains):
-                continue
-            if all(a[0][1] is b[0][0] for a, b in pairwise(runs)) and isinstance(runs[0][0][0], Tensor):
-                trace.chains.append(blocks)
         return trace
 
     def _run_chain(self, blocks: list[str], groups: list[list[str]]) -> None:
         """Fit what is inside a chain of blocks, from kept hidden states."""
-        hidden: list[Tensor] = []
-        rest: list[dict[str, tuple[Any, dict[str, Any]]]] = []  # of each item: block -> its other arguments
-        with ExitStack() as stack:
-            for block in blocks:
-
-                def keep(module: nn.Module, args: Any, kwargs: Any, block: str = block) -> None:
-                    if block == blocks[0]:
-                        hidden.append(args[0].clone())
-                        rest.append({})
-                    rest[-1][block] = args[1:], dict(kwargs)
-                    if block == blocks[-1]:
-                        raise _Stop
-
-                module = self.model.get_submodule(block)
-                stack.callback(module.register_forward_pre_hook(keep, with_kwargs=True).remove)
-            for run in self._passes():
-                with suppress(_Stop):
-                    run()
-
-        def run_block(module: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return module(x.clone(), *args, **kwargs)  # some blocks write to their input
-
-        for block in blocks:
-            module = self.model.get_submodule(block)
-            runs = [partial(run_block, module, x, *others[block]) for x, others in zip(hidden, rest)]
+        samples = arrivals(self.model, blocks, self._passes())
+        for path in blocks:
+            block = self.model.get_submodule(path)
             for group in groups:
-                if _inside(group[0], [block]):
-                    self._fit_group(group, runs)
-            for i, run in enumerate(runs):
-                output = first_tensor(run())
-                assert output is not None  # the trace saw one
-                hidden[i] = output
-
-
-def _inside(path: str, blocks: Sequence[str]) -> bool:
-    return any(path == b or path.startswith(b + ".") for b in blocks)
+                if inside(group[0], [path]):
+                    self._fit_group(group, [partial(sample.run, path, block) for sample in samples])
+            for sample in samples:
+                sample.hidden = sample.run(path, block)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import rpq_convert as rpq
 from rpq_convert import calibration, layers
+from rpq_convert.blocks import chains
 from rpq_convert.fit import fit_feedback, fit_kmeans
 from rpq_convert.fit.additive import fit_additive
 from rpq_convert.reading import Watch
@@ -276,10 +277,8 @@ def test_a_chain_of_blocks_gives_what_runs_from_the_start_give(tokens):
 
     data = [torch.randn(50, 16, generator=torch.Generator().manual_seed(i)) for i in range(3)]
     chained, broken = stack(), Broken(stack())
-    traced = calibration._Walk(chained, rpq.plan(chained, bits=4, grow=True).jobs, data, lambda known: None).trace
-    assert traced.chains == [["0", "1", "2"]]
-    traced = calibration._Walk(broken, rpq.plan(broken, bits=4, grow=True).jobs, data, lambda known: None).trace
-    assert "body" not in [c[0].rpartition(".")[0] for c in traced.chains]
+    assert chains(chained, data[0]) == [["0", "1", "2"]]
+    assert "body" not in [c[0].rpartition(".")[0] for c in chains(broken, data[0])]
     rpq.convert(chained, calibration=data, bits=4, grow=True)
     rpq.convert(broken, calibration=data, bits=4, grow=True)
     ours, theirs = chained.state_dict(), broken.body.state_dict()
