@@ -10,7 +10,7 @@ from typer import Argument, Option
 
 from . import options as o
 from .errors import catching
-from .show import progress, say, show_report, warn, width
+from .show import fits, progress, say, show_report, warn, width
 
 SETTINGS: dict[str, Any] = {"no_args_is_help": True, "pretty_exceptions_enable": False, "add_completion": False}
 EXIT_CODES = (
@@ -71,11 +71,11 @@ def convert(
     calibrate: Annotated[
         str | None,
         Option(
-            metavar="FILE|self",
-            help="Text such as the model will see: fit each layer to its inputs on it. 'self': text that a language model writes.",
+            metavar="PATH|self",
+            help=f"Fit each layer to its inputs on {o.DATA}; or 'self': on text that a language model writes.",
         ),
     ] = None,
-    samples: Annotated[int, Option(min=1, help="Windows of 512 tokens, or lines, to calibrate on.")] = 128,
+    samples: Annotated[int, Option(min=1, help="Windows of 512 tokens, lines or pictures to calibrate on.")] = 128,
     workers: Annotated[int | None, Option(min=1, help="Fits at once; up to 4 by default.")] = None,
     executor: Annotated[Literal["serial", "threads", "processes"], Option(help="How fits run.")] = "threads",
     dry_run: Annotated[bool, Option("--dry-run", help="Show the plan and the exact sizes; write nothing.")] = False,
@@ -106,23 +106,17 @@ def convert(
         check_login(push_to, token=token)  # hours before the upload
     data: Any = None
     if calibrate is not None:
-        if factory is not None:
+        if factory is not None and not calibrate.endswith(".safetensors"):
             raise typer.BadParameter(
-                "texts need a tokenizer, which a factory's model has not; use rpq.convert_checkpoint(calibration=…)",
-                param_hint="--calibrate",
+                "a factory's model has no tokenizer; give a .safetensors file of its arguments", param_hint="--calibrate"
             )
-        from rpq_convert.texts import own_inputs, text_inputs
+        from rpq_convert.inputs import own_inputs, read_inputs
 
         data = (
             partial(own_inputs, samples=samples, seed=seed)
             if calibrate == "self"
-            else text_inputs(
-                src,
-                o.read_text(Path(calibrate)),
-                samples=samples,
-                revision=revision,
-                token=token,
-                local_files_only=local_files_only,
+            else read_inputs(
+                calibrate, src, samples=samples, revision=revision, token=token, local_files_only=local_files_only
             )
         )
     measured = asks(asked) and (not dry_run or Path(src).exists())
@@ -296,47 +290,109 @@ def diff(
     print(compare(read(a), read(b)))
 
 
-@group.command(epilog=examples("rpq eval opt-125m/ opt-125m-rpq --text wikitext.txt"))
+@group.command(
+    epilog=examples(
+        "rpq eval opt-125m/ opt-125m-rpq --text wikitext.txt --save",
+        "rpq eval minilm/ minilm-rpq --pairs stsb.csv",
+        "rpq eval net.safetensors net-rpq --factory mymodel:build --inputs test.safetensors",
+    )
+)
 @catching
 def eval(
-    base: Annotated[Path, Argument(metavar="BASE", help="The dense checkpoint's folder.")],
+    base: o.Base,
     folder: o.OutputFolder,
-    text: Annotated[Path, Option(metavar="FILE", help="Text to measure on; not what a fit has seen.")],
+    text: Annotated[Path | None, Option(metavar="FILE", help="Text to measure on; not what a fit has seen.")] = None,
+    pairs: Annotated[
+        Path | None, Option(metavar="FILE.csv", help="Sentence, sentence, score: how well cosines rank as scores do.")
+    ] = None,
+    inputs: Annotated[
+        Path | None,
+        Option(
+            metavar="PATH",
+            help="Tensors named after the arguments of the model's forward (.safetensors), with labels for accuracy; or a folder of pictures.",
+        ),
+    ] = None,
+    factory: o.Factory = None,
     window: Annotated[int, Option(min=2, help="Tokens of one window.")] = 512,
-    windows: Annotated[int | None, Option(min=1, help="At most so many windows, or lines.")] = None,
+    windows: Annotated[int | None, Option(min=1, help="At most so many windows, lines, pairs or samples.")] = None,
+    layers: Annotated[bool, Option("--layers", help="Measure what each converted layer adds as well.")] = False,
+    save: Annotated[bool, Option("--save", help="Write the result into FOLDER's report and model card.")] = False,
+    quiet: o.Quiet = False,
     json: o.Json = False,
 ) -> None:
-    """Compare a converted transformers model with its base: perplexity, divergence and agreement, or cosines."""
-    from rpq_convert.texts import compare
+    """Compare a converted model with its base: perplexity, divergence and agreement; cosines; a task's score; accuracy."""
+    if sum(x is not None for x in (text, pairs, inputs)) != 1:
+        raise typer.BadParameter("give one of --text, --pairs and --inputs to measure on", param_hint="rpq eval")
+    o.find_modules(factory)
+    from rpq_convert.later import evaluate_folder
 
-    found = compare(base, folder, o.read_text(text), window=window, windows=windows, say=say)
+    found = evaluate_folder(
+        base, folder, text=text, pairs=pairs, inputs=inputs, factory=factory, window=window, windows=windows,
+        layers=layers, keep=save, say=None if quiet else say,
+    )  # fmt: skip
     print(found.to_json() if json else found)
 
 
-@group.command(epilog=examples("rpq tune opt-125m/ opt-125m-rpq --text wikitext-train.txt --out opt-125m-tuned"))
+@group.command(epilog=examples("rpq tune opt-125m/ opt-125m-rpq --data wikitext-train.txt --out opt-125m-tuned"))
 @catching
 def tune(
-    base: Annotated[Path, Argument(metavar="BASE", help="The dense checkpoint's folder.")],
+    base: o.Base,
     folder: o.OutputFolder,
-    text: Annotated[Path, Option(metavar="FILE", help="Text such as the model will see.")],
-    out: Annotated[Path, Option("--out", "-o", metavar="FOLDER", help="Where to write the tuned model.")],
-    steps: Annotated[int, Option(min=1, help="At most so many; fewer where held-out text stops to gain.")] = 200,
+    data: o.Data,
+    out: o.OutFolder,
+    steps: Annotated[int, Option(min=1, help="At most so many; fewer where held-out data stops to gain.")] = 200,
+    blocks: Annotated[int, Option(min=0, help="Steps on each block alone, before all are tuned together.")] = 0,
     rate: Annotated[float, Option(min=0, help="Size of a step, relative to what it changes.")] = 2e-3,
+    recompute: Annotated[
+        bool, Option("--recompute", help="Gradient checkpointing: less memory, more time.")
+    ] = False,
     window: Annotated[int, Option(min=2, help="Tokens of one window.")] = 256,
-    samples: Annotated[int, Option(min=2, help="Windows, or lines, of the text.")] = 512,
+    samples: Annotated[int, Option(min=2, help="Windows, lines or pictures.")] = 512,
+    factory: o.Factory = None,
     seed: o.Seed = 0,
     overwrite: o.Overwrite = False,
     quiet: o.Quiet = False,
     json: o.Json = False,
 ) -> None:
-    """Train a converted transformers model's codebooks, scales, norms and biases against its base."""
-    from rpq_convert.texts import tune_folder
+    """Train a converted model's codebooks, scales, norms and biases against its base."""
+    o.find_modules(factory)
+    from rpq_convert.later import tune_folder
 
     found = tune_folder(
-        base, folder, out, o.read_text(text), steps=steps, rate=rate, window=window, samples=samples, seed=seed,
-        overwrite=overwrite, say=None if quiet else say,
+        base, folder, out, data, factory=factory, steps=steps, blocks=blocks, rate=rate, recompute=recompute,
+        window=window, samples=samples, seed=seed, overwrite=overwrite, say=None if quiet else say,
     )  # fmt: skip
     print(found.to_json() if json else found)
+
+
+@group.command(
+    epilog=examples(
+        "rpq recalibrate opt-125m/ opt-125m-rpq --data wikitext-train.txt --out opt-125m-fed",
+        "rpq recalibrate opt-125m/ opt-125m-rpq --data self --out opt-125m-fed",
+    )
+)
+@catching
+def recalibrate(
+    base: o.Base,
+    folder: o.OutputFolder,
+    data: o.Data,
+    out: o.OutFolder,
+    samples: Annotated[int, Option(min=1, help="Windows of 512 tokens, lines or pictures.")] = 128,
+    factory: o.Factory = None,
+    workers: Annotated[int | None, Option(min=1, help="Fits at once; up to 4 by default.")] = None,
+    overwrite: o.Overwrite = False,
+    quiet: o.Quiet = False,
+    json: o.Json = False,
+) -> None:
+    """Fit a converted model to its inputs, from the codebooks that it has; 'self' as data: text that it writes itself."""
+    o.find_modules(factory)
+    from rpq_convert.later import recalibrate_folder
+
+    report = recalibrate_folder(
+        base, folder, out, None if str(data) == "self" else data, factory=factory, samples=samples, workers=workers,
+        overwrite=overwrite, progress=None if quiet else fits(),
+    )  # fmt: skip
+    show_report(report, json=json)
 
 
 @group.command(epilog=examples("rpq verify opt-125m-rpq"))

@@ -76,6 +76,14 @@ Factory = Annotated[
     str | None,
     Option(metavar="PACKAGE:CALLABLE", help="Builds the model of a checkpoint that is not transformers'.", rich_help_panel=WHERE),
 ]  # fmt: skip
+DATA = (
+    "a text or a folder of texts or pictures such as the model will see, "
+    "or a .safetensors file of tensors named after the arguments of its forward"
+)
+Data = Annotated[Path, Option("--data", "--text", metavar="PATH", help=f"{DATA.capitalize()}.")]
+Base = Annotated[Path, Argument(metavar="BASE", help="The dense checkpoint.")]
+OutFolder = Annotated[Path, Option("--out", "-o", metavar="FOLDER", help="Where to write the new model.")]
+
 Revision = Annotated[str | None, Option(help="Branch, tag or commit on the hub.", rich_help_panel=WHERE)]
 Token = Annotated[
     str | None,
@@ -124,10 +132,15 @@ def _sensitivity(text: str) -> Any:
 
 
 def open_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `open_checkpoint`; a factory may lie in the working directory."""
-    if given["factory"] and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    """Return the arguments of `open_checkpoint`."""
+    find_modules(given["factory"])
     return {k: given[k] for k in OPEN}
+
+
+def find_modules(factory: str | None) -> None:
+    """Let a factory lie in the working directory."""
+    if factory and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
 
 
 def parse_rule(text: str) -> dict[str, Any]:
@@ -178,13 +191,3 @@ def apart(src: Path, out: Path) -> Path:
             f"{out} is or holds the source {src}; choose another folder", param_hint="the output folder"
         )
     return out
-
-
-def read_text(path: Path) -> str:
-    """Return a text file's contents."""
-    from rpq_convert.source import SourceError
-
-    try:
-        return path.read_text("utf8")
-    except UnicodeDecodeError as e:
-        raise SourceError(f"{path} is no UTF-8 text: {e.reason} at byte {e.start}") from None

@@ -43,11 +43,12 @@ def progress(plan: "Plan", *, quiet: bool) -> Iterator[Callable[[Any, Any], None
         with _bar(plan) as callback:
             yield callback
     else:
-        yield _lines(plan)
+        yield fits(len(plan.jobs))
 
 
-def _lines(plan: "Plan") -> Callable[[Any, Any], None]:
-    done = 0
+def fits(total: int | None = None) -> Callable[[Any, Any], None]:
+    """Return a callback that says a line per fit."""
+    done, of = 0, "" if total is None else f"/{total}"
 
     def callback(job: Any, encoded: Any) -> None:
         nonlocal done
@@ -57,7 +58,7 @@ def _lines(plan: "Plan") -> Callable[[Any, Any], None]:
         else:
             error = "" if encoded.error is None else f"error {encoded.error:.2g}, "
             facts = f"{error}{encoded.seconds:.1f} s"
-        say(f"[{done}/{len(plan.jobs)}] {job.name}: {facts}")
+        say(f"[{done}{of}] {job.name}: {facts}")
 
     return callback
 

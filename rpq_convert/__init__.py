@@ -26,8 +26,9 @@ _HOMES = {
     "Spec": "spec", "WeightView": "view", "RPQWeight": "weight", "register_layer": "layers", "RPQLayer": "layers",
     "decoded": "layers", "RPQConfig": "pretrained", "decompositions": "kernels.operators",
     "evaluate": "evaluation", "layer_errors": "evaluation", "Evaluation": "evaluation", "EvaluateError": "evaluation",
-    "CalibrationError": "calibration", "tune": "tuning", "Tuning": "tuning", "TuneError": "tuning",
-    "own_inputs": "texts", "merge_adapter": "adapters", "push": "publish", "HubError": "hub",
+    "CalibrationError": "calibration", "recalibrate": "recalibration",
+    "tune": "tuning", "tune_blocks": "tuning", "Tuning": "tuning", "TuneError": "tuning", "own_inputs": "inputs",
+    "merge_adapter": "adapters", "push": "publish", "HubError": "hub",
     "Report": "report.schema", "SourceError": "source", "EncodeError": "encode", "FolderError": "folder",
 }  # fmt: skip
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604 - the keys are strings

@@ -143,7 +143,7 @@ def model_card(
         f"# {report.title}, product-quantized",
         f"{_origin(base)} Its weights are uint8 codes and small codebooks (rpq-convert), expanded when used or computed on.",
         f"```python\n{loading(auto, place, files, base)}```",
-        "## Size",
+        SIZE,
         report.to_markdown(),
         "## How it was made",
         *_made(report, place, base),
@@ -151,6 +151,26 @@ def model_card(
         + (f", transformers {version('transformers')}." if auto else "."),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+QUALITY, SIZE = "## Quality", "## Size"  # headings
+
+
+def with_quality(card: str, report: Report) -> str:
+    """Return a card that shows the report's evaluations before its size table, in the place of those it showed."""
+    rows = [
+        f"| {e['on']} | {e['kind']}, {e['samples']:,} | {name.replace('_', ' ')} | {value:.4f} |"
+        for e in report.evaluations
+        for name, value in e["metrics"].items()
+    ]
+    table = ["| measured on | what | metric | value |", "|---|---|---|---:|", *rows]
+    section = "\n".join([QUALITY, "", *table])
+    before, found, rest = card.partition(f"\n{QUALITY}\n")
+    if found:
+        _, heading, after = rest.partition("\n## ")
+        return f"{before}\n{section}\n{heading}{after}"
+    before, found, rest = card.partition(f"\n{SIZE}\n")
+    return f"{before}\n{section}\n{found}{rest}" if found else f"{card.rstrip()}\n\n{section}\n"
 
 
 def _origin(base: Base) -> str:
@@ -181,7 +201,7 @@ def _variable(reader: str) -> str:
 def _made(report: Report, place: str, base: Base) -> list[str]:
     """Return the command, or the call for a model in memory, and what it measured."""
     given = {k: v for k, v in report.options.items() if v not in (None, False, [], ()) and (k, v) != ("seed", 0)}
-    calibration = given.pop("calibration", None)
+    calibration, tuning = given.pop("calibration", None), given.pop("tuning", None)
     said = []
     if base.source:
         said.append(f"```\n{command(base, given, place)}\n```")
@@ -189,6 +209,9 @@ def _made(report: Report, place: str, base: Base) -> list[str]:
         said.append(f"```python\nrpq.convert(model, {', '.join(f'{k}={v!r}' for k, v in given.items())})\n```")
     if calibration:
         said.append(f"Calibrated on {calibration['items']} inputs (sha256 {calibration['sha256']}).")
+    if tuning:
+        loss = f"held-out loss {tuning['before']:.4g} before, {tuning['after']:.4g} after"
+        said.append(f"Tuned against the dense model, {tuning['steps']} steps: {loss}.")
     if report.error is not None:
         said.append(f"Mean relative squared error of the converted weights: {number(report.error)}.")
     return said

@@ -117,9 +117,9 @@ def _inputs(calibration: Calibration | None, model: nn.Module) -> list[Any] | No
     return list(calibration(model) if callable(calibration) else calibration)
 
 
-def _encode(item: tuple[Job, Tensor, float | None, Statistics | None]) -> Encoded:
-    job, tensor, std, statistics = item
-    return encode(job, tensor, std=std, statistics=statistics)
+def _encode(item: tuple[Job, Tensor, float | None, Statistics | None, Mapping[str, Tensor] | None]) -> Encoded:
+    job, tensor, std, statistics, start = item
+    return encode(job, tensor, std=std, statistics=statistics, start=start)
 
 
 def run_jobs(
@@ -130,13 +130,15 @@ def run_jobs(
     workers: int | None = None,
     std: float | None = None,
     statistics: Mapping[str, Statistics | None] | None = None,
+    start: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Iterator[Encoded]:
     """Encode every job, in order of completion; at most `workers` tensors are in memory."""
-    known = statistics or {}
-    items = (
-        (j, either(source, (j.name, *j.aliases)).detach().to(getattr(torch, j.dtype)), std, known.get(j.name))
-        for j in jobs
-    )
+
+    def item(job: Job) -> tuple[Any, ...]:
+        tensor = either(source, (job.name, *job.aliases)).detach().to(getattr(torch, job.dtype))
+        return job, tensor, std, (statistics or {}).get(job.name), (start or {}).get(job.name)
+
+    items = map(item, jobs)
     yield from run(_encode, items, executor=executor, workers=workers or default_workers())
 
 
@@ -185,7 +187,7 @@ def convert(
     how: dict[str, Any] = {"executor": executor, "workers": workers}
     if data is not None:
         plan = replace(plan, options={**plan.options, "calibration": describe(data)})
-        _convert_calibrated(model, plan, source, data, progress, how)
+        convert_calibrated(model, plan, source, data, progress, how)
     else:
         results: dict[str, Encoded] = {}
         by_name = {j.name: j for j in plan.jobs}
@@ -211,7 +213,7 @@ def finish(model: nn.Module, plan: Plan) -> Report:
     return report
 
 
-def _convert_calibrated(
+def convert_calibrated(
     model: nn.Module,
     plan: Plan,
     source: Mapping[str, Tensor],
@@ -408,7 +410,7 @@ def convert_checkpoint(
             progress(job, encoded)
 
     if data is not None:
-        _convert_calibrated(model, plan, opened.source, data, keep, how, stored=folder.get)
+        convert_calibrated(model, plan, opened.source, data, keep, how, stored=folder.get)
     else:
         for job in plan.jobs:
             if folder.done(job):

@@ -56,18 +56,26 @@ class Encoded:
     inputs: int | None = None
 
 
-def encode(job: Job, tensor: Tensor, *, std: float | None = None, statistics: Statistics | None = None) -> Encoded:
+def encode(
+    job: Job,
+    tensor: Tensor,
+    *,
+    std: float | None = None,
+    statistics: Statistics | None = None,
+    start: Mapping[str, Tensor] | None = None,
+) -> Encoded:
     """Fit codebooks and codes to a tensor; with `fit="random"`, draw them at the tensor's standard deviation.
 
     Args:
         job: what to do; its seed decides every random number.
         tensor: the dense parameter. On meta it must be a random fit, and `std` the deviation to reach.
         statistics: of the layer's calibration inputs; then what is kept small is the error of its output, not the weights'.
+        start: the tensors of an earlier encoding, to start from; without statistics it is kept.
 
     Raises:
         EncodeError: wrong shape, NaN or infinite values, values out of the range of the codebooks' dtype.
     """
-    start = time.perf_counter()
+    began = time.perf_counter()
     if tuple(tensor.shape) != job.shape:
         raise EncodeError(f"{job.name}: the plan says {list(job.shape)}, the tensor is {list(tensor.shape)}")
     if tensor.is_meta and job.fit != "random":
@@ -76,13 +84,13 @@ def encode(job: Job, tensor: Tensor, *, std: float | None = None, statistics: St
     if not tensor.is_meta and not torch.isfinite(dense.sum()) and not torch.isfinite(dense).all():
         bad = int((~torch.isfinite(dense)).sum())
         raise EncodeError(f"{job.name} {list(job.shape)} holds {bad} NaN or infinite values; mend or exclude it")
-    encoded = _random(job, dense, std) if job.fit == "random" else _fit(job, dense, statistics)
+    encoded = _random(job, dense, std) if job.fit == "random" else _fit(job, dense, statistics, start)
     tensors, dead, zero_row = encoded
     error = None
     if job.fit != "random":
         error = relative_error(dense, build(job, tensors, zero_row, dtype=torch.float32))
     inputs = statistics.inputs if statistics else None
-    return Encoded(job.name, tensors, error, dead, time.perf_counter() - start, zero_row, inputs)
+    return Encoded(job.name, tensors, error, dead, time.perf_counter() - began, zero_row, inputs)
 
 
 def build(job: Job, tensors: Mapping[str, Tensor], zero_row: int | None, dtype: torch.dtype | None = None) -> RPQWeight:
@@ -112,14 +120,17 @@ def relative_error(dense: Tensor, rpq: RPQWeight) -> float:
     return rest / base if base else (math.inf if rest else 0.0)
 
 
-def _fit(job: Job, dense: Tensor, statistics: Statistics | None) -> tuple[dict[str, Tensor], int, int | None]:
-    from rpq_convert.fit import FITTERS, fit_feedback  # numba: imported on use
+def _fit(
+    job: Job, dense: Tensor, statistics: Statistics | None, start: Mapping[str, Tensor] | None
+) -> tuple[dict[str, Tensor], int, int | None]:
+    from rpq_convert.fit import FITTERS, Fitted, count_dead, fit_feedback  # numba: imported on use
 
     spec, view = job.spec, job.weight_view
     tensors: dict[str, Tensor] = {}
     scaled, exact = dense, None
     if spec.scales is not None:
-        scales = row_scales(view.spread_scales(torch.empty(view.scale_shape(job.shape))).shape, dense)
+        spread = view.spread_scales(torch.empty(view.scale_shape(job.shape))).shape
+        scales = row_scales(spread, dense) if start is None else start["scales"].reshape(spread)
         stored = scales.to(DTYPES[spec.scales])
         if not torch.isfinite(stored).all():
             raise EncodeError(f"{job.name}: a row scale overflows {spec.scales}; use scales='float32'")
@@ -133,13 +144,17 @@ def _fit(job: Job, dense: Tensor, statistics: Statistics | None) -> tuple[dict[s
         matrix = view.to_matrix(scaled, spec.axis)
         size = {"dim": spec.dim, "books": spec.books, "stages": spec.stages}
         common: dict[str, Any] = {**size, "seed": job.seed, "codebook_dtype": codebook_dtype}
+        before = None
+        if start is not None:
+            books, codes = _unstored(job, start)
+            before = Fitted(books, codes, count_dead(codes, spec.books))
         if statistics is None:
-            fitted = FITTERS[job.fit](matrix, **common)
+            fitted = before or FITTERS[job.fit](matrix, **common)
         else:
             moments = statistics.moments
             if moments.ndim == 3 and spec.axis == "out" and "expert" not in view.axes:
                 moments = moments.mean(0)  # a sub-vector runs over outputs of several groups
-            fitted = fit_feedback(matrix, moments, axis=spec.axis, scales=exact, **common)
+            fitted = fit_feedback(matrix, moments, axis=spec.axis, scales=exact, start=before, **common)
     except ValueError as e:
         raise EncodeError(f"{job.name} {list(job.shape)}: {e}") from e
     zero_row = None
@@ -185,6 +200,14 @@ def _stored(job: Job, codebooks: Tensor, codes: Tensor) -> dict[str, Tensor]:
     if job.spec.stages == 1:
         codebooks, codes = codebooks[0], codes[0]
     return {"codebooks": codebooks.contiguous(), "codes": codes.contiguous()}
+
+
+def _unstored(job: Job, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return stored codebooks and codes as fits have them; undoes `_stored`."""
+    codebooks, codes = tensors["codebooks"], tensors["codes"]
+    if job.spec.stages == 1:
+        codebooks, codes = codebooks[None], codes[None]
+    return codebooks, (codes.transpose(1, 2) if job.spec.layout == "rows" else codes).contiguous()
 
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}  # matrices of a recurrent layer, stacked in one weight

@@ -1,8 +1,9 @@
 """Evaluate: what a converted model still knows, measured against the model that it was made from.
 
 Language models: perplexity of both, the divergence of their predictions, how often they agree on the next token. Any other
-module: cosine and relative error of its outputs, agreement of the largest output where there are classes. Any module: the
-error that each converted layer adds to the base's own inputs, so that errors of layers do not mix.
+module: cosine and relative error of its outputs, agreement of the largest output where there are classes, and accuracy where
+labels are given. Any module: the error that each converted layer adds to the base's own inputs, so that errors of layers do
+not mix.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from rpq_convert import layers
 from rpq_convert.calling import call, first_tensor
 
 Progress = Callable[[int], None]
+UNITS = {"language model": "tokens", "outputs": "outputs", "sentence pairs": "pairs"}
+IGNORED = -100  # the label of an output that has none, as in torch's losses
 
 
 class EvaluateError(ValueError):
@@ -32,9 +35,9 @@ class Evaluation:
     """What was measured.
 
     Args:
-        kind: `language model` or `outputs`.
+        kind: `language model`, `outputs` or `sentence pairs`.
         metrics: name -> value; see `evaluate`.
-        samples: tokens that were predicted, or outputs that were compared.
+        samples: tokens that were predicted, outputs that were compared, or pairs that were ranked.
         layers: parameter path -> relative squared error of its layer's output on the base's inputs.
     """
 
@@ -48,7 +51,7 @@ class Evaluation:
 
     def __str__(self) -> str:
         width = max(map(len, self.metrics))
-        lines = [f"{self.kind}, {self.samples:,} {'tokens' if self.kind == 'language model' else 'outputs'}"]
+        lines = [f"{self.kind}, {self.samples:,} {UNITS[self.kind]}"]
         lines += [f"  {name:<{width}}  {value:.4f}" for name, value in self.metrics.items()]
         worst = sorted(self.layers.items(), key=lambda item: -item[1])[:5]
         return "\n".join([*lines, *(f"  layer {name}: output error {error:.2g}" for name, error in worst)])
@@ -69,16 +72,17 @@ def evaluate(
     Args:
         base, model: both in eval mode.
         data: token ids [n] int64, for language models; else an iterable of inputs: a tensor, a tuple, or a dict of
-            keyword arguments.
+            keyword arguments, in which `labels` [outputs] int64 are what a classifier should say: the models do not see them.
         window, batch: tokens of one window, each predicted on its own, and windows at a time.
         progress: called with the number of windows or inputs done.
 
     Returns:
         For ids: `perplexity`, `base_perplexity`, `ratio`, `kl` (nats per token, base to model), `top1_agreement`.
-        Else: `cosine` (mean over outputs' last axis), `relative_error` (squared), and `top1_agreement`.
+        Else: `cosine` (mean over outputs' last axis), `relative_error` (squared), and `top1_agreement`; with labels,
+        `accuracy` and `base_accuracy` as well.
 
     Raises:
-        EvaluateError: no data, or outputs of different shapes.
+        EvaluateError: no data, outputs of different shapes, or labels that do not fit them.
 
     Example:
         >>> rpq.evaluate(base, model, tokenizer(text, return_tensors="pt").input_ids[0]).metrics["kl"]
@@ -121,8 +125,11 @@ def _language(
 
 def _outputs(base: nn.Module, model: nn.Module, data: Iterable[Any], progress: Progress | None) -> Evaluation:
     cosine = rest = power = agree = 0.0
-    count = 0
+    count = labelled = 0
+    right = [0, 0]  # answers of the base, of the model
     for done, item in enumerate(data, 1):
+        labels = item["labels"] if isinstance(item, Mapping) and "labels" in item else None
+        item = item if labels is None else {k: v for k, v in item.items() if k != "labels"}
         a, b = (_main(call(m, item)).float() for m in (base, model))
         if a.shape != b.shape:
             raise EvaluateError(f"the base's output is {list(a.shape)}, the model's {list(b.shape)}")
@@ -132,13 +139,35 @@ def _outputs(base: nn.Module, model: nn.Module, data: Iterable[Any], progress: P
         rest += float((a - b).double().square().sum())
         power += float(a.double().square().sum())
         count += len(a)
+        if labels is not None:
+            labels = labels.flatten().to(a.device)
+            if len(labels) != len(a):
+                raise EvaluateError(f"{len(labels)} labels for {len(a)} outputs")
+            known = labels != IGNORED
+            labelled += int(known.sum())
+            for i, answers in enumerate((a, b)):
+                right[i] += int((answers.argmax(-1) == labels)[known].sum())
         if progress:
             progress(done)
     if not count:
         raise EvaluateError("no data to compare outputs on")
     error = rest / power if power else (math.inf if rest else 0.0)
     metrics = {"cosine": cosine / count, "relative_error": error, "top1_agreement": agree / count}
+    if labelled:
+        metrics |= {"accuracy": right[1] / labelled, "base_accuracy": right[0] / labelled}
     return Evaluation("outputs", metrics, count)
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> float:
+    """Return Spearman's rank correlation of two lists of numbers [n]; equal numbers share their mean rank."""
+    x, y = _ranks(a), _ranks(b)
+    return float(torch.corrcoef(torch.stack([x, y]))[0, 1])
+
+
+def _ranks(values: Tensor) -> Tensor:
+    _, place, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts - 1) / 2)[place]
 
 
 def _main(output: Any) -> Tensor:
@@ -176,7 +205,7 @@ def layer_errors(base: nn.Module, model: nn.Module, data: Iterable[Any]) -> dict
         for home in homes:
             hooks.append(base.get_submodule(home).register_forward_hook(watch(home), with_kwargs=True))
         for item in data:
-            call(base, item)
+            call(base, {k: v for k, v in item.items() if k != "labels"} if isinstance(item, Mapping) else item)
     finally:
         for handle in hooks:
             handle.remove()

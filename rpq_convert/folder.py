@@ -160,6 +160,15 @@ class Folder:
         return self.out
 
 
+def amend(folder: Path, texts: Mapping[str, str]) -> None:
+    """Rewrite text files of a finished folder, and what its manifest says of them."""
+    manifest = json.loads((folder / MANIFEST).read_text("utf8"))
+    for name, text in texts.items():
+        write_text(folder / name, text)
+        manifest["files"][name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file whole or not at all."""
     partial = path.with_name(path.name + ".partial")

@@ -10,10 +10,12 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from rpq_convert.card import BASE_CARD, Base, model_card
-from rpq_convert.folder import CARD, CONFIG, REPORT, Folder
+from rpq_convert.card import BASE_CARD, Base, model_card, with_quality
+from rpq_convert.evaluation import Evaluation
+from rpq_convert.folder import CARD, CONFIG, REPORT, Folder, amend
 from rpq_convert.planning import FORMAT_VERSION, Plan
 from rpq_convert.report.schema import FileRow, Report
 from rpq_convert.version import __version__
@@ -101,3 +103,17 @@ def write_rest(
     folder.write(REPORT, report.to_json())
     folder.finish()
     return report
+
+
+def add_evaluation(folder: Path, on: str, found: Evaluation) -> None:
+    """Write what was measured into a folder's report and model card; it takes the place of an earlier one on the same data.
+
+    Args:
+        on: the name of what was measured on, such as a file's.
+    """
+    report = Report.from_json((folder / REPORT).read_text("utf8"))
+    others = [e for e in report.evaluations if (e["on"], e["kind"]) != (on, found.kind)]
+    entry = {"on": on, "kind": found.kind, "samples": found.samples, "metrics": dict(found.metrics)}
+    report = replace(report, evaluations=(*others, entry))
+    card = folder / CARD
+    amend(folder, {REPORT: report.to_json(), CARD: with_quality(card.read_text("utf8"), report)})

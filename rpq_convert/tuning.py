@@ -11,8 +11,9 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rpq_convert import layers
-from rpq_convert.calibration import describe
+from rpq_convert.blocks import Arrival, arrivals, chains, recomputed
+from rpq_convert.calibration import describe, quiet
 from rpq_convert.calling import call, first_tensor
 from rpq_convert.folder import write_tensors
 
@@ -97,6 +99,7 @@ def tune(
     patience: int = 5,
     seed: int = 0,
     autocast: torch.dtype | None = None,
+    recompute: bool = False,
     checkpoint: str | Path | None = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> Tuning:
@@ -112,6 +115,7 @@ def tune(
         rate: size of a step, relative to the root mean square of the tensor it changes.
         every, patience: steps between two evaluations, and how many of them may pass without a new best.
         autocast: dtype to multiply in, e.g. `torch.bfloat16`; required by models of half precision.
+        recompute: keep only what blocks are given for the backward pass, and run each once more in it: less memory, more time.
         checkpoint: a file that is written at every evaluation; a killed run goes on from it, and it is removed at the end.
         progress: called with the step and its loss.
 
@@ -131,9 +135,82 @@ def tune(
         raise TuneError("too little data: at least one batch to train on and one to judge on are needed")
     if not layers.layers_of(model):
         raise TuneError(f"{type(model).__name__} has no RPQ layer to tune; convert it first")
-    return _Run(
-        model, base, batches, judged, loss, steps, rate, every, patience, seed, autocast, checkpoint, progress
-    ).run()
+    run = _Run(model, base, batches, judged, loss, steps, rate, every, patience, seed, autocast, checkpoint, progress)
+    with quiet(model), quiet(base), recomputed(model) if recompute else nullcontext():
+        return run.run()
+
+
+def tune_blocks(
+    model: nn.Module, base: nn.Module, data: Iterable[Any], *, steps: int = 50, seed: int = 0, **options: Any
+) -> dict[str, Tuning]:
+    """Tune block after block, each to give what the dense one gives: from what the tuned blocks before it give.
+
+    A step costs one block, not the model, and nothing of the others is kept for its backward pass. What blocks lose together
+    it does not see: `tune` afterwards.
+
+    Args:
+        model, base, data, steps, seed: as for `tune`, for every block.
+        options: others of `tune`, but loss and checkpoint.
+
+    Returns:
+        What tuning did, by the path of the block.
+
+    Raises:
+        TuneError: as `tune`; a model in which no block's output is the next one's input.
+
+    Example:
+        >>> rpq.tune_blocks(model, base, batches); rpq.tune(model, base, batches)
+    """
+    items = list(data)
+    if len(items) < 2:
+        raise TuneError("too little data: at least one batch to train on and one to judge on are needed")
+    found: dict[str, Tuning] = {}
+    with quiet(model), quiet(base):
+        with torch.no_grad():
+            known = chains(model, items[0])
+        if not known:
+            raise TuneError(f"{type(model).__name__} has no chain of blocks; use tune alone")
+        for chain in known:
+            with torch.no_grad():
+                samples, wanted = (arrivals(m, chain, [partial(call, m, item) for item in items]) for m in (model, base))
+            for path in chain:
+                block, dense = model.get_submodule(path), base.get_submodule(path)
+                _advance(wanted, path, dense)
+                if layers.layers_of(block):
+                    numbers = [(torch.tensor(i),) for i in range(len(items))]
+                    found[path] = tune(
+                        _Block(block, path, samples), _Recorded(wanted), numbers, loss="mse", steps=steps, seed=seed, **options
+                    )  # fmt: skip
+                _advance(samples, path, block)
+    return found
+
+
+@torch.no_grad()
+def _advance(samples: list[Arrival], path: str, block: nn.Module) -> None:
+    for sample in samples:
+        sample.hidden = sample.run(path, block)
+
+
+class _Block(nn.Module):
+    """One block on the sample of a number."""
+
+    def __init__(self, block: nn.Module, path: str, samples: list[Arrival]) -> None:
+        super().__init__()
+        self.block, self.path, self.samples = block, path, samples
+
+    def forward(self, number: Tensor) -> Tensor:
+        return self.samples[int(number)].run(self.path, self.block)
+
+
+class _Recorded(nn.Module):
+    """What the dense block gave for the sample of a number."""
+
+    def __init__(self, samples: list[Arrival]) -> None:
+        super().__init__()
+        self.samples = samples
+
+    def forward(self, number: Tensor) -> Tensor:
+        return self.samples[int(number)].hidden
 
 
 class _Run:
@@ -157,7 +234,7 @@ class _Run:
         self.mark = hashlib.sha256(json.dumps([facts, shapes, start]).encode()).hexdigest()
 
     def run(self) -> Tuning:
-        with _training(self.model, self.base, self.values):
+        with _training(self.model, self.values):
             sizes = {n: max(float(p.detach().square().mean().sqrt()), FLOOR) for n, p in self.values.items()}
             state = self._resume() or _State(self._copy(), {}, {}, 0, 0, [])
             if not state.history:
@@ -287,13 +364,11 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @contextmanager
-def _training(model: nn.Module, base: nn.Module, values: dict[str, nn.Parameter]) -> Iterator[None]:
-    """Evaluation mode for both, gradients for these values alone, and those in fp32, as long as the block lasts."""
-    training = [m for root in (model, base) for m in root.modules() if m.training]
+def _training(model: nn.Module, values: dict[str, nn.Parameter]) -> Iterator[None]:
+    """Gradients for these values alone, and those in fp32, as long as the block lasts."""
     asked = {p: p.requires_grad for p in model.parameters()}
     stored = {p: p.dtype for p in values.values()}
     try:
-        model.eval(), base.eval()
         for p in asked:
             p.requires_grad_(False)
         for p in values.values():
@@ -305,5 +380,3 @@ def _training(model: nn.Module, base: nn.Module, values: dict[str, nn.Parameter]
             p.data = p.data.to(dtype)
         for p, wanted in asked.items():
             p.requires_grad_(wanted)
-        for module in training:
-            module.training = True

@@ -398,3 +398,31 @@ def test_checkpoint_equals_memory_and_goes_on_after_a_kill(tokens, tmp_path):
     loaded = rpq.load(tmp_path / "out")
     ours, theirs = model.state_dict(), loaded.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(t, theirs[k]) for k, t in ours.items())
+
+
+def test_recalibration_never_makes_a_layer_worse_under_its_inputs():
+    """And a failure leaves the model as it was."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 64)).eval()
+    model = copy.deepcopy(base)
+    mix = torch.randn(64, 64) * torch.logspace(0, -2, 64)
+    data = [torch.randn(100, 64) @ mix for _ in range(3)]
+    rpq.convert(model, dim=4, codebooks=1, grow=True)
+    before = rpq.evaluate(base, model, data).metrics["relative_error"]
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(rpq.CalibrationError, match=r"2.weight \[64, 96\] is no dense parameter"):
+        rpq.recalibrate(model, nn.Sequential(base[0], base[1]), data)
+    with pytest.raises(RuntimeError):
+        rpq.recalibrate(model, base, [*data, torch.randn(2, 7)])
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    report = rpq.recalibrate(model, base, data)
+    after = rpq.evaluate(base, model, data).metrics["relative_error"]
+    assert after < before
+    assert {r.name: r.inputs for r in report.rows if r.decision == "rpq"} == {"0.weight": 300, "2.weight": 300}
+    assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in state.items()}
+    for _ in range(2):  # what has been reached is not lost
+        rpq.recalibrate(model, base, data)
+        now = rpq.evaluate(base, model, data).metrics["relative_error"]
+        assert now <= after * 1.02
+        after = now

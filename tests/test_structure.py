@@ -24,9 +24,9 @@ LEVELS = [
     ["sensitivity", "hub"],
     ["card"],
     ["opened", "record"],
-    ["conversion", "tuning", "adapters"],
-    ["checkpoint", "models", "nn"],
-    ["pretrained", "texts", "publish"],
+    ["conversion", "tuning", "adapters", "inputs"],
+    ["checkpoint", "models", "nn", "recalibration"],
+    ["pretrained", "later", "publish"],
     ["cli"],
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
@@ -38,7 +38,7 @@ HOMES = {
         "integrations/tasks.py",
         "models/opt.py",
         "pretrained.py",
-        "texts.py",
+        "inputs.py",
     },
     "vit_pytorch": {"models/vit.py"},
     "torchvision": set(),

@@ -134,3 +134,39 @@ def test_what_cannot_be_tuned_is_refused(pair):
     broken.model.norm.weight.data.fill_(torch.nan)
     with pytest.raises(rpq.TuneError, match="as it came"):
         rpq.tune(broken, dense, data)
+
+
+def test_blocks_are_tuned_one_after_another():
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64)) for _ in range(3)]
+    base = nn.Sequential(nn.Linear(16, 64), nn.Sequential(*blocks), nn.Linear(64, 8)).eval()
+    model = copy.deepcopy(base)
+    rpq.convert(model, bits=1, grow=True)
+    data = [torch.randn(64, 16) for _ in range(20)]
+    held = [torch.randn(256, 16)]
+    before = rpq.evaluate(base, model, held).metrics["relative_error"]
+    done = rpq.tune_blocks(model, base, data, steps=40, every=10)
+    assert set(done) == {"0", "1", "2"}  # the outermost chain
+    assert done["1"].after < done["1"].before and all(d.after <= d.before for d in done.values())
+    assert rpq.evaluate(base, model, held).metrics["relative_error"] < before
+    with pytest.raises(rpq.TuneError, match="no chain"):
+        rpq.tune_blocks(model[0], base[0], data)
+
+
+def test_recomputing_changes_memory_not_bits():
+    torch.manual_seed(0)
+    base = architectures.ARCHITECTURES["Llama"](64).eval()
+    data = [{"input_ids": torch.randint(64, (2, 16))} for _ in range(6)]
+    states, calls = [], []
+    for recompute in (False, True):
+        model = copy.deepcopy(base)
+        rpq.convert(model, bits=2, grow=True)
+        inner = model.model.layers[1].mlp
+        handle = inner.register_forward_pre_hook(lambda *_: calls.append(1))
+        rpq.tune(model, base, data, steps=3, every=3, recompute=recompute)
+        handle.remove()
+        states.append((model.state_dict(), len(calls)))
+        calls.clear()
+    (plain, once), (again, twice) = states
+    assert all(torch.equal(v, again[k]) for k, v in plain.items())
+    assert twice == once + 3 and "forward" not in model.model.layers[1].__dict__  # one more run in each backward pass

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from rpq_convert.fit.additive import fit_additive
 from rpq_convert.fit.feedback import fit_feedback
 from rpq_convert.fit.kmeans import fit_kmeans
-from rpq_convert.fit.random import Fitted, fit_random
+from rpq_convert.fit.random import Fitted, count_dead, fit_random
 
-__all__ = ["FITTERS", "Fitted", "fit_additive", "fit_feedback", "fit_kmeans", "fit_random"]
+__all__ = ["FITTERS", "Fitted", "count_dead", "fit_additive", "fit_feedback", "fit_kmeans", "fit_random"]
 
 FITTERS: dict[str, Callable[..., Fitted]] = {
     "random": fit_random,

@@ -36,6 +36,7 @@ def fit_feedback(
     codebook_dtype: torch.dtype = torch.float32,
     scales: torch.Tensor | None = None,
     rounds: int = ROUNDS,
+    start: Fitted | None = None,
 ) -> Fitted:
     """Fit codebooks and codes so that the error of the layer's output on its calibration inputs is small.
 
@@ -46,14 +47,15 @@ def fit_feedback(
         scales: one per output, or None for ones: what an error in that output is multiplied by.
         rounds: how many times codebooks move and codes are chosen again; the best round is kept, or the
             nearest codewords without feedback, by calibrated error.
+        start: an earlier fit, to start from; its codes are then what must be beaten.
 
     Raises:
         ValueError: as `fit_additive`; a Hessian of another size, not finite, or with a negative diagonal.
     """
     parts = _parts(matrix, hessian, axis, scales, dim=dim, books=books)
-    importance = torch.cat([p.importance for p in parts])
-    fitted = fit_additive(
-        matrix, dim=dim, books=books, stages=stages, seed=seed, codebook_dtype=codebook_dtype, importance=importance
+    fitted = start or fit_additive(
+        matrix, dim=dim, books=books, stages=stages, seed=seed, codebook_dtype=codebook_dtype,
+        importance=torch.cat([p.importance for p in parts]),
     )  # fmt: skip
     codebooks = fitted.codebooks
     chosen = codebooks, fitted.codes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from rpq_convert.report.schema import Report, mean_error
-from rpq_convert.report.text import group, megabytes, number, totals
+from rpq_convert.report.text import group, megabytes, number, quality, totals
 
 STYLE = """
 .rpq{font:14px/1.45 system-ui,sans-serif;color:#1c2330;max-width:1200px;margin:auto;padding:1rem}
@@ -46,13 +46,14 @@ def fragment(report: Report) -> str:
         )
     )
     warnings = "".join(f"<div class=warn>{escape(w)}</div>" for w in report.all_warnings)
+    measured = "".join(f"<p>{escape(line)}</p>" for line in quality(report))
     files = "".join(f"<li>{escape(f.name)}: {f.bytes:,} bytes</li>" for f in report.files)
     head = "".join(
         f"<th>{h}</th>" for h in ("tensor", "layer", "shape", "how", "before", "after", "", "bits/weight", "error")
     )
     return (
         f"<div class=rpq><style>{STYLE}</style><h1>{escape(report.title)}</h1><p class=sum>{escape(totals(report))}</p>"
-        f"<div class=cards>{cards}</div>{warnings}<input placeholder='filter' aria-label='filter'>"
+        f"<div class=cards>{cards}</div>{measured}{warnings}<input placeholder='filter' aria-label='filter'>"
         f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
         f"{f'<ul>{files}</ul>' if files else ''}<script>{SCRIPT}</script></div>"
     )

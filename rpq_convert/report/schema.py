@@ -79,6 +79,7 @@ class Report:
         rows: every parameter and persistent buffer.
         files: what lies in the folder, once written.
         predicted_bytes: size of the weight files by plan, headers included; equals `weight_file_bytes` on disk.
+        evaluations: what was measured later: each `on` (what), `kind`, `samples` and `metrics`.
     """
 
     title: str
@@ -88,6 +89,7 @@ class Report:
     options: Mapping[str, Any] = field(default_factory=dict)
     predicted_bytes: int | None = None
     version: str = ""
+    evaluations: tuple[Mapping[str, Any], ...] = ()
 
     def __repr__(self) -> str:
         return f"<Report of {self.title}: {len(self.rows)} tensors, {self.dense_bytes:,} bytes become {self.bytes:,}>"
@@ -160,7 +162,8 @@ class Report:
         rest = {k: v for k, v in data.items() if k != "schema_version"}
         rows = tuple(Row(**{**r, "shape": tuple(r["shape"]), "aliases": tuple(r["aliases"])}) for r in rest.pop("rows"))
         files = tuple(FileRow(**f) for f in rest.pop("files"))
-        return cls(rows=rows, files=files, warnings=tuple(rest.pop("warnings")), **rest)
+        found = tuple(rest.pop("evaluations", ()))  # reports of earlier versions have none
+        return cls(rows=rows, files=files, warnings=tuple(rest.pop("warnings")), evaluations=found, **rest)
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1)

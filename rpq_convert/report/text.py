@@ -123,9 +123,19 @@ def terminal(report: Report, width: int = 80) -> str:
         lines.append(f"{'on disk':<14} {megabytes(n):>15} {n:>20,} bytes{same}")
         others = report.file_bytes - n
         lines.append(f"{'other files':<14} {megabytes(others):>15} {others:>20,} bytes")
+    for line in quality(report):
+        lines += ["", *_wrap(line, width)]
     for warning in report.all_warnings:
         lines += ["", *_wrap(f"warning: {warning}", width)]
     return "\n".join(lines)
+
+
+def quality(report: Report) -> list[str]:
+    """Return what was measured of the model, a line per evaluation."""
+    return [
+        f"{e['on']} ({e['samples']:,} {e['kind']}): " + ", ".join(f"{k} {v:.4f}" for k, v in e["metrics"].items())
+        for e in report.evaluations
+    ]
 
 
 def totals(report: Report) -> str:

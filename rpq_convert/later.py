@@ -1,0 +1,230 @@
+"""Later: what is done to a converted folder: measured, fitted to inputs, and tuned, each against its dense checkpoint."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rpq_convert.card import base_in
+from rpq_convert.checkpoint import audit, load, save
+from rpq_convert.evaluation import EvaluateError, Evaluation, evaluate, layer_errors, rank_correlation
+from rpq_convert.folder import REPORT, FolderError
+from rpq_convert.inputs import own_inputs, read_inputs, read_text, tokenized, tokenizer_of
+from rpq_convert.integrations.transformers import extra_files
+from rpq_convert.opened import Factory, open_checkpoint
+from rpq_convert.recalibration import recalibrate
+from rpq_convert.record import add_evaluation
+from rpq_convert.report.schema import Report
+from rpq_convert.source import SourceError
+from rpq_convert.tuning import Tuning, tune, tune_blocks
+
+Say = Callable[[str], None]
+
+
+def evaluate_folder(
+    base: str | Path,
+    folder: str | Path,
+    *,
+    text: Path | None = None,
+    pairs: Path | None = None,
+    inputs: Path | None = None,
+    factory: str | Factory | None = None,
+    window: int = 512,
+    windows: int | None = None,
+    layers: bool = False,
+    keep: bool = False,
+    say: Say | None = None,
+) -> Evaluation:
+    """Evaluate a converted folder against its dense checkpoint.
+
+    Args:
+        base, folder: the dense checkpoint and its conversion.
+        text: a causal language model predicts windows of it; of any other text model the mean-pooled embeddings of its lines
+            are compared.
+        pairs: csv of sentence, sentence, score: how well the cosine of two embeddings ranks as the score does.
+        inputs: .safetensors of named arguments, for any model; with `labels`, the accuracy of a classifier. Or a folder of pictures.
+        factory: builds a model that is not transformers'.
+        window, windows: tokens of one window, and at most so many windows, lines or samples.
+        layers: measure the error that each converted layer adds as well.
+        keep: write what was found into the folder's report and model card.
+
+    Raises:
+        SourceError: a folder is not what it should be, or the base has no tokenizer. EvaluateError: nothing to measure on.
+    """
+    given = {"text": text, "pairs": pairs, "inputs": inputs}
+    on = [path for path in given.values() if path is not None]
+    if len(on) != 1:
+        raise EvaluateError("give one thing to measure on: a text, pairs or inputs")
+    dense, converted = _both(base, folder, factory)
+    if text is not None and converted.can_generate():
+        words = tokenizer_of(base)
+        ids = words(read_text(text), return_tensors="pt", add_special_tokens=False).input_ids[0]
+        ids = ids[: windows * window] if windows else ids
+        found = evaluate(dense, converted, ids, window=window, progress=_told(say, "windows", len(ids) // window))
+        batches: list[Any] = [{"input_ids": part[None]} for part in ids[: 4 * window].split(window)]
+    elif pairs is not None:
+        found, batches = _pairs(dense, converted, base, pairs, window, windows, say)
+    else:
+        batches = read_inputs(text or inputs or "", base, window=window, samples=windows, labels=True)
+        told = _told(say, "batches", len(batches))
+        a, b = (dense, converted) if text is None else (Pooled(dense), Pooled(converted))
+        found = evaluate(a, b, batches, progress=told)
+    if layers:
+        found = replace(found, layers=layer_errors(dense, converted, batches))
+    if keep:
+        add_evaluation(Path(folder), on[0].name, found)
+    return found
+
+
+def _told(say: Say | None, what: str, total: int) -> Callable[[int], None] | None:
+    return None if say is None else lambda done: say(f"{done} of {max(1, total)} {what}")
+
+
+def _both(base: str | Path, folder: str | Path, factory: str | Factory | None) -> tuple[Any, Any]:
+    """Return the dense model and the converted one."""
+    converted: Any = load(folder, factory=factory)
+    converted._rpq_options = {}
+    if (Path(folder) / REPORT).is_file():
+        converted._rpq_options = dict(audit(folder).options)  # for the next report and card
+    if factory is not None:
+        return open_checkpoint(base, factory=factory).filled().eval(), converted
+    try:
+        return type(converted).from_pretrained(base).eval(), converted
+    except (OSError, ValueError) as e:
+        raise SourceError(f"{base}: {str(e).strip().splitlines()[0]}") from None
+
+
+@torch.inference_mode()
+def _pairs(
+    dense: Any, converted: Any, base: str | Path, file: Path, window: int, limit: int | None, say: Say | None
+) -> tuple[Evaluation, list[Any]]:
+    rows = list(_scored(file))[:limit]
+    if len(rows) < 2:
+        raise EvaluateError(f"{file} holds {len(rows)} pairs; there is nothing to rank")
+    words, sentences = tokenizer_of(base), [s for a, b, _ in rows for s in (a, b)]
+    batches = [dict(batch) for batch in tokenized(words, sentences, window)]
+    found: tuple[list[Tensor], list[Tensor]] = ([], [])
+    told = _told(say, "batches", len(batches))
+    for done, batch in enumerate(batches, 1):
+        for parts, model in zip(found, (dense, converted)):
+            parts.append(nn.functional.normalize(Pooled(model)(**batch).float(), dim=-1))
+        if told:
+            told(done)
+    before, after = (torch.cat(parts) for parts in found)  # [2 pairs, width]
+    scores = torch.tensor([score for *_, score in rows])
+    likeness = [(e[::2] * e[1::2]).sum(-1) for e in (before, after)]
+    metrics = {
+        "cosine": float((before * after).sum(-1).mean()),
+        "spearman": rank_correlation(likeness[1], scores),
+        "base_spearman": rank_correlation(likeness[0], scores),
+    }
+    return Evaluation("sentence pairs", metrics, len(rows)), batches
+
+
+def _scored(file: Path) -> Iterator[tuple[str, str, float]]:
+    """Yield (sentence, sentence, score) of a csv; a first line whose third field is no number is a heading."""
+    for number, row in enumerate(csv.reader(io.StringIO(read_text(file))), 1):
+        try:
+            a, b, score = row[0], row[1], float(row[2])
+        except (IndexError, ValueError):
+            if number == 1:
+                continue
+            raise SourceError(f"{file}, line {number}: not sentence, sentence, score") from None
+        yield a, b, score
+
+
+def tune_folder(
+    base: str | Path,
+    folder: str | Path,
+    out: str | Path,
+    data: Path,
+    *,
+    factory: str | Factory | None = None,
+    window: int = 256,
+    samples: int = 512,
+    blocks: int = 0,
+    overwrite: bool = False,
+    say: Say | None = None,
+    **options: Any,
+) -> Tuning:
+    """Tune a converted folder against its dense checkpoint, into another folder.
+
+    Args:
+        base, folder, out: the dense checkpoint, its conversion, and the folder to make.
+        data, window, samples, factory: as for `read_inputs` and `load`.
+        blocks: steps on each block alone, before all are tuned together.
+        overwrite: replace `out`.
+        options: those of `tune`. A killed run goes on when it is repeated; blocks are tuned again first.
+
+    Raises:
+        SourceError, FolderError: as `load` and `save`. CalibrationError: no data. TuneError: as `tune`.
+    """
+    place = _free(out, overwrite)
+    dense, model = _both(base, folder, factory)
+    items = read_inputs(data, base, window=window, samples=samples)
+    told = None if say is None else lambda step, loss: say(f"step {step}: loss {loss:.4g}")
+    if blocks:
+        for path, done in tune_blocks(model, dense, items, steps=blocks, seed=options.get("seed", 0)).items():
+            if say is not None:
+                say(f"{path}: {done}")
+    file = place.with_name(place.name + ".tuning.safetensors")
+    tuned = tune(model, dense, items, checkpoint=file, progress=told, **options)
+    model._rpq_options["tuning"] = {"steps": tuned.best, "before": tuned.before, "after": tuned.after}
+    save(model, place, overwrite=overwrite, files=extra_files(folder), base=base_in(Path(folder)))
+    return tuned
+
+
+def recalibrate_folder(
+    base: str | Path,
+    folder: str | Path,
+    out: str | Path,
+    data: Path | None,
+    *,
+    factory: str | Factory | None = None,
+    window: int = 512,
+    samples: int = 128,
+    overwrite: bool = False,
+    **options: Any,
+) -> Report:
+    """Fit a converted folder to inputs, starting from its codebooks, into another folder.
+
+    Args:
+        base, folder, out, factory, overwrite: as for `tune_folder`.
+        data: as for `read_inputs`; None for texts that a language model writes itself.
+        options: those of `recalibrate`.
+    """
+    place = _free(out, overwrite)
+    dense, model = _both(base, folder, factory)
+    items = (
+        own_inputs(dense, samples=samples)
+        if data is None
+        else read_inputs(data, base, window=window, samples=samples)
+    )
+    recalibrate(model, dense, items, **options)
+    return save(model, place, overwrite=overwrite, files=extra_files(folder), base=base_in(Path(folder)))
+
+
+def _free(out: str | Path, overwrite: bool) -> Path:
+    place = Path(out)
+    if place.exists() and not overwrite:
+        raise FolderError(f"{place} exists; choose another folder or pass --overwrite")
+    return place
+
+
+class Pooled(nn.Module):
+    """A text encoder's mean over tokens of its last hidden state: [sentences, width]."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        mask = inputs["attention_mask"].unsqueeze(-1)
+        return (self.model(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)
