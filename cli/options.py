@@ -48,6 +48,10 @@ Codebooks = Annotated[
 ]  # fmt: skip
 Dim = Annotated[int | None, Option(min=1, help="Length of a sub-vector.", rich_help_panel=SIZE)]
 Axis = Annotated[Literal["out", "in"] | None, Option(help="Axis to cut where both are possible.", rich_help_panel=SIZE)]
+Rotation = Annotated[
+    int | None,
+    Option(min=0, help="Size of a block-Hadamard rotation of the inputs, 0 for none; the preset's by default.", rich_help_panel=SIZE),
+]  # fmt: skip
 Fit = Annotated[
     Literal["kmeans", "additive", "random"] | None, Option(help="How codebooks are found.", rich_help_panel=SIZE)
 ]
@@ -94,7 +98,7 @@ AllowPickle = Annotated[
     bool, Option("--allow-pickle", help="Read pickled weights, tensors only.", rich_help_panel=WHERE)
 ]
 
-PLAN = ("preset", "bits", "target_size", "max_error", "dim", "axis", "fit", "grow", "seed", "dtype")
+PLAN = ("preset", "bits", "target_size", "max_error", "dim", "axis", "rotation", "fit", "grow", "seed", "dtype")
 OPEN = ("factory", "revision", "token", "local_files_only", "allow_pickle")
 
 

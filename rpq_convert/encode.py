@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rpq_convert.planning import Job
+from rpq_convert.rotation import rotate
 from rpq_convert.spec import DTYPES, dtype_of
 from rpq_convert.weight import RPQWeight
 
@@ -84,6 +85,10 @@ def encode(
     if not tensor.is_meta and not torch.isfinite(dense.sum()) and not torch.isfinite(dense).all():
         bad = int((~torch.isfinite(dense)).sum())
         raise EncodeError(f"{job.name} {list(job.shape)} holds {bad} NaN or infinite values; mend or exclude it")
+    if job.spec.rotation and job.fit != "random":
+        view = job.weight_view
+        matrix = rotate(view.to_matrix(dense, "in"), job.spec.rotation)
+        dense = view.from_matrix(matrix, job.shape, "in").contiguous()
     encoded = _random(job, dense, std) if job.fit == "random" else _fit(job, dense, statistics, start)
     tensors, dead, zero_row = encoded
     error = None
@@ -154,6 +159,8 @@ def _fit(
             moments = statistics.moments
             if moments.ndim == 3 and spec.axis == "out" and "expert" not in view.axes:
                 moments = moments.mean(0)  # a sub-vector runs over outputs of several groups
+            for _ in range(2):  # R H R^T, first its columns, then its rows
+                moments = rotate(moments, spec.rotation).mT
             fitted = fit_feedback(matrix, moments, axis=spec.axis, scales=exact, start=before, **common)
     except ValueError as e:
         raise EncodeError(f"{job.name} {list(job.shape)}: {e}") from e

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from rpq_convert.computed import HANDLERS, ComputedWeight, rpq_of
 from rpq_convert.kernels import plain
+from rpq_convert.rotation import rotate
 from rpq_convert.weight import RPQWeight
 
 
@@ -48,7 +49,7 @@ def _product(x: Tensor, weight: Any, bias: Tensor | None, axes: tuple[str, ...])
     if rpq.zero_row is not None and torch.is_grad_enabled() and (x.requires_grad or rpq.trainable):
         return NotImplemented
     flat = x if x.ndim == 2 else x.reshape(-1, cut.inputs)
-    flat = flat if flat.dtype == dtype else flat.to(dtype)
+    flat = rotate(flat if flat.dtype == dtype else flat.to(dtype), rpq.spec.rotation)
     out = face.linear(flat, rpq.stages_codes(), rpq.codebooks, rpq.scales, bias, cut)
     if rpq.zero_row is not None:
         out[:, rpq.zero_row] = 0 if bias is None else bias[rpq.zero_row].to(dtype)
@@ -89,7 +90,7 @@ def _conv(convolve: Callable[..., Tensor]) -> Callable[..., Any]:
         if training or rpq.dtype != torch.float32 != input.dtype or torch.is_autocast_enabled("cpu"):
             return NotImplemented
         face = rpq.face
-        if not hasattr(face, "pointwise") or input.device.type != "cpu" or rpq.view.axes[0] != "out":
+        if not hasattr(face, "pointwise") or input.device.type != "cpu" or rpq.view.axes[0] != "out" or rpq.spec.rotation:
             return NotImplemented
         parts, cut = (rpq.stages_codes(), rpq.codebooks, rpq.scales), rpq.cut
         points = math.prod(rpq.shape[2:]) == 1 and groups == 1 and _all(padding, 0) and _all(stride, 1)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from rpq_convert.report.schema import Report, Row
+from rpq_convert.rotation import fitting
 from rpq_convert.rules import PlanError, Rule, as_rule, load_preset, overlay, settings_for, split_bits
 from rpq_convert.spec import Spec, dtype_name, dtype_of
 from rpq_convert.version import __version__
@@ -283,6 +284,7 @@ def make_plan(
     rules: Iterable[Rule | Mapping[str, Any]] = (),
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
+    rotation: int | None = None,
     fit: str | None = None,
     seed: int = 0,
     grow: bool = False,
@@ -300,6 +302,7 @@ def make_plan(
         stages: with `dim`, how many codewords are summed for one sub-vector.
         codebooks: `"heads"`, the seed's rule, or a number: that many codebooks per parameter, one for each block.
         axis: the cut axis for layers that allow both.
+        rotation: size of a block-Hadamard rotation of the inputs, 0 for none; by default what the preset says.
         rules: overlay the preset, first match wins; one that matches nothing is an error.
         include, exclude: patterns as in rules; only what is included and not excluded is converted.
         fit: `kmeans`, `additive` or `random`, for everything.
@@ -342,7 +345,7 @@ def make_plan(
         size = {"dim": dim} if stages is None else {"dim": dim, "stages": stages}
         base = overlay(base, size)
         preset_rules = [Rule(r.match, overlay(r.settings, size)) for r in preset_rules]
-    forced = {k: v for k, v in (("axis", axis), ("fit", fit), ("grow", grow or None)) if v is not None}
+    forced = {k: v for k, v in (("axis", axis), ("rotation", rotation), ("fit", fit), ("grow", grow or None)) if v is not None}
 
     hits: dict[int, int] = {}
     jobs: list[Job] = []
@@ -365,7 +368,8 @@ def make_plan(
         raise PlanError(f"no parameter matches {', '.join(map(repr, unmatched))}; names look like {some}")
     options = {
         "preset": preset, "bits": bits, "dim": dim, "codebooks": codebooks, "axis": axis, "fit": fit, "seed": seed,
-        **({} if stages is None else {"stages": stages}), "grow": grow, "dtype": dtype, "include": list(include), "exclude": list(exclude),
+        **{k: v for k, v in (("stages", stages), ("rotation", rotation)) if v is not None},
+        "grow": grow, "dtype": dtype, "include": list(include), "exclude": list(exclude),
         "rules": [{"match": r.match, **r.settings} for r in own],
     }  # fmt: skip
     if all(options[k] is None for k in ("preset", "bits", "dim", "codebooks")):
@@ -459,7 +463,9 @@ def resolve(name: str, shape: tuple[int, ...], view: WeightView, settings: Mappi
         if books != "blocks" and (not isinstance(books, int) or isinstance(books, bool)):
             raise PlanError(f"books must be 'blocks' or a whole number, not {books!r}")
         blocks = math.ceil(length / dim) if isinstance(dim, int) and dim > 0 else 1
-        scales = settings.get("scales", "none")
+        scales, rotation = settings.get("scales", "none"), settings.get("rotation", 0)
+        if not isinstance(rotation, int) or isinstance(rotation, bool) or rotation < 0:
+            raise PlanError(f"rotation must be a whole number, 0 for none, not {rotation!r}")
         return Spec(
             dim=dim,
             books=blocks if books == "blocks" else min(books, blocks),
@@ -468,6 +474,7 @@ def resolve(name: str, shape: tuple[int, ...], view: WeightView, settings: Mappi
             codebook_dtype=settings.get("codebook_dtype", "float16"),
             scales=None if scales == "none" else scales,
             layout="rows" if view.axis == "in" and axis == "in" else "blocks",
+            rotation=fitting(rotation, view.matrix_shape(shape, "in")[1]),
         )
     except PlanError as e:
         raise PlanError(f"{name} {list(shape)}: {e}") from None

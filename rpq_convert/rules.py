@@ -28,6 +28,7 @@ SETTINGS = {
     "axis": "cut axis, 'out' or 'in'",
     "codebook_dtype": "float32, float16 or bfloat16",
     "scales": "dtype of one scale per output row, or 'none'",
+    "rotation": "block-Hadamard rotation of the inputs: its size, or the largest power of two below that divides them",
     "fit": "kmeans, additive or random",
     "grow": "convert even where the layer would grow",
     "skip": "leave it dense",

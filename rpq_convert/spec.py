@@ -17,6 +17,7 @@ from rpq_convert.view import WeightView, check_axis
 CODEWORDS = 256  # a code is one byte
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 LAYOUTS = ("blocks", "rows")
+ROTATIONS = (0, *(2**k for k in range(3, 13)))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -43,7 +44,7 @@ class Spec:
         codebook_dtype: dtype of the stored codewords.
         scales: dtype of one scale per output row, or None for no scales.
         layout: `"blocks"` stores codes as [blocks, n], `"rows"` as [n, blocks], where a row is one read (embeddings).
-        rotation: size of the block-Hadamard rotation of the input axis; 0 is none, and no other value is written yet.
+        rotation: size of the block-Hadamard rotation of the input axis (rotation.py), a power of two; 0 is none.
     """
 
     dim: int
@@ -66,8 +67,8 @@ class Spec:
                 raise ValueError(f"{name} must be one of {', '.join(DTYPES)}, not {value!r}")
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, not {self.layout!r}")
-        if self.rotation != 0:
-            raise ValueError(f"rotation {self.rotation!r} is not supported by this version; use 0")
+        if self.rotation not in ROTATIONS:
+            raise ValueError(f"rotation must be 0 or a power of two from {ROTATIONS[1]} to {ROTATIONS[-1]}, not {self.rotation!r}")
 
     @property
     def bits(self) -> float:
@@ -81,6 +82,9 @@ class Spec:
         """Return name -> (dtype, shape) of the stored tensors; one stage has no stage axis."""
         n, _ = view.matrix_shape(shape, self.axis)
         blocks = self.blocks(view, shape)
+        inputs = view.matrix_shape(shape, "in")[1]
+        if self.rotation and inputs % self.rotation:
+            raise ValueError(f"a rotation of {self.rotation} for {inputs} inputs, which it does not divide")
         if self.books > blocks:
             raise ValueError(f"{self.books} codebooks for {blocks} blocks; use at most {blocks}")
         stage = (self.stages,) if self.stages > 1 else ()
@@ -118,6 +122,8 @@ class Spec:
         parts.append(self.codebook_dtype)
         if self.scales:
             parts.append(f"row scales {self.scales}")
+        if self.rotation:
+            parts.append(f"rotation {self.rotation}")
         return ", ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from rpq_convert.computed import refuse
 from rpq_convert.operations import rows_of
+from rpq_convert.rotation import rotate
 from rpq_convert.weight import RPQWeight
 
 
@@ -136,7 +137,7 @@ def _product(x: Any, weight: Any, bias: Any, axes: tuple[str, ...]) -> Any:
         return NotImplemented  # torch says what is wrong
     x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     parts, inside = (rpq.stages_codes(), rpq.codebooks, rpq.scales), bias if rpq.zero_row is None else None
-    out = rpq.face.linear(x.reshape(-1, cut.inputs), *parts, inside, cut)
+    out = rpq.face.linear(rotate(x.reshape(-1, cut.inputs), rpq.spec.rotation), *parts, inside, cut)
     if rpq.zero_row is not None:
         out = out.masked_fill(torch.arange(cut.outputs, device=out.device) == rpq.zero_row, 0)
         out = out if bias is None else out + bias

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rpq_convert import kernels
 from rpq_convert.kernels import operators, plain
 from rpq_convert.kernels.cut import Cut
+from rpq_convert.rotation import rotate
 from rpq_convert.spec import Spec, dtype_name, dtype_of
 from rpq_convert.view import WeightView
 
@@ -105,9 +106,9 @@ class RPQWeight(nn.Module):
         """Expand to the dense parameter, in its stored shape, contiguous, differentiable."""
         decode, codes, axes = self.face.decode, self.stages_codes(), self.view.axes
         if axes[0] == "out" and "expert" not in axes:
-            weight = decode(codes, self.codebooks, self.scales, self.cut, self.dtype).view(self.shape)
-            return self._finish(weight, scaled=True)
-        weight = decode(codes, self.codebooks, None, self.cut, self.dtype)
+            weight = decode(codes, self.codebooks, self.scales, self.cut, self.dtype)
+            return self._finish(rotate(weight, self.spec.rotation, back=True).view(self.shape), scaled=True)
+        weight = rotate(decode(codes, self.codebooks, None, self.cut, self.dtype), self.spec.rotation, back=True)
         matrix = weight if self.spec.axis == "in" else weight.T
         return self._finish(self.view.from_matrix(matrix, self.shape, self.spec.axis))
 
@@ -115,7 +116,7 @@ class RPQWeight(nn.Module):
         """Expand the rows `index [r]` of a two-axis parameter cut along its input axis: [r, L]."""
         codes = self.stages_codes()
         rows = self.face.decode_rows(codes, self.codebooks, self.scales, index, self.cut, self.dtype)
-        return self._finish(rows, index, scaled=True)
+        return self._finish(rotate(rows, self.spec.rotation, back=True), index, scaled=True)
 
     def part(self, expert: int) -> RPQWeight:
         """Return one of the matrices of a parameter whose first axis is `expert`; it shares this one's tensors."""
@@ -132,7 +133,7 @@ class RPQWeight(nn.Module):
 
     @torch.no_grad()
     def matrix_rows(self, start: int, stop: int) -> Tensor:
-        """Expand rows `start` to `stop` of the matrix view alone: [stop - start, L], not differentiable."""
+        """Expand rows `start` to `stop` of the matrix that the codes describe, rotated: [stop - start, L], not differentiable."""
         codes = self.stages_codes()[:, :, start:stop]
         part = plain.matrix(codes, self.codebooks, self.cut, self.dtype)
         if self.scales is not None:

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Each line may import the lines above it, and its own.
 LEVELS = [
-    ["version", "allocation", "view", "executors", "source", "empty", "kernels", "fit", "calling", "reading", "blocks"],
+    ["version", "allocation", "view", "executors", "source", "empty", "kernels", "fit", "calling", "reading", "blocks", "rotation"],
     ["spec"],
     ["weight"],
     ["computed"],
