@@ -3,7 +3,12 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint clean
+# What test-transformers installs over .venv, and the tests that depend on it. The lowest versions that pyproject.toml
+# allows are WITH="transformers==5.20.0 huggingface_hub==1.31.0 accelerate==1.3.0 peft==0.18.0".
+WITH ?= transformers
+STACK := $(foreach t,pretrained architectures peft hub stack fresh serving,tests/test_$(t).py)
+
+.PHONY: demo test test-slow test-transformers lint clean
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -24,9 +29,16 @@ test: lint
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
 
+test-transformers: $(VENV)/.test  ## the tests of what is around transformers, with other versions of it; the newest by default
+	$(PYTHON) -m venv --clear $(VENV)-with
+	echo "import site; site.addsitedir('$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")')" \
+		> $$($(VENV)-with/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/below.pth
+	$(VENV)-with/bin/pip install -q --upgrade $(WITH)
+	$(VENV)-with/bin/python -m pytest $(STACK)
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(VENV)-with build *.egg-info

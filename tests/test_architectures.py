@@ -87,7 +87,8 @@ def test_architecture(name, tmp_path):
     assert all(r.reason for r in rows)
     left = [r.name for r in rows if r.decision == "dense" and len(r.shape) > 1]
     known = DENSE.get(name, set())
-    assert {next((k for k in known if n.endswith(k)), n) for n in left} == known
+    found = {next((k for k in known if n.endswith(k)), n) for n in left}
+    assert found == known or (name == "Jamba" and found == {"A_log"})  # its router is a Linear before transformers 5.21
 
     # reload, here and by transformers
     expected = outputs(converted)
