@@ -21,7 +21,7 @@ from rpq_convert.card import Base, base_of
 from rpq_convert.conversion import AFTER, plan_of, put_everywhere
 from rpq_convert.encode import Encoded
 from rpq_convert.folder import CARD, CONFIG, MANIFEST, REPORT, Folder, sha256
-from rpq_convert.opened import Factory, empty_from_factory
+from rpq_convert.opened import Factory, compute_buffers, empty_from_factory
 from rpq_convert.planning import FORMAT_VERSION, Plan, Skip
 from rpq_convert.record import write_rest
 from rpq_convert.report.schema import FileRow, Report
@@ -139,6 +139,7 @@ def load(
             f"{folder} is not a transformers model: pass factory=, the function that builds the dense model"
         )
     fill(model, config["quantization_config"], open_folder(folder))
+    compute_buffers(model, factory)
     for act in AFTER:
         act(model)
     return model.to(device) if device is not None else model

@@ -40,14 +40,15 @@ class Opened:
         config: its config.json. files: what belongs beside the weights.
         base: what a model card tells of it.
         notes: for the plan to say.
+        factory: what built the model, if it is not transformers'.
     """
 
     def __init__(
         self, model: nn.Module | None, source: Any, config: Mapping[str, Any] | None = None, files: Sequence[Path] = (),
-        base: Base | None = None, notes: Sequence[str] = (),
+        base: Base | None = None, notes: Sequence[str] = (), factory: str | Factory | None = None,
     ) -> None:  # fmt: skip
         self.model, self.source, self.config, self.files = model, source, config, files
-        self.base, self.notes = base, notes
+        self.base, self.notes, self.factory = base, notes, factory
 
     @property
     def origin(self) -> str:
@@ -85,7 +86,7 @@ class Opened:
         assert self.model is not None
         if self.source is None:
             return self.model
-        return fill(copy.deepcopy(self.model), self.source)
+        return compute_buffers(fill(copy.deepcopy(self.model), self.source), self.factory)
 
 
 def fill(model: nn.Module, source: Mapping[str, Tensor]) -> nn.Module:
@@ -141,7 +142,7 @@ def open_checkpoint(
 
     if factory is not None:
         model = empty_from_factory(factory)
-        return Opened(model, _checked(model, tensors()), base=base)
+        return Opened(model, _checked(model, tensors()), base=base, factory=factory)
     if not (folder / CONFIG).is_file() and (repository or folder.is_dir() or folder.suffix == ".safetensors"):
         return Opened(None, tensors(), base=base)
     if not folder.is_dir():
@@ -188,6 +189,34 @@ def empty_from_factory(factory: str | Factory) -> nn.Module:
 
     Of a model that the factory converts itself (`RPQViT`) the dense one is returned.
     """
+    build = _callable(factory)
+    with parameters_on_meta():
+        model = build()
+    if not isinstance(model, nn.Module):
+        raise SourceError(f"factory {factory!r} returned {type(model).__name__}, not a module")
+    dense: dict[int, nn.Parameter] = {}
+    for path, weight in layers.layers_of(model).items():
+        empty = nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype, device="meta"))
+        layers.take(*layers.find(model, path), dense.setdefault(id(weight), empty))
+    return model.eval()
+
+
+def compute_buffers(model: nn.Module, factory: str | Factory | None) -> nn.Module:
+    """Give a model the buffers that no checkpoint holds and its empty twin could not compute, in place.
+
+    timm's Swin computes its masks on the device of a parameter, which is meta in an empty model. A real one is built for
+    them, once, and thrown away: only then do its dense weights take memory.
+    """
+    empty = [n for n, b in model.named_buffers() if b.is_meta]
+    if empty and factory is not None:
+        real = dict(_callable(factory)().named_buffers())
+        for path in empty:
+            module, name = layers.find(model, path)
+            module._buffers[name] = real[path]
+    return model
+
+
+def _callable(factory: str | Factory) -> Factory:
     told = factory
     if isinstance(factory, str):
         module, _, name = factory.partition(":")
@@ -197,15 +226,7 @@ def empty_from_factory(factory: str | Factory) -> nn.Module:
             raise SourceError(f"factory {factory!r}: {e}; write it as package.module:callable") from None
     if not callable(factory):
         raise SourceError(f"factory {told!r} is not callable; write it as package.module:callable")
-    with parameters_on_meta():
-        model = factory()
-    if not isinstance(model, nn.Module):
-        raise SourceError(f"factory {told!r} returned {type(model).__name__}, not a module")
-    dense: dict[int, nn.Parameter] = {}
-    for path, weight in layers.layers_of(model).items():
-        empty = nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype, device="meta"))
-        layers.take(*layers.find(model, path), dense.setdefault(id(weight), empty))
-    return model.eval()
+    return factory
 
 
 def _checked(model: nn.Module, source: Any) -> Any:

@@ -46,6 +46,27 @@ def test_streaming_equals_memory_and_plan_equals_disk(source, tmp_path, executor
     rpq.verify(tmp_path / "stream")
 
 
+class Masked(nn.Linear):
+    """As timm's Swin: a buffer that no checkpoint holds, computed where a parameter lies."""
+
+    def __init__(self):
+        super().__init__(64, 64)
+        self.register_buffer("mask", torch.arange(64, device=self.weight.device) % 2, persistent=False)
+
+    def forward(self, x):
+        return super().forward(x * self.mask)
+
+
+def test_a_buffer_computed_on_a_parameters_device(tmp_path):
+    torch.manual_seed(0)
+    model, x = Masked().eval(), torch.randn(3, 64)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    options = {"factory": Masked, "bits": 4, "grow": True, "calibration": [x]}
+    rpq.convert_checkpoint(tmp_path / "model.safetensors", tmp_path / "out", **options)
+    rpq.convert(model, bits=4, grow=True, calibration=[x])
+    assert torch.equal(rpq.load(tmp_path / "out", factory=Masked)(x), model(x))
+
+
 def test_predicted_size_of_every_dtype(tmp_path):
     from rpq_convert.planning import SAFETENSORS_NAMES, file_size, header
 
