@@ -5,9 +5,10 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.quality.drawing import frontier
 from benchmarks.quality.peers import by_matrix, packed, rounding
 from benchmarks.quality.shuffle import shuffle_channels
-from benchmarks.quality.table import document
+from benchmarks.quality.table import document, pictures
 
 
 def llama() -> LlamaForCausalLM:
@@ -81,3 +82,11 @@ def test_a_row_is_bold_when_nothing_of_its_size_or_below_is_better(rows):
     assert [line.startswith("| **") for line in lines[:3]] == [True, False, True]
     assert "| 4.1 | bitsandbytes NF4, 4 bits | 39.000 | rpq-convert, 4 bits | 40.000 |" in page
     assert "3 bits: `no GPU`" in page
+
+
+def test_the_picture_has_a_line_per_tool_and_leaves_out_what_a_smaller_one_beats(rows):
+    (name, picture), *more = pictures([*rows, {**rows[0], "bytes": 67_000_000, "settings": {"bits": 5}}]).items()
+    assert name == "quality-smollm2.svg" and not more
+    assert name in document(rows)
+    assert picture.count("<polyline") == 3 and picture.count('r="3"') == 4
+    assert frontier([(3, 1.0), (1, 5.0), (2, 6.0), (4, 1.0)]) == [(1, 5.0), (3, 1.0)]

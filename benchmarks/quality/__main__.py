@@ -1,4 +1,4 @@
-"""Quality against bytes, tool by tool, on real models; writes docs/quality.md.
+"""Quality against bytes, tool by tool, on real models; writes docs/quality.md and its pictures.
 
     python -m benchmarks.quality --fit-text VALID --test-text TEST --pairs STSB_CSV [--tasks …] [--only PEER …]
 
@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from benchmarks.quality import peers
 from benchmarks.quality.environments import CannotInstall, python_of
 from benchmarks.quality.sources import Sources
-from benchmarks.quality.table import document
+from benchmarks.quality.table import document, pictures
 from benchmarks.quality.tasks import TASKS
 
 PEERS = sorted(p.stem for p in Path(peers.__path__[0]).glob("*.py") if p.stem != "__init__")
@@ -54,6 +54,8 @@ def main() -> None:
                 file.write(json.dumps(row) + "\n")
     asked.results.write_text("".join(json.dumps(rows[k]) + "\n" for k in sorted(rows)), "utf8")
     asked.output.write_text(document(list(rows.values())), "utf8")
+    for name, picture in pictures(list(rows.values())).items():
+        (asked.output.parent / name).write_text(picture, "utf8")
 
 
 def _arguments() -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""The page: per model one table sorted by bytes, who is best per size, and what could not be run."""
+"""The page: per model a picture and one table sorted by bytes, who is best per size, and what could not be run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
+from benchmarks.quality.drawing import draw
 from benchmarks.quality.tasks import TASKS
 
 Row = dict[str, Any]
@@ -26,16 +27,28 @@ def document(rows: Sequence[Row]) -> str:
     for name, task in TASKS.items():
         mine = [r for r in rows if r["task"] == name]
         if mine:
-            parts.append(_section(task, mine))
+            parts.append(_section(name, task, mine))
     return "\n".join(parts)
 
 
-def _section(task: Any, rows: Sequence[Row]) -> str:
+def pictures(rows: Sequence[Row]) -> dict[str, str]:
+    """Return the pictures that the page shows: file name -> SVG."""
+    done = {name: [r for r in rows if r["task"] == name and "error" not in r] for name in TASKS}
+    return {_picture(name): draw(TASKS[name], mine) for name, mine in done.items() if len(mine) > 1}
+
+
+def _picture(name: str) -> str:
+    return f"quality-{name}.svg"
+
+
+def _section(name: str, task: Any, rows: Sequence[Row]) -> str:
     done = sorted((r for r in rows if "error" not in r), key=lambda r: r["bytes"])
     failed = [r for r in rows if "error" in r]
     lines = [f"## {task.title}\n"]
     if done:
         lines += [task.note.format(**done[0]["metrics"]), ""]
+        if len(done) > 1:
+            lines += [f"![what is lost against bytes, tool by tool]({_picture(name)})", ""]
         columns = task.columns
         lines += [
             "| MB | bits | tool | settings | "
@@ -98,6 +111,7 @@ def _words(settings: Row) -> str:
         "bits": lambda v: f"{v:g} bits", "group": lambda v: f"groups of {v}", "type": str, "dim": lambda v: f"dim {v}",
         "embedding": lambda v: "embedding dense" if v == 16 else f"embedding {v}" + ("" if isinstance(v, str) else " bits"),
         "calibrated": lambda v: "calibrated", "steps": lambda v: f"{v} steps of tuning",
+        "target_size": lambda v: f"sizes chosen for {v / 2**20:.1f} MB",
         "imatrix": lambda v: "importance matrix", "iters": lambda v: f"{v} iterations",
     }  # fmt: skip
     return ", ".join(said[k](v) if k in said else f"{k} {v}" for k, v in settings.items() if v is not False)

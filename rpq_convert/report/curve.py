@@ -56,8 +56,8 @@ class Curve:
         shown = [s for s in (*self.mixed, *self.uniform) if s.loss > 0]
         if not shown:
             raise ValueError("every plan of this curve is free of loss; there is nothing to draw")
-        x = _Axis([s.file_bytes / 2**20 for s in shown], LEFT, WIDTH - RIGHT)
-        y = _Axis([s.loss for s in shown], HEIGHT - BOTTOM, TOP)
+        x = Axis([s.file_bytes / 2**20 for s in shown], LEFT, WIDTH - RIGHT)
+        y = Axis([s.loss for s in shown], HEIGHT - BOTTOM, TOP)
         parts = [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img"><style>{STYLE}</style>'
             f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/><text class="title" x="{LEFT}" y="24">{escape(title)}</text>'
@@ -90,7 +90,7 @@ def _told(sample: Sample) -> str:
     return f"<title>{escape(sample.how)}: {megabytes(sample.file_bytes)}, loss {sample.loss:.3g}</title>"
 
 
-class _Axis:
+class Axis:
     """A logarithmic axis from one place of the picture to another."""
 
     def __init__(self, values: list[float], start: float, stop: float) -> None:
