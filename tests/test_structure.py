@@ -46,6 +46,7 @@ HOMES = {
     "typer": {"cli"},
     "rich": {"cli"},
     "numba": {"kernels"},
+    "triton": {"kernels"},
 }
 FILES = sorted([*(ROOT / "rpq_convert").rglob("*.py"), *(ROOT / "cli").rglob("*.py")])
 
