@@ -16,6 +16,7 @@ from rpq_convert.integrations.hook import when_imported
 from rpq_convert.version import __version__
 
 when_imported("transformers.quantizers.auto", "rpq_convert.pretrained")  # from_pretrained knows "rpq" from then on
+when_imported("torchvision.extension", "rpq_convert.integrations.torchvision:declare")  # before it misses its operators
 when_imported("torch.export.pt2_archive._package", "rpq_convert.kernels.operators")  # so does torch.export.load
 
 _HOMES = {

@@ -113,6 +113,13 @@ class RPQLayer:
             return None
         raise refuse("assigning to it", f"{type(self).__name__}.{name}")
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Pass over a checkpoint's guard, so that its weight files load by `load_state_dict` too (Trainer resumes so)."""
+        for key in [prefix + name for name in self._rpq_names]:
+            if key in state_dict and state_dict[key].shape == (0,):
+                del state_dict[key]
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _blank, (self._rpq_original, self._rpq_names), self.__getstate__()
 

@@ -90,6 +90,8 @@ def write_rest(
     if plan.options.get("dtype") and config is not None:
         merged["dtype"] = plan.options["dtype"]
         merged.pop("torch_dtype", None)
+    elif config is not None and not (merged.get("dtype") or merged.get("torch_dtype")):
+        merged["dtype"] = plan.jobs[0].dtype  # transformers would take the first tensor's, which is a codebook's
     folder.write(CONFIG, json.dumps(merged, indent=1))
     report = make_report(plan, facts, title)
     if base is not None and base.card is not None:

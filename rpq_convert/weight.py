@@ -188,6 +188,14 @@ class RPQWeight(nn.Module):
                     parameter.data = tensor
         return self
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take codebooks and scales in float32 where a checkpoint of a training has them so, and its optimizer's state."""
+        for name, parameter in self.named_parameters():
+            tensor = state_dict.get(prefix + name)
+            if tensor is not None and (parameter.dtype, tensor.dtype) == (torch.float16, torch.float32):
+                parameter.data = parameter.data.float()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RPQWeight:
         super()._apply(fn, recurse)
         self._probe = fn(self._probe)

@@ -28,7 +28,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Then(Loader):
-    """Run a module as its own loader does, then import another."""
+    """Run a module as its own loader does, then what waited for it."""
 
     def __init__(self, loader: Loader, then: str) -> None:
         self.loader, self.then = loader, then
@@ -38,12 +38,22 @@ class _Then(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        importlib.import_module(self.then)
+        _act(self.then)
+
+
+def _act(then: str) -> None:
+    module, _, function = then.partition(":")
+    found = importlib.import_module(module)
+    if function:
+        getattr(found, function)()
 
 
 def when_imported(name: str, then: str) -> None:
-    """Import the module `then` right after `name`, now or whenever that is imported; once, however often it is asked."""
+    """Import the module `then` right after `name`, now or whenever that is imported; once, however often it is asked.
+
+    Of `module:function` the function is called too, perhaps more than once.
+    """
     if name in sys.modules:
-        importlib.import_module(then)
+        _act(then)
     elif not any(isinstance(f, _Finder) and f.name == name for f in sys.meta_path):
         sys.meta_path.insert(0, _Finder(name, then))

@@ -2,8 +2,8 @@
 
 PyPI's torchvision for Linux is a CUDA build. Beside a CPU-only torch its compiled half does not load, the import ends in
 "operator torchvision::nms does not exist", and transformers and vit-pytorch fail with it. Its Python half (transforms,
-models) needs only that the two operators are declared. Declared only after the import has failed in just this way, so a
-working torchvision is never touched.
+models) needs only that the two operators are declared. They are, right after the compiled half has failed to load and
+before anything asks for them, whoever imports torchvision; one that works is never touched.
 """
 
 from __future__ import annotations
@@ -17,20 +17,19 @@ import torch
 _LIBRARIES: list[torch.library.Library] = []  # a library's operators live as long as it does
 
 
-def mend() -> bool:
-    """Declare the missing operators if torchvision is installed and broken in this way; return whether that was so."""
-    if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is None:
-        return False
-    try:
-        importlib.import_module("torchvision")
-        return False
-    except RuntimeError as e:
-        if "torchvision::nms does not exist" not in str(e):
-            return False
-    for name in [m for m in sys.modules if m.partition(".")[0] == "torchvision"]:
-        del sys.modules[name]
+def declare() -> None:
+    """Declare the operators if torchvision's compiled half did not; called when that was tried."""
+    if _LIBRARIES or sys.modules["torchvision.extension"]._has_ops():
+        return
     library = torch.library.Library("torchvision", "FRAGMENT")
     for operator in ("nms", "qnms"):
         library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _LIBRARIES.append(library)
-    return True
+
+
+def mend() -> bool:
+    """Import torchvision now, if it is installed; return whether it had to be mended."""
+    if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is None:
+        return False
+    importlib.import_module("torchvision")
+    return bool(_LIBRARIES)
