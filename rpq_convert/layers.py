@@ -140,8 +140,15 @@ def _computed(name: str) -> property:
             return rpq.kept if compiling else rpq.guarded
         if compiling and isinstance(self, nn.utils.parametrize.ParametrizationList):
             return rpq()  # torch's own functions that compute a weight from it take tensors alone
-        lazy: Any = TracedWeight if compiling else ComputedWeight
-        return lazy(rpq, f"{type(self).__name__}.{name}")
+        if compiling:
+            return TracedWeight(rpq, f"{type(self).__name__}.{name}")  # type: ignore[return-value]
+        kind = (rpq._probe.dtype, rpq.stored_tensor("codes").device, type(self), name)
+        lazy = rpq.__dict__.get("_lazy")  # a tensor without memory takes 2 microseconds to make
+        if lazy is None or lazy[0] != kind:
+            lazy = (kind, ComputedWeight(rpq, f"{type(self).__name__}.{name}"))
+            if not torch.is_inference_mode_enabled():
+                rpq.__dict__["_lazy"] = lazy
+        return lazy[1]
 
     return property(read, doc=f"The expanded {name}; read-only.")
 

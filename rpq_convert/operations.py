@@ -36,12 +36,15 @@ def _product(x: Tensor, weight: Any, bias: Tensor | None, axes: tuple[str, ...])
     if not isinstance(weight, ComputedWeight) or isinstance(x, ComputedWeight) or isinstance(bias, ComputedWeight):
         return NotImplemented
     rpq = rpq_of(weight)
-    face, device = rpq.face, x.device.type
-    if rpq.view.axes != axes or device != rpq.codes.device.type or face is plain:
+    face = rpq.face
+    if rpq.view.axes != axes or face is plain:
         return NotImplemented
-    cut, dtype = rpq.cut, rpq.dtype
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    codes, codebooks, scales = rpq.parts()
+    if x.device != codes.device:
+        return NotImplemented
+    cut, dtype = rpq.cut, rpq._probe.dtype
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
     elif x.dtype != dtype:
         return NotImplemented  # torch says what is wrong
     if x.ndim == 0 or x.shape[-1] != cut.inputs or x.numel() == 0:
@@ -50,7 +53,7 @@ def _product(x: Tensor, weight: Any, bias: Tensor | None, axes: tuple[str, ...])
         return NotImplemented
     flat = x if x.ndim == 2 else x.reshape(-1, cut.inputs)
     flat = rotate(flat if flat.dtype == dtype else flat.to(dtype), rpq.spec.rotation)
-    out = face.linear(flat, rpq.stages_codes(), rpq.codebooks, rpq.scales, bias, cut)
+    out = face.linear(flat, codes, codebooks, scales, bias, cut)
     if rpq.zero_row is not None:
         out[:, rpq.zero_row] = 0 if bias is None else bias[rpq.zero_row].to(dtype)
     return out if x.ndim == 2 else out.view(*x.shape[:-1], cut.outputs)
@@ -92,7 +95,7 @@ def _conv(convolve: Callable[..., Tensor]) -> Callable[..., Any]:
         face = rpq.face
         if not hasattr(face, "pointwise") or input.device.type != "cpu" or rpq.view.axes[0] != "out" or rpq.spec.rotation:
             return NotImplemented
-        parts, cut = (rpq.stages_codes(), rpq.codebooks, rpq.scales), rpq.cut
+        parts, cut = rpq.parts(), rpq.cut
         points = math.prod(rpq.shape[2:]) == 1 and groups == 1 and _all(padding, 0) and _all(stride, 1)
         if points and input.ndim == len(rpq.shape) and input.shape[1] == cut.inputs and input.numel():
             pixels = math.prod(input.shape[2:])
@@ -126,12 +129,12 @@ def _looked_up(index: Tensor, weight: Any, padding_idx: int | None) -> tuple[Ten
 
 def rows_of(rpq: RPQWeight, index: Tensor, padding_idx: int | None) -> Tensor:
     """Return the rows of an embedding at `index`, whose padding row gets no gradient."""
-    flat = index.reshape(-1)
+    flat = index if index.ndim == 1 else index.reshape(-1)
     rows = rpq.rows(flat)
     if padding_idx is not None and torch.is_grad_enabled() and rpq.trainable:
         padding = flat == padding_idx % rpq.shape[0]
         rows = torch.where(padding[:, None], rows.detach(), rows)
-    return rows.view(*index.shape, rpq.shape[1])
+    return rows if index.ndim == 1 else rows.view(*index.shape, rpq.shape[1])
 
 
 def _embedding(
@@ -145,7 +148,7 @@ def _embedding(
 ) -> Any:
     if isinstance(weight, ComputedWeight) and max_norm is None and not scale_grad_by_freq:
         rpq = rpq_of(weight)
-        served = rpq.rows_are_entries and rpq.face is not plain and input.device.type == rpq.codes.device.type
+        served = rpq.rows_are_entries and rpq.face is not plain and input.device == rpq.stored_tensor("codes").device
         if served and input.numel():
             return rows_of(rpq, input, padding_idx)
     found = _looked_up(input, weight, padding_idx)

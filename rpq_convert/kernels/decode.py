@@ -15,7 +15,7 @@ from rpq_convert.kernels import expand as e
 from rpq_convert.kernels import plain
 from rpq_convert.kernels.cut import Cut
 from rpq_convert.kernels.linear import _address, _flat, _wide, ready, share
-from rpq_convert.kernels.team import FIRST, run
+from rpq_convert.kernels.team import FIRST, Work, run
 
 STEP = 64  # positions of one part
 KEEP = 1 << 23  # weights of a buffer that is kept
@@ -43,7 +43,24 @@ def decode_rows(
     check_rows(index, cut.n)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (codebooks, scales)):
         return _Decode.apply(codes, codebooks, scales, index, cut, dtype)
-    return _decode(codes, codebooks, scales, index, cut, dtype)
+    if dtype != torch.float32:
+        return _decode(codes, codebooks, scales, index, cut, dtype)
+    factors = _wide(scales)
+    kind = ("rows", cut, codes.data_ptr(), codes.stride(), _address(factors))
+    work, _kept = ready(codebooks, kind, lambda: _row_work(codes, codebooks, factors, cut))
+    count = index.shape[0]
+    out = torch.empty(count, cut.inputs, dtype=torch.float32, device=codes.device)
+    changes = ((e.ROWS, count), (e.OUT, out.data_ptr()), (e.INDEX, index.data_ptr()))
+    work.run(-(-count // STEP), 0, changes)
+    return out
+
+
+def _row_work(codes: Tensor, codebooks: Tensor, factors: Tensor | None, cut: Cut) -> tuple[Work, Any]:
+    """Return the work that decodes rows, but for the rows themselves, and what must stay alive for it."""
+    tables = ready(codebooks, "float32")
+    fields = list(_fields(codes, tables, factors, None, cut, codes, STEP))
+    fields[e.OUT_STRIDE - FIRST] = cut.inputs
+    return Work(e.rows, fields), (tables, factors)
 
 
 def check_rows(index: Tensor, entries: int) -> None:

@@ -23,6 +23,7 @@ from rpq_convert.kernels.vectors import (
     spread,
     store,
     take_number,
+    width,
     write_float,
     write_short,
 )
@@ -34,7 +35,7 @@ TOTAL = 32
 ) = range(FIRST, FIRST + 18)  # fmt: skip
 TILE = 16  # rows decoded together, so that their codes share cache lines
 SOME = 16  # blocks of a tile that are decoded together
-EIGHT = LANES[8]
+TWO, FOUR, EIGHT, SIXTEEN = (LANES[lanes] for lanes in (2, 4, 8, 16))
 ZERO, ONE = np.float32(0), np.float32(1)
 
 
@@ -50,22 +51,32 @@ def _row(a, position):
 
 
 @njit(cache=True, nogil=True)
+def _copy_words(tag, code, by_code, table, by_table, to, count, factor):
+    """`_copy` for sub-vectors of one register."""
+    row, times = 4 * width(tag), spread(factor, tag)
+    for i in range(count):
+        word = table + i * by_table + row * read_byte(code + i * by_code)
+        store(to + row * i, multiply(load(word, tag), times))
+
+
+@njit(cache=True, nogil=True)
 def _copy(code, by_code, table, by_table, to, count, dim, factor):
     """Write `count` sub-vectors side by side, times a factor; the table moves on by `by_table` bytes per sub-vector."""
     if dim == 1:
         for i in range(count):
             write_float(to + 4 * i, read_float(table + i * by_table + 4 * read_byte(code + i * by_code)) * factor)
     elif dim == 2:
-        for i in range(count):
-            word = table + i * by_table + 8 * read_byte(code + i * by_code)
-            write_float(to + 8 * i, read_float(word) * factor)
-            write_float(to + 8 * i + 4, read_float(word + 4) * factor)
-    elif dim % 8 == 0:
-        times = spread(factor, EIGHT)
+        _copy_words(TWO, code, by_code, table, by_table, to, count, factor)
+    elif dim == 4:
+        _copy_words(FOUR, code, by_code, table, by_table, to, count, factor)
+    elif dim == 8:
+        _copy_words(EIGHT, code, by_code, table, by_table, to, count, factor)
+    elif dim % 16 == 0:
+        times = spread(factor, SIXTEEN)
         for i in range(count):
             word = table + i * by_table + 4 * dim * read_byte(code + i * by_code)
-            for j in range(0, 4 * dim, 32):
-                store(to + 4 * dim * i + j, multiply(load(word + j, EIGHT), times))
+            for j in range(0, 4 * dim, 64):
+                store(to + 4 * dim * i + j, multiply(load(word + j, SIXTEEN), times))
     else:
         for i in range(count):
             word = table + i * by_table + 4 * dim * read_byte(code + i * by_code)

@@ -7,25 +7,26 @@ of one exists at any time. Work is cut into parts by shape alone: tokens 16 at a
 
 from __future__ import annotations
 
-import math
-import struct
+import functools
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from rpq_convert.kernels import lookup as k
 from rpq_convert.kernels import plain
 from rpq_convert.kernels.cut import Cut
-from rpq_convert.kernels.tasks import CHUNK, TASKS, one_parts, one_whole
-from rpq_convert.kernels.team import run
+from rpq_convert.kernels.tasks import BIAS, CHUNK, OUT, SCALES, SUMS, TASKS, X, one
+from rpq_convert.kernels.team import Work, run
 from rpq_convert.kernels.vectors import HAS_BFLOAT16, HAS_HALF, HAS_PICK
 
 FEW = 3 if HAS_PICK else 1  # up to so many tokens go one by one
 PARTS = 4  # blocks are split into at most so many parts
 SMALL = 1 << 16  # codebooks of fewer numbers are kept wide
 WORTH = 1 << 18  # lookups that are worth a thread
+WORTH_ONE = 24_000  # the same of one token, where a table entry counts a quarter; half of a 768 x 768 layer at dim 64
 
 
 def cost(cut: Cut, tokens: int, dtype: torch.dtype = torch.float32) -> float:
@@ -38,35 +39,47 @@ def cost(cut: Cut, tokens: int, dtype: torch.dtype = torch.float32) -> float:
     return faster * tokens * cut.work / (tokens + decoded)
 
 
-_READY: Any = WeakIdKeyDictionary()  # codebooks -> (version, address, shape, sample, its values, {kind: tensors})
+# id(codebooks) -> (weak reference, version, address, shape, sample, its values, {kind: tensors}); torch's dictionary of
+# weak references takes a microsecond longer
+_READY: dict[int, tuple[Any, ...]] = {}
 
 
-def ready(codebooks: Tensor, kind: str) -> Any:
+def ready(codebooks: Tensor, kind: Any, make: Callable[[], Any] | None = None) -> Any:
     """Return codebooks [stages, books, 256, dim] as a kernel reads them.
 
     Kind "lookup": (as [stages, books, dim, 256], norms of the longest codewords [stages, books]); float32, or float16 where
     that is what they are and there are many, as memory is what limits a few tokens. A dtype's name: in that dtype, as
-    stored; with " down", as [stages, books, dim, 256].
+    stored; with " down", as [stages, books, dim, 256]. Any other: what `make` returns.
 
     Kept while the tensor lives and does not change. Writes through `.data` leave no mark on a tensor's version, so some of
     its values are compared as well.
     """
     if codebooks.is_inference():
-        return _prepare(codebooks.detach(), kind)
-    held = _READY.get(codebooks)
+        return make() if make else _prepare(codebooks.detach(), kind)
+    held = _READY.get(id(codebooks))
     if (
         held is None
-        or held[:3] != (codebooks._version, codebooks.data_ptr(), codebooks.shape)
-        or held[3].tolist() != held[4]
+        or held[0]() is not codebooks
+        or held[1] != codebooks._version
+        or held[2] != codebooks.data_ptr()
+        or held[3] != codebooks.shape
+        or held[4].tolist() != held[5]
     ):
         values = codebooks.detach().reshape(-1)
         sample = values[:: max(1, values.numel() // 13)]
-        state = (codebooks._version, codebooks.data_ptr(), codebooks.shape)
-        held = _READY[codebooks] = (*state, sample, sample.tolist(), {})
-    kinds = held[5]
+        name = id(codebooks)
+        weak = weakref.ref(codebooks, lambda gone: _forget(name, gone))
+        state = (weak, codebooks._version, codebooks.data_ptr(), codebooks.shape)
+        held = _READY[name] = (*state, sample, sample.tolist(), {})
+    kinds = held[6]
     if kind not in kinds:
-        kinds[kind] = _prepare(codebooks.detach(), kind)
+        kinds[kind] = make() if make else _prepare(codebooks.detach(), kind)
     return kinds[kind]
+
+
+def _forget(name: int, gone: Any) -> None:
+    if name in _READY and _READY[name][0] is gone:
+        del _READY[name]
 
 
 def _prepare(codebooks: Tensor, kind: str) -> Any:
@@ -244,12 +257,13 @@ def apply(
     `factors` multiply x's columns before, `scales` and `bias` the result's columns after.
     """
     x, factors, scales, bias = _flat(x), _wide(factors), _wide(scales), _flat(bias)  # type: ignore[assignment]
-    books, norms = ready(codebooks, "lookup")
     tokens = x.shape[0]
     out = x.new_empty(tokens, cut.n if looks else cut.length)
-    keep = (x, factors, scales, bias, books, norms, codes, out)  # alive while addresses are used
-    call = Call(looks, cut, codes, books, norms)
-    if tokens <= FEW:
+    call = call_of(looks, codes, codebooks, cut)
+    keep = (x, factors, scales, bias, call, codes, out)  # alive while addresses are used
+    if tokens == 1 and factors is None:
+        call.one(x, _address(scales), _address(bias), out.data_ptr())
+    elif tokens <= FEW:
         for t in range(tokens):
             one = x[t] if factors is None else x[t] * factors
             call.one(one, _address(scales), _address(bias), out.data_ptr() + 4 * t * out.shape[1])
@@ -259,11 +273,18 @@ def apply(
     return out
 
 
+def call_of(looks: bool, codes: Tensor, codebooks: Tensor, cut: Cut) -> Call:
+    """Return what a product with these codes needs, kept from call to call."""
+    kind = (looks, cut, codes.data_ptr(), codes.stride())
+    return ready(codebooks, kind, lambda: Call(looks, cut, codes, *ready(codebooks, "lookup")))  # type: ignore[no-any-return]
+
+
 class Call:
     """One product with a coded matrix: the arguments of its tasks, and how its work is shared out."""
 
     def __init__(self, looks: bool, cut: Cut, codes: Tensor, books: Tensor, norms: Tensor) -> None:
         self.looks, self.cut, self.norms = looks, cut, norms.data_ptr()
+        self.kept = books, norms
         self.place = (codes.data_ptr(), *codes.stride(), books.data_ptr(), *cut.shape, books.dtype == torch.float16)
         self.picks = HAS_PICK and looks and codes.stride(2) == 1
         inner = cut.blocks * cut.dim  # the cut side, padded
@@ -272,13 +293,13 @@ class Call:
 
     def fields(
         self, x: int, tokens: int, factors: int, scales: int, bias: int, out: int, *, part: int = 0, entered: int = 0,
-        sums: int = 0, sums_bytes: int = 0, parts: int = 0, scale_bits: int = 0, pixels: int = 0,
+        sums: int = 0, sums_bytes: int = 0, parts: int = 0, pixels: int = 0,
     ) -> tuple[int, ...]:  # fmt: skip
         """Return a task's own fields, in the order of `tasks`; with `pixels`, tokens are those of an image [columns, pixels]."""
         strides = (1, pixels, 1, pixels) if pixels else (self.wide_in, 1, self.wide_out, 1)
         return (
             *self.place, self.looks, x, self.wide_in, self.enters, factors, tokens, out, self.wide_out, self.leaves,
-            scales, bias, part, entered, sums, sums_bytes, parts, scale_bits, *strides,
+            scales, bias, part, entered, sums, sums_bytes, parts, 0, *strides,
         )  # fmt: skip
 
     def scratch(self, lanes: int) -> int:
@@ -323,30 +344,26 @@ class Call:
                 memory[entered:].zero_()
 
     def one(self, x: Tensor, scales: int, bias: int, out: int) -> None:
-        """Serve one token."""
-        cut, part = self.cut, self.part(1)
+        """Serve one token x [enters] or [1, enters]."""
+        if self.enters > self.wide_in:
+            x = torch.nn.functional.pad(x, (0, self.enters - self.wide_in))
+        work, pieces, floats, scratch = self.single
+        memory = x.new_empty(floats)
+        changes = ((X, x.data_ptr()), (OUT, out), (SCALES, scales), (BIAS, bias), (SUMS, memory.data_ptr()))
+        work.run(pieces, scratch, changes)
+
+    @functools.cached_property
+    def single(self) -> tuple[Work, int, int, int]:
+        """Return one token's work, its parts, and the floats of its sums and of a thread's scratch."""
+        cut = self.cut
+        value = cut.stages * (cut.n * cut.blocks + 64 * cut.length)
+        parts = max(p for p in (1, 2, PARTS) if p == 1 or (value >= p * WORTH_ONE and cut.blocks >= p * k.TOGETHER))
+        part = -(-cut.blocks // (parts * k.TOGETHER)) * k.TOGETHER
         pieces = -(-cut.blocks // part)
-        left = _line(self.leaves)
-        padded = torch.nn.functional.pad(x, (0, self.enters - self.wide_in)) if self.enters > self.wide_in else x
+        own, left = pieces if self.looks else 1, _line(self.leaves)
         norms = self.norms if self.picks else 0
-        if pieces == 1:
-            fields = self.fields(padded.data_ptr(), 1, norms, scales, bias, out, part=part)
-            return run(one_whole, fields, 1, 256 * k.TOGETHER + cut.room + left)
-        scale = k.integer_scale(padded.data_ptr(), norms, (*cut.shape, 0)) if self.picks else math.nan
-        whole = scale == scale  # a NaN or an infinity in x goes the way of floats
-        own = pieces if self.looks else 1
-        memory = x.new_empty(own * left) if self.looks else x.new_zeros(left)
-        sums, apart = memory.data_ptr(), 4 * left * (own > 1)
-        bits = struct.unpack("q", struct.pack("d", scale))[0] if whole else 0
-        fields = self.fields(
-            padded.data_ptr(), 1, 0, scales, bias, out, part=part, sums=sums, sums_bytes=apart, scale_bits=bits
-        )
-        run(one_parts, fields, pieces, 256 * k.TOGETHER + cut.room)
-        if whole:
-            k.one_leave_whole(sums, own, apart, cut.n, scale, scales, bias, out)
-        else:
-            k.one_leave(sums, own, apart, self.wide_out, scales, bias, out)
-        return None
+        fields = self.fields(0, 1, norms, 0, 0, 0, part=part, sums_bytes=4 * left * (own > 1), parts=own)
+        return Work(one, fields), pieces, own * left, 256 * k.TOGETHER + cut.room
 
 
 def _book_gradient(

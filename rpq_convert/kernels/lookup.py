@@ -362,7 +362,6 @@ def one_lookup_whole(codes, by_stage, by_block, books, shape, low, high, x, scal
     stages, _count, _blocks, dim, n, _half = shape
     tag = np.int16(0)
     factor = spread(np.float32(scale), tag)
-    spread(ZERO, tag)
     whole = n // 64 * 64
     for s in range(stages):
         for b in range(low, high):
@@ -395,12 +394,13 @@ def load_table(planes):
 def one_leave_whole(y, parts, part_stride, n, scale, scales, bias, out):
     """Write the sums as out [n] float32, scaled and shifted."""
     whole = n // 64 * 64
+    step = 1 / scale
     for r in range(n):
         at = y + 4 * (r // 64 * 64 + NATURAL[r % 64] if r < whole else r)
         value = np.int64(read_int(at))
         for p in range(1, parts):
             value += read_int(at + p * part_stride)
-        result = np.float32(value / scale)
+        result = np.float32(value * step)
         if scales != 0:
             result *= read_float(scales + 4 * r)
         if bias != 0:
@@ -412,7 +412,6 @@ def one_leave_whole(y, parts, part_stride, n, scale, scales, bias, out):
 def one_lookup(codes, by_stage, by_block, by_row, books, shape, low, high, x, tables, room, y):
     """Add blocks `low` to `high` of one token's lookup to y [n] float32."""
     stages, _count, _blocks, dim, n, _half = shape
-    np.int16(0)
     for s in range(stages):
         b = low
         while b < high:

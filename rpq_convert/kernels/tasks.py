@@ -11,15 +11,16 @@ from numba import carray, njit
 
 from rpq_convert.kernels import lookup as k
 from rpq_convert.kernels.team import COUNT, FIRST, NEXT, SCRATCH, SCRATCH_BYTES, SLOT
-from rpq_convert.kernels.vectors import address_of, from_bits, take_number
+from rpq_convert.kernels.vectors import address_of, take_number, write_float
 
 TOTAL = 40
+ZERO = np.float32(0)
 # where the codes lie and their shape; one order for all tasks
 CODES, BY_STAGE, BY_BLOCK, BY_ROW, BOOKS, STAGES, BOOK_COUNT, BLOCKS, DIM, ROWS, HALF = range(FIRST, FIRST + 11)
 # linear: whether tables are looked up, what comes in and goes out, and how the work is cut
 (
     LOOKS, X, WIDE_IN, ENTERS, FACTORS, TOKENS, OUT, WIDE_OUT, LEAVES, SCALES, BIAS, PART_BLOCKS, ENTERED, SUMS, SUMS_BYTES,
-    PARTS, SCALE_BITS, BY_TOKEN_IN, BY_COLUMN_IN, BY_TOKEN_OUT, BY_COLUMN_OUT,
+    PARTS, DONE, BY_TOKEN_IN, BY_COLUMN_IN, BY_TOKEN_OUT, BY_COLUMN_OUT,
 ) = range(FIRST + 11, FIRST + 32)  # fmt: skip
 # gradient: sides [groups, columns, lanes] that fill and meet the bins
 FILL, MEET, GROUPS, GRAD, GRAD_BYTES, OTHER = range(FIRST + 11, FIRST + 17)
@@ -148,34 +149,33 @@ def _one(a, low, high, scale, tables, y):
         k.one_bins(codes, a[BY_STAGE], a[BY_BLOCK], a[BY_ROW], books, shape, low, high, a[X], tables, room, y)
 
 
-def one_parts(data):
-    """Serve ranges of blocks of a single token."""
+def one(data):
+    """Serve ranges of blocks of a single token; whoever finishes last adds their sums up and writes the result.
+
+    FACTORS holds the norms where integer tables are possible. Lookups of a part have sums of their own, bins rows.
+    """
     a, base = carray(data, TOTAL), address_of(data)
     tables = a[SCRATCH] + take_number(base + 8 * SLOT) * a[SCRATCH_BYTES]
-    scale = from_bits(a[SCALE_BITS]) if a[SCALE_BITS] != 0 else np.nan
+    scale = k.integer_scale(a[X], a[FACTORS], _shape(a)) if a[FACTORS] != 0 else np.nan
     while True:
         part = take_number(base + 8 * NEXT)
         if part >= a[COUNT]:
             return
         low = part * a[PART_BLOCKS]
+        high = min(low + a[PART_BLOCKS], a[BLOCKS])
         y = a[SUMS] + part * a[SUMS_BYTES]
         if a[LOOKS]:
             k.clear(y, a[LEAVES])
-        _one(a, low, min(low + a[PART_BLOCKS], a[BLOCKS]), scale, tables, y)
-
-
-def one_whole(data):
-    """Serve a single token from start to end; FACTORS holds the norms where integer tables are possible."""
-    a = carray(data, TOTAL)
-    tables = a[SCRATCH]
-    y = tables + 4 * _line(256 * k.TOGETHER + 256 * a[DIM])
-    scale = k.integer_scale(a[X], a[FACTORS], _shape(a)) if a[FACTORS] != 0 else np.nan
-    k.clear(y, a[LEAVES])
-    _one(a, 0, a[BLOCKS], scale, tables, y)
-    if scale == scale:
-        k.one_leave_whole(y, 1, 0, a[ROWS], scale, a[SCALES], a[BIAS], a[OUT])
-    else:
-        k.one_leave(y, 1, 0, a[WIDE_OUT], a[SCALES], a[BIAS], a[OUT])
+        else:
+            for i in range(low * a[DIM], high * a[DIM]):
+                write_float(y + 4 * i, ZERO)
+        _one(a, low, high, scale, tables, y)
+        if take_number(base + 8 * DONE) < a[COUNT] - 1:
+            continue
+        if scale == scale:
+            k.one_leave_whole(a[SUMS], a[PARTS], a[SUMS_BYTES], a[ROWS], scale, a[SCALES], a[BIAS], a[OUT])
+        else:
+            k.one_leave(a[SUMS], a[PARTS], a[SUMS_BYTES], a[WIDE_OUT], a[SCALES], a[BIAS], a[OUT])
 
 
 def groups8(data):

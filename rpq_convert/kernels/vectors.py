@@ -43,7 +43,7 @@ class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
         super().__init__(manager, kind, _llvm(kind))
 
 
-f32x8, f32x16, f32x32 = (Vector("f32", lanes) for lanes in (8, 16, 32))
+f32x2, f32x4, f32x8, f32x16, f32x32 = (Vector("f32", lanes) for lanes in (2, 4, 8, 16, 32))
 i8x64, i32x16 = Vector("i8", 64), Vector("i32", 16)
 
 
@@ -52,11 +52,13 @@ def _pointer(builder: Any, address: Any, kind: Any) -> Any:
 
 
 # How many lanes a kernel uses is decided by the type of an argument, so that one source serves all and numba's cache on
-# disk knows them apart: int8, int16 and int32 stand for 8, 16 and 32 floats.
-LANES = {8: np.int8(0), 16: np.int16(0), 32: np.int32(0)}
+# disk knows them apart: int8, int16 and int32 stand for 8, 16 and 32 floats, uint16 and uint32 for 2 and 4.
+LANES = {2: np.uint16(0), 4: np.uint32(0), 8: np.int8(0), 16: np.int16(0), 32: np.int32(0)}
 
 
 def _of(tag: Any) -> Vector:
+    if not tag.signed:
+        return {16: f32x2, 32: f32x4}[tag.bitwidth]
     return {8: f32x8, 16: f32x16, 32: f32x32}[tag.bitwidth]
 
 
@@ -65,7 +67,7 @@ def width(context, tag):
     """Return the number of lanes, a constant."""
 
     def emit(context, builder, signature, args):
-        return ir.Constant(ir.IntType(64), tag.bitwidth)
+        return ir.Constant(ir.IntType(64), _of(tag).lanes)
 
     return types.int64(tag), emit
 
@@ -246,12 +248,6 @@ def write_int(context, address, value):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int32), emit
-
-
-@intrinsic
-def from_bits(context, bits):
-    """Return the float64 whose bits an int64 holds."""
-    return types.float64(types.int64), lambda c, builder, s, args: builder.bitcast(args[0], ir.DoubleType())
 
 
 @intrinsic
