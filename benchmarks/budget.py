@@ -3,7 +3,7 @@
     python benchmarks/budget.py TEXT [--bits 4 3] [--calibrated FIT_TEXT]
 
 For every rate the file's bytes with that rate everywhere are what the other two may spend. Perplexity over the first 12
-windows of 512 tokens of TEXT. docs/budget.md holds what it printed.
+windows of 512 tokens of TEXT.
 """
 
 import argparse
