@@ -103,7 +103,7 @@ def decode_kernel(
     piece = which // tiles * Q + tl.arange(0, Q)
     value = read_tile(
         codes, by_stage, by_block, by_row, table, by_table, books, blocks, source, row_ok, piece, DIM, PIECE, STAGES, SHARE
-    )
+    )  # fmt: skip
     kind: tl.constexpr = out.dtype.element_ty
     value = value.to(kind)
     column = (piece * PIECE)[:, None] + tl.arange(0, PIECE)[None, :]
@@ -157,8 +157,7 @@ def launch(kernel: Any, programs: tuple[int, ...], on: Tensor, *arguments: Any, 
 
 def coded(codes: Tensor, table: Tensor, cut: Cut) -> tuple[Any, ...]:
     """Return a coded matrix as the first arguments of every kernel; `table` may be a gradient of codebooks as well."""
-    stages, books, blocks, dim, _ = cut.shape
-    return codes, *codes.stride(), table, books * 256 * dim, books, blocks
+    return codes, *codes.stride(), table, cut.books * 256 * cut.dim, cut.books, cut.blocks
 
 
 def constants(cut: Cut) -> dict[str, Any]:
