@@ -5,7 +5,10 @@ import torch
 import triton
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+import rpq_convert as rpq
+from rpq_convert import kernels
 from rpq_convert.kernels import gpu, gpu_products, plain
 from rpq_convert.kernels.cut import Cut
 
@@ -52,7 +55,7 @@ def like(draw, tensor_shape, dtype, seed):
     wide = torch.randn(*(2 * s for s in tensor_shape), generator=make).to(dtype).to(DEVICE)
     way = draw(st.sampled_from(["plain", "apart", "turned"]))
     if way == "apart":
-        return wide[:: 2, 1::2]
+        return wide[::2, 1::2]
     part = wide[: tensor_shape[0], : tensor_shape[1]]
     return part.T.contiguous().T if way == "turned" else part.contiguous()
 
@@ -75,7 +78,8 @@ def test_linear_and_its_gradients(data, matrix, tokens):
     for a, b in zip(found, gradients(wanted, gradient.float(), x, tables, scales, bias)):
         close(a, b, max(LIMIT[dtype], LIMIT[tables.dtype] if a.dtype != torch.float32 else 0) * 3)
     with torch.no_grad():
-        close(gpu.linear(x, codes, tables, scales, None, cut), out - (0 if bias is None else bias.to(dtype)), 3 * LIMIT[dtype])
+        bare = out if bias is None else out - bias.to(dtype)
+        close(gpu.linear(x, codes, tables, scales, None, cut), bare, 3 * LIMIT[dtype])
 
 
 @cases
@@ -100,7 +104,8 @@ def test_rows_and_their_gradients(data, matrix):
     out, wanted = (face.decode_rows(codes, tables, scales, index, cut, dtype) for face in (gpu, plain))
     same(out, wanted)
     gradient = like(data.draw, tuple(out.shape), dtype, 2)
-    exact = plain.decode_rows(codes, tables.float(), None if scales is None else scales.float(), index, cut, torch.float32)
+    wide = None if scales is None else scales.float()
+    exact = plain.decode_rows(codes, tables.float(), wide, index, cut, torch.float32)
     for a, b in zip(gradients(out, gradient, tables, scales), gradients(exact, gradient.float(), tables, scales)):
         close(a, b, 3 * LIMIT[tables.dtype])
 
@@ -151,9 +156,35 @@ def test_gradient_of_a_gradient_and_ordered_sums(axis):
         close(a, b, 1e-5)
     torch.use_deterministic_algorithms(True)
     try:
-        inputs, gradient = (x, codes, tables, None, cut, (True, True, False)), torch.randn(4, cut.outputs, device=DEVICE)
+        inputs = (x, codes, tables, None, cut, (True, True, False))
+        gradient = torch.randn(4, cut.outputs, device=DEVICE)
         with torch.no_grad():
             a, b = gpu.linear_gradients(gradient, *inputs), plain.linear_gradients(gradient, *inputs)
         assert torch.equal(a[1], b[1])
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("axis", ["in", "out"])
+def test_a_model_computes_with_it(axis, monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(60, 32), nn.Linear(32, 48), nn.Linear(48, 30, bias=False))
+    rpq.convert(model, dim=4, axis=axis, fit="random", grow=True)
+    model.to(DEVICE)
+    index = torch.randint(0, 60, (2, 3), device=DEVICE)
+
+    def run():
+        model.zero_grad()
+        out = model(index)
+        out.square().sum().backward()
+        return [out, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    used, original = [], gpu_products.product
+    monkeypatch.setattr(gpu_products, "product", lambda *a, **k: used.append(1) or original(*a, **k))
+    monkeypatch.setattr(kernels, "face", lambda device: plain)
+    wanted = run()
+    assert not used
+    monkeypatch.setattr(kernels, "face", lambda device: gpu)
+    for a, b in zip(run(), wanted, strict=True):
+        close(a, b, 2e-3)  # half precision is what codebooks, and so their gradients, are kept in
+    assert used

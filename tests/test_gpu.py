@@ -31,6 +31,7 @@ def test_in_the_interpreter():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_device():
     run_cases(TRITON_INTERPRET="0")
 

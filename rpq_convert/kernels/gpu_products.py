@@ -70,7 +70,8 @@ def inner_kernel(
             )  # fmt: skip
             if WHOLE:
                 place = x + (row * x_by_row)[:, None, None] + (column.to(tl.int64) * x_by_column)[None, :, :]
-                sums += value.to(tl.float32) * tl.load(place, row_ok[:, None, None] & ok[None, :, :], other=0).to(tl.float32)
+                with_ = tl.load(place, row_ok[:, None, None] & ok[None, :, :], other=0).to(tl.float32)
+                sums += value.to(tl.float32) * with_
             else:
                 with_ = tl.load(x + column.to(tl.int64) * x_by_column, ok, other=0).to(tl.float32)
                 if factors is not None:
@@ -92,7 +93,8 @@ def inner_kernel(
             )  # fmt: skip
             if WHOLE:
                 place = x + (row * x_by_row)[:, None, None] + (column.to(tl.int64) * x_by_column)[None, :, :]
-                sums += value.to(tl.float32) * tl.load(place, row_ok[:, None, None] & ok[None, :, :], other=0).to(tl.float32)
+                with_ = tl.load(place, row_ok[:, None, None] & ok[None, :, :], other=0).to(tl.float32)
+                sums += value.to(tl.float32) * with_
             else:
                 with_ = tl.load(x + row * x_by_row, row_ok, other=0).to(tl.float32)
                 if factors is not None:
@@ -262,10 +264,8 @@ def product(
             x, *x.stride(), tokens, *after, to, span, **fixed, OVER=over, T=T, R=R, Q=Q, **kinds(x.dtype),
         )  # fmt: skip
     if parts > 1:
-        size = 256
-        launch(
-            finish_kernel, (triton.cdiv(out.numel(), size),), x, to, parts, out.numel(), results, scales, bias, out, SIZE=size
-        )
+        count = out.numel()
+        launch(finish_kernel, (triton.cdiv(count, 256),), x, to, parts, count, results, scales, bias, out, SIZE=256)
     return out
 
 

@@ -103,7 +103,7 @@ def decode_kernel(
     piece = which // tiles * Q + tl.arange(0, Q)
     value = read_tile(
         codes, by_stage, by_block, by_row, table, by_table, books, blocks, source, row_ok, piece, DIM, PIECE, STAGES, SHARE
-    )
+    )  # fmt: skip
     kind: tl.constexpr = out.dtype.element_ty
     value = value.to(kind)
     column = (piece * PIECE)[:, None] + tl.arange(0, PIECE)[None, :]
