@@ -159,10 +159,11 @@ def tensors(result: Result) -> list[str]:
 
 
 def machine() -> str:
-    """Return the processor's name and how many cores this process may use."""
+    """Return the processor's name, how many of its cores this process may use, and how many it does."""
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.+)", info.read_text("utf8")) if info.is_file() else []
-    return f"{len(os.sched_getaffinity(0))} cores of an {names[0] if names else platform.machine()}"
+    cores = f"{len(os.sched_getaffinity(0))} cores of an {names[0] if names else platform.machine()}"
+    return f"{cores}, {torch.get_num_threads()} used"
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from rpq_convert.opened import Opened
 from rpq_convert.planning import FORMAT_VERSION, Job, Plan
 from rpq_convert.record import quantization_config
 from rpq_convert.sensitivity import asks
-from rpq_convert.source import SourceError
+from rpq_convert.source import SourceError, read_header
 from rpq_convert.spec import dtype_of
 from rpq_convert.weight import RPQWeight
 
@@ -113,9 +113,9 @@ class RPQQuantizer(HfQuantizer):
             tied.setdefault(name, []).append(alias)
         placed: dict[str, list[str]] = {}
         for name, description in stored["modules"].items():
-            paths = [p for n in (name, *tied.get(name, [])) if (p := _path(model, n)) is not None]
-            if not paths:
+            if (home := _path(model, name)) is None:
                 continue  # a head that a base model does not have
+            paths = [home, *(p for n in tied.get(name, []) if (p := _path(model, n)) is not None)]
             module, parameter = layers.find(model, paths[0])
             given = module._parameters[parameter]
             assert given is not None
@@ -127,6 +127,12 @@ class RPQQuantizer(HfQuantizer):
         if stored["modules"] and not placed:
             raise SourceError(f"no weight of the checkpoint has a place in {type(model).__name__}")
         ties = {k: v for k, v in model.all_tied_weights_keys.items() if not _computed(model, k)}
+        files = kwargs.get("checkpoint_files") or ()
+        for alias in [a for a, source in ties.items() if source in placed]:
+            source = ties.pop(alias)
+            if not any(alias in read_header(f) for f in files):  # else a head that was restored, and is its own now
+                put_everywhere(model, [alias], layers.layers_of(model)[source])
+                placed[source].append(alias)
         for name, others in placed.items():
             parts = [p for p, _ in layers.layers_of(model)[name].named_parameters()]
             ties |= {f"{other}_rpq.{p}": f"{name}_rpq.{p}" for other in others for p in parts}

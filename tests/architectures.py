@@ -157,6 +157,9 @@ ARCHITECTURES = {
     "DistilBERT": lambda w: tf.DistilBertForSequenceClassification(
         tf.DistilBertConfig(vocab_size=4 * w, dim=w, n_layers=2, n_heads=w // 16, hidden_dim=2 * w)
     ),
+    "DeBERTa": lambda w: tf.DebertaForMaskedLM(
+        tf.DebertaConfig(**wide(w), relative_attention=True, pos_att_type=["p2c", "c2p"], max_position_embeddings=64)
+    ),
     "DeBERTa-v2": lambda w: tf.DebertaV2ForTokenClassification(
         tf.DebertaV2Config(**wide(w), relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=16)
     ),

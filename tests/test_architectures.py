@@ -1,6 +1,7 @@
 """Every family of models: what stays dense is named, bytes are as planned, reload is exact, outputs and gradients agree."""
 
 import hashlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,6 +118,12 @@ def test_architecture(name, tmp_path):
     largest = max(float(g.abs().max()) for g in wanted.values())
     for n, g in wanted.items():  # some are zero but for rounding: a bias of keys, which softmax ignores
         assert (got[n] - g).abs().max() < 1e-5 * max(float(g.abs().max()), 1e-2 * largest), n
+
+
+def test_the_table_in_the_docs_has_every_family():
+    page = (Path(__file__).parent.parent / "docs" / "models.md").read_text("utf8")
+    assert not [name for name in ARCHITECTURES if f"| {name}, width" not in page], "run benchmarks/model_coverage.py"
+    assert "NOT EXACT" not in page
 
 
 def test_what_most_of_a_mixture_weighs_is_covered():

@@ -98,6 +98,55 @@ def test_a_base_model_and_a_headed_one_share_checkpoints(folders, tmp_path):
         assert torch.equal(headed.model(ids).last_hidden_state, expected)
 
 
+@pytest.mark.parametrize(
+    "name, kinds",
+    {
+        "BERT": ("", "ForMaskedLM", "ForCausalLM", "ForPreTraining", "ForSequenceClassification", "ForMultipleChoice"),
+        "Llama": ("", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification"),
+        "T5": ("", "ForSeq2SeqLM", "ForSequenceClassification", "ForTokenClassification"),
+        "BART": ("", "ForSeq2SeqLM", "ForCausalLM", "ForSequenceClassification"),
+        "Whisper": ("", "ForSpeechSeq2Seq", "ForCausalLM", "ForAudioClassification"),
+        "Wav2Vec2": ("", "ForCTC", "ForAudioClassification", "ForAudioXVector"),
+        "ViT": ("", "ForImageClassification", "ForMaskedImageModeling"),
+        "CLIP": ("", "ForZeroShotImageClassification", "ForImageClassification"),
+    }.items(),
+)
+def test_every_auto_class_finds_what_it_finds_in_the_dense_checkpoint(name, kinds, folders):
+    source, out = folders(name)
+    whole = layers_of(rpq.load(out))
+    for kind in kinds:
+        auto = getattr(tf, f"AutoModel{kind}")
+        dense, wanted = auto.from_pretrained(source, output_loading_info=True)
+        model, found = auto.from_pretrained(out, output_loading_info=True)
+        assert type(model) is type(dense) and found["missing_keys"] == wanted["missing_keys"], kind
+        held = layers_of(model)
+        assert len(held) > 5 and not any(p.is_meta for p in model.parameters())
+        for path, weight in held.items():
+            assert any(w.shape == weight.shape and torch.equal(w(), weight()) for w in whole.values()), (kind, path)
+
+
+def test_a_restored_head_is_its_own_although_the_config_ties_it(folders, tmp_path):
+    source, _ = folders("GPT-2")
+    model = tf.AutoModelForCausalLM.from_pretrained(source).eval()
+    rpq.convert(model, bits=4, grow=True)
+    rpq.restore(model.lm_head)
+    model.lm_head.weight.data.add_(1)
+    model.save_pretrained(tmp_path / "own")
+    assert same(tf.AutoModelForCausalLM.from_pretrained(tmp_path / "own").eval(), model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, "auto"])
+def test_any_dtype_gives_the_weights_that_load_gives(dtype, folders):
+    for name in ("OPT", "Mixtral"):
+        _, out = folders(name)
+        model = tf.AutoModelForCausalLM.from_pretrained(out, dtype=dtype)
+        expected = rpq.load(out).to(torch.float32 if dtype == "auto" else dtype)
+        assert model.dtype == expected.dtype
+        for path, weight in layers_of(expected).items():
+            found = layers_of(model)[path]()
+            assert found.dtype == weight().dtype and torch.equal(found, weight()), path
+
+
 def test_tied_weights_stay_one(folders):
     _, out = folders("GPT-2")
     model = tf.AutoModelForCausalLM.from_pretrained(out)
