@@ -22,6 +22,9 @@ FEATURES = llvmlite.binding.get_host_cpu_features()
 HAS_PICK = platform.machine() in ("x86_64", "AMD64") and bool(FEATURES.get("avx512vbmi"))
 HAS_HALF = platform.machine() in ("aarch64", "arm64") or bool(FEATURES.get("f16c"))
 HAS_BFLOAT16 = bool(FEATURES.get("avx512bf16"))  # dense products in bfloat16 are faster than in float32
+HAS_AMX = bool(FEATURES.get("amx-bf16"))  # and much faster
+# Intel's AVX-512 processors multiply two full registers a cycle, AMD's up to Zen 4 one: dense products gain, lookups do not
+TWO_FULL = bool(FEATURES.get("avx512f")) and not llvmlite.binding.get_host_cpu_name().startswith("znver")
 KINDS = {"f32": ir.FloatType(), "i8": ir.IntType(8), "i32": ir.IntType(32)}
 
 
