@@ -36,7 +36,7 @@ def cost(cut: Cut, tokens: int, dtype: torch.dtype = torch.float32) -> float:
     2.4 times as fast as float32 where the processor has it, with AMX 5.8 times. Few tokens are bound by memory, where codes
     always win. From benchmarks/speed.py on AMD EPYC 9004 and Intel Sapphire Rapids.
     """
-    faster, decoded = (1.75 if TWO_FULL else 1.0), (90 if cut.axis == "in" else 50)
+    faster, decoded = 1.75 if TWO_FULL else 1.0, 90.0 if cut.axis == "in" else 50.0
     if dtype == torch.bfloat16 and HAS_AMX:
         faster, decoded = 5.8 * faster, 14 * decoded
     elif dtype == torch.bfloat16 and HAS_BFLOAT16:
