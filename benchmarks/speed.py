@@ -1,15 +1,18 @@
 """Layers and whole models against dense ones and other quantized kernels, side by side in one run.
 
     pip install -e .[bench]
-    python benchmarks/speed.py [linear|stack|small|embedding|conv|training|models …]    # all of them by default
+    python benchmarks/speed.py > docs/benchmarks.md           # all tables
+    python benchmarks/speed.py [--one-thread] [linear|stack|small|embedding|conv|training|models|kmeans|cost …]
 
 Every table: time as a multiple of the first column's, medians over rounds in which the contenders take turns (each runs
 some times in a row, the first not counted: "same layer" means warm caches; `stack` runs 16 different layers in a row).
-Below 1 is faster. `±` is half the distance between the quartiles, of the dense layer.
+Below 1 is faster. `±` is half the distance between the quartiles: milliseconds of the dense layer, else of the ratio.
+`--one-thread` measures the CPU time of one thread instead, for a machine that others use too.
 """
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import subprocess
@@ -58,7 +61,7 @@ def line(label: str, contenders: Contenders, **options: int) -> list[str]:
     """Return the cells of one row: the first contender in milliseconds, the rest as multiples of it."""
     found = measure(contenders, **options)
     first, *rest = found.values()
-    return [label, f"{first[0] * 1e3:.3g} ± {first[1] * 1e3:.2g} ms", *(f"{m / first[0]:.3f}" for m, _ in rest)]
+    return [label, f"{first[0] * 1e3:.3g} ± {first[1] * 1e3:.2g} ms", *(f"{m / first[0]:.3f} ± {s / first[0]:.2g}" for m, s in rest)]
 
 
 def table(title: str, head: list[str], rows: list[list[str]]) -> None:
@@ -201,10 +204,10 @@ def conv() -> None:
         x = torch.randn(images, channels, side, side)
         dense = nn.Conv2d(channels, outputs, kernel, padding=kernel // 2)
         contenders: Contenders = {"dense fp32": lambda x=x, m=dense: m(x)}
-        for dim in (2, 8, 16):
+        for dim, axis in ((2, "out"), (8, "out"), (16, "out"), (4, "in"), (8, "in"), (16, "in")):
             layer = nn.Conv2d(channels, outputs, kernel, padding=kernel // 2)
-            rpq.convert(layer, dim=dim, fit="random", grow=True)
-            contenders[f"dim {dim}"] = lambda x=x, m=layer: m(x)
+            rpq.convert(layer, dim=dim, axis=axis, fit="random", grow=True)
+            contenders[f"dim {dim} {axis}"] = lambda x=x, m=layer: m(x)
         rows.append(
             line(f"{outputs} x {channels} x {kernel} x {kernel} at {side} x {side}, {images} images", contenders)
         )
@@ -305,21 +308,74 @@ def models() -> None:
     table("Whole models", ["model", *contenders], rows)
 
 
-TABLES = {f.__name__: f for f in (linear, stack, small, embedding, conv, training, models)}
+def kmeans() -> None:
+    from fit import HEAD, peers_table
+
+    table("k-means, one codebook per block, N(0, 1) matrix 4096 x 256, CPU time of one thread, 25 iterations and codes",
+          HEAD, peers_table(4096, 256))  # fmt: skip
+    print("\nThe GEMM-rate limit is the time of all products that distances need, at the rate of torch's own.")
+
+
+def cost() -> None:
+    """Measure whole conversions, from a dense model in memory to a converted one, and scale them."""
+    from real_models import smollm2
+
+    rows = []
+    for label, make in (
+        ("SmolLM2-135M", lambda: smollm2()[0]),
+        ("one Linear 4096 x 4096", lambda: nn.Sequential(nn.Linear(4096, 4096, bias=False))),
+    ):
+        for bits in (8, 4, 2):
+            model = make()
+            weights = sum(p.numel() for p in model.parameters())
+            start = time.perf_counter()
+            rpq.convert(model, preset=f"{bits}bit")
+            seconds = time.perf_counter() - start
+            rows.append([label, str(bits), f"{weights / 1e6:.1f} M", f"{seconds:.1f} s", f"{seconds / weights * 1e9 / 60:.1f} min"])
+    table("Cost of a conversion, wall time", ["model", "bits", "parameters", "measured", "per billion parameters"], rows)
+
+
+TABLES = {f.__name__: f for f in (linear, stack, small, embedding, conv, training, models, kmeans, cost)}
+
+
+LIMITS = """
+## What limits
+
+- **Lookups** from dim 4 on, many tokens: a lookup reads one row of 16 tokens. One core of the Xeon (Sapphire Rapids) does
+  2.0e9 such rows a second whether tables lie in the first or the second level of the cache, blocks are taken 2, 3, 4 or 8 at a
+  time, or rows have 16 or 32 tokens; its dense products do 65 to 70e9 multiply-adds, so a layer of dim d cannot be faster
+  than about 2.1 / d + 256 / outputs of dense. AMD's Zen 4 multiplies half as fast: the same kernels are further ahead there.
+- **Dim 2 at 512 tokens** is decoded in tiles and multiplied: 1.0 plus the decoding of each weight once.
+- **bfloat16 with AMX** multiplies 5.8 times as fast as float32. Codes win where memory limits (few tokens) and lose at many
+  tokens, where a weight is decoded first, which alone takes as long as the product of 750 (`out`) to 1200 (`in`) tokens.
+- **Embedding of 8 tokens**: `nn.Embedding` takes 5 microseconds in all, which is what Python takes to call a layer, make the
+  result and start a kernel.
+- **Convolutions with small maps** (7 x 7, or one image of 14 x 14): each weight is decoded for fewer than 400 pixels.
+  1 x 1 convolutions that are cut along `out` have 256 inputs in rows and tables of 256 entries, so nothing is shared; along
+  `in` they gain.
+- **k-means at dim 64**: products are made by vector code in a fixed order, not by BLAS, whose bits depend on its threads."""
 
 
 def main(names: list[str]) -> None:
+    global clock
     if names[:1] == ["--peak"]:
         return peak(names[1])
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((c.split(":")[1].strip() for c in lines if c.startswith("model name")), "an unknown processor")
+    if names[:1] == ["--one-thread"]:
+        torch.set_num_threads(1)
+        clock, names = time.thread_time, names[1:]
+    info = Path("/proc/cpuinfo").read_text()
+    cpu = next((c.split(":")[1].strip() for c in info.splitlines() if c.startswith("model name")), "an unknown processor")
+    has = [name for name in ("avx2", "avx512f", "avx512_vbmi", "avx512_bf16", "amx_bf16", "avx512_fp16") if f" {name}" in info]
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30
     print(
-        f"# Speed\n\nPrinted by `python benchmarks/speed.py > docs/benchmarks.md`: {torch.get_num_threads()} threads of {cpu}, ",
-        end="",
+        f"# Speed\n\nPrinted by `python benchmarks/speed.py > docs/benchmarks.md`: {torch.get_num_threads()} threads of {cpu} "
+        f"({', '.join(has)}), {memory} GiB, Python {platform.python_version()}, torch {torch.__version__}. "
+        + __doc__.split("…]\n", 1)[1].strip()
     )
-    print(f"Python {platform.python_version()}, torch {torch.__version__}. {__doc__.split('default', 1)[1].strip()}")
     for name in names or TABLES:
         TABLES[name]()
+    if not names:
+        print(LIMITS)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,12 @@ SERVED = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that compiled 
 def face(device: str) -> ModuleType:
     """Return the fastest face for tensors on this type of device; what compiles it is imported on first use."""
     if device == "cpu":
-        from rpq_convert.kernels import cpu
-
-        return cpu
+        try:
+            from rpq_convert.kernels import cpu
+        except ImportError:  # no numba for this machine
+            pass
+        else:
+            return cpu
     if device == "cuda" and _has_triton():
         from rpq_convert.kernels import gpu
 

@@ -45,8 +45,8 @@ class Cut:
     def work(self) -> float:
         """The time of one token by lookups over that of a dense product, roughly, where memory does not limit either.
 
-        In multiply-adds of a dense product a lookup counts 1.5, a bin 2.6, a table entry 0.9 (from benchmarks/speed.py, two
+        In multiply-adds of a dense product a lookup counts 1.5, a bin 2.6, a table entry 1.2 (from benchmarks/speed.py, two
         cores of an AMD EPYC 9004).
         """
         adds = self.n * self.blocks * self.stages * (1.5 if self.axis == "in" else 2.6)
-        return (adds + 0.9 * 256 * self.length * self.stages) / (self.n * self.length)
+        return (adds + 1.2 * 256 * self.length * self.stages) / (self.n * self.length)

@@ -20,7 +20,7 @@ from rpq_convert.kernels import plain
 from rpq_convert.kernels.cut import Cut
 from rpq_convert.kernels.tasks import BIAS, CHUNK, OUT, SCALES, SUMS, TASKS, X, one
 from rpq_convert.kernels.team import Work, run
-from rpq_convert.kernels.vectors import HAS_BFLOAT16, HAS_HALF, HAS_PICK
+from rpq_convert.kernels.vectors import HAS_AMX, HAS_BFLOAT16, HAS_HALF, HAS_PICK, TWO_FULL
 
 FEW = 3 if HAS_PICK else 1  # up to so many tokens go one by one
 PARTS = 4  # blocks are split into at most so many parts
@@ -32,10 +32,15 @@ WORTH_ONE = 24_000  # the same of one token, where a table entry counts a quarte
 def cost(cut: Cut, tokens: int, dtype: torch.dtype = torch.float32) -> float:
     """Return the time of a layer by lookups over that of decoding its weight and multiplying, roughly.
 
-    A decoded weight counts 50 multiply-adds. Dense bfloat16 is 2.4 times as fast where the processor has it. Few tokens are
-    bound by memory, where codes always win.
+    A decoded weight counts as so many tokens' multiply-adds: 50 (90 where a sub-vector lies along a row). Dense bfloat16 is
+    2.4 times as fast as float32 where the processor has it, with AMX 5.8 times. Few tokens are bound by memory, where codes
+    always win. From benchmarks/speed.py on AMD EPYC 9004 and Intel Sapphire Rapids.
     """
-    faster, decoded = (2.4, 75) if dtype == torch.bfloat16 and HAS_BFLOAT16 else (1.0, 50)
+    faster, decoded = 1.75 if TWO_FULL else 1.0, 90.0 if cut.axis == "in" else 50.0
+    if dtype == torch.bfloat16 and HAS_AMX:
+        faster, decoded = 5.8 * faster, 14 * decoded
+    elif dtype == torch.bfloat16 and HAS_BFLOAT16:
+        faster, decoded = 2.4 * faster, 1.5 * decoded
     return faster * tokens * cut.work / (tokens + decoded)
 
 

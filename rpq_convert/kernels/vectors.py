@@ -14,14 +14,26 @@ from typing import Any
 import llvmlite.binding
 import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import config, types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
-FEATURES = llvmlite.binding.get_host_cpu_features()
+
+def _features() -> dict[str, bool]:
+    """Return what the processor that numba compiles for can do: this one, or the one that NUMBA_CPU_FEATURES asks for."""
+    asked: str | None = getattr(config, "CPU_FEATURES", None)
+    if asked is None:
+        return dict(llvmlite.binding.get_host_cpu_features())
+    return {name[1:]: name[0] == "+" for name in asked.split(",") if name}
+
+
+FEATURES = _features()
 HAS_PICK = platform.machine() in ("x86_64", "AMD64") and bool(FEATURES.get("avx512vbmi"))
 HAS_HALF = platform.machine() in ("aarch64", "arm64") or bool(FEATURES.get("f16c"))
 HAS_BFLOAT16 = bool(FEATURES.get("avx512bf16"))  # dense products in bfloat16 are faster than in float32
+HAS_AMX = bool(FEATURES.get("amx-bf16"))  # and much faster
+# Intel's AVX-512 processors multiply two full registers a cycle, AMD's up to Zen 4 one: dense products gain, lookups do not
+TWO_FULL = bool(FEATURES.get("avx512f")) and not llvmlite.binding.get_host_cpu_name().startswith("znver")
 KINDS = {"f32": ir.FloatType(), "i8": ir.IntType(8), "i32": ir.IntType(32)}
 
 
@@ -92,9 +104,11 @@ def load_bytes(context, address):
 
 @intrinsic
 def load_half(context, address):
-    """Read 16 float16 as float32."""
+    """Read 16 float16 as float32; NaN where `HAS_HALF` is false: LLVM would call a function that numba does not have."""
 
     def emit(context, builder, signature, args):
+        if not HAS_HALF:
+            return ir.Constant(_llvm(f32x16), [float("nan")] * 16)
         half = builder.load(_pointer(builder, args[0], ir.VectorType(ir.HalfType(), 16)), align=1)
         return builder.fpext(half, _llvm(f32x16))
 
@@ -303,9 +317,11 @@ def write_planes(context, address, a, b, c, d):
 
 @intrinsic
 def pick(context, codes, t0, t1, t2, t3):
-    """Return table[code] for 64 codes and a table of 256 bytes."""
+    """Return table[code] for 64 codes and a table of 256 bytes; nothing of use where `HAS_PICK` is false."""
 
     def emit(context, builder, signature, args):
+        if not HAS_PICK:  # compiled with its callers, but not run
+            return args[0]
         kind = _llvm(i8x64)
         name = "llvm.x86.avx512.vpermi2var.qi.512"
         permute = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind, kind, kind]), name)
