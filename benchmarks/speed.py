@@ -35,6 +35,7 @@ from rpq.nn import RPQLinear as SeedLinear  # noqa: E402 - the package RPQ-pytor
 
 TOKENS = (1, 8, 64, 512)
 clock = time.perf_counter
+LONG = 0.02  # seconds from which on a call is timed once a round
 Contenders = dict[str, Callable[[], object]]
 
 
@@ -45,8 +46,10 @@ def measure(contenders: Contenders, *, rounds: int = 7, burst: int = 3) -> dict[
         call()
     for _ in range(rounds):
         for name, call in contenders.items():
+            start = clock()
             call()
-            for _ in range(burst):
+            long = clock() - start > LONG
+            for _ in range(1 if long else burst):
                 start = clock()
                 call()
                 times[name].append(clock() - start)
