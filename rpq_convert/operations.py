@@ -53,6 +53,7 @@ def _product(x: Tensor, weight: Any, bias: Tensor | None, axes: tuple[str, ...])
         return NotImplemented
     flat = x if x.ndim == 2 else x.reshape(-1, cut.inputs)
     flat = rotate(flat if flat.dtype == dtype else flat.to(dtype), rpq.spec.rotation)
+    bias = bias if bias is None or bias.dtype == dtype else bias.to(dtype)  # as autocast does, and compiled code
     out = face.linear(flat, codes, codebooks, scales, bias, cut)
     if rpq.zero_row is not None:
         out[:, rpq.zero_row] = 0 if bias is None else bias[rpq.zero_row].to(dtype)

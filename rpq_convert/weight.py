@@ -103,26 +103,22 @@ class RPQWeight(nn.Module):
 
     def stages_codes(self) -> Tensor:
         """Return the codes as [stages, blocks, n], a view."""
+        codes = self.stored_tensor("codes")
+        codes = codes if self.spec.stages > 1 else codes.unsqueeze(0)
+        return codes if self.spec.layout == "blocks" else codes.transpose(1, 2)
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return (codes [stages, blocks, n], codebooks, scales) for compiled kernels; the view is kept for the next call."""
         stored = self.stored_tensor("codes")
-        if torch.compiler.is_compiling() or type(stored) not in (nn.Parameter, Tensor):
-            return self._staged(stored)
         seen = self.__dict__.get("_seen")
         if seen is None or seen[0] is not stored or seen[1] != stored.data_ptr():
-            seen = (stored, stored.data_ptr(), self._staged(stored.detach()))
+            seen = (stored, stored.data_ptr(), self.stages_codes().detach())
             if not torch.is_inference_mode_enabled():
                 self.__dict__["_seen"] = seen
-        return seen[2]  # type: ignore[no-any-return]
-
-    def _staged(self, stored: Tensor) -> Tensor:
-        codes = stored if self.spec.stages > 1 else stored.unsqueeze(0)
-        return codes if self.spec.layout == "blocks" else codes.transpose(1, 2)
+        return seen[2], self.stored_tensor("codebooks"), self.stored_tensor("scales")
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_seen", "_lazy")}  # what calls keep for the next
-
-    def parts(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return (codes [stages, blocks, n], codebooks, scales), what kernels compute on."""
-        return self.stages_codes(), self.stored_tensor("codebooks"), self.stored_tensor("scales")
 
     def forward(self) -> Tensor:
         """Expand to the dense parameter, in its stored shape, contiguous, differentiable."""
@@ -136,7 +132,10 @@ class RPQWeight(nn.Module):
 
     def rows(self, index: Tensor) -> Tensor:
         """Expand the rows `index [r]` of a two-axis parameter cut along its input axis: [r, L]."""
-        rows = self.face.decode_rows(*self.parts(), index, self.cut, self._probe.dtype)
+        face = self.face
+        slow = face is plain or face is operators
+        parts = (self.stages_codes(), self.codebooks, self.scales) if slow else self.parts()
+        rows = face.decode_rows(*parts, index, self.cut, self._probe.dtype)
         rows = rotate(rows, self.spec.rotation, back=True)
         return rows if self.zero_row is None else self._finish(rows, index, scaled=True)
 
