@@ -125,6 +125,12 @@ def relative_error(dense: Tensor, rpq: RPQWeight) -> float:
     return rest / base if base else (math.inf if rest else 0.0)
 
 
+# Without statistics, large weights count more up to this dim: nearest codewords leave them the largest errors, and a model lives
+# on them. At 8 bits it takes SmolLM2's divergence from 0.0054 to 0.0037, at 4 bits that of the embedding alone from 0.243 to
+# 0.175, for up to 19 % more squared error. Sums of codewords gain nothing.
+LARGE = 2
+
+
 def _fit(
     job: Job, dense: Tensor, statistics: Statistics | None, start: Mapping[str, Tensor] | None
 ) -> tuple[dict[str, Tensor], int, int | None]:
@@ -154,7 +160,8 @@ def _fit(
             books, codes = _unstored(job, start)
             before = Fitted(books, codes, count_dead(codes, spec.books))
         if statistics is None:
-            fitted = before or FITTERS[job.fit](matrix, **common)
+            large = spec.stages == 1 and spec.dim <= LARGE and job.fit != "random"
+            fitted = before or FITTERS[job.fit](matrix, importance="size" if large else None, **common)
         else:
             moments = statistics.moments
             if moments.ndim == 3 and spec.axis == "out" and "expert" not in view.axes:

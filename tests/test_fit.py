@@ -219,6 +219,19 @@ def test_importance_per_row_shifts_the_error():
     assert_nearest(fitted, matrix, 4)
 
 
+@pytest.mark.parametrize("dim", [1, 2])
+def test_importance_by_size_is_that_of_the_sub_vectors_and_spares_the_large(dim):
+    matrix = normal(300, 60 * dim)
+    matrix[:3] *= 4
+    sizes = matrix.view(300, 60, dim).square().mean(2) / matrix.square().mean()
+    fitted = kmeans(matrix, dim=dim, books=1, stages=1, seed=0, importance="size")
+    given = kmeans(matrix, dim=dim, books=1, stages=1, seed=0, importance=(1 + sizes).repeat_interleave(dim, 1))
+    assert error(fitted, matrix) == pytest.approx(error(given, matrix), rel=0.02)
+    plain, large = kmeans(matrix, dim=dim, books=1, stages=1, seed=0), torch.zeros(300, 1)
+    large[:3] = 1
+    assert error(fitted, matrix, large) < 0.8 * error(plain, matrix, large)
+
+
 @pytest.mark.parametrize(("name", "stages"), [("kmeans", 1), ("additive", 2)])
 @pytest.mark.parametrize("dim", [2, 4, 20])
 def test_importance_inside_a_sub_vector(name, stages, dim):

@@ -21,7 +21,8 @@ dense model's, divergence from the dense model's predictions in nats per token, 
 Calibrating tools see 32 windows of the validation text. The model comes from a package registry as a 4-bit GGUF: each 32 weights
 in a row lie on 16 levels, which tools with such groups find again, so that they look lossless. Its channels are therefore
 shuffled first (the same function, the same numbers in each row, no grid:
-[shuffle.py](../benchmarks/quality/shuffle.py)), which makes it like an ordinary checkpoint."""
+[shuffle.py](../benchmarks/quality/shuffle.py)), which makes it like an ordinary checkpoint. Where hardly anything is lost, two
+perplexities differ by luck (0.1 either way); the divergence tells them apart."""
 _SHIPPED = "The same model as it is shipped, to show what a tool would owe to the grid. Not a comparison."
 
 

@@ -16,6 +16,7 @@ import torch
 from rpq_convert.fit.kmeans import (
     ITERATIONS,
     Group,
+    Importance,
     Problem,
     collect,
     few,
@@ -43,7 +44,7 @@ def fit_additive(
     stages: int,
     seed: int,
     codebook_dtype: torch.dtype = torch.float32,
-    importance: torch.Tensor | None = None,
+    importance: Importance = None,
 ) -> Fitted:
     """Fit `stages` codebooks per book whose codewords add up, so that sum importance (matrix - decoded)^2 is small.
 

@@ -14,7 +14,8 @@ Not tried: minibatch k-means, bounds that skip distances.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -42,6 +43,9 @@ ITERATIONS = 25
 PIECES = 1024  # pieces of the line between which dynamic programming may cut
 
 
+Importance = torch.Tensor | Literal["size"] | None
+
+
 @dataclass(frozen=True)
 class Problem:
     """Hold a checked, scaled fitting problem."""
@@ -53,6 +57,7 @@ class Problem:
     dim: int
     books: int
     blocks: int
+    care: float = 0.0  # importance "size": what the mean square of a scaled sub-vector adds to an importance of 1
 
     def block_range(self, book: int) -> tuple[int, int]:
         """Return the first block that reads `book` and the one after the last."""
@@ -77,6 +82,8 @@ class Problem:
 
     def weights(self, low: int, high: int) -> np.ndarray:
         """Gather a span's importance: [1, 1] (none), [1, m n] or [r, m n]."""
+        if self.care:
+            return 1 + np.float32(self.care) * np.square(self.points(low, high)).mean(0, keepdims=True)
         if self.importance is None:
             return _ONE
         weights = _gather(self.importance, low, high, self.dim)
@@ -117,7 +124,7 @@ def _gather(values: torch.Tensor, low: int, high: int, dim: int) -> np.ndarray:
     return part.reshape(n, m, -1).permute(2, 1, 0).reshape(-1, m * n).contiguous().clone().numpy()
 
 
-def pose(matrix: torch.Tensor, importance: torch.Tensor | None, *, dim: int, books: int, stages: int) -> Problem:
+def pose(matrix: torch.Tensor, importance: Importance, *, dim: int, books: int, stages: int) -> Problem:
     """Check a fitter's arguments and scale the matrix; ValueError where no fit is possible."""
     blocks = check_layout(matrix, dim=dim, books=books, stages=stages)
     matrix = matrix.detach().to(device="cpu", dtype=torch.float32)
@@ -127,6 +134,13 @@ def pose(matrix: torch.Tensor, importance: torch.Tensor | None, *, dim: int, boo
     largest = max(-least, most)
     # Squares of values below 2^-75 vanish in fp32, so the largest magnitude is brought near 1.
     scale = 2.0 ** -max(-120, min(120, math.frexp(largest)[1])) if largest > 0 else 1.0
+    if isinstance(importance, str):
+        if importance != "size":
+            raise ValueError(f"importance must be 'size' or a tensor, not {importance!r}")
+        problem = Problem(matrix, None, False, scale, dim, books, blocks)
+        spans = [span for book in range(books) for span in problem.spans(book)]
+        square = sum(float(np.square(problem.points(*s)).sum(dtype=np.float64)) for s in spans) / max(1, matrix.numel())
+        return replace(problem, care=1 / square if square > 0 else 0.0)
     if importance is not None:
         importance = importance.detach().to(device="cpu", dtype=torch.float32)
         least, most = float(importance.amin()), float(importance.amax())
@@ -411,12 +425,13 @@ def fit_kmeans(
     stages: int = 1,
     seed: int,
     codebook_dtype: torch.dtype = torch.float32,
-    importance: torch.Tensor | None = None,
+    importance: Importance = None,
 ) -> Fitted:
     """Fit codebooks by k-means so that sum importance (matrix - decoded)^2 is small.
 
-    matrix [n, L]; block b of a row reads codebook b * books // blocks. importance broadcasts to [n, L]. Codes are the
-    nearest codewords of the codebooks as rounded. At most 256 distinct sub-vectors per codebook are met exactly.
+    matrix [n, L]; block b of a row reads codebook b * books // blocks. importance broadcasts to [n, L], or
+    "size" is 1 + the mean square of the sub-vector relative to the matrix's. Codes are the nearest codewords of the
+    codebooks as rounded. At most 256 distinct sub-vectors per codebook are met exactly.
     Raises ValueError for stages != 1, an impossible layout, NaN or infinity, or codewords too large for the dtype.
 
     >>> fitted = fit_kmeans(torch.arange(12.0).reshape(3, 4), dim=2, books=1, stages=1, seed=0)
