@@ -1,6 +1,6 @@
 """What is done to a weight before it is coded, and what that is worth: SmolLM2-135M, fitted to its weights alone.
 
-    python benchmarks/remedies.py TEXT [--bits 4 3] [--only rotation …]
+    python benchmarks/remedies.py TEXT [--bits 4 3] [--dim 4 --stages 2] [--only rotation …]
 
 Each remedy changes every matrix, lets the library encode the changed one as its plan says, and undoes the change; what it would have
 to store is counted. `more bits` spends a remedy's bytes on a higher average rate instead (`--bits 4.25`): what a remedy must beat.
@@ -78,14 +78,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text")
     parser.add_argument("--bits", type=float, nargs="*", default=[4, 3])
+    parser.add_argument("--dim", type=int, help="with --stages, in the place of --bits: summed codewords")
+    parser.add_argument("--stages", type=int, default=1)
     parser.add_argument("--only", nargs="*", default=[*REMEDIES, "more bits"])
     asked = parser.parse_args()
     base, tokenizer = smollm2()
     text = Path(asked.text).read_text("utf8")
     before = perplexity(base, tokenizer, text)
     print(f"dense: {before:.3f}\n\n| bits | remedy | MB | perplexity | / base |\n|---|---|---|---|---|", flush=True)
-    for bits in asked.bits:
-        plan = rpq.plan(base, bits=bits)
+    sizes = [{"bits": b} for b in asked.bits] if asked.dim is None else [{"dim": asked.dim, "stages": asked.stages}]
+    for size in sizes:
+        plan, bits = rpq.plan(base, **size), size.get("bits", 8 * asked.stages / (asked.dim or 8))
         for name in asked.only:
             model, extra = copy.deepcopy(base), 0.0
             if name == "more bits":
