@@ -5,7 +5,8 @@
 VALID and TEST: WikiText-2's validation and test part as plain text; STSB_CSV: STS-B's English test pairs. What tools fit on
 comes from VALID alone. A finished cell (task, tool, settings) is a line of docs/quality.jsonl and is not run again, so a killed
 run goes on where it stopped; `--again` measures the chosen cells anew, `--retry` those that failed, and `--tasks` with no
-name writes the page alone. Each tool runs in its own process and environment (made under --work on first use). Run from the root of a checkout with `pip install -e .[bench]`.
+name writes the page alone. Each tool runs in its own process and environment (made under --work on first use). Run from the
+root of a checkout with `pip install -e .[bench]`.
 """
 
 from __future__ import annotations

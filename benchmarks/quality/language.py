@@ -104,7 +104,8 @@ class Encoder:
 
     title = "all-MiniLM-L6-v2"
     note = """Mean cosine of the embeddings of STS-B's test sentences to the dense model's, and Spearman's rank correlation with
-the human scores (dense: {base_spearman:.4f}). Calibrating tools see 512 lines of WikiText-2's validation text, tuning all its sentences."""
+the human scores (dense: {base_spearman:.4f}). Calibrating tools see 512 lines of WikiText-2's validation text, tuning all
+its sentences."""
     parameters = 22_713_216
     columns = ("cosine", "spearman")
     best = "cosine"

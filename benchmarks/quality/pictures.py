@@ -81,7 +81,8 @@ class Classifier:
 
     columns: tuple[str, ...] = ("accuracy", "agreement")
     note = """Accuracy on 10,000 test pictures (dense: {base_accuracy:.4f}), and how often the answer is the dense model's.
-Calibrating tools see 512 training pictures, tuning 25,600. Tools that only know linear layers are left out where there are convolutions."""
+Calibrating tools see 512 training pictures, tuning 25,600. Tools that only know linear layers are left out where
+there are convolutions."""
     best = "agreement"
 
     def __init__(self, title: str, build: Any, parameters: int, epochs: int, rate: float) -> None:
