@@ -4,8 +4,9 @@
 
 VALID and TEST: WikiText-2's validation and test part as plain text; STSB_CSV: STS-B's English test pairs. What tools fit on
 comes from VALID alone. A finished cell (task, tool, settings) is a line of docs/quality.jsonl and is not run again, so a killed
-run goes on where it stopped; `--again` measures the chosen cells anew, `--retry` those that failed. Each tool runs in its own
-process and environment (made under --work on first use). Run from the root of a checkout with `pip install -e .[bench]`.
+run goes on where it stopped; `--again` measures the chosen cells anew, `--retry` those that failed, and `--tasks` with no
+name writes the page alone. Each tool runs in its own process and environment (made under --work on first use). Run from the
+root of a checkout with `pip install -e .[bench]`.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--test-text", type=Path)
     parser.add_argument("--pairs", type=Path)
     parser.add_argument("--pictures", type=Path, help="folder of Fashion-MNIST's four .gz files")
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument(
+        "--tasks", nargs="*", default=list(TASKS), metavar="TASK", help=f"{', '.join(TASKS)}; none: the page alone"
+    )
     parser.add_argument("--only", nargs="+", choices=PEERS, default=PEERS, metavar="PEER", help=", ".join(PEERS))
     parser.add_argument("--again", action="store_true", help="measure cells that are there anew")
     parser.add_argument("--retry", action="store_true", help="run cells that failed once more")
@@ -76,6 +79,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=Path("docs/quality.jsonl"))
     parser.add_argument("--output", type=Path, default=Path("docs/quality.md"))
     asked = parser.parse_args()
+    if unknown := [t for t in asked.tasks if t not in TASKS]:
+        parser.error(f"no task {', '.join(unknown)}; tasks: {', '.join(TASKS)}")
     asked.work = asked.work.absolute()
     return asked
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from benchmarks.quality.sources import Sources
 
-CALIBRATION, TEST = 512, 10_000  # pictures
+CALIBRATION, TUNING, TEST = 512, 25_600, 10_000  # pictures; the first two from the training part
 
 
 def fashion(folder: Path, part: str) -> tuple[Tensor, Tensor]:
@@ -81,7 +81,8 @@ class Classifier:
 
     columns: tuple[str, ...] = ("accuracy", "agreement")
     note = """Accuracy on 10,000 test pictures (dense: {base_accuracy:.4f}), and how often the answer is the dense model's.
-Calibrating tools see 512 training pictures. Tools that only know linear layers are left out where there are convolutions."""
+Calibrating tools see 512 training pictures, tuning 25,600. Tools that only know linear layers are left out where
+there are convolutions."""
     best = "agreement"
 
     def __init__(self, title: str, build: Any, parameters: int, epochs: int, rate: float) -> None:
@@ -96,7 +97,7 @@ Calibrating tools see 512 training pictures. Tools that only know linear layers 
         train(model, fit, labels, self.epochs, self.rate)
         test, gold = fashion(sources.pictures, "t10k")
         save_file(model.state_dict(), folder / "model.safetensors")
-        data = {"fit": fit[:CALIBRATION].clone(), "test": test[:TEST], "gold": gold[:TEST]}
+        data = {"fit": fit[:TUNING].clone(), "test": test[:TEST], "gold": gold[:TEST]}
         save_file({**data, "base": _answers(model, data["test"])}, folder / "data.safetensors")
 
     def load(self, folder: Path) -> nn.Module:
@@ -105,9 +106,10 @@ Calibrating tools see 512 training pictures. Tools that only know linear layers 
         return model.eval()
 
     def calibration(self, folder: Path) -> list[Any]:
-        return list(load_file(folder / "data.safetensors")["fit"].split(64))
+        return list(load_file(folder / "data.safetensors")["fit"][:CALIBRATION].split(64))
 
-    tuning = calibration
+    def tuning(self, folder: Path) -> list[Any]:
+        return list(load_file(folder / "data.safetensors")["fit"].split(128))
 
     def measure(self, model: nn.Module, folder: Path) -> dict[str, float]:
         data = load_file(folder / "data.safetensors")
@@ -142,7 +144,7 @@ class Pretrained(Classifier):
 
     columns = ("agreement",)
     note = """No registry carries ImageNet: how often the first of 1,000 answers is the dense model's on 500 pictures of
-Fashion-MNIST, enlarged. Calibrating tools see 64 others."""
+Fashion-MNIST, enlarged. Calibrating tools see 64 others, tuning 2,048."""
 
     def prepare(self, folder: Path, sources: Sources) -> None:
         if sources.pictures is None:
@@ -151,7 +153,7 @@ Fashion-MNIST, enlarged. Calibrating tools see 64 others."""
 
         model = efficientnet_lite0()
         model.picture_size = 224
-        fit, test = fashion(sources.pictures, "train")[0][:64], fashion(sources.pictures, "t10k")[0][:500]
+        fit, test = fashion(sources.pictures, "train")[0][:TUNING], fashion(sources.pictures, "t10k")[0][:500]
         save_file(model.state_dict(), folder / "model.safetensors")
         save_file(
             {"fit": fit.clone(), "test": test.clone(), "base": _answers(model, test)}, folder / "data.safetensors"
@@ -163,9 +165,10 @@ Fashion-MNIST, enlarged. Calibrating tools see 64 others."""
         return model
 
     def calibration(self, folder: Path) -> list[Any]:
-        return [enlarged(p, 224) for p in load_file(folder / "data.safetensors")["fit"].split(16)]
+        return [enlarged(p, 224) for p in load_file(folder / "data.safetensors")["fit"][:64].split(16)]
 
-    tuning = calibration
+    def tuning(self, folder: Path) -> list[Any]:
+        return [enlarged(p, 224) for p in load_file(folder / "data.safetensors")["fit"][:2048].split(16)]
 
 
 def efficientnet() -> nn.Module:
