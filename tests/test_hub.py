@@ -111,6 +111,21 @@ out["again"] = rpq.plan("team/small", bits=4, revision="v1", local_files_only=Tr
     assert f"--revision {COMMIT}" in (out / "README.md").read_text()
 
 
+def test_a_large_file_goes_on_where_it_broke_off(folder, tmp_path):
+    large = copied(folder, tmp_path / "large")
+    config = tf.BertConfig(
+        vocab_size=100_000, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+    )
+    tf.BertModel(config).save_pretrained(large)
+    size = (large / "model.safetensors").stat().st_size
+    code = 'rpq.convert_checkpoint("team/large", sys.argv[1], bits=4, fit="random")'
+    with Hub({"team/large": large}, cut=("model.safetensors",)) as hub:
+        run(hub, tmp_path / "cache", code, tmp_path / "out")
+        assert size > 25_000_000 and not hub.cut
+        assert hub.sent["model.safetensors"] <= size + size // 2 - 10_000_000  # the first 10 MB were not fetched again
+    rpq.verify(tmp_path / "out")
+
+
 def test_what_the_hub_refuses_is_told(folder, tmp_path):
     code = (
         FAIL
