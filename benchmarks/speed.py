@@ -354,8 +354,7 @@ LIMITS = """
 - **Embedding of 8 tokens**: `nn.Embedding` takes 5 microseconds in all, which is what Python takes to call a layer, make the
   result and start a kernel.
 - **Convolutions with small maps** (7 x 7, or one image of 14 x 14): each weight is decoded for fewer than 400 pixels.
-  1 x 1 convolutions that are cut along `out` have 256 inputs in rows and tables of 256 entries, so nothing is shared; along
-  `in` they gain.
+  1 x 1 convolutions of 256 inputs or outputs have tables as long as their rows, so that lookups share little; they are decoded.
 - **k-means at dim 64**: products are made by vector code in a fixed order, not by BLAS, whose bits depend on its threads."""
 
 

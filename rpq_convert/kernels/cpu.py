@@ -8,9 +8,10 @@ from torch import Tensor
 from rpq_convert.kernels import linear as lookups
 from rpq_convert.kernels.cut import Cut
 from rpq_convert.kernels.decode import decode, decode_again, decode_gradients, decode_rows, tiled_linear
-from rpq_convert.kernels.linear import cost, pointwise
+from rpq_convert.kernels.linear import IMAGES, cost, pointwise
 
 __all__ = [
+    "IMAGES",
     "cost",
     "decode",
     "decode_again",

@@ -29,6 +29,9 @@ WORTH = 1 << 18  # lookups that are worth a thread
 WORTH_ONE = 24_000  # the same of one token, where a table entry counts a quarter; half of a 768 x 768 layer at dim 64
 
 
+IMAGES = 1.6  # what lookups over the pixels of images cost more: pixels lie along rows, and 16 seldom divide them
+
+
 def cost(cut: Cut, tokens: int, dtype: torch.dtype = torch.float32) -> float:
     """Return the time of a layer by lookups over that of decoding its weight and multiplying, roughly.
 
