@@ -160,7 +160,7 @@ def _fit(
             books, codes = _unstored(job, start)
             before = Fitted(books, codes, count_dead(codes, spec.books))
         if statistics is None:
-            large = spec.stages == 1 and spec.dim <= LARGE and job.fit != "random"
+            large = spec.stages == 1 and spec.dim <= LARGE
             fitted = before or FITTERS[job.fit](matrix, importance="size" if large else None, **common)
         else:
             moments = statistics.moments

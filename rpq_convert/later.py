@@ -62,6 +62,8 @@ def evaluate_folder(
     on = [path for path in given.values() if path is not None]
     if len(on) != 1:
         raise EvaluateError("give one thing to measure on: a text, pairs or inputs")
+    if keep and not (Path(folder) / REPORT).is_file():  # said before hours of measuring, not after
+        raise SourceError(f"{folder} has no {REPORT} to write into; leave out --save")
     dense, converted = _both(base, folder, factory)
     if text is not None and converted.can_generate():
         words = tokenizer_of(base)
@@ -72,7 +74,7 @@ def evaluate_folder(
     elif pairs is not None:
         found, batches = _pairs(dense, converted, base, pairs, window, windows, say)
     else:
-        batches = read_inputs(text or inputs or "", base, window=window, samples=windows, labels=True)
+        batches = read_inputs(on[0], base, window=window, samples=windows, labels=True)
         told = _told(say, "batches", len(batches))
         a, b = (dense, converted) if text is None else (Pooled(dense), Pooled(converted))
         found = evaluate(a, b, batches, progress=told)

@@ -192,6 +192,8 @@ def test_pairs_are_ranked_and_kept_in_report_and_card(spoken, tmp_path):
     pairs.write_text("first,second,score\nw1,w2,1\nw3\n")
     assert "line 3" in run(*asked, code=4).stderr
     assert "give one of" in run(*asked, "--text", pairs, code=2).stderr
+    (tmp_path / "small" / "rpq_report.json").unlink()
+    assert "leave out --save" in run(*asked, "--save", code=4).stderr
 
 
 def test_a_classifier_of_any_kind(tmp_path, monkeypatch):

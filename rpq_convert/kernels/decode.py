@@ -178,11 +178,7 @@ class _Decode(torch.autograd.Function):
         codes, codebooks, scales, index = ctx.saved_tensors
         cut, needs = ctx.cut, ctx.needs_input_grad
         if torch.is_grad_enabled():  # a gradient of this gradient is wanted: ordinary operations have one
-            weight = plain.decode(codes, codebooks, scales, cut, torch.float32)
-            weight = weight if index is None else weight[index]
-            inner = [t for t, need in ((codebooks, needs[1]), (scales, needs[2])) if need]
-            grads = iter(torch.autograd.grad(weight, inner, gradient.to(weight.dtype), create_graph=True))
-            return None, next(grads) if needs[1] else None, next(grads) if needs[2] else None, None, None, None
+            return None, *plain.decode_graph(gradient, ctx.saved_tensors, cut, needs[1:3]), None, None, None
         dbooks, dscales = decode_gradients(gradient, codes, codebooks, scales, index, cut, needs[1:3])
         return None, dbooks, dscales, None, None, None
 

@@ -117,9 +117,7 @@ class _Linear(torch.autograd.Function):
         x, codes, codebooks, scales, bias = ctx.saved_tensors
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():  # a gradient of this gradient is wanted: ordinary operations have one
-            from rpq_convert.kernels.linear import _graph_backward  # imports numba
-
-            return _graph_backward(gradient, ctx.saved_tensors, ctx.cut, needs)
+            return plain.linear_graph(gradient, ctx.saved_tensors, ctx.cut, needs)
         dbias = gradient.sum(0, dtype=torch.float32).to(bias.dtype) if needs[4] else None
         wanted = (needs[0], *needs[2:4])
         dx, dbooks, dscales = linear_gradients(gradient, x, codes, codebooks, scales, ctx.cut, wanted)
@@ -140,10 +138,6 @@ class _Decode(torch.autograd.Function):
         codes, codebooks, scales, index = ctx.saved_tensors
         cut, needs = ctx.cut, ctx.needs_input_grad
         if torch.is_grad_enabled():
-            weight = plain.decode(codes, codebooks, scales, cut, torch.float32)
-            weight = weight if index is None else weight[index]
-            inner = [t for t, need in ((codebooks, needs[1]), (scales, needs[2])) if need]
-            grads = iter(torch.autograd.grad(weight, inner, gradient.to(weight.dtype), create_graph=True))
-            return None, next(grads) if needs[1] else None, next(grads) if needs[2] else None, None, None, None
+            return None, *plain.decode_graph(gradient, ctx.saved_tensors, cut, needs[1:3]), None, None, None
         dbooks, dscales = decode_gradients(gradient, codes, codebooks, scales, index, cut, needs[1:3])
         return None, dbooks, dscales, None, None, None

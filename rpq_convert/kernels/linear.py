@@ -153,7 +153,7 @@ class _Linear(torch.autograd.Function):
         x, codes, codebooks, scales, bias = ctx.saved_tensors
         cut, needs = ctx.cut, ctx.needs_input_grad
         if torch.is_grad_enabled():
-            return _graph_backward(gradient, ctx.saved_tensors, cut, needs)
+            return plain.linear_graph(gradient, ctx.saved_tensors, cut, needs)
         dbias = gradient.sum(0, dtype=torch.float32).to(bias.dtype) if needs[4] else None
         dx, dbooks, dscales = linear_gradients(gradient, x, codes, codebooks, scales, cut, (needs[0], *needs[2:4]))
         return dx, None, dbooks, dscales, dbias, None
@@ -196,7 +196,7 @@ class _DecodedLinear(torch.autograd.Function):
         x, codes, codebooks, scales, _ = ctx.saved_tensors
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            return _graph_backward(gradient, ctx.saved_tensors, ctx.cut, needs)
+            return plain.linear_graph(gradient, ctx.saved_tensors, ctx.cut, needs)
         wanted = (needs[0], *needs[2:4])
         dx, dbooks, dscales = decoded_gradients(gradient, x, codes, codebooks, scales, ctx.cut, wanted)
         return dx, None, dbooks, dscales, gradient.sum(0) if needs[4] else None, None
@@ -213,20 +213,6 @@ def decoded_gradients(
     if not any(needs[1:]):
         return dx, None, None
     return dx, *decode_gradients(gradient.T @ x, codes, codebooks, scales, None, cut, needs[1:])
-
-
-def _graph_backward(gradient: Tensor, saved: tuple[Any, ...], cut: Cut, needs: tuple[bool, ...]) -> tuple[Any, ...]:
-    """The backward pass by ordinary operations, for when a gradient of this gradient is wanted."""
-    x, codes, codebooks, scales, bias = saved
-    weight = plain.decode(codes, codebooks, scales, cut, torch.float32)
-    wide = gradient.to(weight.dtype)
-    inner = [t for t, need in ((codebooks, needs[2]), (scales, needs[3])) if need]
-    dw = wide.T @ x.to(weight.dtype)
-    grads = iter(torch.autograd.grad(weight, inner, dw, create_graph=True) if inner else ())
-    return (
-        (wide @ weight).to(x.dtype) if needs[0] else None, None, next(grads) if needs[2] else None,
-        next(grads) if needs[3] else None, gradient.sum(0).to(bias.dtype) if needs[4] else None, None,
-    )  # fmt: skip
 
 
 def _flat(t: Tensor | None) -> Tensor | None:

@@ -6,6 +6,8 @@ where autograd does not record.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -92,3 +94,29 @@ def linear_gradients(
     if not any(needs[1:]):
         return dx, None, None
     return dx, *decode_gradients(gradient.T @ x, codes, codebooks, scales, None, cut, needs[1:])
+
+
+def linear_graph(gradient: Tensor, saved: tuple[Any, ...], cut: Cut, needs: Needs) -> tuple[Any, ...]:
+    """Return the gradients of `linear`'s arguments with a graph of their own, for when a gradient of them is wanted."""
+    x, codes, codebooks, scales, bias = saved
+    weight = decode(codes, codebooks, scales, cut, torch.float32)
+    wide = gradient.to(weight.dtype)
+    inner = [t for t, need in ((codebooks, needs[2]), (scales, needs[3])) if need]
+    dw = wide.T @ x.to(weight.dtype)
+    grads = iter(torch.autograd.grad(weight, inner, dw, create_graph=True) if inner else ())
+    return (
+        (wide @ weight).to(x.dtype) if needs[0] else None, None, next(grads) if needs[2] else None,
+        next(grads) if needs[3] else None, gradient.sum(0).to(bias.dtype) if needs[4] else None, None,
+    )  # fmt: skip
+
+
+def decode_graph(
+    gradient: Tensor, saved: tuple[Any, ...], cut: Cut, needs: Needs
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of (codebooks, scales) of a decode of `saved`: codes, codebooks, scales, index; with a graph too."""
+    codes, codebooks, scales, index = saved
+    weight = decode(codes, codebooks, scales, cut, torch.float32)
+    weight = weight if index is None else weight[index]
+    inner = [t for t, need in zip((codebooks, scales), needs) if need]
+    grads = iter(torch.autograd.grad(weight, inner, gradient.to(weight.dtype), create_graph=True))
+    return next(grads) if needs[0] else None, next(grads) if needs[1] else None
