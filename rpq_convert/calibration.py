@@ -5,10 +5,14 @@ is sequential: run the inputs up to a group of weights that multiply one tensor,
 error feedback (`fit/feedback.py`), put them in, go on. Blocks whose output is the next one's input (the layers of a
 transformer, the stages of a convnet) are run one at a time from kept hidden states, so the whole costs a few forward
 passes; whatever is not such a chain is run from the model's start.
+
+Beside each block runs its dense twin, from the dense model's hidden states: what it multiplies shows how far the inputs
+have drifted, and encode.py makes up for half of that.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from rpq_convert import layers
-from rpq_convert.blocks import Run, Stop, arrivals, chains, inside
-from rpq_convert.calling import call
+from rpq_convert.blocks import Arrival, Run, Stop, arrivals, chains, inside
+from rpq_convert.calling import call, counted
 from rpq_convert.encode import Statistics
 from rpq_convert.planning import Job
 from rpq_convert.reading import Reading, Watch
@@ -32,10 +36,14 @@ class CalibrationError(ValueError):
 
 
 class Moments:
-    """Second moments of what a weight multiplies, summed in fp64: one matrix for each part with inputs of its own."""
+    """Second moments of what a weight multiplies, summed in fp64: one matrix for each part with inputs of its own.
+
+    `cross` are those of the dense model's inputs with these, `sum d x^T`.
+    """
 
     def __init__(self) -> None:
         self.parts: dict[int, Tensor] = {}
+        self.cross: Tensor | None = None
         self.rows = 0
 
     def add(self, x: Tensor, part: int = 0) -> None:
@@ -44,6 +52,11 @@ class Moments:
         found = (x.T @ x).double()
         self.parts[part] = self.parts[part].add_(found) if part in self.parts else found
         self.rows += len(x)
+
+    def meet(self, dense: Tensor, x: Tensor) -> None:
+        """Add pairs of input vectors [rows, inputs]: the dense model's, and this one's in their place."""
+        found = (dense.float().T @ x.float()).double()
+        self.cross = found if self.cross is None else self.cross.add_(found)
 
     def matrix(self, parts: int = 1) -> Tensor | None:
         """Return `sum x x^T` [inputs, inputs], or [parts, inputs, inputs] with zeros for parts that saw nothing."""
@@ -77,6 +90,20 @@ def describe(data: Sequence[Any]) -> dict[str, Any]:
 
 
 Fit = Callable[[Mapping[str, Statistics | None]], None]  # fits jobs, by name, and puts them in
+See = Callable[[str, Reading, int], None]
+
+
+@dataclass
+class _Twin:
+    """A block as it was before anything in it was converted, and the dense model's samples before it."""
+
+    path: str
+    block: nn.Module
+    samples: list[Arrival]
+
+    @property
+    def runs(self) -> list[Run]:
+        return [partial(sample.run, self.path, self.block) for sample in self.samples]
 
 
 @dataclass
@@ -131,6 +158,7 @@ class _Walk:
         self.random = [job.name for job in jobs if job.fit == "random"]
         self.trace = self._trace()
         self.chains = chains(model, data[0])
+        self.dense = {chain[0]: arrivals(model, chain, self._passes()) for chain in self.chains}
 
     def run(self) -> None:
         groups = self.trace.groups
@@ -158,31 +186,53 @@ class _Walk:
     def _passes(self) -> list[Run]:
         return [partial(call, self.model, item) for item in self.items]
 
-    def _watch(self, names: Iterable[str], see: Callable[[str, Reading, int], None]) -> Watch:
-        weights = {}
+    def _watch(self, names: Iterable[str], see: See, twin: _Twin | None = None) -> Watch:
+        weights: dict[str, tuple[Tensor, Sequence[str]]] = {}
         for name in names:
-            module, parameter = layers.find(self.model, name)
-            weights[name] = module._parameters[parameter], self.jobs[name].weight_view.axes
-        return Watch(weights, see)  # type: ignore[arg-type]
+            path, root = (name, self.model) if twin is None else (name.removeprefix(twin.path + "."), twin.block)
+            module, parameter = layers.find(root, path)
+            weights[name] = module._parameters[parameter], self.jobs[name].weight_view.axes  # type: ignore[assignment]
+        return Watch(weights, see)
 
-    def _measure(self, names: Sequence[str], runs: Iterable[Run], stop: str | None) -> dict[str, Moments]:
+    def _measure(
+        self, names: Sequence[str], runs: Sequence[Run], stop: str | None, twin: _Twin | None = None
+    ) -> dict[str, Moments]:
         """Run every item, adding up what these weights are multiplied by; with `stop`, no further than that weight."""
         moments = {name: Moments() for name in names}
+        for i, (item, run) in enumerate(zip(self.items, runs, strict=True)):
+            dense = self._reading(names[0], twin, i) if twin else None
 
-        def see(name: str, reading: Reading, part: int) -> None:
-            for offset, x in reading.vectors():
-                moments[name].add(x, part + offset)
-            if name == stop:
-                raise Stop
+            def see(name: str, reading: Reading, part: int, item: Any = item, dense: Reading | None = dense) -> None:
+                rows = counted(item, reading.input)
+                others = iter(()) if dense is None else dense.vectors()
+                for offset, x in reading.vectors():
+                    keep = slice(None) if rows is None or len(rows) != len(x) else rows
+                    moments[name].add(x[keep], part + offset)
+                    if other := next(others, None):
+                        moments[name].meet(other[1][keep], x[keep])
+                if name == stop:
+                    raise Stop
 
-        for run in runs:
             with suppress(Stop), self._watch(names, see):
                 run()
         return moments
 
-    def _fit_group(self, group: list[str], runs: Iterable[Run]) -> None:
+    def _reading(self, name: str, twin: _Twin, number: int) -> Reading | None:
+        """Return what the dense model multiplies by a weight that it reads once, on the item of this number."""
+        found: list[Reading] = []
+
+        def see(name: str, reading: Reading, part: int) -> None:
+            found.append(reading)
+            raise Stop
+
+        with suppress(Stop), self._watch([name], see, twin):
+            twin.runs[number]()
+        return found[0] if found else None
+
+    def _fit_group(self, group: list[str], runs: Sequence[Run], twin: _Twin | None = None) -> None:
         first = group[0]
-        found = self._measure([first], runs, stop=first if self.trace.calls[first] == 1 else None)
+        once, parts = self.trace.calls[first] == 1, "expert" in self.jobs[first].weight_view.axes
+        found = self._measure([first], runs, first if once else None, twin if once and not parts else None)
         self._fit(dict.fromkeys(group, found[first]))
 
     def _fit(self, found: Mapping[str, Moments | None]) -> None:
@@ -192,7 +242,7 @@ class _Walk:
             axes, shape = self.jobs[name].weight_view.axes, self.jobs[name].shape
             parts = shape[axes.index("expert")] if "expert" in axes else max(moments.parts, default=0) + 1
             matrix = moments.matrix(parts)
-            return None if matrix is None else Statistics(matrix, moments.rows)
+            return None if matrix is None else Statistics(matrix, moments.rows, moments.cross if parts == 1 else None)
 
         if found:
             self.fit({name: statistics(name, moments) for name, moments in found.items()})
@@ -226,11 +276,14 @@ class _Walk:
 
     def _run_chain(self, blocks: list[str], groups: list[list[str]]) -> None:
         """Fit what is inside a chain of blocks, from kept hidden states."""
-        samples = arrivals(self.model, blocks, self._passes())
+        samples, dense = arrivals(self.model, blocks, self._passes()), self.dense.pop(blocks[0])
         for path in blocks:
             block = self.model.get_submodule(path)
+            twin = _Twin(path, copy.deepcopy(block), dense)
             for group in groups:
                 if inside(group[0], [path]):
-                    self._fit_group(group, [partial(sample.run, path, block) for sample in samples])
+                    self._fit_group(group, [partial(sample.run, path, block) for sample in samples], twin)
             for sample in samples:
                 sample.hidden = sample.run(path, block)
+            for sample, run in zip(dense, twin.runs):
+                sample.hidden = run()

@@ -28,10 +28,12 @@ class Statistics:
     Args:
         moments: `sum x x^T` [inputs, inputs], or [parts, inputs, inputs]: experts, or groups of a convolution.
         inputs: how many input vectors that is a sum over.
+        cross: `sum d x^T` [inputs, inputs], where d is what the dense model's weight multiplies in place of x.
     """
 
     moments: Tensor
     inputs: int
+    cross: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ def encode(
         view = job.weight_view
         matrix = rotate(view.to_matrix(dense, "in"), job.spec.rotation)
         dense = view.from_matrix(matrix, job.shape, "in").contiguous()
+        statistics = statistics and _rotated(statistics, job.spec.rotation)
     encoded = _random(job, dense, std) if job.fit == "random" else _fit(job, dense, statistics, start)
     tensors, dead, zero_row = encoded
     error = None
@@ -138,6 +141,9 @@ def _fit(
 
     spec, view = job.spec, job.weight_view
     tensors: dict[str, Tensor] = {}
+    zero_row = job.padding_idx if job.padding_idx is not None and not dense[job.padding_idx].any() else None
+    if statistics is not None and statistics.cross is not None:
+        dense = view.from_matrix(_making_up(view.to_matrix(dense, "in"), statistics), job.shape, "in").contiguous()
     scaled, exact = dense, None
     if spec.scales is not None:
         spread = view.spread_scales(torch.empty(view.scale_shape(job.shape))).shape
@@ -166,15 +172,35 @@ def _fit(
             moments = statistics.moments
             if moments.ndim == 3 and spec.axis == "out" and "expert" not in view.axes:
                 moments = moments.mean(0)  # a sub-vector runs over outputs of several groups
-            for _ in range(2):  # R H R^T, first its columns, then its rows
-                moments = rotate(moments, spec.rotation).mT
             fitted = fit_feedback(matrix, moments, axis=spec.axis, scales=exact, start=before, **common)
     except ValueError as e:
         raise EncodeError(f"{job.name} {list(job.shape)}: {e}") from e
-    zero_row = None
-    if job.padding_idx is not None and not dense[job.padding_idx].any():
-        zero_row = job.padding_idx
     return tensors | _stored(job, fitted.codebooks, fitted.codes), fitted.dead, zero_row
+
+
+def _rotated(statistics: Statistics, rotation: int) -> Statistics:
+    def turn(moments: Tensor) -> Tensor:  # R H R^T, first its columns, then its rows
+        return rotate(rotate(moments, rotation).mT, rotation).mT
+
+    cross = None if statistics.cross is None else turn(statistics.cross)
+    return Statistics(turn(statistics.moments), statistics.inputs, cross)
+
+
+# How much of its inputs' drift a layer makes up for. With d the dense model's inputs and x those that the converted layers
+# before it give, W' = W (sum d x^T) (sum x x^T)^-1 is the nearest to W d that a layer can give from x (asymmetric calibration, Li
+# et al. 2025, arXiv:2504.02692). All of it follows chance: MiniLM at 2 bits has a mean cosine of .791 without, .820 with half, .797
+# with all of it.
+MAKE_UP, DAMP = 0.5, 0.01
+
+
+def _making_up(matrix: Tensor, statistics: Statistics) -> Tensor:
+    """Return weights [outputs, inputs] moved to make up for drifted inputs."""
+    moments, cross = statistics.moments, statistics.cross
+    assert cross is not None
+    damped = moments.clone()
+    damped.diagonal().add_(max(DAMP * float(moments.diagonal().mean()), 1e-30))
+    move = torch.linalg.solve(damped, (cross - moments).mT @ matrix.double().mT).mT  # W (C - H) H^-1
+    return matrix + (MAKE_UP * move).to(matrix.dtype)
 
 
 def row_scales(shape: tuple[int, ...], dense: Tensor) -> Tensor:

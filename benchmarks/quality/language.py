@@ -37,6 +37,7 @@ class LanguageModel:
     parameters = 134_515_008  # the tied head once
     columns = ("perplexity", "ratio", "kl", "top1_agreement")
     best = "perplexity"  # the smaller the better
+    loss = "kl"  # what tuning makes small
 
     def __init__(self, shuffled: bool) -> None:
         self.title = "SmolLM2-135M-Instruct" + ("" if shuffled else ", on the grid of its GGUF")
@@ -110,6 +111,7 @@ its sentences."""
     parameters = 22_713_216
     columns = ("cosine", "spearman")
     best = "cosine"
+    loss = "mse"
 
     def prepare(self, folder: Path, sources: Sources) -> None:
         from real_models import minilm_folder

@@ -84,6 +84,7 @@ class Classifier:
 Calibrating tools see 512 training pictures, tuning 25,600. Tools that only know linear layers are left out where
 there are convolutions."""
     best = "agreement"
+    loss = "kl"
 
     def __init__(self, title: str, build: Any, parameters: int, epochs: int, rate: float) -> None:
         self.title, self.build, self.parameters, self.epochs, self.rate = title, build, parameters, epochs, rate

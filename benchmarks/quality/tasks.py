@@ -2,8 +2,8 @@
 
 Each has `prepare`, which runs once, in this project's environment, and writes a folder: the dense model and its inputs as
 tensors; `load`, `calibration` and `tuning`, which need torch, transformers and safetensors alone, so that they run in any
-peer's environment; and `measure`, which compares what a peer has left with the dense model. `columns` are the metrics that a
-table shows, `best` the one that decides, `parameters` what its bits are counted over.
+peer's environment; and `measure`, which compares what a peer has left with the dense model. `loss` is what tuning makes
+small, `columns` are the metrics that a table shows, `best` the one that decides, `parameters` what its bits are counted over.
 """
 
 from __future__ import annotations

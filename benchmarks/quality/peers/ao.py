@@ -41,6 +41,8 @@ def _quantizer(bits: int, group: int) -> Quantizer:
     )
 
     def quantize(weight: Tensor) -> tuple[Tensor, int]:
+        if weight.shape[1] % group:
+            return weight, 2 * weight.numel()  # which it refuses
         holder = nn.Sequential(nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta"))
         holder[0].weight = nn.Parameter(weight.clone(), requires_grad=False)
         quantize_(holder, config)

@@ -15,13 +15,14 @@ _FREE = [{"bits": b} for b in _BITS]
 _CALIBRATED = [{"bits": b, "calibrated": True} for b in _BITS[2:]]
 _FINE = [{"bits": b, "calibrated": True} for b in (8, 6, 2.67)]  # against others' 8 bits, Q5_K_M, GPTQ's 3 bits
 _TUNED = [{"bits": b, "calibrated": True, "steps": 200} for b in (4, 3, 2)]
+_PICTURES = [*_FREE, *_CALIBRATED, *({"bits": b, "calibrated": True, "steps": 200} for b in (2, 1))]
 SETTINGS = {
     "smollm2": [*_FREE, *_CALIBRATED, *_FINE, *_TUNED],
     "smollm2-as-shipped": [{"bits": 4}],
     "minilm": [*_FREE, *_CALIBRATED, *_TUNED],
-    "efficientnet": [*_FREE, *_CALIBRATED],
-    "resnet": [*_FREE, *_CALIBRATED],
-    "vit": [*_FREE, *_CALIBRATED],
+    "efficientnet": _PICTURES,
+    "resnet": _PICTURES,
+    "vit": _PICTURES,
 }
 
 
@@ -37,7 +38,8 @@ def compress(model: nn.Module, settings: dict[str, Any], data: Any) -> int:
     rpq.convert(model, **({"calibration": data.calibration} if calibrated else {}), **options)
     if base is not None:
         batches = data.tuning
-        rpq.tune(model, base, batches[:-4], held_out=batches[-4:], steps=steps, autocast=torch.bfloat16)
+        how = {"loss": data.task.loss, "steps": steps, "autocast": torch.bfloat16}
+        rpq.tune(model, base, batches[:-4], held_out=batches[-4:], **how)
     size = untouched(model)
     rpq.restore(model)
     return size
