@@ -348,6 +348,11 @@ def tune(
     recompute: Annotated[
         bool, Option("--recompute", help="Gradient checkpointing: less memory, more time.")
     ] = False,
+    recode: Annotated[
+        float,
+        Option(min=0, max=1, help="Share of each layer's codes that may change at a time, e.g. 0.0005; takes more memory."),
+    ] = 0.0,
+    bfloat16: Annotated[bool, Option("--bfloat16", help="Multiply in bfloat16: faster where the processor has it.")] = False,
     window: Annotated[int, Option(min=2, help="Tokens of one window.")] = 256,
     samples: Annotated[int, Option(min=2, help="Windows, lines or pictures.")] = 512,
     factory: o.Factory = None,
@@ -356,13 +361,16 @@ def tune(
     quiet: o.Quiet = False,
     json: o.Json = False,
 ) -> None:
-    """Train a converted model's codebooks, scales, norms and biases against its base."""
+    """Train a converted model's codebooks, scales, norms and biases, and codes if asked, against its base."""
+    import torch
+
     o.find_modules(factory)
     from rpq_convert.later import tune_folder
 
     found = tune_folder(
         base, folder, out, data, factory=factory, steps=steps, blocks=blocks, rate=rate, recompute=recompute,
-        window=window, samples=samples, seed=seed, overwrite=overwrite, say=None if quiet else say,
+        recode=recode, autocast=torch.bfloat16 if bfloat16 else None, window=window, samples=samples, seed=seed,
+        overwrite=overwrite, say=None if quiet else say,
     )  # fmt: skip
     print(found.to_json() if json else found)
 

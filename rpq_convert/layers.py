@@ -136,6 +136,8 @@ def _computed(name: str) -> property:
     def read(self: nn.Module) -> torch.Tensor:
         rpq: Any = self._modules[name + SUFFIX]
         compiling = torch.compiler.is_compiling()
+        if rpq.kept is not None and rpq.kept.requires_grad:
+            return rpq.kept
         if rpq.kept is not None and not (torch.is_grad_enabled() and rpq.trainable):
             return rpq.kept if compiling else rpq.guarded
         if compiling and isinstance(self, nn.utils.parametrize.ParametrizationList):

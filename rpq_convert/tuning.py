@@ -1,4 +1,4 @@
-"""Tuning: codebooks, scales, norms and biases trained against the dense model, codes as they are.
+"""Tuning: codebooks, scales, norms and biases trained against the dense model, and codes if asked (recoding.py).
 
 What layers lose together, no fit of single layers gives back; a few hundred steps of distillation do, as every codeword is
 shared by thousands of weights and follows the sum of their gradients. Adam steps are relative to the size of each tensor,
@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,8 @@ from rpq_convert.blocks import Arrival, arrivals, chains, recomputed
 from rpq_convert.calibration import describe, quiet
 from rpq_convert.calling import call, counted, first_tensor
 from rpq_convert.folder import write_tensors
+from rpq_convert.recoding import EVERY, Recoding
+from rpq_convert.weight import RPQWeight
 
 Loss = Callable[[Any, Any], Tensor]  # (model's output, base's output) -> scalar
 BETAS, EPSILON = (0.9, 0.99), 1e-12
@@ -131,6 +133,7 @@ def tune(
     seed: int = 0,
     autocast: torch.dtype | None = None,
     recompute: bool = False,
+    recode: float = 0.0,
     checkpoint: str | Path | None = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> Tuning:
@@ -147,6 +150,8 @@ def tune(
         every, patience: steps between two evaluations, and how many of them may pass without a new best.
         autocast: dtype to multiply in, e.g. `torch.bfloat16`; required by models of half precision.
         recompute: keep only what blocks are given for the backward pass, and run each once more in it: less memory, more time.
+        recode: share of each layer's codes that may change at a time, e.g. 5e-4; 0 keeps them all. Takes more memory: the dense
+            weights, their gradients and two more numbers for each.
         checkpoint: a file that is written at every evaluation; a killed run goes on from it, and it is removed at the end.
         progress: called with the step and its loss.
 
@@ -166,7 +171,11 @@ def tune(
         raise TuneError("too little data: at least one batch to train on and one to judge on are needed")
     if not layers.layers_of(model):
         raise TuneError(f"{type(model).__name__} has no RPQ layer to tune; convert it first")
-    run = _Run(model, base, batches, judged, loss, steps, rate, every, patience, seed, autocast, checkpoint, progress)
+    if not 0 <= recode <= 1:
+        raise TuneError(f"recode={recode}: a share of the codes lies between 0 and 1")
+    run = _Run(
+        model, base, batches, judged, loss, steps, rate, every, patience, seed, autocast, recode, checkpoint, progress
+    )
     with quiet(model), quiet(base), recomputed(model) if recompute else nullcontext():
         return run.run()
 
@@ -247,7 +256,7 @@ class _Recorded(nn.Module):
 class _Run:
     def __init__(
         self, model: nn.Module, base: nn.Module, batches: Sequence[Any], judged: Sequence[Any], loss: str | Loss | None,
-        steps: int, rate: float, every: int, patience: int, seed: int, autocast: torch.dtype | None,
+        steps: int, rate: float, every: int, patience: int, seed: int, autocast: torch.dtype | None, recode: float,
         checkpoint: str | Path | None, progress: Callable[[int, float], None] | None,
     ) -> None:  # fmt: skip
         self.model, self.base, self.batches, self.judged = model, base, batches, judged
@@ -256,12 +265,12 @@ class _Run:
         self.checkpoint = Path(checkpoint) if checkpoint else None
         self.values = _trained(model)
         self.stored = {name: p.dtype for name, p in self.values.items()}
+        self.recoding = Recoding(_coded(model), recode) if recode else None
         self.loss = LOSSES[loss] if isinstance(loss, str) else loss
-        facts = [describe(batches), describe(judged), str(loss), steps, rate, every, seed, str(autocast)]
+        facts = [describe(batches), describe(judged), str(loss), steps, rate, every, seed, str(autocast), recode]
         shapes = {name: [str(p.dtype), *p.shape] for name, p in self.values.items()}
-        start = {
-            n: hashlib.sha256(p.detach().cpu().float().numpy().tobytes()).hexdigest() for n, p in self.values.items()
-        }
+        begins = {**self.values, **(self.recoding.codes if self.recoding else {})}
+        start = {n: hashlib.sha256(p.detach().cpu().float().numpy().tobytes()).hexdigest() for n, p in begins.items()}
         self.mark = hashlib.sha256(json.dumps([facts, shapes, start]).encode()).hexdigest()
 
     def run(self) -> Tuning:
@@ -287,16 +296,20 @@ class _Run:
                     state.history.append((state.step, judged))
                     self._save(state)
             with torch.no_grad():
-                for name, p in self.values.items():
+                for name, p in self._all().items():
                     p.copy_(state.best[name])
         if self.checkpoint:
             self.checkpoint.unlink(missing_ok=True)
         after = min(value for _, value in state.history)
         return Tuning(state.history[0][1], after, state.best_step, state.step, tuple(state.history))
 
+    def _all(self) -> dict[str, Tensor]:
+        """Return everything that tuning changes."""
+        return {**self.values, **(self.recoding.codes if self.recoding else {})}
+
     def _copy(self) -> dict[str, Tensor]:
-        """Return the trained values as they would be stored."""
-        return {n: p.detach().to(self.stored[n]).to(p.dtype, copy=True) for n, p in self.values.items()}
+        """Return what is tuned as it would be stored."""
+        return {n: p.detach().to(self.stored.get(n, p.dtype)).to(p.dtype, copy=True) for n, p in self._all().items()}
 
     def _order(self, step: int) -> int:
         """Return the batch of a step: an order of its own for every pass over the data."""
@@ -317,13 +330,16 @@ class _Run:
         return self.loss(output, wanted)
 
     def _step(self, state: _State, sizes: dict[str, float]) -> float:
-        loss = self._compare(self.batches[self._order(state.step)])
-        found = dict(zip(self.values, torch.autograd.grad(loss, list(self.values.values()), allow_unused=True)))
-        if not all(bool(torch.isfinite(g).all()) for g in found.values() if g is not None):
+        expanded: AbstractContextManager[list[Tensor]] = self.recoding.expanded() if self.recoding else nullcontext([])
+        with expanded as weights:
+            loss = self._compare(self.batches[self._order(state.step)])
+            gradients = torch.autograd.grad(loss, [*self.values.values(), *weights], allow_unused=True)
+        found = dict(zip(self.values, gradients))
+        if not all(bool(torch.isfinite(g).all()) for g in gradients if g is not None):
             return float(loss.detach())  # a batch that overflows teaches nothing
         warm = max(1, round(WARM * self.steps))
         left = max(0.0, (state.step - warm) / max(1, self.steps - warm))
-        rate = self.rate * min((state.step + 1) / warm, LAST + (1 - LAST) * (1 + math.cos(math.pi * left)) / 2)
+        factor = min((state.step + 1) / warm, LAST + (1 - LAST) * (1 + math.cos(math.pi * left)) / 2)
         with torch.no_grad():
             for name, g in found.items():
                 if g is None:
@@ -332,15 +348,19 @@ class _Run:
                 square = state.square.setdefault(name, torch.zeros_like(g)).lerp_(g.square(), 1 - BETAS[1])
                 t = state.step + 1
                 step = mean / (1 - BETAS[0] ** t) / ((square / (1 - BETAS[1] ** t)).sqrt() + EPSILON)
-                self.values[name].sub_(step, alpha=rate * sizes[name])
+                self.values[name].sub_(step, alpha=self.rate * factor * sizes[name])
+        if self.recoding:
+            self.recoding.pull(gradients[len(self.values) :], factor)
+            if (state.step + 1) % EVERY == 0:
+                self.recoding.change()
         return float(loss.detach())
 
     @torch.no_grad()
     def _judge(self) -> float:
         """Return the held-out loss at the precision that is stored."""
         exact = {n: p.detach().clone() for n, p in self.values.items()}
-        for name, value in self._copy().items():
-            self.values[name].copy_(value)
+        for name, p in self.values.items():
+            p.copy_(p.to(self.stored[name]))
         try:
             return sum(float(self._compare(item)) for item in self.judged) / len(self.judged)
         finally:
@@ -350,11 +370,15 @@ class _Run:
     def _save(self, state: _State) -> None:
         if self.checkpoint is None:
             return
-        now = {n: p.detach() for n, p in self.values.items()}
-        groups = {"now": now, "best": state.best, "mean": state.mean, "square": state.square}
+        now = {n: p.detach() for n, p in self._all().items()}
+        groups = {"now": now, "best": state.best, "mean": state.mean, "square": state.square, **self._gathered()}
         tensors = {f"{g}/{n}": t.contiguous() for g, found in groups.items() for n, t in found.items()}
         facts = {"step": state.step, "best_step": state.best_step, "history": state.history, "mark": self.mark}
         write_tensors(self.checkpoint, tensors, {"rpq_tune": json.dumps(facts)})
+
+    def _gathered(self) -> dict[str, dict[str, Tensor]]:
+        r = self.recoding
+        return {"pull": r.pulls, "pull_square": r.squares, "pull_steps": r.steps} if r else {}
 
     def _resume(self) -> _State | None:
         if self.checkpoint is None or not self.checkpoint.is_file():
@@ -365,13 +389,14 @@ class _Run:
             raise TuneError(
                 f"{self.checkpoint} is of another run (model, data or settings differ); remove it to start anew"
             )
-        groups: dict[str, dict[str, Tensor]] = {"now": {}, "best": {}, "mean": {}, "square": {}}
+        groups: dict[str, dict[str, Tensor]] = {"now": {}, "best": {}, "mean": {}, "square": {}, **self._gathered()}
+        everything = self._all()
         for key, tensor in load_file(self.checkpoint).items():
             group, _, name = key.partition("/")
-            groups[group][name] = tensor.to(self.values[name].device)
+            groups[group][name] = tensor.to(everything[name].device)
         with torch.no_grad():
             for name, value in groups["now"].items():
-                self.values[name].copy_(value)
+                everything[name].copy_(value)
         history = [(int(step), float(value)) for step, value in facts["history"]]
         return _State(groups["best"], groups["mean"], groups["square"], facts["step"], facts["best_step"], history)
 
@@ -394,6 +419,12 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
         for name, p in model.named_parameters()
         if p.is_floating_point() and (id(p) in inside or p.ndim <= 1) and not p.is_meta
     }
+
+
+def _coded(model: nn.Module) -> dict[str, RPQWeight]:
+    """Return every RPQWeight once, under the name of its codes."""
+    found = {id(rpq): rpq for rpq in layers.layers_of(model).values()}
+    return {f"{path}.codes": found[id(m)] for path, m in model.named_modules() if id(m) in found}
 
 
 @contextmanager

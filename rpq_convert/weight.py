@@ -152,14 +152,20 @@ class RPQWeight(nn.Module):
         part.__dict__["scales"] = None if self.scales is None else self.scales[expert]
         return part
 
+    def scale_matrix(self) -> Tensor | None:
+        """Return what each value of the matrix [n, L] that the codes describe is multiplied by, a view; None for nothing."""
+        if self.scales is None:
+            return None
+        return self.view.to_matrix(self.view.spread_scales(self.scales.detach()).expand(self.shape), self.spec.axis)
+
     @torch.no_grad()
     def matrix_rows(self, start: int, stop: int) -> Tensor:
         """Expand rows `start` to `stop` of the matrix that the codes describe, rotated: [stop - start, L], not differentiable."""
         codes = self.stages_codes()[:, :, start:stop]
         part = plain.matrix(codes, self.codebooks, self.cut, self.dtype)
-        if self.scales is not None:
-            spread = self.view.spread_scales(self.scales).expand(self.shape)
-            part = part * self.view.to_matrix(spread, self.spec.axis)[start:stop].to(self.dtype)
+        scales = self.scale_matrix()
+        if scales is not None:
+            part = part * scales[start:stop].to(self.dtype)
         if self.zero_row is not None and self.spec.axis == "out":
             part[:, self.zero_row] = 0
         elif self.zero_row is not None and start <= self.zero_row < stop:

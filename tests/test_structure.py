@@ -20,7 +20,7 @@ LEVELS = [
     ["rules", "report"],
     ["heads", "planning"],
     ["budget", "integrations", "encode"],
-    ["folder", "calibration"],
+    ["folder", "calibration", "recoding"],
     ["sensitivity", "hub"],
     ["card"],
     ["opened", "record"],

@@ -1,6 +1,7 @@
 """Tuning on small real models: it helps, it never harms, it goes on after a kill, and it touches only what it may."""
 
 import copy
+import math
 
 import architectures
 import pytest
@@ -8,6 +9,9 @@ import torch
 from torch import nn
 
 import rpq_convert as rpq
+from rpq_convert import recoding
+from rpq_convert.layers import layers_of
+from rpq_convert.recoding import Recoding
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +44,62 @@ def test_tuning_helps_on_text_that_was_not_seen(pair):
     assert {n: p.requires_grad for n, p in model.named_parameters()} == asked
 
 
+def test_codes_that_follow_the_gradient_help_more_than_codebooks_alone(pair, monkeypatch):
+    monkeypatch.setattr(recoding, "RATE", 0.05)  # so that pulls grow long in few steps
+    dense, data = pair[0], pair[2]
+    found, changed = {}, {}
+    for share in (0.0, 0.02):
+        model = copy.deepcopy(pair[1])
+        before = {k: t.clone() for k, t in model.state_dict().items() if t.dtype == torch.uint8}
+        done = rpq.tune(model, dense, data[:12], held_out=data[12:], steps=40, every=10, recode=share)
+        found[share] = done.after
+        changed[share] = sum(int((t != model.state_dict()[k]).sum()) for k, t in before.items())
+        again = rpq.tune(model, dense, data[:12], held_out=data[12:], steps=0)
+        assert again.before == pytest.approx(done.after, rel=1e-5)  # the codes that are kept are those that were judged
+    assert changed[0.0] == 0 < changed[0.02]
+    assert found[0.02] < found[0.0]
+
+
+@pytest.mark.parametrize("share", [1.0, 0.01])
+@pytest.mark.parametrize(
+    "layer, options",
+    [
+        (nn.Linear(24, 30), {"dim": 4}),
+        (nn.Linear(24, 30), {"codebooks": 6, "axis": "in"}),
+        (nn.Linear(24, 30), {"dim": 7, "stages": 2}),
+        (nn.Linear(24, 30), {"dim": 4, "rotation": 8}),
+        (nn.Embedding(40, 12), {"dim": 4}),
+        (nn.Conv2d(6, 8, 3), {"dim": 4}),
+        (nn.ConvTranspose2d(6, 8, 3), {"dim": 4}),
+    ],
+)
+def test_a_change_of_codes_goes_where_the_weights_are_pulled_to(layer, options, share):
+    """A weight and its pull together say where it should be: a change moves the weight nearer and takes that off the pull."""
+    model = nn.Sequential(copy.deepcopy(layer))
+    rpq.convert(model, grow=True, **options)
+    rpq_weight = next(iter(layers_of(model).values()))
+    gone = Recoding({"w": rpq_weight}, share)
+    g = torch.Generator().manual_seed(0)
+    with gone.expanded() as (weight,):
+        assert weight.requires_grad
+    assert rpq_weight.kept is None
+    gone.pull([torch.randn(rpq_weight.shape, generator=g)], 1.0)
+    gone.pulls["w"].mul_(50)
+    before = rpq_weight.matrix_rows(0, rpq_weight.cut.n)
+    pull, codes = gone.pulls["w"].clone(), rpq_weight.codes.clone()
+    changed = gone.change()
+    after = rpq_weight.matrix_rows(0, rpq_weight.cut.n)
+    assert 0 < changed <= max(1, math.ceil(share * codes.numel()))
+    assert int((codes != rpq_weight.codes).sum()) == changed
+    torch.testing.assert_close(after + gone.pulls["w"], before + pull, rtol=1e-5, atol=1e-5)
+    assert gone.pulls["w"].norm() < pull.norm()
+
+
+def test_a_share_of_codes_is_a_share(pair):
+    with pytest.raises(rpq.TuneError, match="between 0 and 1"):
+        rpq.tune(copy.deepcopy(pair[1]), pair[0], pair[2], recode=5)
+
+
 def test_what_is_kept_is_what_was_judged(pair, tmp_path):
     dense, model, data = pair[0], copy.deepcopy(pair[1]), pair[2]
     done = rpq.tune(model, dense, data[:8], held_out=data[8:10], steps=12, every=4)
@@ -57,11 +117,13 @@ def test_steps_that_harm_are_not_kept(pair):
     assert all(torch.equal(t, model.state_dict()[k]) for k, t in before.items())
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(pair, tmp_path):
+@pytest.mark.parametrize("recode", [0.0, 0.01])
+def test_a_killed_run_goes_on_to_the_same_bits(pair, tmp_path, recode, monkeypatch):
+    monkeypatch.setattr(recoding, "RATE", 0.1)
     dense, data = pair[0], pair[2][:10]
     whole, parts = copy.deepcopy(pair[1]), copy.deepcopy(pair[1])
     file = tmp_path / "tune.safetensors"
-    settings = {"steps": 9, "every": 3, "seed": 5}
+    settings = {"steps": 9, "every": 3, "seed": 5, "recode": recode}
     expected = rpq.tune(whole, dense, data, **settings)
 
     def kill(step, loss):
