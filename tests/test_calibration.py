@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from transformers import BertConfig, BertModel
 
 import rpq_convert as rpq
-from rpq_convert import calibration, layers
+from rpq_convert import calibration, encode, layers
 from rpq_convert.blocks import chains
 from rpq_convert.fit import fit_feedback, fit_kmeans
 from rpq_convert.fit.additive import fit_additive
@@ -398,6 +399,50 @@ def test_checkpoint_equals_memory_and_goes_on_after_a_kill(tokens, tmp_path):
     loaded = rpq.load(tmp_path / "out")
     ours, theirs = model.state_dict(), loaded.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(t, theirs[k]) for k, t in ours.items())
+
+
+def test_half_of_the_drift_is_made_up_for():
+    """Inputs that drifted by an invertible map: the matrix that undoes it is known."""
+    g = torch.Generator().manual_seed(0)
+    dense, x = torch.randn(6, 8, generator=g), torch.randn(5000, 8, generator=g)
+    back = torch.eye(8) + 0.3 * torch.randn(8, 8, generator=g)  # the dense inputs are x back^T
+    moments = calibration.Moments()
+    moments.add(x)
+    moments.meet(x @ back.T, x)
+    found = encode._making_up(dense, encode.Statistics(moments.matrix(), len(x), moments.cross))
+    torch.testing.assert_close(found, dense + (dense @ back - dense) / 2, rtol=0.05, atol=0.05)
+
+
+def test_a_block_is_given_the_drift_of_the_blocks_before_it(tokens, monkeypatch):
+    """Without the dense twin, a chain's output is further from the dense one's."""
+    torch.manual_seed(0)
+    base = nn.Sequential(*(nn.Sequential(nn.Linear(48, 48), nn.Tanh()) for _ in range(6)))
+    for p in base.parameters():
+        p.data.mul_(2)
+    data = [torch.randn(256, 48) for _ in range(8)]
+    found = {}
+    for share in (0.0, 0.5):
+        monkeypatch.setattr(encode, "MAKE_UP", share)
+        model = copy.deepcopy(base)
+        rpq.convert(model, bits=2, grow=True, calibration=data)
+        found[share] = rpq.evaluate(base, model, [torch.randn(2000, 48)]).metrics["relative_error"]
+    assert found[0.5] < 0.95 * found[0.0]
+
+
+def test_padding_is_not_counted(tokens):
+    """A batch with padding gives the statistics of its sentences alone: the first layer's are the same to the bit."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 256}
+    dense = BertModel(BertConfig(**sizes)).eval()
+    ids = torch.randint(5, 200, (1, 9))
+    short = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+    padded = [{k: F.pad(v, (0, 7)) for k, v in short[0].items()}]
+    found = []
+    for data in (short, padded):
+        model = copy.deepcopy(dense)
+        report = rpq.convert(model, bits=4, grow=True, calibration=data)
+        found.append({r.name: r.inputs for r in report.rows if r.inputs})
+    assert found[0] == found[1] and found[0] and set(found[0].values()) <= {9, 1}
 
 
 def test_recalibration_never_makes_a_layer_worse_under_its_inputs():
