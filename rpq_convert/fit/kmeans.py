@@ -22,15 +22,17 @@ import torch
 
 from rpq_convert.fit.random import Fitted, check_layout, count_dead
 from rpq_convert.kernels.kmeans import (
-    CODEWORDS,
     accumulate,
-    assign,
     distinct,
+    errors_of,
     line_start,
+    move_to_means,
     neighbours,
     prefix_sums,
+    regroup,
     seed_plus_plus,
 )
+from rpq_convert.kernels.nearest import CODEWORDS, nearest
 
 FULL = 1 << 18  # a codebook with at most so many points is fitted on all of them
 SAMPLE = 1 << 18  # else on about so many of them, plus
@@ -108,11 +110,18 @@ class Group:
         weights = self.weights if self.weights.shape[1] == 1 else self.weights[:, index]
         return Group.of(self.columns[:, index], weights)
 
-    def nearest(self, codebook: np.ndarray, *, quick: bool = True) -> tuple[np.ndarray, np.ndarray]:
-        """Return codes [N] and errors [N] under codebook [256, dim]."""
+    def nearest(self, codebook: np.ndarray, *, quick: bool = False) -> np.ndarray:
+        """Return codes [N] under codebook [256, dim]."""
         r = self.columns.shape[0]
-        weights = self.weights if self.weights.shape[0] > 1 else None
-        return assign(self.columns, weights, codebook[:, :r], quick=quick)
+        return nearest(self.columns, self.weights if self.weights.shape[0] > 1 else None, codebook[:, :r], quick=quick)
+
+    def add_to(self, codes: np.ndarray, sums: np.ndarray, mass: np.ndarray) -> None:
+        """Add each point, times its weight, to its codeword's sum [256, dim] and the weight to its mass [256, dim]."""
+        r = self.rows.shape[1]
+        part, part_mass = np.zeros((CODEWORDS, r)), np.zeros((CODEWORDS, r))
+        accumulate(self.rows, self.row_weights, codes, part, part_mass)
+        sums[:, :r] += part
+        mass[:, :r] += part_mass if self.row_weights.shape[1] > 1 else part_mass[:, :1]
 
 
 _ONE = np.ones((1, 1), np.float32)
@@ -230,19 +239,6 @@ def _join(weights: list[np.ndarray]) -> np.ndarray:
     return weights[0] if weights[0].shape == (1, 1) else np.concatenate(weights, axis=1)
 
 
-def _centroids(groups: list[Group], codes: list[np.ndarray], codebook: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return each codeword's weighted mean [256, dim] (itself where it has no point) and its mass [256, dim], fp64."""
-    sums, mass = np.zeros(codebook.shape), np.zeros(codebook.shape)
-    for group, code in zip(groups, codes):
-        r = group.rows.shape[1]
-        part, part_mass = np.zeros((CODEWORDS, r)), np.zeros((CODEWORDS, r))
-        accumulate(group.rows, group.row_weights, code, part, part_mass)
-        sums[:, :r] += part
-        mass[:, :r] += part_mass if group.row_weights.shape[1] > 1 else part_mass[:, :1]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(mass > 0, sums / mass, codebook).astype(np.float32), mass
-
-
 def relocate(groups: list[Group], codes: list[np.ndarray], codebook: np.ndarray, mass: np.ndarray, limit: int) -> int:
     """Move up to `limit` codewords, in place, to the points with the largest errors where the total error must fall.
 
@@ -255,7 +251,7 @@ def relocate(groups: list[Group], codes: list[np.ndarray], codebook: np.ndarray,
     victims = [int(k) for k in np.argsort(cost, kind="stable")[:limit]]
     candidates: list[tuple[float, int, int]] = []  # (error, group, point)
     for g, (group, code) in enumerate(zip(groups, codes)):
-        errors = _errors(group, code, codebook)
+        errors = errors_of(group.rows, group.row_weights, code, codebook)
         least = max(0, errors.size - 4 * limit)
         top = np.argpartition(errors, least)[least:]
         candidates += [(float(errors[p]), g, int(p)) for p in top]
@@ -281,37 +277,43 @@ def relocate(groups: list[Group], codes: list[np.ndarray], codebook: np.ndarray,
     return len(moved)
 
 
-def _errors(group: Group, codes: np.ndarray, codebook: np.ndarray) -> np.ndarray:
-    error = np.zeros(codes.size, np.float32)
-    for j, column in enumerate(group.columns):
-        d = column - codebook[codes, j]
-        d *= d
-        error += d * group.weights[j] if group.weights.shape[0] > 1 else d
-    return error * group.weights[0] if group.weights.shape[0] == 1 else error
-
-
 def lloyd(groups: list[Group], codebook: np.ndarray, iterations: int) -> np.ndarray:
     """Run Lloyd's iterations until no code changes; codebook [256, dim] -> [256, dim] fp32.
 
-    When they settle or end, `relocate` looks for codewords that serve better elsewhere and a few more follow.
+    When they settle or end, `relocate` looks for codewords that serve better elsewhere and a few more follow. Points
+    should be centred: their nearest codewords are found by products, unless that is too coarse for them.
     """
-    before: list[np.ndarray] = []
+    codebook = codebook.copy()
+    codes = [group.nearest(codebook, quick=True) for group in groups]
+    quick = not _tight(groups, codes, codebook)
+    follow = False  # sums are there, and points of equal weight that change their codewords take their share along
+    sums, mass = np.zeros(codebook.shape), np.zeros(codebook.shape)
     left, moves = iterations, 3  # `left` grows only where a move is used up, so this ends
     while left > 0:
         left -= 1
-        codes = [group.nearest(codebook)[0] for group in groups]
-        settled = bool(before) and all(np.array_equal(a, b) for a, b in zip(codes, before))
-        if not settled:
-            codebook, mass = _centroids(groups, codes, codebook)
-            before = codes
-        empty = int((mass.max(1) == 0).sum())
+        found = [group.nearest(codebook, quick=quick) for group in groups]
+        if follow:
+            settled = not sum(regroup(g.rows, new, old, sums, mass) for g, new, old in zip(groups, found, codes))
+        else:
+            settled = bool(mass.any()) and all(np.array_equal(new, old) for new, old in zip(found, codes))
+            sums[:], mass[:], codes = 0, 0, found
+            for group, code in zip(groups, codes):
+                group.add_to(code, sums, mass)
+            follow = groups[0].weights.shape[1] == 1
+        empty = move_to_means(sums, mass, codebook)
         if settled or left == 0:
             if not moves or not relocate(groups, codes, codebook, mass, limit=max(empty, 32)):
                 break
-            moves, left, before = moves - 1, max(left, 4), []
-        elif empty and relocate(groups, codes, codebook, mass, limit=empty):
-            before = []
+            moves, left = moves - 1, max(left, 4)
+        elif empty:
+            relocate(groups, codes, codebook, mass, limit=empty)
     return codebook
+
+
+def _tight(groups: list[Group], codes: list[np.ndarray], codebook: np.ndarray) -> bool:
+    """Say whether points lie so near their codewords that the rounding of quick scores, 2^-16 |x| |c|, matters there."""
+    error = sum(float(errors_of(g.rows, _ONE, c, codebook).sum()) for g, c in zip(groups, codes))
+    return error < 2**-10 * sum(float(np.square(g.columns).sum()) for g in groups)
 
 
 def seed_codebook(groups: list[Group], dim: int, rng: np.random.Generator) -> np.ndarray:
@@ -334,10 +336,8 @@ def fit_points(groups: list[Group], dim: int, rng: np.random.Generator, iteratio
     if dim == 1:
         return fit_line(groups[0])
     offset = np.zeros(dim, np.float32)
-    if dim > 4:  # the expanded distance needs small numbers
-        r = groups[0].columns.shape[0]
-        offset[:r] = groups[0].columns.mean(1, dtype=np.float64)
-        groups = [Group.of(g.columns - offset[: g.columns.shape[0], None], g.weights) for g in groups]
+    offset[: groups[0].columns.shape[0]] = groups[0].columns.mean(1, dtype=np.float64)
+    groups = [Group.of(g.columns - offset[: g.columns.shape[0], None], g.weights) for g in groups]
     thin = groups
     if groups[0].rows.shape[0] >= 1 << 15:
         thin = []
@@ -455,7 +455,7 @@ def fit_kmeans(
         for low, high in problem.spans(book):
             points = problem.points(low, high)
             weights = problem.weights(low, high) if problem.per_coordinate else None
-            found, _ = assign(points, weights, near[book][:, : points.shape[0]])
+            found = nearest(points, weights, near[book][:, : points.shape[0]])
             codes[low:high] = found.reshape(high - low, -1)
     out = torch.from_numpy(codes)[None]
     return Fitted(rounded[None], out, count_dead(out, books))
@@ -473,9 +473,6 @@ def fit_book(problem: Problem, book: int, rng: np.random.Generator) -> np.ndarra
     sums, mass = np.zeros(codebook.shape), np.zeros(codebook.shape)
     for span in problem.spans(book):
         group = Group.of(problem.points(*span), problem.weights(*span))
-        codes, _ = group.nearest(codebook, quick=False)
-        means, part = _centroids([group], [codes], np.zeros_like(codebook))
-        sums += means.astype(np.float64) * part
-        mass += part
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(mass > 0, sums / mass, codebook).astype(np.float32)
+        group.add_to(group.nearest(codebook), sums, mass)
+    move_to_means(sums, mass, codebook)
+    return codebook

@@ -1,0 +1,324 @@
+"""The nearest of 256 codewords: numba, single-threaded, nogil.
+
+Points lie coordinate-major, [r, N], so that neighbouring points are neighbouring lanes of a register. They stay in the
+first cache while the codewords stream past; the best score and its code stay in registers, and no points x 256 array ever
+exists. Three forms of the score, each summed in one order:
+
+* difference: sum (x - c)^2, and sum w (x - c)^2 where each coordinate has a weight: right to the last bits of float32;
+* product: |c|^2 / 2 - x.c, half the work, but what is small beside the points' distance from zero gets lost;
+* product in tiles: the same in Intel's tile registers (`tiles.py`), five times as fast, with 2^-16 |x| |c| of error.
+  Sixteen codewords are a tile's rows, sixteen points its columns, so its least row says which codeword is the best.
+
+The products are for k-means' iterations, where a rare choice of the second best does no harm. What is kept is chosen by
+difference, so that a machine without tiles finds the same codes for the same codebook.
+
+Not used: BLAS products plus an argmin (nothing promises the same bits at every thread count); float16 arithmetic, twice
+the lanes (the processors that have it have tiles too, and these lose less); bounds that skip distances (256 codewords of
+few dimensions have too many neighbours at nearly the same distance).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+from numba import njit
+
+from rpq_convert.kernels.tiles import (
+    TILE,
+    allowed,
+    code_of,
+    halves_of,
+    least_row,
+    load_tile,
+    multiply_tiles,
+    read_shapes,
+    row_of,
+    set_shapes,
+    shapes,
+    store_tile,
+    write_pair,
+)
+from rpq_convert.kernels.vectors import (
+    FEATURES,
+    LANES,
+    load,
+    minimum,
+    multiply,
+    multiply_add,
+    no_codes,
+    note_code,
+    read_float,
+    spread,
+    subtract,
+    subtract_product,
+    width,
+    write_codes,
+)
+
+CODEWORDS = 256
+SIDE = LANES[32 if FEATURES.get("avx512f") else 16]  # points at once: eight sums and two more registers, on AVX2 too
+INFINITY = np.float32(np.inf)
+NONE = np.zeros((1, 1), np.float32)
+
+
+@njit(inline="always")
+def _halves(codebook):
+    """Return half of each codeword's squared length [256]."""
+    halves = np.empty(256, np.float32)
+    for k in range(256):
+        total = 0.0
+        for j in range(codebook.shape[1]):
+            total += np.float64(codebook[k, j]) * codebook[k, j]
+        halves[k] = 0.5 * total
+    return halves
+
+
+@cache
+def _search(form: str):
+    """Compile the search in float32; form: difference, weighted, product."""
+    product, weighted = form == "product", form == "weighted"
+
+    @njit(inline="always")
+    def closer(total, x, w, c):
+        if product:
+            return subtract_product(total, x, c)
+        d = subtract(x, c)
+        return multiply_add(multiply(w, d) if weighted else d, d, total)
+
+    @njit(cache=True, nogil=True, error_model="numpy")
+    def search(points, weights, codebook, tag, scratch, codes):
+        r, total = points.shape
+        side = width(tag)
+        floats = scratch.view(np.float32)
+        x = floats[: r * side].reshape(r, side)
+        w = floats[r * side : 2 * r * side].reshape(r, side)
+        found = scratch[8 * r * side :]
+        step = 4 * r
+        halves = _halves(codebook)
+        zero = np.float32(0)
+        for start in range(0, total, side):
+            count = min(side, total - start)
+            for j in range(r):
+                for p in range(count):
+                    x[j, p] = points[j, start + p]
+                if weighted:
+                    for p in range(count):
+                        w[j, p] = weights[j, start + p]
+            best = spread(INFINITY, tag)
+            which = no_codes(tag)
+            for k in range(0, 256, 4):
+                s0 = spread(halves[k] if product else zero, tag)
+                s1 = spread(halves[k + 1] if product else zero, tag)
+                s2 = spread(halves[k + 2] if product else zero, tag)
+                s3 = spread(halves[k + 3] if product else zero, tag)
+                at = codebook.ctypes.data + k * step
+                for j in range(r):
+                    v = load(x.ctypes.data + 4 * side * j, tag)
+                    u = load(w.ctypes.data + 4 * side * j, tag) if weighted else v
+                    s0 = closer(s0, v, u, spread(read_float(at), tag))
+                    s1 = closer(s1, v, u, spread(read_float(at + step), tag))
+                    s2 = closer(s2, v, u, spread(read_float(at + 2 * step), tag))
+                    s3 = closer(s3, v, u, spread(read_float(at + 3 * step), tag))
+                    at += 4
+                which = note_code(s0, best, k, which)
+                best = minimum(s0, best)
+                which = note_code(s1, best, k + 1, which)
+                best = minimum(s1, best)
+                which = note_code(s2, best, k + 2, which)
+                best = minimum(s2, best)
+                which = note_code(s3, best, k + 3, which)
+                best = minimum(s3, best)
+            write_codes(found.ctypes.data, which)
+            for p in range(count):
+                codes[start + p] = found[p]
+
+    return search
+
+
+# ---- in tiles --------------------------------------------------------------------------------------------------------
+
+POINTS = 32  # at a time: two tiles of them
+
+
+def _depth(r: int) -> int:
+    """Return how many tiles deep the products of r coordinates are: r rows large times both, r / 2 small times large."""
+    return (r + (r + 1) // 2 + 15) // 16
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _lay_codewords(codebook, depth, tiles, sums):
+    """Lay codewords [256, r], negative, in tiles [16, depth, 16, 16] of pairs, and what sums start from in [256, 16]."""
+    r = codebook.shape[1]
+    halves = _halves(codebook)
+    bits = codebook.view(np.uint32)
+    sign = np.uint32(0x80000000)
+    large, small = np.empty(r, np.uint32), np.empty(r, np.float32)
+    half, top, shift = np.uint32(0x8000), np.uint32(0xFFFF0000), np.uint32(16)
+    row = np.zeros(16 * depth, np.uint32)
+    for k in range(256):
+        for p in range(16):
+            sums[k, p] = halves[k]
+        for j in range(r):
+            large[j] = ((bits[k, j] ^ sign) + half) & top
+        as_float, as_bits = large.view(np.float32), small.view(np.uint32)
+        for j in range(r):
+            small[j] = -codebook[k, j] - as_float[j]
+            row[j] = large[j] | (large[j] >> shift)
+        for j in range(0, r - 1, 2):
+            row[r + (j >> 1)] = ((as_bits[j] + half) >> shift) | ((as_bits[j + 1] + half) & top)
+        if r & 1:
+            row[r + (r >> 1)] = (as_bits[r - 1] + half) >> shift
+        for t in range(depth):
+            for p in range(16):
+                tiles[k >> 4, t, k & 15, p] = row[16 * t + p]
+
+
+@njit(inline="always")
+def _lay_points(points, stride, r, panel):
+    """Lay 16 points in a column of tiles: pairs (small, large) of each coordinate, then pairs of large parts."""
+    tag = np.int16(0)
+    pairs = panel + 64 * r
+    for j in range(0, r, 2):
+        large, small = halves_of(load(points + j * stride, tag))
+        write_pair(panel + 64 * j, small, large)
+        next_large = no_codes(tag)
+        if j + 1 < r:
+            next_large, next_small = halves_of(load(points + (j + 1) * stride, tag))
+            write_pair(panel + 64 * (j + 1), next_small, next_large)
+        write_pair(pairs + 32 * j, large, next_large)
+
+
+@njit(inline="always")
+def _better(scores, tile, best, which):
+    least = least_row(scores)
+    return minimum(least, best), note_code(least, best, tile, which)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _search_tiles(points, codebook, depth, wanted, scratch, codes):
+    """Find the codeword with the least product score for at least POINTS points; scratch begins a cache line, all zero.
+
+    Registers 0 to 3 are sums (two tiles of codewords by two of points), 4 and 5 codewords, 6 and 7 points.
+    """
+    r, total = points.shape
+    stride = 4 * total
+    tag = np.int16(0)
+    c = scratch.ctypes.data
+    h = c + 16 * TILE * depth
+    s0 = h + 16 * TILE
+    s1, s2, s3, old = s0 + TILE, s0 + 2 * TILE, s0 + 3 * TILE, s0 + 4 * TILE
+    b0 = s0 + 5 * TILE
+    b1 = b0 + TILE * depth
+    words = scratch.view(np.uint32)
+    area = 16 * 256 * depth
+    sums = words[area : area + 4096].view(np.float32).reshape(256, 16)
+    _lay_codewords(codebook, depth, words[:area].reshape(16, depth, 16, 16), sums)
+    read_shapes(old)
+    set_shapes(wanted.ctypes.data)
+    for first in range(0, total, 32):
+        start = min(first, total - 32)  # the last ones overlap
+        at = points.ctypes.data + 4 * start
+        _lay_points(at, stride, r, b0)
+        _lay_points(at + 64, stride, r, b1)
+        best0 = spread(INFINITY, tag)
+        best1 = spread(INFINITY, tag)
+        which0 = no_codes(tag)
+        which1 = no_codes(tag)
+        if depth == 1:
+            # A tile's sums are stored three products later, and looked through while the next ones are made.
+            load_tile(6, b0)
+            load_tile(7, b1)
+            for g in range(0, 16, 2):
+                a, z = c + TILE * g, h + TILE * g
+                load_tile(4, a)
+                load_tile(0, z)
+                multiply_tiles(0, 4, 6)
+                if g > 0:
+                    store_tile(1, s1)
+                    best0, which0 = _better(s0, g - 2, best0, which0)
+                load_tile(1, z)
+                multiply_tiles(1, 4, 7)
+                if g > 0:
+                    store_tile(2, s2)
+                    best1, which1 = _better(s1, g - 2, best1, which1)
+                load_tile(5, a + TILE)
+                load_tile(2, z + TILE)
+                multiply_tiles(2, 5, 6)
+                if g > 0:
+                    store_tile(3, s3)
+                    best0, which0 = _better(s2, g - 1, best0, which0)
+                load_tile(3, z + TILE)
+                multiply_tiles(3, 5, 7)
+                store_tile(0, s0)
+                if g > 0:
+                    best1, which1 = _better(s3, g - 1, best1, which1)
+            store_tile(1, s1)
+            store_tile(2, s2)
+            store_tile(3, s3)
+            best0, which0 = _better(s0, 14, best0, which0)
+            best1, which1 = _better(s1, 14, best1, which1)
+            best0, which0 = _better(s2, 15, best0, which0)
+            best1, which1 = _better(s3, 15, best1, which1)
+        else:
+            for g in range(0, 16, 2):
+                z = h + TILE * g
+                load_tile(0, z)
+                load_tile(1, z)
+                load_tile(2, z + TILE)
+                load_tile(3, z + TILE)
+                for t in range(depth):
+                    a = c + TILE * (g * depth + t)
+                    load_tile(4, a)
+                    load_tile(6, b0 + TILE * t)
+                    multiply_tiles(0, 4, 6)
+                    load_tile(7, b1 + TILE * t)
+                    multiply_tiles(1, 4, 7)
+                    load_tile(5, a + TILE * depth)
+                    multiply_tiles(2, 5, 6)
+                    multiply_tiles(3, 5, 7)
+                if g > 0:
+                    best0, which0 = _better(s0, g - 2, best0, which0)
+                    best1, which1 = _better(s1, g - 2, best1, which1)
+                    best0, which0 = _better(s2, g - 1, best0, which0)
+                    best1, which1 = _better(s3, g - 1, best1, which1)
+                store_tile(0, s0)
+                store_tile(1, s1)
+                store_tile(2, s2)
+                store_tile(3, s3)
+            best0, which0 = _better(s0, 14, best0, which0)
+            best1, which1 = _better(s1, 14, best1, which1)
+            best0, which0 = _better(s2, 15, best0, which0)
+            best1, which1 = _better(s3, 15, best1, which1)
+        write_codes(codes.ctypes.data + start, code_of(which0, row_of(best0)))
+        write_codes(codes.ctypes.data + start + 16, code_of(which1, row_of(best1)))
+    set_shapes(old)
+
+
+def nearest(points, weights, codebook, *, quick=False):
+    """Find each point's nearest codeword; returns codes [N] uint8.
+
+    points [r, N] fp32; weights None or [r, N], one weight per coordinate; codebook [256, r] fp32. `quick` scores by
+    products, which is for centred points and for choices that need not be the best to the last bit. Of equally near
+    codewords the lowest code wins, unless `quick`.
+    """
+    r, total = points.shape
+    codebook = np.ascontiguousarray(codebook, np.float32)
+    codes = np.empty(total, np.uint8)
+    if quick and weights is None and total >= POINTS and allowed():
+        depth = _depth(r)
+        _search_tiles(points, codebook, depth, _SHAPES, _line((21 + 18 * depth) * TILE), codes)
+    else:
+        form = "weighted" if weights is not None else "product" if quick else "difference"
+        _search(form)(points, NONE if weights is None else weights, codebook, SIDE, _line((8 * r + 1) * 32), codes)
+    return codes
+
+
+_SHAPES = shapes()
+
+
+def _line(size: int) -> np.ndarray:
+    """Return zero bytes that begin a cache line."""
+    raw = np.zeros(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size]
