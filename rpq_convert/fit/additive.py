@@ -92,7 +92,7 @@ def fit_sum(problem: Problem, book: int, stages: int, seed: int) -> np.ndarray:
         for group in rest:
             r = group.columns.shape[0]
             codes = group.nearest(codebooks[stage])
-            left.append(Group.of(group.columns - codebooks[stage][codes, :r].T, group.weights))
+            left.append(Group(group.columns - np.ascontiguousarray(codebooks[stage][codes, :r].T), group.weights))
         rest = left
     for _ in range(ROUNDS):
         found = [_encode(group, codebooks, FIT_BEAM) for group in groups]

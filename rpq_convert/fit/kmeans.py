@@ -15,6 +15,7 @@ Not tried: minibatch k-means, bounds that skip distances.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -25,6 +26,7 @@ from rpq_convert.kernels.kmeans import (
     accumulate,
     distinct,
     errors_of,
+    gather,
     line_start,
     move_to_means,
     neighbours,
@@ -32,7 +34,7 @@ from rpq_convert.kernels.kmeans import (
     regroup,
     seed_plus_plus,
 )
-from rpq_convert.kernels.nearest import CODEWORDS, nearest
+from rpq_convert.kernels.nearest import CODEWORDS, blank, nearest
 
 FULL = 1 << 18  # a codebook with at most so many points is fitted on all of them
 SAMPLE = 1 << 18  # else on about so many of them, plus
@@ -40,6 +42,7 @@ SAMPLE = 1 << 18  # else on about so many of them, plus
 # error than with a single one; 256 cost 4.4 %, and 2.9 % (64) or 7.8 % (256) on a sample half as large.
 EXTREMES = 64
 LINE = 1 << 21  # the same for dim 1, where a fit is one sort
+HEAD = 512  # rows that are looked at first for more than 256 distinct sub-vectors
 CHUNK = 1 << 17  # points gathered at a time
 ITERATIONS = 25
 PIECES = 1024  # pieces of the line between which dynamic programming may cut
@@ -77,10 +80,7 @@ class Problem:
 
     def points(self, low: int, high: int) -> np.ndarray:
         """Gather the sub-vectors of a span, block-major: [r, m n], r = dim or less in the tail block."""
-        points = _gather(self.matrix, low, high, self.dim)
-        points *= np.float32(self.scale)
-        points += np.float32(0)  # -0 becomes 0
-        return points
+        return _gather(self.matrix, low, high, self.dim, self.scale)
 
     def weights(self, low: int, high: int) -> np.ndarray:
         """Gather a span's importance: [1, 1] (none), [1, m n] or [r, m n]."""
@@ -97,18 +97,24 @@ class Group:
     """Hold points with r coordinates, both ways round: distances read columns, sums read rows."""
 
     columns: np.ndarray  # [r, N] fp32
-    rows: np.ndarray  # [N, r]
     weights: np.ndarray  # [1, 1], [1, N] or [r, N]
-    row_weights: np.ndarray  # [1, 1], [N, 1] or [N, r]
 
-    @classmethod
-    def of(cls, columns: np.ndarray, weights: np.ndarray) -> "Group":
-        rows, row_weights = np.ascontiguousarray(columns.T), np.ascontiguousarray(weights.T)
-        return cls(np.ascontiguousarray(columns), rows, np.ascontiguousarray(weights), row_weights)
+    @cached_property
+    def rows(self) -> np.ndarray:  # [N, r]
+        return np.ascontiguousarray(self.columns.T)
+
+    @cached_property
+    def row_weights(self) -> np.ndarray:  # [1, 1], [N, 1] or [N, r]
+        return np.ascontiguousarray(self.weights.T)
+
+    def less(self, offset: np.ndarray) -> "Group":
+        """Return the points less offset [dim]."""
+        columns = blank(self.columns.shape)
+        return Group(np.subtract(self.columns, offset[: len(columns), None], out=columns), self.weights)
 
     def take(self, index: np.ndarray) -> "Group":
         weights = self.weights if self.weights.shape[1] == 1 else self.weights[:, index]
-        return Group.of(self.columns[:, index], weights)
+        return Group(np.ascontiguousarray(self.columns[:, index]), weights)
 
     def nearest(self, codebook: np.ndarray, *, quick: bool = False) -> np.ndarray:
         """Return codes [N] under codebook [256, dim]."""
@@ -127,10 +133,12 @@ class Group:
 _ONE = np.ones((1, 1), np.float32)
 
 
-def _gather(values: torch.Tensor, low: int, high: int, dim: int) -> np.ndarray:
-    part = values[:, low * dim : high * dim]  # [n, m r]
-    n, m = part.shape[0], high - low
-    return part.reshape(n, m, -1).permute(2, 1, 0).reshape(-1, m * n).contiguous().clone().numpy()
+def _gather(values: torch.Tensor, low: int, high: int, dim: int, scale: float = 1.0) -> np.ndarray:
+    n, length = values.shape
+    r = min(high * dim, length) - (high - 1) * dim  # less than dim in the tail block, which is alone
+    points = blank((r, (high - low) * n))
+    gather(values.numpy(), low * dim, r, np.float32(scale), points)
+    return points
 
 
 def pose(matrix: torch.Tensor, importance: Importance, *, dim: int, books: int, stages: int) -> Problem:
@@ -174,18 +182,20 @@ def generator(seed: int, *path: int) -> np.random.Generator:
 
 def few(problem: Problem, book: int, codes: np.ndarray) -> np.ndarray | None:
     """Return the distinct sub-vectors [256, dim] of a book and write their codes, or None where there are more."""
+    if problem.matrix.shape[0] > 2 * HEAD and few(replace(problem, matrix=problem.matrix[:HEAD]), book, codes) is None:
+        return None  # as nearly always
     table = np.zeros((CODEWORDS, problem.dim), np.float32)
     slots = np.full(1024, -1, np.int32)
     count = 0
     for low, high in problem.spans(book):
         points = problem.points(low, high)
-        rows = np.zeros((points.shape[1], problem.dim), np.float32)
-        rows[:, : points.shape[0]] = points.T
+        if points.shape[0] < problem.dim:
+            points = np.pad(points, ((0, problem.dim - points.shape[0]), (0, 0)))
         numbers = np.empty(points.shape[1], np.uint8)
-        count = distinct(rows, table, slots, count, numbers)
+        count = distinct(points, table, slots, count, numbers)
         if count > CODEWORDS:
             return None
-        codes[low:high] = numbers.reshape(high - low, -1)
+        codes[low:high, : len(problem.matrix)] = numbers.reshape(high - low, -1)
     return table
 
 
@@ -197,8 +207,10 @@ def collect(problem: Problem, book: int, *, full: int, sample: int, rng: np.rand
     n = problem.matrix.shape[0]
     low, high = problem.block_range(book)
     rate = 1.0 if n * (high - low) <= full else sample / (n * (high - low))
-    rows = problem.matrix[:, low * problem.dim : high * problem.dim].mean(1)  # fp64 means of fp32 rows: no wide copy
-    centre = float(rows.mean(dtype=torch.float64)) * problem.scale
+    centre = 0.0
+    if rate < 1:
+        rows = problem.matrix[:, low * problem.dim : high * problem.dim].mean(1)  # fp64 means of fp32 rows: no wide copy
+        centre = float(rows.mean(dtype=torch.float64)) * problem.scale
     parts: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}  # r -> [(columns, weights)]
     far: dict[int, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}  # r -> [(columns, weights, distances)]
     for span in problem.spans(book):
@@ -215,12 +227,12 @@ def collect(problem: Problem, book: int, *, full: int, sample: int, rng: np.rand
     groups = []
     for r, found in parts.items():
         if r in far:
-            points = np.concatenate([p for p, _, _ in far[r]], axis=1)
+            points = _joined([p for p, _, _ in far[r]])
             distance = np.concatenate([d for _, _, d in far[r]])
-            weights = _join([w for _, w, _ in far[r]])
+            weights = _joined([w for _, w, _ in far[r]])
             top = _farthest(points, distance)
             found = [*found, (points[:, top], _take(weights, top))]
-        groups.append(Group.of(np.concatenate([p for p, _ in found], axis=1), _join([w for _, w in found])))
+        groups.append(Group(_joined([p for p, _ in found]), _joined([w for _, w in found])))
     return groups
 
 
@@ -235,8 +247,8 @@ def _take(weights: np.ndarray, index: np.ndarray) -> np.ndarray:
     return weights if weights.shape[1] == 1 else weights[:, index]
 
 
-def _join(weights: list[np.ndarray]) -> np.ndarray:
-    return weights[0] if weights[0].shape == (1, 1) else np.concatenate(weights, axis=1)
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return parts[0] if len(parts) == 1 or parts[0].shape == (1, 1) else np.concatenate(parts, axis=1)
 
 
 def relocate(groups: list[Group], codes: list[np.ndarray], codebook: np.ndarray, mass: np.ndarray, limit: int) -> int:
@@ -245,15 +257,16 @@ def relocate(groups: list[Group], codes: list[np.ndarray], codebook: np.ndarray,
     Moving codeword k away costs at most mass_k |c_k - c_nearest|^2, and a point that becomes a codeword saves at least
     its own error. Codewords without points cost nothing. Returns the number moved.
     """
-    neighbour, between = np.zeros(CODEWORDS, np.int64), np.zeros(CODEWORDS)
+    neighbour, between = np.zeros(CODEWORDS, np.int64), np.zeros(CODEWORDS, np.float32)
     neighbours(codebook, neighbour, between)
     cost = mass.max(1) * between
-    victims = [int(k) for k in np.argsort(cost, kind="stable")[:limit]]
+    victims = np.argsort(cost, kind="stable")[:limit].tolist()
     candidates: list[tuple[float, int, int]] = []  # (error, group, point)
     for g, (group, code) in enumerate(zip(groups, codes)):
         errors = errors_of(group.rows, group.row_weights, code, codebook)
         least = max(0, errors.size - 4 * limit)
         top = np.argpartition(errors, least)[least:]
+        top = top[errors[top] > cost[victims[0]]]
         candidates += [(float(errors[p]), g, int(p)) for p in top]
     candidates.sort(key=lambda item: (-item[0], item[1], item[2]))
     moved: list[int] = []
@@ -265,8 +278,8 @@ def relocate(groups: list[Group], codes: list[np.ndarray], codebook: np.ndarray,
             break
         point = groups[g].rows[p]
         r, old = point.size, codebook[codes[g][p]]
-        own = float(((point - old[:r]) ** 2).sum())
-        if any(float(((point - codebook[k, :r]) ** 2).sum()) < own for k in moved):
+        near = ((point - codebook[[*moved, codes[g][p]], :r]) ** 2).sum(1)
+        if near.min() < near[-1]:  # a codeword that moved has come nearer
             continue
         fresh = old.copy()
         fresh[:r] = point
@@ -284,22 +297,24 @@ def lloyd(groups: list[Group], codebook: np.ndarray, iterations: int) -> np.ndar
     should be centred: their nearest codewords are found by products, unless that is too coarse for them.
     """
     codebook = codebook.copy()
-    codes = [group.nearest(codebook, quick=True) for group in groups]
-    quick = not _tight(groups, codes, codebook)
-    follow = False  # sums are there, and points of equal weight that change their codewords take their share along
     sums, mass = np.zeros(codebook.shape), np.zeros(codebook.shape)
+    even = groups[0].weights.shape[1] == 1  # points that change their codewords can take their share of the sums along
+    codes: list[np.ndarray] = []
+    quick = True
     left, moves = iterations, 3  # `left` grows only where a move is used up, so this ends
     while left > 0:
         left -= 1
         found = [group.nearest(codebook, quick=quick) for group in groups]
-        if follow:
-            settled = not sum(regroup(g.rows, new, old, sums, mass) for g, new, old in zip(groups, found, codes))
+        if not codes and _tight(groups, found, codebook):
+            quick = False
+            found = [group.nearest(codebook) for group in groups]
+        if even and codes:
+            settled = not sum([regroup(g.rows, new, old, sums, mass) for g, new, old in zip(groups, found, codes)])
         else:
-            settled = bool(mass.any()) and all(np.array_equal(new, old) for new, old in zip(found, codes))
+            settled = bool(codes) and all(np.array_equal(new, old) for new, old in zip(found, codes))
             sums[:], mass[:], codes = 0, 0, found
             for group, code in zip(groups, codes):
                 group.add_to(code, sums, mass)
-            follow = groups[0].weights.shape[1] == 1
         empty = move_to_means(sums, mass, codebook)
         if settled or left == 0:
             if not moves or not relocate(groups, codes, codebook, mass, limit=max(empty, 32)):
@@ -337,7 +352,7 @@ def fit_points(groups: list[Group], dim: int, rng: np.random.Generator, iteratio
         return fit_line(groups[0])
     offset = np.zeros(dim, np.float32)
     offset[: groups[0].columns.shape[0]] = groups[0].columns.mean(1, dtype=np.float64)
-    groups = [Group.of(g.columns - offset[: g.columns.shape[0], None], g.weights) for g in groups]
+    groups = [group.less(offset) for group in groups]
     thin = groups
     if groups[0].rows.shape[0] >= 1 << 15:
         thin = []
@@ -472,7 +487,7 @@ def fit_book(problem: Problem, book: int, rng: np.random.Generator) -> np.ndarra
         return codebook
     sums, mass = np.zeros(codebook.shape), np.zeros(codebook.shape)
     for span in problem.spans(book):
-        group = Group.of(problem.points(*span), problem.weights(*span))
+        group = Group(problem.points(*span), problem.weights(*span))
         group.add_to(group.nearest(codebook), sums, mass)
     move_to_means(sums, mass, codebook)
     return codebook

@@ -12,7 +12,18 @@ import numpy as np
 from numba import njit
 
 from rpq_convert.kernels.nearest import NONE
-from rpq_convert.kernels.vectors import add, load, minimum, multiply_add, spread, store, subtract
+from rpq_convert.kernels.vectors import (
+    add,
+    load,
+    minimum,
+    multiply_add,
+    no_codes,
+    note_code,
+    spread,
+    store,
+    subtract,
+    write_codes,
+)
 from rpq_convert.kernels.vectors import total as vector_total
 
 LARGE = np.float32(3e38)
@@ -46,6 +57,20 @@ def accumulate(rows, weights, codes, sums, mass):
             for j in range(r):
                 sums[k, j] += np.float64(weights[p, j]) * rows[p, j]
                 mass[k, j] += weights[p, j]
+
+
+@njit(cache=True, nogil=True)
+def gather(matrix, first, r, scale, points):
+    """Copy sub-vectors of r columns, from column `first` on, to points [r, blocks n], block after block, times `scale`."""
+    n = matrix.shape[0]
+    blocks = points.shape[1] // n
+    for start in range(0, n, 16):  # a line of the result at a time
+        stop = min(start + 16, n)
+        for b in range(blocks):
+            for j in range(r):
+                column = first + b * r + j
+                for i in range(start, stop):
+                    points[j, b * n + i] = matrix[i, column] * scale + np.float32(0)  # -0 becomes 0
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -120,14 +145,20 @@ def _shrink(points, weights, centre, nearest, chunks):
             at = points.ctypes.data + 4 * start
             there = nearest.ctypes.data + 4 * start
             chunk = spread(np.float32(0), tag)
-            for p in range(0, 1024, 128):
+            for p in range(0, 1024, 256):  # two registers' sums at once
                 s = spread(np.float32(0), tag)
+                u = spread(np.float32(0), tag)
                 for j in range(r):
-                    e = subtract(load(at + p + 4 * total * j, tag), spread(centre[j], tag))
+                    v = spread(centre[j], tag)
+                    e = subtract(load(at + p + 4 * total * j, tag), v)
                     s = multiply_add(e, e, s)
+                    e = subtract(load(at + p + 128 + 4 * total * j, tag), v)
+                    u = multiply_add(e, e, u)
                 s = minimum(s, load(there + p, tag))
                 store(there + p, s)
-                chunk = add(chunk, s)
+                u = minimum(u, load(there + p + 128, tag))
+                store(there + p + 128, u)
+                chunk = add(chunk, add(s, u))
             chunks[c] = vector_total(chunk)
             continue
         count = min(256, total - start)
@@ -183,18 +214,18 @@ def seed_plus_plus(points, weights, first, uniforms, codebook):
 
 
 @njit(cache=True, nogil=True)
-def distinct(rows, table, slots, count, codes):
-    """Number the distinct rows in order of appearance; stop, and return 257, at the 257th.
+def distinct(points, table, slots, count, codes):
+    """Number the distinct points in order of appearance; stop, and return 257, at the 257th.
 
-    rows [N, r] fp32 without -0; table [256, r] and slots [1024] int32 (-1 = free) carry over between calls, as `count`
-    does. Returns the new count; codes [N] are each row's number.
+    points [r, N] fp32 without -0; table [256, r] and slots [1024] int32 (-1 = free) carry over between calls, as `count`
+    does. Returns the new count; codes [N] are each point's number.
     """
-    total, r = rows.shape
-    bits = rows.view(np.uint32)
+    r, total = points.shape
+    bits = points.view(np.uint32)
     for p in range(total):
         h = np.uint64(14695981039346656037)
         for j in range(r):
-            h = (h ^ np.uint64(bits[p, j])) * np.uint64(1099511628211)
+            h = (h ^ np.uint64(bits[j, p])) * np.uint64(1099511628211)
         h ^= h >> np.uint64(29)
         at = np.int64(h & np.uint64(1023))
         while True:
@@ -203,14 +234,14 @@ def distinct(rows, table, slots, count, codes):
                 if count == 256:
                     return 257
                 for j in range(r):
-                    table[count, j] = rows[p, j]
+                    table[count, j] = points[j, p]
                 slots[at] = count
                 codes[p] = count
                 count += 1
                 break
             same = True
             for j in range(r):
-                if table[k, j] != rows[p, j]:
+                if table[k, j] != points[j, p]:
                     same = False
                     break
             if same:
@@ -287,19 +318,32 @@ def line_start(mass, first, second, pieces):
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def neighbours(codebook, nearest, distance):
-    """Write each codeword's nearest other codeword [256] and the squared distance to it [256], fp64."""
-    count, r = codebook.shape
-    columns = codebook.T.astype(np.float64)
-    d = np.empty(count)
-    for k in range(count):
-        d[:] = 0
-        for j in range(r):
-            for i in range(count):
-                e = columns[j, i] - columns[j, k]
-                d[i] += e * e
+    """Write each codeword's nearest other codeword [256] and the squared distance to it [256]."""
+    tag = np.int32(0)  # 32 lanes
+    r = codebook.shape[1]
+    columns = np.ascontiguousarray(codebook.T)
+    d, best, codes = np.empty(256, np.float32), np.empty(32, np.float32), np.empty(32, np.uint8)
+    for k in range(256):
+        for i in range(0, 1024, 128):
+            s = spread(np.float32(0), tag)
+            for j in range(r):
+                e = subtract(load(columns.ctypes.data + i + 1024 * j, tag), spread(codebook[k, j], tag))
+                s = multiply_add(e, e, s)
+            store(d.ctypes.data + i, s)
         d[k] = np.inf
-        nearest[k] = np.argmin(d)
-        distance[k] = d[nearest[k]]
+        low = load(d.ctypes.data, tag)
+        which = no_codes(tag)
+        for i in range(1, 8):
+            s = load(d.ctypes.data + 128 * i, tag)
+            which = note_code(s, low, 32 * i, which)
+            low = minimum(s, low)
+        store(best.ctypes.data, low)
+        write_codes(codes.ctypes.data, which)
+        at = 0
+        for i in range(1, 32):
+            at = i if best[i] < best[at] else at
+        nearest[k] = codes[at] + at
+        distance[k] = best[at]
 
 
 @cache

@@ -50,6 +50,7 @@ from rpq_convert.kernels.vectors import (
     note_code,
     read_float,
     spread,
+    store,
     subtract,
     subtract_product,
     width,
@@ -87,13 +88,14 @@ def _search(form: str):
         return multiply_add(multiply(w, d) if weighted else d, d, total)
 
     @njit(cache=True, nogil=True, error_model="numpy")
-    def search(points, weights, codebook, tag, scratch, codes):
+    def search(points, weights, codebook, tag, codes):
         r, total = points.shape
         side = width(tag)
-        floats = scratch.view(np.float32)
-        x = floats[: r * side].reshape(r, side)
-        w = floats[r * side : 2 * r * side].reshape(r, side)
-        found = scratch[8 * r * side :]
+        room = np.zeros(2 * r * side + 16, np.float32)
+        room = room[(-room.ctypes.data % 64) // 4 :]  # from the beginning of a cache line
+        x = room[: r * side].reshape(r, side)
+        w = room[r * side : 2 * r * side].reshape(r, side)
+        found = np.empty(side, np.uint8)
         step = 4 * r
         halves = _halves(codebook)
         zero = np.float32(0)
@@ -141,37 +143,31 @@ def _search(form: str):
 POINTS = 32  # at a time: two tiles of them
 
 
-def _depth(r: int) -> int:
-    """Return how many tiles deep the products of r coordinates are: r rows large times both, r / 2 small times large."""
-    return (r + (r + 1) // 2 + 15) // 16
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(inline="always")
 def _lay_codewords(codebook, depth, tiles, sums):
-    """Lay codewords [256, r], negative, in tiles [16, depth, 16, 16] of pairs, and what sums start from in [256, 16]."""
+    """Lay codewords [256, r], negative, in tiles [16, depth, 16, 16] of pairs; write what sums start from, [256, 16]."""
+    tag = np.int16(0)
     r = codebook.shape[1]
-    halves = _halves(codebook)
-    bits = codebook.view(np.uint32)
-    sign = np.uint32(0x80000000)
-    large, small = np.empty(r, np.uint32), np.empty(r, np.float32)
     half, top, shift = np.uint32(0x8000), np.uint32(0xFFFF0000), np.uint32(16)
-    row = np.zeros(16 * depth, np.uint32)
+    halves = _halves(codebook)
     for k in range(256):
-        for p in range(16):
-            sums[k, p] = halves[k]
-        for j in range(r):
-            large[j] = ((bits[k, j] ^ sign) + half) & top
-        as_float, as_bits = large.view(np.float32), small.view(np.uint32)
-        for j in range(r):
-            small[j] = -codebook[k, j] - as_float[j]
-            row[j] = large[j] | (large[j] >> shift)
-        for j in range(0, r - 1, 2):
-            row[r + (j >> 1)] = ((as_bits[j] + half) >> shift) | ((as_bits[j + 1] + half) & top)
-        if r & 1:
-            row[r + (r >> 1)] = (as_bits[r - 1] + half) >> shift
-        for t in range(depth):
-            for p in range(16):
-                tiles[k >> 4, t, k & 15, p] = row[16 * t + p]
+        store(sums.ctypes.data + 64 * k, spread(halves[k], tag))
+    tiles[:] = 0
+    minus, small = np.empty(256, np.float32), np.empty(256, np.float32)
+    large = np.empty(256, np.uint32)
+    bits, large_as_float, small_bits = minus.view(np.uint32), large.view(np.float32), small.view(np.uint32)
+    for j in range(r):
+        for k in range(256):
+            minus[k] = -codebook[k, j]
+        for k in range(256):
+            large[k] = (bits[k] + half) & top
+        for k in range(256):
+            small[k] = minus[k] - large_as_float[k]
+        both, ones = j, r + (j >> 1)  # the rows where points have (small, large), and two large
+        low = np.uint32(0 if j & 1 else 16)
+        for k in range(256):
+            tiles[k >> 4, both >> 4, k & 15, both & 15] = large[k] | (large[k] >> shift)
+            tiles[k >> 4, ones >> 4, k & 15, ones & 15] |= ((small_bits[k] + half) & top) >> low
 
 
 @njit(inline="always")
@@ -196,22 +192,25 @@ def _better(scores, tile, best, which):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _search_tiles(points, codebook, depth, wanted, scratch, codes):
-    """Find the codeword with the least product score for at least POINTS points; scratch begins a cache line, all zero.
+def _search_tiles(points, codebook, wanted, codes):
+    """Find the codeword with the least product score for at least POINTS points.
 
     Registers 0 to 3 are sums (two tiles of codewords by two of points), 4 and 5 codewords, 6 and 7 points.
     """
     r, total = points.shape
     stride = 4 * total
     tag = np.int16(0)
-    c = scratch.ctypes.data
+    depth = (r + (r + 1) // 2 + 15) // 16  # tiles: r rows of (small, large) pairs, half as many of large ones alone
+    area = 16 * 256 * depth
+    room = np.empty((21 + 18 * depth) * 256 + 16, np.uint32)
+    words = room[(-room.ctypes.data % 64) // 4 :]  # from the beginning of a cache line
+    words[area + 5248 :] = 0  # rows of points' tiles that stay empty
+    c = words.ctypes.data
     h = c + 16 * TILE * depth
     s0 = h + 16 * TILE
     s1, s2, s3, old = s0 + TILE, s0 + 2 * TILE, s0 + 3 * TILE, s0 + 4 * TILE
     b0 = s0 + 5 * TILE
     b1 = b0 + TILE * depth
-    words = scratch.view(np.uint32)
-    area = 16 * 256 * depth
     sums = words[area : area + 4096].view(np.float32).reshape(256, 16)
     _lay_codewords(codebook, depth, words[:area].reshape(16, depth, 16, 16), sums)
     read_shapes(old)
@@ -293,6 +292,7 @@ def _search_tiles(points, codebook, depth, wanted, scratch, codes):
         write_codes(codes.ctypes.data + start, code_of(which0, row_of(best0)))
         write_codes(codes.ctypes.data + start + 16, code_of(which1, row_of(best1)))
     set_shapes(old)
+    words[0] = 0  # used until here: nothing else tells numba that addresses point there
 
 
 def nearest(points, weights, codebook, *, quick=False):
@@ -306,19 +306,18 @@ def nearest(points, weights, codebook, *, quick=False):
     codebook = np.ascontiguousarray(codebook, np.float32)
     codes = np.empty(total, np.uint8)
     if quick and weights is None and total >= POINTS and allowed():
-        depth = _depth(r)
-        _search_tiles(points, codebook, depth, _SHAPES, _line((21 + 18 * depth) * TILE), codes)
+        _search_tiles(points, codebook, _SHAPES, codes)
     else:
         form = "weighted" if weights is not None else "product" if quick else "difference"
-        _search(form)(points, NONE if weights is None else weights, codebook, SIDE, _line((8 * r + 1) * 32), codes)
+        _search(form)(points, NONE if weights is None else weights, codebook, SIDE, codes)
     return codes
 
 
 _SHAPES = shapes()
 
 
-def _line(size: int) -> np.ndarray:
-    """Return zero bytes that begin a cache line."""
-    raw = np.zeros(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size]
+def blank(shape: tuple[int, int]) -> np.ndarray:
+    """Return an fp32 array that begins a cache line, so that no register of points lies across two."""
+    raw = np.empty(shape[0] * shape[1] + 16, np.float32)
+    start = -raw.ctypes.data % 64 // 4
+    return raw[start : start + shape[0] * shape[1]].reshape(shape)
