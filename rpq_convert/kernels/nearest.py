@@ -38,6 +38,7 @@ from rpq_convert.kernels.tiles import (
     shapes,
     store_tile,
     write_pair,
+    write_upper,
 )
 from rpq_convert.kernels.vectors import (
     FEATURES,
@@ -59,7 +60,7 @@ from rpq_convert.kernels.vectors import (
 
 CODEWORDS = 256
 SIDE = LANES[32 if FEATURES.get("avx512f") else 16]  # points at once: eight sums and two more registers, on AVX2 too
-INFINITY = np.float32(np.inf)
+LARGE = np.float32(3e38)
 NONE = np.zeros((1, 1), np.float32)
 
 
@@ -107,7 +108,7 @@ def _search(form: str):
                 if weighted:
                     for p in range(count):
                         w[j, p] = weights[j, start + p]
-            best = spread(INFINITY, tag)
+            best = spread(LARGE, tag)
             which = no_codes(tag)
             for k in range(0, 256, 4):
                 s0 = spread(halves[k] if product else zero, tag)
@@ -144,37 +145,43 @@ POINTS = 32  # at a time: two tiles of them
 
 
 @njit(inline="always")
-def _lay_codewords(codebook, depth, tiles, sums):
-    """Lay codewords [256, r], negative, in tiles [16, depth, 16, 16] of pairs; write what sums start from, [256, 16]."""
+def _small(r):
+    """Return the row, in a column of tiles, after the r rows of large parts: where it divides by 8, no write is divided."""
+    return (r + 7) // 8 * 8
+
+
+@njit(inline="always")
+def _lay_codewords(codebook, depth, codewords, sums):
+    """Lay codewords [256, r], negative, in [16, depth] tiles, and what sums start from in 16 tiles.
+
+    A codeword is a row of pairs: (large, large) of each coordinate, then the small parts. Between and after them stand
+    other numbers, which meet zeros.
+    """
     tag = np.int16(0)
     r = codebook.shape[1]
-    half, top, shift = np.uint32(0x8000), np.uint32(0xFFFF0000), np.uint32(16)
     halves = _halves(codebook)
+    minus = np.zeros(256 * r + 16, np.float32)
     for k in range(256):
-        store(sums.ctypes.data + 64 * k, spread(halves[k], tag))
-    tiles[:] = 0
-    minus, small = np.empty(256, np.float32), np.empty(256, np.float32)
-    large = np.empty(256, np.uint32)
-    bits, large_as_float, small_bits = minus.view(np.uint32), large.view(np.float32), small.view(np.uint32)
-    for j in range(r):
-        for k in range(256):
-            minus[k] = -codebook[k, j]
-        for k in range(256):
-            large[k] = (bits[k] + half) & top
-        for k in range(256):
-            small[k] = minus[k] - large_as_float[k]
-        both, ones = j, r + (j >> 1)  # the rows where points have (small, large), and two large
-        low = np.uint32(0 if j & 1 else 16)
-        for k in range(256):
-            tiles[k >> 4, both >> 4, k & 15, both & 15] = large[k] | (large[k] >> shift)
-            tiles[k >> 4, ones >> 4, k & 15, ones & 15] |= ((small_bits[k] + half) & top) >> low
+        store(sums + 64 * k, spread(halves[k], tag))
+        for j in range(r):
+            minus[k * r + j] = -codebook[k, j]
+    for k in range(256):
+        own = minus.ctypes.data + 4 * r * k
+        at = codewords + TILE * depth * (k >> 4) + 64 * (k & 15)
+        for j in range(0, r, 16):
+            large, small = halves_of(load(own + 4 * j, tag))
+            write_pair(at + TILE * (j >> 4), large, large)
+        for j in range(0, r, 16):
+            large, small = halves_of(load(own + 4 * j, tag))
+            row = _small(r) + (j >> 1)
+            write_upper(at + TILE * (row >> 4) + 4 * (row & 15), small)
 
 
 @njit(inline="always")
 def _lay_points(points, stride, r, panel):
     """Lay 16 points in a column of tiles: pairs (small, large) of each coordinate, then pairs of large parts."""
     tag = np.int16(0)
-    pairs = panel + 64 * r
+    pairs = panel + 64 * _small(r)
     for j in range(0, r, 2):
         large, small = halves_of(load(points + j * stride, tag))
         write_pair(panel + 64 * j, small, large)
@@ -191,106 +198,104 @@ def _better(scores, tile, best, which):
     return minimum(least, best), note_code(least, best, tile, which)
 
 
+@njit(inline="always")
+def _turn(codewords, depth, points, start, sums, last, best0, which0, best1, which1):
+    """Make the sums of two tiles of codewords with two of points, and look through those of the turn before, `last`.
+
+    Registers 0 to 3 are sums, 4 and 5 codewords, 6 and 7 points. A tile of sums is stored three products after its own.
+    """
+    s1, s2, s3 = sums + TILE, sums + 2 * TILE, sums + 3 * TILE
+    if depth == 1:
+        load_tile(4, codewords)
+        load_tile(0, start)
+        multiply_tiles(0, 4, 6)
+        store_tile(1, s1)
+        best0, which0 = _better(sums, last, best0, which0)
+        load_tile(1, start)
+        multiply_tiles(1, 4, 7)
+        store_tile(2, s2)
+        best1, which1 = _better(s1, last, best1, which1)
+        load_tile(5, codewords + TILE)
+        load_tile(2, start + TILE)
+        multiply_tiles(2, 5, 6)
+        store_tile(3, s3)
+        best0, which0 = _better(s2, last + 1, best0, which0)
+        load_tile(3, start + TILE)
+        multiply_tiles(3, 5, 7)
+        store_tile(0, sums)
+        best1, which1 = _better(s3, last + 1, best1, which1)
+    else:
+        store_tile(1, s1)
+        store_tile(2, s2)
+        store_tile(3, s3)
+        load_tile(0, start)
+        load_tile(1, start)
+        load_tile(2, start + TILE)
+        load_tile(3, start + TILE)
+        for t in range(0, TILE * depth, TILE):
+            load_tile(4, codewords + t)
+            load_tile(6, points + t)
+            multiply_tiles(0, 4, 6)
+            load_tile(7, points + TILE * depth + t)
+            multiply_tiles(1, 4, 7)
+            load_tile(5, codewords + TILE * depth + t)
+            multiply_tiles(2, 5, 6)
+            multiply_tiles(3, 5, 7)
+        best0, which0 = _better(sums, last, best0, which0)
+        best1, which1 = _better(s1, last, best1, which1)
+        best0, which0 = _better(s2, last + 1, best0, which0)
+        best1, which1 = _better(s3, last + 1, best1, which1)
+        store_tile(0, sums)
+    return best0, which0, best1, which1
+
+
 @njit(cache=True, nogil=True, error_model="numpy")
 def _search_tiles(points, codebook, wanted, codes):
-    """Find the codeword with the least product score for at least POINTS points.
-
-    Registers 0 to 3 are sums (two tiles of codewords by two of points), 4 and 5 codewords, 6 and 7 points.
-    """
+    """Find the codeword with the least product score for at least POINTS points."""
     r, total = points.shape
     stride = 4 * total
     tag = np.int16(0)
-    depth = (r + (r + 1) // 2 + 15) // 16  # tiles: r rows of (small, large) pairs, half as many of large ones alone
-    area = 16 * 256 * depth
-    room = np.empty((21 + 18 * depth) * 256 + 16, np.uint32)
+    depth = (_small(r) + (r + 1) // 2 + 15) // 16  # tiles
+    room = np.zeros((21 + 18 * depth) * 256 + 16, np.uint32)
     words = room[(-room.ctypes.data % 64) // 4 :]  # from the beginning of a cache line
-    words[area + 5248 :] = 0  # rows of points' tiles that stay empty
-    c = words.ctypes.data
-    h = c + 16 * TILE * depth
-    s0 = h + 16 * TILE
-    s1, s2, s3, old = s0 + TILE, s0 + 2 * TILE, s0 + 3 * TILE, s0 + 4 * TILE
-    b0 = s0 + 5 * TILE
-    b1 = b0 + TILE * depth
-    sums = words[area : area + 4096].view(np.float32).reshape(256, 16)
-    _lay_codewords(codebook, depth, words[:area].reshape(16, depth, 16, 16), sums)
+    c = words.ctypes.data  # codewords, [16, depth] tiles
+    h = c + 16 * TILE * depth  # what sums start from, 16 tiles
+    s = h + 16 * TILE  # sums, 4 tiles
+    b = s + 4 * TILE  # points, [2, depth] tiles
+    old = b + 2 * TILE * depth
+    _lay_codewords(codebook, depth, c, h)
+    for k in range(0, 4 * TILE, 64):
+        store(s + k, spread(LARGE, tag))  # before the first turn
     read_shapes(old)
     set_shapes(wanted.ctypes.data)
+    load_tile(1, s)
+    load_tile(2, s)
+    load_tile(3, s)
+    best0 = spread(LARGE, tag)
+    best1 = spread(LARGE, tag)
+    which0 = no_codes(tag)
+    which1 = no_codes(tag)
+    out = codes.ctypes.data
     for first in range(0, total, 32):
         start = min(first, total - 32)  # the last ones overlap
         at = points.ctypes.data + 4 * start
-        _lay_points(at, stride, r, b0)
-        _lay_points(at + 64, stride, r, b1)
-        best0 = spread(INFINITY, tag)
-        best1 = spread(INFINITY, tag)
-        which0 = no_codes(tag)
-        which1 = no_codes(tag)
-        if depth == 1:
-            # A tile's sums are stored three products later, and looked through while the next ones are made.
-            load_tile(6, b0)
-            load_tile(7, b1)
-            for g in range(0, 16, 2):
-                a, z = c + TILE * g, h + TILE * g
-                load_tile(4, a)
-                load_tile(0, z)
-                multiply_tiles(0, 4, 6)
-                if g > 0:
-                    store_tile(1, s1)
-                    best0, which0 = _better(s0, g - 2, best0, which0)
-                load_tile(1, z)
-                multiply_tiles(1, 4, 7)
-                if g > 0:
-                    store_tile(2, s2)
-                    best1, which1 = _better(s1, g - 2, best1, which1)
-                load_tile(5, a + TILE)
-                load_tile(2, z + TILE)
-                multiply_tiles(2, 5, 6)
-                if g > 0:
-                    store_tile(3, s3)
-                    best0, which0 = _better(s2, g - 1, best0, which0)
-                load_tile(3, z + TILE)
-                multiply_tiles(3, 5, 7)
-                store_tile(0, s0)
-                if g > 0:
-                    best1, which1 = _better(s3, g - 1, best1, which1)
-            store_tile(1, s1)
-            store_tile(2, s2)
-            store_tile(3, s3)
-            best0, which0 = _better(s0, 14, best0, which0)
-            best1, which1 = _better(s1, 14, best1, which1)
-            best0, which0 = _better(s2, 15, best0, which0)
-            best1, which1 = _better(s3, 15, best1, which1)
-        else:
-            for g in range(0, 16, 2):
-                z = h + TILE * g
-                load_tile(0, z)
-                load_tile(1, z)
-                load_tile(2, z + TILE)
-                load_tile(3, z + TILE)
-                for t in range(depth):
-                    a = c + TILE * (g * depth + t)
-                    load_tile(4, a)
-                    load_tile(6, b0 + TILE * t)
-                    multiply_tiles(0, 4, 6)
-                    load_tile(7, b1 + TILE * t)
-                    multiply_tiles(1, 4, 7)
-                    load_tile(5, a + TILE * depth)
-                    multiply_tiles(2, 5, 6)
-                    multiply_tiles(3, 5, 7)
-                if g > 0:
-                    best0, which0 = _better(s0, g - 2, best0, which0)
-                    best1, which1 = _better(s1, g - 2, best1, which1)
-                    best0, which0 = _better(s2, g - 1, best0, which0)
-                    best1, which1 = _better(s3, g - 1, best1, which1)
-                store_tile(0, s0)
-                store_tile(1, s1)
-                store_tile(2, s2)
-                store_tile(3, s3)
-            best0, which0 = _better(s0, 14, best0, which0)
-            best1, which1 = _better(s1, 14, best1, which1)
-            best0, which0 = _better(s2, 15, best0, which0)
-            best1, which1 = _better(s3, 15, best1, which1)
-        write_codes(codes.ctypes.data + start, code_of(which0, row_of(best0)))
-        write_codes(codes.ctypes.data + start + 16, code_of(which1, row_of(best1)))
+        _lay_points(at, stride, r, b)
+        _lay_points(at + 64, stride, r, b + TILE * depth)
+        load_tile(6, b)
+        load_tile(7, b + TILE * depth)
+        best0, which0, best1, which1 = _turn(c, depth, b, h, s, 14, best0, which0, best1, which1)
+        write_codes(out, code_of(which0, row_of(best0)))  # of the points before these; the first time there are none
+        write_codes(out + 16, code_of(which1, row_of(best1)))
+        best0 = spread(LARGE, tag)
+        best1 = spread(LARGE, tag)
+        out = codes.ctypes.data + start
+        for g in range(2, 16, 2):
+            best0, which0, best1, which1 = _turn(
+                c + TILE * depth * g, depth, b, h + TILE * g, s, g - 2, best0, which0, best1, which1
+            )
+    best0, which0, best1, which1 = _turn(c, depth, b, h, s, 14, best0, which0, best1, which1)  # for the last ones
+    write_codes(out, code_of(which0, row_of(best0)))
+    write_codes(out + 16, code_of(which1, row_of(best1)))
     set_shapes(old)
     words[0] = 0  # used until here: nothing else tells numba that addresses point there
 

@@ -144,6 +144,19 @@ def write_pair(context, address, low, high):
 
 
 @intrinsic
+def write_upper(context, address, value):
+    """Write the upper halves of 16 words of 32 bits."""
+
+    def emit(context, builder, signature, args):
+        kind = ir.VectorType(ir.IntType(16), 16)
+        upper = builder.trunc(builder.lshr(args[1], ir.Constant(WHOLE, [16] * 16)), kind)
+        builder.store(upper, builder.inttoptr(args[0], kind.as_pointer()), align=2)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, i32x16), emit
+
+
+@intrinsic
 def least_row(context, address):
     """Return the least number of every column of a stored tile; its last four bits are changed to the row it stood in."""
 
