@@ -42,7 +42,7 @@ SAMPLE = 1 << 18  # else on about so many of them, plus
 # error than with a single one; 256 cost 4.4 %, and 2.9 % (64) or 7.8 % (256) on a sample half as large.
 EXTREMES = 64
 LINE = 1 << 21  # the same for dim 1, where a fit is one sort
-HEAD = 512  # rows that are looked at first for more than 256 distinct sub-vectors
+HEAD = 320  # rows that are looked at first for more than 256 distinct sub-vectors
 CHUNK = 1 << 17  # points gathered at a time
 ITERATIONS = 25
 PIECES = 1024  # pieces of the line between which dynamic programming may cut
@@ -261,17 +261,18 @@ def relocate(groups: list[Group], codes: list[np.ndarray], codebook: np.ndarray,
     neighbours(codebook, neighbour, between)
     cost = mass.max(1) * between
     victims = np.argsort(cost, kind="stable")[:limit].tolist()
-    candidates: list[tuple[float, int, int]] = []  # (error, group, point)
+    found = []  # [(errors, groups, points)]
     for g, (group, code) in enumerate(zip(groups, codes)):
         errors = errors_of(group.rows, group.row_weights, code, codebook)
-        least = max(0, errors.size - 4 * limit)
-        top = np.argpartition(errors, least)[least:]
-        top = top[errors[top] > cost[victims[0]]]
-        candidates += [(float(errors[p]), g, int(p)) for p in top]
-    candidates.sort(key=lambda item: (-item[0], item[1], item[2]))
+        top = np.flatnonzero(errors > cost[victims[0]])
+        if top.size > 4 * limit:
+            top = top[np.argpartition(errors[top], top.size - 4 * limit)[-4 * limit :]]
+        found.append((errors[top], np.full(top.size, g), top))
+    worst, at, which = (np.concatenate(part) for part in zip(*found))
     moved: list[int] = []
     heirs: set[int] = set()  # codewords that take over the points of a moved one, and so must stay
-    for error, g, p in candidates:
+    for i in np.lexsort((which, at, -worst)):
+        error, g, p = float(worst[i]), at[i], which[i]
         while victims and (int(neighbour[victims[0]]) in moved or victims[0] in heirs):
             victims.pop(0)
         if not victims or error <= cost[victims[0]] or error == 0:
@@ -328,7 +329,7 @@ def lloyd(groups: list[Group], codebook: np.ndarray, iterations: int) -> np.ndar
 def _tight(groups: list[Group], codes: list[np.ndarray], codebook: np.ndarray) -> bool:
     """Say whether points lie so near their codewords that the rounding of quick scores, 2^-16 |x| |c|, matters there."""
     error = sum(float(errors_of(g.rows, _ONE, c, codebook).sum()) for g, c in zip(groups, codes))
-    return error < 2**-10 * sum(float(np.square(g.columns).sum()) for g in groups)
+    return error < 2**-10 * sum(float(np.einsum("jp,jp->", g.columns, g.columns)) for g in groups)
 
 
 def seed_codebook(groups: list[Group], dim: int, rng: np.random.Generator) -> np.ndarray:
@@ -338,7 +339,7 @@ def seed_codebook(groups: list[Group], dim: int, rng: np.random.Generator) -> np
     r, total = group.columns.shape
     if dim <= 8:
         part = np.zeros((CODEWORDS, r), np.float32)
-        seed_plus_plus(group.columns, group.weights, int(rng.integers(total)), rng.random(CODEWORDS), part)
+        seed_plus_plus(group.columns, group.weights, int(rng.integers(total)), rng.random(4 * CODEWORDS), part)
         codebook[:, :r] = part
     else:
         index = rng.choice(total, CODEWORDS, replace=total < CODEWORDS)
@@ -425,11 +426,11 @@ def _pieces(values: np.ndarray) -> np.ndarray:
 def round_codebooks(codebooks: np.ndarray, problem: Problem, dtype: torch.dtype) -> tuple[torch.Tensor, np.ndarray]:
     """Undo the scaling and round; returns the codebooks in `dtype` and the rounded values, scaled, in fp32."""
     rounded = torch.from_numpy((codebooks.astype(np.float64) / problem.scale).astype(np.float32)).to(dtype)
-    wide = rounded.to(torch.float64)
-    if not bool(torch.isfinite(wide).all()):
+    near = rounded.double().numpy() * problem.scale
+    if not np.isfinite(near).all():
         largest = float(np.abs(codebooks).max()) / problem.scale
         raise ValueError(f"codewords as large as {largest:.3g} do not fit {dtype}; use bfloat16 or float32")
-    return rounded, (wide.numpy() * problem.scale).astype(np.float32)
+    return rounded, near.astype(np.float32)
 
 
 def fit_kmeans(
@@ -456,38 +457,43 @@ def fit_kmeans(
     if stages != 1:
         raise ValueError(f"kmeans fits one stage, got stages={stages}; the fitter 'additive' fits several")
     problem = pose(matrix, importance, dim=dim, books=books, stages=stages)
-    codebooks = np.zeros((books, CODEWORDS, dim), np.float32)
+    rounded = torch.empty(books, CODEWORDS, dim, dtype=codebook_dtype)
     codes = np.empty((problem.blocks, problem.matrix.shape[0]), np.uint8)
-    exact = []
     for book in range(books):
-        table = few(problem, book, codes)
-        exact.append(table is not None)
-        codebooks[book] = fit_book(problem, book, generator(seed, book)) if table is None else table
-    rounded, near = round_codebooks(codebooks, problem, codebook_dtype)
-    for book in range(books):
-        if exact[book]:
-            continue  # own codeword: rounding keeps it the nearest
-        for low, high in problem.spans(book):
-            points = problem.points(low, high)
-            weights = problem.weights(low, high) if problem.per_coordinate else None
-            found = nearest(points, weights, near[book][:, : points.shape[0]])
-            codes[low:high] = found.reshape(high - low, -1)
+        parts: Iterator[tuple[int, int, Group]] = iter(())
+        codebook = few(problem, book, codes)
+        if codebook is None:  # else each point has its own codeword, and rounding keeps it the nearest
+            codebook, parts = fit_book(problem, book, generator(seed, book))
+        rounded[book], near = round_codebooks(codebook, problem, codebook_dtype)
+        for low, high, group in parts:
+            codes[low:high] = group.nearest(near).reshape(high - low, -1)
     out = torch.from_numpy(codes)[None]
     return Fitted(rounded[None], out, count_dead(out, books))
 
 
-def fit_book(problem: Problem, book: int, rng: np.random.Generator) -> np.ndarray:
-    """Fit one codebook [256, dim], scaled fp32: on its points or a sample, then one step on all of them."""
+def fit_book(
+    problem: Problem, book: int, rng: np.random.Generator
+) -> tuple[np.ndarray, Iterator[tuple[int, int, Group]]]:
+    """Fit one codebook [256, dim], scaled fp32: on its points or a sample, then one step on all of them.
+
+    Returns also the points that are to be coded, as (first block, the one after the last, group).
+    """
     n, dim = problem.matrix.shape[0], problem.dim
     low, high = problem.block_range(book)
     limit = LINE if dim == 1 else FULL
     groups = collect(problem, book, full=limit, sample=LINE // 2 if dim == 1 else SAMPLE, rng=rng)
     codebook = fit_points(groups, dim, rng)
-    if dim == 1 or n * (high - low) <= limit:
-        return codebook
-    sums, mass = np.zeros(codebook.shape), np.zeros(codebook.shape)
-    for span in problem.spans(book):
-        group = Group(problem.points(*span), problem.weights(*span))
-        group.add_to(group.nearest(codebook), sums, mass)
-    move_to_means(sums, mass, codebook)
-    return codebook
+    if n * (high - low) <= limit:
+        ends = low + np.cumsum([group.columns.shape[1] // n for group in groups])
+        return codebook, zip([low, *ends], ends, groups)
+    if dim > 1:
+        sums, mass = np.zeros(codebook.shape), np.zeros(codebook.shape)
+        for _, _, group in _parts(problem, book):
+            group.add_to(group.nearest(codebook), sums, mass)
+        move_to_means(sums, mass, codebook)
+    return codebook, _parts(problem, book)
+
+
+def _parts(problem: Problem, book: int) -> Iterator[tuple[int, int, Group]]:
+    for low, high in problem.spans(book):
+        yield low, high, Group(problem.points(low, high), problem.weights(low, high))
