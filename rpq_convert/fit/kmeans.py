@@ -137,7 +137,8 @@ def _gather(values: torch.Tensor, low: int, high: int, dim: int, scale: float = 
     n, length = values.shape
     r = min(high * dim, length) - (high - 1) * dim  # less than dim in the tail block, which is alone
     points = blank((r, (high - low) * n))
-    gather(values.numpy(), low * dim, r, np.float32(scale), points)
+    down, across = (4 * step for step in values.stride())
+    gather(values.data_ptr() + across * low * dim, down, across, n, np.float32(scale), points)
     return points
 
 

@@ -19,6 +19,7 @@ from rpq_convert.kernels.vectors import (
     multiply_add,
     no_codes,
     note_code,
+    read_float,
     spread,
     store,
     subtract,
@@ -60,17 +61,19 @@ def accumulate(rows, weights, codes, sums, mass):
 
 
 @njit(cache=True, nogil=True)
-def gather(matrix, first, r, scale, points):
-    """Copy sub-vectors of r columns, from column `first` on, to points [r, blocks n], block after block, times `scale`."""
-    n = matrix.shape[0]
-    blocks = points.shape[1] // n
+def gather(matrix, down, across, n, scale, points):
+    """Copy sub-vectors of r neighbouring columns of a matrix, times `scale`, to points [r, blocks n], block after block.
+
+    matrix: the address of the first number (fp32); down and across: bytes from row to row and from column to column.
+    """
+    r = points.shape[0]
     for start in range(0, n, 16):  # a line of the result at a time
         stop = min(start + 16, n)
-        for b in range(blocks):
+        for b in range(points.shape[1] // n):
             for j in range(r):
-                column = first + b * r + j
+                at = matrix + across * (b * r + j)
                 for i in range(start, stop):
-                    points[j, b * n + i] = matrix[i, column] * scale + np.float32(0)  # -0 becomes 0
+                    points[j, b * n + i] = read_float(at + down * i) * scale + np.float32(0)  # -0 becomes 0
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

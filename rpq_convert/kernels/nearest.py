@@ -307,10 +307,9 @@ def nearest(points, weights, codebook, *, quick=False):
     products, which is for centred points and for choices that need not be the best to the last bit. Of equally near
     codewords the lowest code wins, unless `quick`.
     """
-    r, total = points.shape
     codebook = np.ascontiguousarray(codebook, np.float32)
-    codes = np.empty(total, np.uint8)
-    if quick and weights is None and total >= POINTS and allowed():
+    codes = np.empty(points.shape[1], np.uint8)
+    if quick and weights is None and len(codes) >= POINTS and allowed():
         _search_tiles(points, codebook, _SHAPES, codes)
     else:
         form = "weighted" if weights is not None else "product" if quick else "difference"
