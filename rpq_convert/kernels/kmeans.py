@@ -368,11 +368,12 @@ def neighbours(codebook, nearest, distance):
             low = minimum(s, low)
         store(best.ctypes.data, low)
         write_codes(codes.ctypes.data, which)
-        at = 0
+        least, at = best[0], 0
         for i in range(1, 32):
-            at = i if best[i] < best[at] else at
+            if best[i] < least:
+                least, at = best[i], i
         nearest[k] = codes[at] + at
-        distance[k] = best[at]
+        distance[k] = least
 
 
 @cache
