@@ -426,12 +426,13 @@ def _pieces(values: np.ndarray) -> np.ndarray:
 
 def round_codebooks(codebooks: np.ndarray, problem: Problem, dtype: torch.dtype) -> tuple[torch.Tensor, np.ndarray]:
     """Undo the scaling and round; returns the codebooks in `dtype` and the rounded values, scaled, in fp32."""
-    rounded = torch.from_numpy((codebooks.astype(np.float64) / problem.scale).astype(np.float32)).to(dtype)
-    near = rounded.double().numpy() * problem.scale
+    scale = np.float32(problem.scale)  # a power of two: nothing else is rounded
+    rounded = torch.from_numpy(codebooks / scale).to(dtype)
+    near = rounded.float().numpy() * scale
     if not np.isfinite(near).all():
         largest = float(np.abs(codebooks).max()) / problem.scale
         raise ValueError(f"codewords as large as {largest:.3g} do not fit {dtype}; use bfloat16 or float32")
-    return rounded, near.astype(np.float32)
+    return rounded, near
 
 
 def fit_kmeans(
