@@ -168,11 +168,9 @@ def _lay_codewords(codebook, depth, codewords, sums):
     for k in range(256):
         own = minus.ctypes.data + 4 * r * k
         at = codewords + TILE * depth * (k >> 4) + 64 * (k & 15)
-        for j in range(0, r, 16):
+        for j in range((r - 1) & ~15, -1, -16):  # the last first: its large parts may reach over the small ones
             large, small = halves_of(load(own + 4 * j, tag))
             write_pair(at + TILE * (j >> 4), large, large)
-        for j in range(0, r, 16):
-            large, small = halves_of(load(own + 4 * j, tag))
             row = _small(r) + (j >> 1)
             write_upper(at + TILE * (row >> 4) + 4 * (row & 15), small)
 
