@@ -9,7 +9,7 @@ Points whose last coordinates are padding are a group of their own with fewer co
 the coordinates they have. Values are scaled by a power of two first, so no weight can overflow a square.
 
 Not used: a quota of seeds among the largest points (it spends codewords on Gaussian weights, which need no such care).
-Not tried: minibatch k-means, bounds that skip distances.
+Seeding on half of 4096 points was 1.5 % worse where rows differ in size. Not tried: minibatch k-means.
 """
 
 import math
