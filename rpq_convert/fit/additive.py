@@ -27,7 +27,8 @@ from rpq_convert.fit.kmeans import (
     round_codebooks,
 )
 from rpq_convert.fit.random import Fitted, count_dead
-from rpq_convert.kernels.kmeans import CODEWORDS, accumulate, encode_sum, shift
+from rpq_convert.kernels.kmeans import accumulate, encode_sum, shift
+from rpq_convert.kernels.nearest import CODEWORDS
 
 SAMPLE = 1 << 16  # points a set of codebooks is fitted on
 ROUNDS = 10  # of re-encoding and refit; Gaussian, 3 x dim 8: 6 rounds .0257, 10 .0253, 20 .0249
@@ -90,8 +91,8 @@ def fit_sum(problem: Problem, book: int, stages: int, seed: int) -> np.ndarray:
         left = []
         for group in rest:
             r = group.columns.shape[0]
-            codes, _ = group.nearest(codebooks[stage], quick=False)
-            left.append(Group.of(group.columns - codebooks[stage][codes, :r].T, group.weights))
+            codes = group.nearest(codebooks[stage])
+            left.append(Group(group.columns - np.ascontiguousarray(codebooks[stage][codes, :r].T), group.weights))
         rest = left
     for _ in range(ROUNDS):
         found = [_encode(group, codebooks, FIT_BEAM) for group in groups]

@@ -17,7 +17,8 @@ import torch
 
 from rpq_convert.fit.additive import BEAM, fit_additive
 from rpq_convert.fit.random import Fitted, count_dead
-from rpq_convert.kernels.kmeans import CODEWORDS, accumulate, assign, encode_sum
+from rpq_convert.kernels.kmeans import accumulate, encode_sum
+from rpq_convert.kernels.nearest import CODEWORDS, nearest
 
 DAMP = 0.01  # of the mean power, added to every input's: what few samples say nothing about stays as it is
 LAZY = 128  # inputs whose errors are passed on to all the later ones in one product
@@ -233,7 +234,7 @@ def _encode(rows: np.ndarray, weights: np.ndarray | None, tables: np.ndarray) ->
     if len(tables) > 1:
         return encode_sum(np.ascontiguousarray(rows), weights, np.ascontiguousarray(tables), BEAM)
     columns = np.ascontiguousarray(rows.T)
-    return assign(columns, None if weights is None else np.ascontiguousarray(weights.T), tables[0])[0][None]
+    return nearest(columns, None if weights is None else np.ascontiguousarray(weights.T), tables[0])[None]
 
 
 def _decode(tables: np.ndarray, codes: np.ndarray) -> np.ndarray:

@@ -9,12 +9,13 @@ Points whose last coordinates are padding are a group of their own with fewer co
 the coordinates they have. Values are scaled by a power of two first, so no weight can overflow a square.
 
 Not used: a quota of seeds among the largest points (it spends codewords on Gaussian weights, which need no such care).
-Not tried: minibatch k-means, bounds that skip distances.
+Seeding on half of 4096 points was 1.5 % worse where rows differ in size. Not tried: minibatch k-means.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -22,15 +23,18 @@ import torch
 
 from rpq_convert.fit.random import Fitted, check_layout, count_dead
 from rpq_convert.kernels.kmeans import (
-    CODEWORDS,
     accumulate,
-    assign,
     distinct,
+    errors_of,
+    gather,
     line_start,
+    move_to_means,
     neighbours,
     prefix_sums,
+    regroup,
     seed_plus_plus,
 )
+from rpq_convert.kernels.nearest import CODEWORDS, blank, nearest
 
 FULL = 1 << 18  # a codebook with at most so many points is fitted on all of them
 SAMPLE = 1 << 18  # else on about so many of them, plus
@@ -38,6 +42,7 @@ SAMPLE = 1 << 18  # else on about so many of them, plus
 # error than with a single one; 256 cost 4.4 %, and 2.9 % (64) or 7.8 % (256) on a sample half as large.
 EXTREMES = 64
 LINE = 1 << 21  # the same for dim 1, where a fit is one sort
+HEAD = 320  # rows that are looked at first for more than 256 distinct sub-vectors
 CHUNK = 1 << 17  # points gathered at a time
 ITERATIONS = 25
 PIECES = 1024  # pieces of the line between which dynamic programming may cut
@@ -75,10 +80,7 @@ class Problem:
 
     def points(self, low: int, high: int) -> np.ndarray:
         """Gather the sub-vectors of a span, block-major: [r, m n], r = dim or less in the tail block."""
-        points = _gather(self.matrix, low, high, self.dim)
-        points *= np.float32(self.scale)
-        points += np.float32(0)  # -0 becomes 0
-        return points
+        return _gather(self.matrix, low, high, self.dim, self.scale)
 
     def weights(self, low: int, high: int) -> np.ndarray:
         """Gather a span's importance: [1, 1] (none), [1, m n] or [r, m n]."""
@@ -95,33 +97,49 @@ class Group:
     """Hold points with r coordinates, both ways round: distances read columns, sums read rows."""
 
     columns: np.ndarray  # [r, N] fp32
-    rows: np.ndarray  # [N, r]
     weights: np.ndarray  # [1, 1], [1, N] or [r, N]
-    row_weights: np.ndarray  # [1, 1], [N, 1] or [N, r]
 
-    @classmethod
-    def of(cls, columns: np.ndarray, weights: np.ndarray) -> "Group":
-        rows, row_weights = np.ascontiguousarray(columns.T), np.ascontiguousarray(weights.T)
-        return cls(np.ascontiguousarray(columns), rows, np.ascontiguousarray(weights), row_weights)
+    @cached_property
+    def rows(self) -> np.ndarray:  # [N, r]
+        return np.ascontiguousarray(self.columns.T)
+
+    @cached_property
+    def row_weights(self) -> np.ndarray:  # [1, 1], [N, 1] or [N, r]
+        return np.ascontiguousarray(self.weights.T)
+
+    def less(self, offset: np.ndarray) -> "Group":
+        """Return the points less offset [dim]."""
+        columns = blank(self.columns.shape)
+        return Group(np.subtract(self.columns, offset[: len(columns), None], out=columns), self.weights)
 
     def take(self, index: np.ndarray) -> "Group":
         weights = self.weights if self.weights.shape[1] == 1 else self.weights[:, index]
-        return Group.of(self.columns[:, index], weights)
+        return Group(np.ascontiguousarray(self.columns[:, index]), weights)
 
-    def nearest(self, codebook: np.ndarray, *, quick: bool = True) -> tuple[np.ndarray, np.ndarray]:
-        """Return codes [N] and errors [N] under codebook [256, dim]."""
+    def nearest(self, codebook: np.ndarray, *, quick: bool = False) -> np.ndarray:
+        """Return codes [N] under codebook [256, dim]."""
         r = self.columns.shape[0]
-        weights = self.weights if self.weights.shape[0] > 1 else None
-        return assign(self.columns, weights, codebook[:, :r], quick=quick)
+        return nearest(self.columns, self.weights if self.weights.shape[0] > 1 else None, codebook[:, :r], quick=quick)
+
+    def add_to(self, codes: np.ndarray, sums: np.ndarray, mass: np.ndarray) -> None:
+        """Add each point, times its weight, to its codeword's sum [256, dim] and the weight to its mass [256, dim]."""
+        r = self.rows.shape[1]
+        part, part_mass = np.zeros((CODEWORDS, r)), np.zeros((CODEWORDS, r))
+        accumulate(self.rows, self.row_weights, codes, part, part_mass)
+        sums[:, :r] += part
+        mass[:, :r] += part_mass if self.row_weights.shape[1] > 1 else part_mass[:, :1]
 
 
 _ONE = np.ones((1, 1), np.float32)
 
 
-def _gather(values: torch.Tensor, low: int, high: int, dim: int) -> np.ndarray:
-    part = values[:, low * dim : high * dim]  # [n, m r]
-    n, m = part.shape[0], high - low
-    return part.reshape(n, m, -1).permute(2, 1, 0).reshape(-1, m * n).contiguous().clone().numpy()
+def _gather(values: torch.Tensor, low: int, high: int, dim: int, scale: float = 1.0) -> np.ndarray:
+    n, length = values.shape
+    r = min(high * dim, length) - (high - 1) * dim  # less than dim in the tail block, which is alone
+    points = blank((r, (high - low) * n))
+    down, across = (4 * step for step in values.stride())
+    gather(values.data_ptr() + across * low * dim, down, across, n, np.float32(scale), points)
+    return points
 
 
 def pose(matrix: torch.Tensor, importance: Importance, *, dim: int, books: int, stages: int) -> Problem:
@@ -165,18 +183,20 @@ def generator(seed: int, *path: int) -> np.random.Generator:
 
 def few(problem: Problem, book: int, codes: np.ndarray) -> np.ndarray | None:
     """Return the distinct sub-vectors [256, dim] of a book and write their codes, or None where there are more."""
+    if problem.matrix.shape[0] > 2 * HEAD and few(replace(problem, matrix=problem.matrix[:HEAD]), book, codes) is None:
+        return None  # as nearly always
     table = np.zeros((CODEWORDS, problem.dim), np.float32)
     slots = np.full(1024, -1, np.int32)
     count = 0
     for low, high in problem.spans(book):
         points = problem.points(low, high)
-        rows = np.zeros((points.shape[1], problem.dim), np.float32)
-        rows[:, : points.shape[0]] = points.T
+        if points.shape[0] < problem.dim:
+            points = np.pad(points, ((0, problem.dim - points.shape[0]), (0, 0)))
         numbers = np.empty(points.shape[1], np.uint8)
-        count = distinct(rows, table, slots, count, numbers)
+        count = distinct(points, table, slots, count, numbers)
         if count > CODEWORDS:
             return None
-        codes[low:high] = numbers.reshape(high - low, -1)
+        codes[low:high, : len(problem.matrix)] = numbers.reshape(high - low, -1)
     return table
 
 
@@ -188,8 +208,10 @@ def collect(problem: Problem, book: int, *, full: int, sample: int, rng: np.rand
     n = problem.matrix.shape[0]
     low, high = problem.block_range(book)
     rate = 1.0 if n * (high - low) <= full else sample / (n * (high - low))
-    rows = problem.matrix[:, low * problem.dim : high * problem.dim].mean(1)  # fp64 means of fp32 rows: no wide copy
-    centre = float(rows.mean(dtype=torch.float64)) * problem.scale
+    centre = 0.0
+    if rate < 1:
+        rows = problem.matrix[:, low * problem.dim : high * problem.dim].mean(1)  # fp64 means of fp32 rows: no wide copy
+        centre = float(rows.mean(dtype=torch.float64)) * problem.scale
     parts: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}  # r -> [(columns, weights)]
     far: dict[int, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}  # r -> [(columns, weights, distances)]
     for span in problem.spans(book):
@@ -206,12 +228,12 @@ def collect(problem: Problem, book: int, *, full: int, sample: int, rng: np.rand
     groups = []
     for r, found in parts.items():
         if r in far:
-            points = np.concatenate([p for p, _, _ in far[r]], axis=1)
+            points = _joined([p for p, _, _ in far[r]])
             distance = np.concatenate([d for _, _, d in far[r]])
-            weights = _join([w for _, w, _ in far[r]])
+            weights = _joined([w for _, w, _ in far[r]])
             top = _farthest(points, distance)
             found = [*found, (points[:, top], _take(weights, top))]
-        groups.append(Group.of(np.concatenate([p for p, _ in found], axis=1), _join([w for _, w in found])))
+        groups.append(Group(_joined([p for p, _ in found]), _joined([w for _, w in found])))
     return groups
 
 
@@ -226,21 +248,8 @@ def _take(weights: np.ndarray, index: np.ndarray) -> np.ndarray:
     return weights if weights.shape[1] == 1 else weights[:, index]
 
 
-def _join(weights: list[np.ndarray]) -> np.ndarray:
-    return weights[0] if weights[0].shape == (1, 1) else np.concatenate(weights, axis=1)
-
-
-def _centroids(groups: list[Group], codes: list[np.ndarray], codebook: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return each codeword's weighted mean [256, dim] (itself where it has no point) and its mass [256, dim], fp64."""
-    sums, mass = np.zeros(codebook.shape), np.zeros(codebook.shape)
-    for group, code in zip(groups, codes):
-        r = group.rows.shape[1]
-        part, part_mass = np.zeros((CODEWORDS, r)), np.zeros((CODEWORDS, r))
-        accumulate(group.rows, group.row_weights, code, part, part_mass)
-        sums[:, :r] += part
-        mass[:, :r] += part_mass if group.row_weights.shape[1] > 1 else part_mass[:, :1]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(mass > 0, sums / mass, codebook).astype(np.float32), mass
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return parts[0] if len(parts) == 1 or parts[0].shape == (1, 1) else np.concatenate(parts, axis=1)
 
 
 def relocate(groups: list[Group], codes: list[np.ndarray], codebook: np.ndarray, mass: np.ndarray, limit: int) -> int:
@@ -249,28 +258,30 @@ def relocate(groups: list[Group], codes: list[np.ndarray], codebook: np.ndarray,
     Moving codeword k away costs at most mass_k |c_k - c_nearest|^2, and a point that becomes a codeword saves at least
     its own error. Codewords without points cost nothing. Returns the number moved.
     """
-    neighbour, between = np.zeros(CODEWORDS, np.int64), np.zeros(CODEWORDS)
+    neighbour, between = np.zeros(CODEWORDS, np.int64), np.zeros(CODEWORDS, np.float32)
     neighbours(codebook, neighbour, between)
     cost = mass.max(1) * between
-    victims = [int(k) for k in np.argsort(cost, kind="stable")[:limit]]
-    candidates: list[tuple[float, int, int]] = []  # (error, group, point)
+    victims = np.argsort(cost, kind="stable")[:limit].tolist()
+    found = []  # [(errors, groups, points)]
     for g, (group, code) in enumerate(zip(groups, codes)):
-        errors = _errors(group, code, codebook)
-        least = max(0, errors.size - 4 * limit)
-        top = np.argpartition(errors, least)[least:]
-        candidates += [(float(errors[p]), g, int(p)) for p in top]
-    candidates.sort(key=lambda item: (-item[0], item[1], item[2]))
+        errors = errors_of(group.rows, group.row_weights, code, codebook)
+        top = np.flatnonzero(errors > cost[victims[0]])
+        if top.size > 4 * limit:
+            top = top[np.argpartition(errors[top], top.size - 4 * limit)[-4 * limit :]]
+        found.append((errors[top], np.full(top.size, g), top))
+    worst, at, which = (np.concatenate(part) for part in zip(*found))
     moved: list[int] = []
     heirs: set[int] = set()  # codewords that take over the points of a moved one, and so must stay
-    for error, g, p in candidates:
+    for i in np.lexsort((which, at, -worst)):
+        error, g, p = float(worst[i]), at[i], which[i]
         while victims and (int(neighbour[victims[0]]) in moved or victims[0] in heirs):
             victims.pop(0)
         if not victims or error <= cost[victims[0]] or error == 0:
             break
         point = groups[g].rows[p]
         r, old = point.size, codebook[codes[g][p]]
-        own = float(((point - old[:r]) ** 2).sum())
-        if any(float(((point - codebook[k, :r]) ** 2).sum()) < own for k in moved):
+        near = ((point - codebook[[*moved, codes[g][p]], :r]) ** 2).sum(1)
+        if near.min() < near[-1]:  # a codeword that moved has come nearer
             continue
         fresh = old.copy()
         fresh[:r] = point
@@ -281,37 +292,45 @@ def relocate(groups: list[Group], codes: list[np.ndarray], codebook: np.ndarray,
     return len(moved)
 
 
-def _errors(group: Group, codes: np.ndarray, codebook: np.ndarray) -> np.ndarray:
-    error = np.zeros(codes.size, np.float32)
-    for j, column in enumerate(group.columns):
-        d = column - codebook[codes, j]
-        d *= d
-        error += d * group.weights[j] if group.weights.shape[0] > 1 else d
-    return error * group.weights[0] if group.weights.shape[0] == 1 else error
-
-
 def lloyd(groups: list[Group], codebook: np.ndarray, iterations: int) -> np.ndarray:
     """Run Lloyd's iterations until no code changes; codebook [256, dim] -> [256, dim] fp32.
 
-    When they settle or end, `relocate` looks for codewords that serve better elsewhere and a few more follow.
+    When they settle or end, `relocate` looks for codewords that serve better elsewhere and a few more follow. Points
+    should be centred: their nearest codewords are found by products, unless that is too coarse for them.
     """
-    before: list[np.ndarray] = []
+    codebook = codebook.copy()
+    sums, mass = np.zeros(codebook.shape), np.zeros(codebook.shape)
+    even = groups[0].weights.shape[1] == 1  # points that change their codewords can take their share of the sums along
+    codes: list[np.ndarray] = []
+    quick = True
     left, moves = iterations, 3  # `left` grows only where a move is used up, so this ends
     while left > 0:
         left -= 1
-        codes = [group.nearest(codebook)[0] for group in groups]
-        settled = bool(before) and all(np.array_equal(a, b) for a, b in zip(codes, before))
-        if not settled:
-            codebook, mass = _centroids(groups, codes, codebook)
-            before = codes
-        empty = int((mass.max(1) == 0).sum())
+        found = [group.nearest(codebook, quick=quick) for group in groups]
+        if not codes and _tight(groups, found, codebook):
+            quick = False
+            found = [group.nearest(codebook) for group in groups]
+        if even and codes:
+            settled = not sum([regroup(g.rows, new, old, sums, mass) for g, new, old in zip(groups, found, codes)])
+        else:
+            settled = bool(codes) and all(np.array_equal(new, old) for new, old in zip(found, codes))
+            sums[:], mass[:], codes = 0, 0, found
+            for group, code in zip(groups, codes):
+                group.add_to(code, sums, mass)
+        empty = move_to_means(sums, mass, codebook)
         if settled or left == 0:
             if not moves or not relocate(groups, codes, codebook, mass, limit=max(empty, 32)):
                 break
-            moves, left, before = moves - 1, max(left, 4), []
-        elif empty and relocate(groups, codes, codebook, mass, limit=empty):
-            before = []
+            moves, left = moves - 1, max(left, 4)
+        elif empty:
+            relocate(groups, codes, codebook, mass, limit=empty)
     return codebook
+
+
+def _tight(groups: list[Group], codes: list[np.ndarray], codebook: np.ndarray) -> bool:
+    """Say whether points lie so near their codewords that the rounding of quick scores, 2^-16 |x| |c|, matters there."""
+    error = sum(float(errors_of(g.rows, _ONE, c, codebook).sum()) for g, c in zip(groups, codes))
+    return error < 2**-10 * sum(float(np.einsum("jp,jp->", g.columns, g.columns)) for g in groups)
 
 
 def seed_codebook(groups: list[Group], dim: int, rng: np.random.Generator) -> np.ndarray:
@@ -321,7 +340,7 @@ def seed_codebook(groups: list[Group], dim: int, rng: np.random.Generator) -> np
     r, total = group.columns.shape
     if dim <= 8:
         part = np.zeros((CODEWORDS, r), np.float32)
-        seed_plus_plus(group.columns, group.weights, int(rng.integers(total)), rng.random(CODEWORDS), part)
+        seed_plus_plus(group.columns, group.weights, int(rng.integers(total)), rng.random(4 * CODEWORDS), part)
         codebook[:, :r] = part
     else:
         index = rng.choice(total, CODEWORDS, replace=total < CODEWORDS)
@@ -334,10 +353,8 @@ def fit_points(groups: list[Group], dim: int, rng: np.random.Generator, iteratio
     if dim == 1:
         return fit_line(groups[0])
     offset = np.zeros(dim, np.float32)
-    if dim > 4:  # the expanded distance needs small numbers
-        r = groups[0].columns.shape[0]
-        offset[:r] = groups[0].columns.mean(1, dtype=np.float64)
-        groups = [Group.of(g.columns - offset[: g.columns.shape[0], None], g.weights) for g in groups]
+    offset[: groups[0].columns.shape[0]] = groups[0].columns.mean(1, dtype=np.float64)
+    groups = [group.less(offset) for group in groups]
     thin = groups
     if groups[0].rows.shape[0] >= 1 << 15:
         thin = []
@@ -409,12 +426,13 @@ def _pieces(values: np.ndarray) -> np.ndarray:
 
 def round_codebooks(codebooks: np.ndarray, problem: Problem, dtype: torch.dtype) -> tuple[torch.Tensor, np.ndarray]:
     """Undo the scaling and round; returns the codebooks in `dtype` and the rounded values, scaled, in fp32."""
-    rounded = torch.from_numpy((codebooks.astype(np.float64) / problem.scale).astype(np.float32)).to(dtype)
-    wide = rounded.to(torch.float64)
-    if not bool(torch.isfinite(wide).all()):
+    scale = np.float32(problem.scale)  # a power of two: nothing else is rounded
+    rounded = torch.from_numpy(codebooks / scale).to(dtype)
+    near = rounded.float().numpy() * scale
+    if not np.isfinite(near).all():
         largest = float(np.abs(codebooks).max()) / problem.scale
         raise ValueError(f"codewords as large as {largest:.3g} do not fit {dtype}; use bfloat16 or float32")
-    return rounded, (wide.numpy() * problem.scale).astype(np.float32)
+    return rounded, near
 
 
 def fit_kmeans(
@@ -441,41 +459,43 @@ def fit_kmeans(
     if stages != 1:
         raise ValueError(f"kmeans fits one stage, got stages={stages}; the fitter 'additive' fits several")
     problem = pose(matrix, importance, dim=dim, books=books, stages=stages)
-    codebooks = np.zeros((books, CODEWORDS, dim), np.float32)
+    rounded = torch.empty(books, CODEWORDS, dim, dtype=codebook_dtype)
     codes = np.empty((problem.blocks, problem.matrix.shape[0]), np.uint8)
-    exact = []
     for book in range(books):
-        table = few(problem, book, codes)
-        exact.append(table is not None)
-        codebooks[book] = fit_book(problem, book, generator(seed, book)) if table is None else table
-    rounded, near = round_codebooks(codebooks, problem, codebook_dtype)
-    for book in range(books):
-        if exact[book]:
-            continue  # own codeword: rounding keeps it the nearest
-        for low, high in problem.spans(book):
-            points = problem.points(low, high)
-            weights = problem.weights(low, high) if problem.per_coordinate else None
-            found, _ = assign(points, weights, near[book][:, : points.shape[0]])
-            codes[low:high] = found.reshape(high - low, -1)
+        parts: Iterator[tuple[int, int, Group]] = iter(())
+        codebook = few(problem, book, codes)
+        if codebook is None:  # else each point has its own codeword, and rounding keeps it the nearest
+            codebook, parts = fit_book(problem, book, generator(seed, book))
+        rounded[book], near = round_codebooks(codebook, problem, codebook_dtype)
+        for low, high, group in parts:
+            codes[low:high] = group.nearest(near).reshape(high - low, -1)
     out = torch.from_numpy(codes)[None]
     return Fitted(rounded[None], out, count_dead(out, books))
 
 
-def fit_book(problem: Problem, book: int, rng: np.random.Generator) -> np.ndarray:
-    """Fit one codebook [256, dim], scaled fp32: on its points or a sample, then one step on all of them."""
+def fit_book(
+    problem: Problem, book: int, rng: np.random.Generator
+) -> tuple[np.ndarray, Iterator[tuple[int, int, Group]]]:
+    """Fit one codebook [256, dim], scaled fp32: on its points or a sample, then one step on all of them.
+
+    Returns also the points that are to be coded, as (first block, the one after the last, group).
+    """
     n, dim = problem.matrix.shape[0], problem.dim
     low, high = problem.block_range(book)
     limit = LINE if dim == 1 else FULL
     groups = collect(problem, book, full=limit, sample=LINE // 2 if dim == 1 else SAMPLE, rng=rng)
     codebook = fit_points(groups, dim, rng)
-    if dim == 1 or n * (high - low) <= limit:
-        return codebook
-    sums, mass = np.zeros(codebook.shape), np.zeros(codebook.shape)
-    for span in problem.spans(book):
-        group = Group.of(problem.points(*span), problem.weights(*span))
-        codes, _ = group.nearest(codebook, quick=False)
-        means, part = _centroids([group], [codes], np.zeros_like(codebook))
-        sums += means.astype(np.float64) * part
-        mass += part
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(mass > 0, sums / mass, codebook).astype(np.float32)
+    if n * (high - low) <= limit:
+        ends = low + np.cumsum([group.columns.shape[1] // n for group in groups])
+        return codebook, zip([low, *ends], ends, groups)
+    if dim > 1:
+        sums, mass = np.zeros(codebook.shape), np.zeros(codebook.shape)
+        for _, _, group in _parts(problem, book):
+            group.add_to(group.nearest(codebook), sums, mass)
+        move_to_means(sums, mass, codebook)
+    return codebook, _parts(problem, book)
+
+
+def _parts(problem: Problem, book: int) -> Iterator[tuple[int, int, Group]]:
+    for low, high in problem.spans(book):
+        yield low, high, Group(problem.points(low, high), problem.weights(low, high))

@@ -1,13 +1,9 @@
 """Inner loops of k-means and of additive coding: numba, single-threaded, nogil, no global state.
 
-Points lie coordinate-major, [r, N], so that LLVM puts neighbouring points in neighbouring lanes: a tile of points stays
-in L1 while the 256 codewords stream past, best score and index beside it. Four codewords share each visit (two from
-dim 5 on, one from dim 9 on; the best of 1, 2, 4, 8 as timed). No points x 256 array ever exists. Callers run several
-fits in Python threads; nothing here starts a thread, so the order of every sum, and every bit, is fixed.
+Callers run several fits in Python threads; nothing here starts a thread, so the order of every sum, and every bit, is
+fixed. The search for the nearest codeword, where the time goes, is in `nearest.py`.
 
-Not used: BLAS products plus an argmin (nothing promises the same bits at every thread count); the expanded form
-|c|^2 - 2 x.c at dim <= 4 (it saves little there and loses small differences between large numbers); `fastmath=True`
-(it reorders sums that need not be).
+Not used: `fastmath=True` (it reorders sums that need not be).
 """
 
 from functools import cache
@@ -15,173 +11,25 @@ from functools import cache
 import numpy as np
 from numba import njit
 
-from rpq_convert.kernels.lookup import table
+from rpq_convert.kernels.nearest import NONE
+from rpq_convert.kernels.vectors import (
+    add,
+    load,
+    minimum,
+    multiply_add,
+    no_codes,
+    note_code,
+    read_float,
+    spread,
+    store,
+    subtract,
+    write_codes,
+)
+from rpq_convert.kernels.vectors import total as vector_total
 
-CODEWORDS = 256
 LARGE = np.float32(3e38)
-WIDE = 16  # above this many coordinates LLVM unrolls no more: registers are named, or sums cut in slices of WIDE
 FUSE = {"contract", "nsz"}  # a * b + c may fuse; nothing is reordered
 REORDER = {"contract", "nsz", "nnan", "reassoc"}  # for sums over lanes: LLVM's order, the same on every call
-
-
-@cache
-def _assign(r: int, form: str):
-    """Compile nearest-codeword search for `r` coordinates; form: difference, product, weighted."""
-    if r > WIDE:
-        return _assign_product if form == "product" else _assign_wide(form == "weighted")
-    together = 4 if r <= 4 else 2 if r <= 8 else 1
-    tile = 128 if r <= 4 else 64
-    product, weighted = form == "product", form == "weighted"
-
-    @njit(cache=True, nogil=True, fastmath=FUSE, error_model="numpy")
-    def assign(points, weights, codebook, halves, codes, errors):
-        total = points.shape[1]
-        x = np.zeros((r, tile), np.float32)
-        w = np.zeros((r, tile), np.float32)
-        best = np.empty(tile, np.float32)
-        which = np.empty(tile, np.int32)
-        for start in range(0, total, tile):
-            count = min(tile, total - start)
-            for j in range(r):
-                for p in range(count):
-                    x[j, p] = points[j, start + p]
-                if weighted:
-                    for p in range(count):
-                        w[j, p] = weights[j, start + p]
-            for p in range(tile):
-                best[p] = np.float32(np.inf)
-                which[p] = 0
-            for k in range(0, 256, together):
-                for p in range(tile):
-                    b = best[p]
-                    i = which[p]
-                    for q in range(together):
-                        if product:
-                            s = halves[k + q]
-                            for j in range(r):
-                                s -= codebook[k + q, j] * x[j, p]
-                        else:
-                            s = np.float32(0)
-                            for j in range(r):
-                                d = x[j, p] - codebook[k + q, j]
-                                if weighted:
-                                    s += w[j, p] * d * d
-                                else:
-                                    s += d * d
-                        i = np.int32(k + q) if s < b else i
-                        b = s if s < b else b
-                    best[p] = b
-                    which[p] = i
-            for p in range(count):
-                codes[start + p] = which[p]
-                errors[start + p] = best[p]
-
-    return assign
-
-
-@cache
-def _assign_wide(weighted: bool):
-    """The same for any number of coordinates, a slice of WIDE at a time; points come padded to a multiple of WIDE."""
-    tile = 64
-
-    @njit(cache=True, nogil=True, fastmath=FUSE, error_model="numpy")
-    def assign(points, weights, codebook, halves, codes, errors):
-        r, total = points.shape
-        padded = (r + WIDE - 1) // WIDE * WIDE
-        c = np.zeros((256, padded), np.float32)
-        c[:, :r] = codebook
-        x = np.zeros((padded, tile), np.float32)
-        w = np.zeros((padded, tile), np.float32)
-        s = np.empty(tile, np.float32)
-        best = np.empty(tile, np.float32)
-        which = np.empty(tile, np.int32)
-        for start in range(0, total, tile):
-            count = min(tile, total - start)
-            for j in range(r):
-                for p in range(count):
-                    x[j, p] = points[j, start + p]
-                if weighted:
-                    for p in range(count):
-                        w[j, p] = weights[j, start + p]
-            for p in range(tile):
-                best[p] = np.float32(np.inf)
-                which[p] = 0
-            for k in range(256):
-                for p in range(tile):
-                    s[p] = np.float32(0)
-                for base in range(0, padded, WIDE):
-                    for p in range(tile):
-                        a = s[p]
-                        for j in range(WIDE):
-                            d = x[base + j, p] - c[k, base + j]
-                            if weighted:
-                                a += w[base + j, p] * d * d
-                            else:
-                                a += d * d
-                        s[p] = a
-                for p in range(tile):
-                    better = s[p] < best[p]
-                    which[p] = np.int32(k) if better else which[p]
-                    best[p] = s[p] if better else best[p]
-            for p in range(count):
-                codes[start + p] = which[p]
-                errors[start + p] = best[p]
-
-    return assign
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _assign_product(points, weights, codebook, halves, codes, errors):
-    """The expanded form for any number of coordinates: 32 points are two registers, all their products one small table."""
-    tag = np.int32(0)  # 32 lanes
-    r, total = points.shape
-    flipped = np.ascontiguousarray(codebook.T)  # [r, 256]
-    x = np.zeros((r, 32), np.float32)
-    products = np.empty((256, 32), np.float32)
-    best = np.empty(32, np.float32)
-    which = np.empty(32, np.int32)
-    for start in range(0, total, 32):
-        count = min(32, total - start)
-        for j in range(r):
-            for p in range(count):
-                x[j, p] = points[j, start + p]
-        table(tag, flipped.ctypes.data, r, x.ctypes.data, products.ctypes.data)
-        for p in range(32):
-            best[p] = np.float32(np.inf)
-            which[p] = 0
-        for k in range(256):
-            for p in range(32):
-                s = halves[k] - products[k, p]
-                which[p] = np.int32(k) if s < best[p] else which[p]
-                best[p] = s if s < best[p] else best[p]
-        for p in range(count):
-            codes[start + p] = which[p]
-            errors[start + p] = best[p]
-
-
-_NONE = np.zeros((1, 1), np.float32)
-_NO_HALVES = np.zeros(CODEWORDS, np.float32)
-
-
-def assign(points, weights, codebook, *, quick=False):
-    """Find each point's nearest codeword.
-
-    points [r, N] fp32; weights None or [r, N], one weight per coordinate; codebook [256, r] fp32. `quick` uses the
-    expanded form above dim 4 (points should then be centred) and leaves the errors without the points' own norms.
-    Returns codes [N] uint8 and errors [N] fp32 (weighted squared distance). Ties go to the lowest code.
-    """
-    r, total = points.shape
-    codebook = np.ascontiguousarray(codebook, np.float32)
-    codes = np.empty(total, np.uint8)
-    errors = np.empty(total, np.float32)
-    if weights is not None:
-        _assign(r, "weighted")(points, weights, codebook, _NO_HALVES, codes, errors)
-    elif quick and r > 4:
-        halves = (0.5 * (codebook.astype(np.float64) ** 2).sum(1)).astype(np.float32)
-        _assign(r, "product")(points, _NONE, codebook, halves, codes, errors)
-    else:
-        _assign(r, "difference")(points, _NONE, codebook, _NO_HALVES, codes, errors)
-    return codes, errors
 
 
 @njit(cache=True, nogil=True, fastmath=FUSE, error_model="numpy")
@@ -212,41 +60,132 @@ def accumulate(rows, weights, codes, sums, mass):
                 mass[k, j] += weights[p, j]
 
 
+@njit(cache=True, nogil=True)
+def gather(matrix, down, across, n, scale, points):
+    """Copy sub-vectors of r neighbouring columns of a matrix, times `scale`, to points [r, blocks n], block after block.
+
+    matrix: the address of the first number (fp32); down and across: bytes from row to row and from column to column.
+    """
+    r = points.shape[0]
+    for start in range(0, n, 16):  # a line of the result at a time
+        stop = min(start + 16, n)
+        for b in range(points.shape[1] // n):
+            for j in range(r):
+                at = matrix + across * (b * r + j)
+                for i in range(start, stop):
+                    points[j, b * n + i] = read_float(at + down * i) * scale + np.float32(0)  # -0 becomes 0
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def regroup(rows, found, codes, sums, mass):
+    """Take points whose code has changed from their old codeword's sum and count to the new one's; returns how many have.
+
+    rows [N, r]; found [N] becomes codes [N]; sums and mass [256, dim] fp64. Counts are whole numbers, so a codeword that
+    lost all its points has none, exactly.
+    """
+    total, r = rows.shape
+    moved = 0
+    eight = total & ~7
+    new, old = found[:eight].view(np.uint64), codes[:eight].view(np.uint64)
+    for start in range(0, total, 8):
+        if start < eight and new[start >> 3] == old[start >> 3]:
+            continue
+        for p in range(start, min(start + 8, total)):
+            k, i = found[p], codes[p]
+            if k != i:
+                codes[p] = k
+                moved += 1
+                for j in range(r):
+                    x = np.float64(rows[p, j])
+                    sums[i, j] -= x
+                    mass[i, j] -= 1.0
+                    sums[k, j] += x
+                    mass[k, j] += 1.0
+    return moved
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def move_to_means(sums, mass, codebook):
+    """Write each codeword's mean to codebook [256, dim], where it has points; returns how many have none at all."""
+    empty = 0
+    for k in range(codebook.shape[0]):
+        some = False
+        for j in range(codebook.shape[1]):
+            if mass[k, j] > 0:
+                codebook[k, j] = sums[k, j] / mass[k, j]
+                some = True
+        empty += not some
+    return empty
+
+
+@njit(cache=True, nogil=True, fastmath=FUSE, error_model="numpy")
+def errors_of(rows, weights, codes, codebook):
+    """Return the weighted squared distance [N] of points [N, r] from their codewords; weights as in `accumulate`."""
+    total, r = rows.shape
+    errors = np.empty(total, np.float32)
+    each, last = weights.shape[0] > 1, weights.shape[1] - 1
+    for p in range(total):
+        k = codes[p]
+        s = np.float32(0)
+        for j in range(r):
+            d = rows[p, j] - codebook[k, j]
+            s += d * d * (weights[p, min(j, last)] if each else np.float32(1))
+        errors[p] = s
+    return errors
+
+
+BATCH = 4  # seeds that are drawn at once: their points are then read once
+
+
 @njit(inline="always")
-def _shrink(points, weights, centre, nearest, chunks):
-    """nearest = min(nearest, weighted squared distance to centre); chunks[i] = its sum over the i-th 256 points.
+def _shrink(points, weights, codebook, low, high, nearest, chunks):
+    """nearest = min(nearest, weighted squared distance to codewords low to high); chunks[i] = its sum over 256 points.
 
     Inlined, and summed in an order of its own: a second compiled copy, optimised in another place, once gave other bits in
     the process that compiled it than in those that read it from the cache.
     """
     r, total = points.shape
-    per_coordinate = weights.shape[0] > 1
+    tag = np.int32(0)  # 32 lanes
+    weighted = weights.shape[1] > 1
+    last = weights.shape[0] - 1
     d = np.empty(256, np.float32)
     for c in range(chunks.shape[0]):
         start = c * 256
+        if start + 256 <= total and not weighted:
+            at = points.ctypes.data + 4 * start
+            there = nearest.ctypes.data + 4 * start
+            chunk = spread(np.float32(0), tag)
+            for p in range(0, 1024, 256):  # two registers' sums at once
+                first, second = load(there + p, tag), load(there + p + 128, tag)
+                for k in range(low, high):
+                    s = spread(np.float32(0), tag)
+                    u = spread(np.float32(0), tag)
+                    for j in range(r):
+                        v = spread(codebook[k, j], tag)
+                        e = subtract(load(at + p + 4 * total * j, tag), v)
+                        s = multiply_add(e, e, s)
+                        e = subtract(load(at + p + 128 + 4 * total * j, tag), v)
+                        u = multiply_add(e, e, u)
+                    first, second = minimum(s, first), minimum(u, second)
+                store(there + p, first)
+                store(there + p + 128, second)
+                chunk = add(chunk, add(first, second))
+            chunks[c] = vector_total(chunk)
+            continue
         count = min(256, total - start)
-        for p in range(count):
-            d[p] = 0
-        for j in range(r):
-            v = centre[j]
-            if per_coordinate:
-                for p in range(count):
-                    e = points[j, start + p] - v
-                    d[p] += weights[j, start + p] * e * e
-            else:
-                for p in range(count):
-                    e = points[j, start + p] - v
-                    d[p] += e * e
-        if not per_coordinate and weights.shape[1] > 1:
+        for k in range(low, high):
             for p in range(count):
-                d[p] *= weights[0, start + p]
-        for p in range(count):
-            n = nearest[start + p]
-            n = d[p] if d[p] < n else n
-            nearest[start + p] = n
-            d[p] = n
-        for p in range(count, 256):
-            d[p] = 0
+                d[p] = 0
+            for j in range(r):
+                v = codebook[k, j]
+                for p in range(count):
+                    e = points[j, start + p] - v
+                    d[p] += e * e * (weights[min(j, last), start + p] if weighted else np.float32(1))
+            for p in range(count):
+                n = nearest[start + p]
+                nearest[start + p] = d[p] if d[p] < n else n
+        for p in range(256):
+            d[p] = nearest[start + p] if p < count else np.float32(0)
         half = 128
         while half > 0:  # pairs, then pairs of pairs
             for p in range(half):
@@ -259,44 +198,63 @@ def _shrink(points, weights, centre, nearest, chunks):
 def seed_plus_plus(points, weights, first, uniforms, codebook):
     """Choose 256 points by k-means++ (Arthur and Vassilvitskii 2007): each with odds of its distance to those before.
 
-    points [r, N]; weights [1, 1], [1, N] or [r, N]; first: the index of the first; uniforms [256] in [0, 1).
+    Up to BATCH are drawn from the same odds; one that the seeds drawn just before have come nearer to is kept with the
+    share of its odds that is left, which gives each the odds that it would have had alone.
+
+    points [r, N]; weights [1, 1], [1, N] or [r, N]; first: the index of the first; uniforms in [0, 1), read in a circle.
     Writes codebook [256, r].
     """
     r, total = points.shape
+    weighted = weights.shape[1] > 1
+    last = weights.shape[0] - 1
     nearest = np.full(total, np.inf, np.float32)
     chunks = np.empty((total + 255) // 256, np.float64)
-    pick = first
-    for k in range(256):
-        for j in range(r):
-            codebook[k, j] = points[j, pick]
-        if k == 255:
-            break
-        _shrink(points, weights, codebook[k], nearest, chunks)
-        left = uniforms[k] * chunks.sum()
-        c = 0
-        while c < chunks.shape[0] - 1 and left >= chunks[c]:
-            left -= chunks[c]
-            c += 1
-        pick = c * 256
-        last = min(pick + 256, total) - 1
-        while pick < last and (left >= nearest[pick] or nearest[pick] == 0):
-            left -= nearest[pick]
-            pick += 1
+    for j in range(r):
+        codebook[0, j] = points[j, first]
+    low, high, at = 0, 1, 0
+    while high < 256:
+        _shrink(points, weights, codebook, low, high, nearest, chunks)
+        whole = chunks.sum()
+        low = high
+        for _ in range(BATCH):
+            left = uniforms[at] * whole
+            chance = uniforms[at + 1]
+            at = (at + 2) % uniforms.shape[0]
+            c = 0
+            while c < chunks.shape[0] - 1 and left >= chunks[c]:
+                left -= chunks[c]
+                c += 1
+            pick = c * 256
+            end = min(pick + 256, total) - 1
+            while pick < end and (left >= nearest[pick] or nearest[pick] == 0):
+                left -= nearest[pick]
+                pick += 1
+            odds = nearest[pick]
+            for k in range(low, high):
+                d = np.float32(0)
+                for j in range(r):
+                    e = points[j, pick] - codebook[k, j]
+                    d += e * e * (weights[min(j, last), pick] if weighted else np.float32(1))
+                odds = min(odds, d)
+            if high < 256 and (high == low or chance * nearest[pick] < odds):
+                for j in range(r):
+                    codebook[high, j] = points[j, pick]
+                high += 1
 
 
 @njit(cache=True, nogil=True)
-def distinct(rows, table, slots, count, codes):
-    """Number the distinct rows in order of appearance; stop, and return 257, at the 257th.
+def distinct(points, table, slots, count, codes):
+    """Number the distinct points in order of appearance; stop, and return 257, at the 257th.
 
-    rows [N, r] fp32 without -0; table [256, r] and slots [1024] int32 (-1 = free) carry over between calls, as `count`
-    does. Returns the new count; codes [N] are each row's number.
+    points [r, N] fp32 without -0; table [256, r] and slots [1024] int32 (-1 = free) carry over between calls, as `count`
+    does. Returns the new count; codes [N] are each point's number.
     """
-    total, r = rows.shape
-    bits = rows.view(np.uint32)
+    r, total = points.shape
+    bits = points.view(np.uint32)
     for p in range(total):
         h = np.uint64(14695981039346656037)
         for j in range(r):
-            h = (h ^ np.uint64(bits[p, j])) * np.uint64(1099511628211)
+            h = (h ^ np.uint64(bits[j, p])) * np.uint64(1099511628211)
         h ^= h >> np.uint64(29)
         at = np.int64(h & np.uint64(1023))
         while True:
@@ -305,14 +263,14 @@ def distinct(rows, table, slots, count, codes):
                 if count == 256:
                     return 257
                 for j in range(r):
-                    table[count, j] = rows[p, j]
+                    table[count, j] = points[j, p]
                 slots[at] = count
                 codes[p] = count
                 count += 1
                 break
             same = True
             for j in range(r):
-                if table[k, j] != rows[p, j]:
+                if table[k, j] != points[j, p]:
                     same = False
                     break
             if same:
@@ -389,19 +347,33 @@ def line_start(mass, first, second, pieces):
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def neighbours(codebook, nearest, distance):
-    """Write each codeword's nearest other codeword [256] and the squared distance to it [256], fp64."""
-    count, r = codebook.shape
-    for k in range(count):
-        distance[k] = np.inf
-        for i in range(count):
-            if i != k:
-                d = 0.0
-                for j in range(r):
-                    e = np.float64(codebook[k, j]) - codebook[i, j]
-                    d += e * e
-                if d < distance[k]:
-                    distance[k] = d
-                    nearest[k] = i
+    """Write each codeword's nearest other codeword [256] and the squared distance to it [256]."""
+    tag = np.int32(0)  # 32 lanes
+    r = codebook.shape[1]
+    columns = np.ascontiguousarray(codebook.T)
+    d, best, codes = np.empty(256, np.float32), np.empty(32, np.float32), np.empty(32, np.uint8)
+    for k in range(256):
+        for i in range(0, 1024, 128):
+            s = spread(np.float32(0), tag)
+            for j in range(r):
+                e = subtract(load(columns.ctypes.data + i + 1024 * j, tag), spread(codebook[k, j], tag))
+                s = multiply_add(e, e, s)
+            store(d.ctypes.data + i, s)
+        d[k] = np.inf
+        low = load(d.ctypes.data, tag)
+        which = no_codes(tag)
+        for i in range(1, 8):
+            s = load(d.ctypes.data + 128 * i, tag)
+            which = note_code(s, low, 32 * i, which)
+            low = minimum(s, low)
+        store(best.ctypes.data, low)
+        write_codes(codes.ctypes.data, which)
+        least, at = best[0], 0
+        for i in range(1, 32):
+            if best[i] < least:
+                least, at = best[i], i
+        nearest[k] = codes[at] + at
+        distance[k] = least
 
 
 @cache
@@ -535,7 +507,7 @@ def encode_sum(rows, weights, codebooks, width):
     halves = (0.5 * (wide**2).sum(2)).astype(np.float32)  # [stages, 256]
     # einsum without optimize runs numpy's own loops: BLAS bits would depend on its threads.
     tables = np.einsum("sjk,tjl->stkl", columns, columns, optimize=False) if weights is None else _NO_TABLES
-    _beam(weights is not None)(rows, _NONE if weights is None else weights, columns, halves, tables, width, codes)
+    _beam(weights is not None)(rows, NONE if weights is None else weights, columns, halves, tables, width, codes)
     return codes
 
 

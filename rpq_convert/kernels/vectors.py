@@ -376,3 +376,70 @@ def natural(number: int) -> int:
     lane, rest = divmod(number, 16)
     quarter, element = divmod(rest, 4)
     return 16 * quarter + 4 * lane + element
+
+
+# ---- the least of many numbers, and which it was ---------------------------------------------------------------------
+
+
+def least(builder: Any, a: Any, b: Any) -> Any:
+    """Emit the lesser of two vectors of numbers, none of them NaN: one instruction."""
+    kind = ir.FunctionType(a.type, [a.type, a.type])
+    name = f"llvm.minnum.v{a.type.count}f32"
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [a, b], fastmath=("nnan", "nsz"))
+
+
+@intrinsic
+def minimum(context, a, b):
+    return a(a, a), lambda context, builder, signature, args: least(builder, *args)
+
+
+@intrinsic
+def subtract(context, a, b):
+    return a(a, a), lambda context, builder, signature, args: builder.fsub(*args)
+
+
+@intrinsic
+def subtract_product(context, c, a, b):
+    """Return c - a * b, rounded once."""
+
+    def emit(context, builder, signature, args):
+        kind = _llvm(a)
+        fma = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(kind, [kind, kind, kind]), f"llvm.fma.v{a.lanes}f32"
+        )
+        return builder.call(fma, [builder.fneg(args[1]), args[2], args[0]])
+
+    return a(c, a, b), emit
+
+
+@intrinsic
+def no_codes(context, tag):
+    """Return a vector of int32 zeros, as many as the tag's lanes."""
+    whole = Vector("i32", _of(tag).lanes)
+    return whole(tag), lambda context, builder, signature, args: ir.Constant(_llvm(whole), [0] * whole.lanes)
+
+
+@intrinsic
+def note_code(context, a, b, code, codes):
+    """Return `code` in the lanes where a < b, else what `codes` has there."""
+
+    def emit(context, builder, signature, args):
+        a, b, code, codes = args
+        word, none = ir.IntType(32), ir.Constant(codes.type, ir.Undefined)
+        one = builder.insert_element(none, builder.trunc(code, word), ir.Constant(word, 0))
+        every = builder.shuffle_vector(one, none, ir.Constant(codes.type, [0] * codes.type.count))
+        return builder.select(builder.fcmp_ordered("<", a, b), every, codes)
+
+    return codes(a, b, types.int64, codes), emit
+
+
+@intrinsic
+def write_codes(context, address, codes):
+    """Write a vector of codes to memory, a byte each."""
+
+    def emit(context, builder, signature, args):
+        kind = ir.VectorType(ir.IntType(8), codes.lanes)
+        builder.store(builder.trunc(args[1], kind), _pointer(builder, args[0], kind), align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, codes), emit
