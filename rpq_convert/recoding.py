@@ -116,11 +116,11 @@ def _coded(rpq: RPQWeight, weight: Tensor) -> Tensor:
 
 def _nearest(points: Tensor, tables: Tensor, book: Tensor) -> Tensor:
     """Return the codes of points [N, dim], each under its book of tables [books, 256, dim]."""
-    from rpq_convert.kernels.kmeans import assign  # numba: imported on use
+    from rpq_convert.kernels.nearest import nearest  # numba: imported on use
 
     codes = torch.empty(len(points), dtype=torch.uint8)
     for one in book.unique().tolist():
         at = (book == one).nonzero().flatten()
         columns = np.ascontiguousarray(points[at].T.numpy())
-        codes[at] = torch.from_numpy(assign(columns, None, tables[one].numpy())[0])
+        codes[at] = torch.from_numpy(nearest(columns, None, tables[one].numpy()))
     return codes
