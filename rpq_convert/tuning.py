@@ -173,11 +173,10 @@ def tune(
         raise TuneError(f"{type(model).__name__} has no RPQ layer to tune; convert it first")
     if not 0 <= recode <= 1:
         raise TuneError(f"recode={recode}: a share of the codes lies between 0 and 1")
-    run = _Run(
-        model, base, batches, judged, loss, steps, rate, every, patience, seed, autocast, recode, checkpoint, progress
-    )
     with quiet(model), quiet(base), recomputed(model) if recompute else nullcontext():
-        return run.run()
+        return _Run(
+            model, base, batches, judged, loss, steps, rate, every, patience, seed, autocast, recode, checkpoint, progress
+        ).run()
 
 
 def tune_blocks(

@@ -44,20 +44,25 @@ def test_tuning_helps_on_text_that_was_not_seen(pair):
     assert {n: p.requires_grad for n, p in model.named_parameters()} == asked
 
 
-def test_codes_that_follow_the_gradient_help_more_than_codebooks_alone(pair, monkeypatch):
+def test_codes_that_follow_the_gradient_help_more_than_codebooks_alone(monkeypatch):
+    """From random codes: what codebooks can do about them is little, what codes can do is nearly all."""
     monkeypatch.setattr(recoding, "RATE", 0.05)  # so that pulls grow long in few steps
-    dense, data = pair[0], pair[2]
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(48, 64), nn.Tanh(), nn.Linear(64, 16))
+    data = [torch.randn(64, 48) for _ in range(20)]
+    start = copy.deepcopy(dense)
+    rpq.convert(start, bits=2, grow=True, fit="random")
     found, changed = {}, {}
     for share in (0.0, 0.02):
-        model = copy.deepcopy(pair[1])
+        model = copy.deepcopy(start)
         before = {k: t.clone() for k, t in model.state_dict().items() if t.dtype == torch.uint8}
-        done = rpq.tune(model, dense, data[:12], held_out=data[12:], steps=40, every=10, recode=share)
+        done = rpq.tune(model, dense, data[:16], held_out=data[16:], steps=120, recode=share)
         found[share] = done.after
         changed[share] = sum(int((t != model.state_dict()[k]).sum()) for k, t in before.items())
-        again = rpq.tune(model, dense, data[:12], held_out=data[12:], steps=0)
+        again = rpq.tune(model, dense, data[:16], held_out=data[16:], steps=0)
         assert again.before == pytest.approx(done.after, rel=1e-5)  # the codes that are kept are those that were judged
     assert changed[0.0] == 0 < changed[0.02]
-    assert found[0.02] < found[0.0]
+    assert found[0.02] < 0.7 * found[0.0], found
 
 
 @pytest.mark.parametrize("share", [1.0, 0.01])
