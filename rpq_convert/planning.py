@@ -439,7 +439,8 @@ def resolve(name: str, shape: tuple[int, ...], view: WeightView, settings: Mappi
         books: Any = settings.get("books", 1)
         stages = settings.get("stages", 1)
         dim: Any
-        if "num_codebooks" not in settings and "dim" not in settings and "bits" in settings:
+        by_bits = "num_codebooks" not in settings and "dim" not in settings and "bits" in settings
+        if by_bits:
             dim, stages = split_bits(settings["bits"])
         else:
             dim = settings.get("dim")
@@ -466,7 +467,7 @@ def resolve(name: str, shape: tuple[int, ...], view: WeightView, settings: Mappi
         scales, rotation = settings.get("scales", "none"), settings.get("rotation", 0)
         if not isinstance(rotation, int) or isinstance(rotation, bool) or rotation < 0:
             raise PlanError(f"rotation must be a whole number, 0 for none, not {rotation!r}")
-        return Spec(
+        spec = Spec(
             dim=dim,
             books=blocks if books == "blocks" else min(books, blocks),
             stages=stages,
@@ -476,6 +477,11 @@ def resolve(name: str, shape: tuple[int, ...], view: WeightView, settings: Mappi
             layout="rows" if view.axis == "in" and axis == "in" else "blocks",
             rotation=fitting(rotation, view.matrix_shape(shape, "in")[1]),
         )
+        if by_bits and stages > 1:  # codebooks of a small parameter outweigh its codes: one stage may be more bits in fewer bytes
+            one = resolve(name, shape, view, overlay(settings, {"dim": int(8 // settings["bits"])}))
+            if sum(one.nbytes(view, shape).values()) <= sum(spec.nbytes(view, shape).values()):
+                return one
+        return spec
     except PlanError as e:
         raise PlanError(f"{name} {list(shape)}: {e}") from None
     except (ValueError, TypeError, KeyError) as e:
