@@ -278,7 +278,7 @@ def peak(kind: str) -> None:
     print(f"{(highest - before) / 1024:.0f} MiB")
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what is kept between calls is kept for tensors made outside of it
 def models() -> None:
     import copy
 

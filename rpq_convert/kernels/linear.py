@@ -18,14 +18,17 @@ from torch import Tensor
 from rpq_convert.kernels import lookup as k
 from rpq_convert.kernels import plain
 from rpq_convert.kernels.cut import Cut
-from rpq_convert.kernels.tasks import BIAS, CHUNK, OUT, SCALES, SUMS, TASKS, X, one
-from rpq_convert.kernels.team import Work, run
-from rpq_convert.kernels.vectors import HAS_AMX, HAS_BFLOAT16, HAS_HALF, HAS_PICK, TWO_FULL
+from rpq_convert.kernels.dots import LONGEST, REST, TOP, padded
+from rpq_convert.kernels.single import PLANES, TURNED, TURNED_LINE
+from rpq_convert.kernels.tasks import BIAS, BOOKS, CHUNK, OUT, SCALES, SUMS, TASKS, X, dots, entries, one
+from rpq_convert.kernels.team import FIRST, Work, run
+from rpq_convert.kernels.vectors import HAS_AMX, HAS_BFLOAT16, HAS_DOT, HAS_HALF, HAS_PICK, TWO_FULL
 
 FEW = 3 if HAS_PICK else 1  # up to so many tokens go one by one
 PARTS = 4  # blocks are split into at most so many parts
 SMALL = 1 << 16  # codebooks of fewer numbers are kept wide
 WORTH = 1 << 18  # lookups that are worth a thread
+DOTS = 8  # dim from which on bins are faster than decoded products
 WORTH_ONE = 24_000  # the same of one token, where a table entry counts a quarter; half of a 768 x 768 layer at dim 64
 
 
@@ -56,8 +59,9 @@ def ready(codebooks: Tensor, kind: Any, make: Callable[[], Any] | None = None) -
     """Return codebooks [stages, books, 256, dim] as a kernel reads them.
 
     Kind "lookup": (as [stages, books, dim, 256], norms of the longest codewords [stages, books]); float32, or float16 where
-    that is what they are and there are many, as memory is what limits a few tokens. A dtype's name: in that dtype, as
-    stored; with " down", as [stages, books, dim, 256]. Any other: what `make` returns.
+    that is what they are and there are many, as memory is what limits a few tokens. Kind "digits": (bytes
+    [stages, books, dim, 3, 256], steps [stages, books]), see `dots`. A dtype's name: in that dtype, as stored; with " down",
+    as [stages, books, dim, 256]. Any other: what `make` returns.
 
     Kept while the tensor lives and does not change. Writes through `.data` leave no mark on a tensor's version, so some of
     its values are compared as well.
@@ -96,6 +100,12 @@ def _prepare(codebooks: Tensor, kind: str) -> Any:
         keep_half = codebooks.dtype == torch.float16 and codebooks.numel() > SMALL and HAS_HALF
         kept = codebooks if keep_half else wide
         return kept.transpose(-1, -2).contiguous(), torch.linalg.vector_norm(wide, dim=-1).amax(-1).contiguous()
+    if kind == "digits":
+        step = codebooks.float().abs().amax((-1, -2)) / TOP
+        step = torch.where(step == 0, 1.0, step)
+        whole = (codebooks.double() / step[..., None, None].double()).round().long() + 0x808080
+        digits = torch.stack([whole >> 8 * i & 255 for i in range(3)], -1).to(torch.uint8)  # [..., 256, dim, 3]
+        return digits.movedim(-3, -1).contiguous(), step * 65536
     name, _, down = kind.partition(" ")
     kept = codebooks.to(getattr(torch, name))
     return (kept.transpose(-1, -2) if down else kept).contiguous()
@@ -270,17 +280,27 @@ def apply(
 def call_of(looks: bool, codes: Tensor, codebooks: Tensor, cut: Cut) -> Call:
     """Return what a product with these codes needs, kept from call to call."""
     kind = (looks, cut, codes.data_ptr(), codes.stride())
-    return ready(codebooks, kind, lambda: Call(looks, cut, codes, *ready(codebooks, "lookup")))  # type: ignore[no-any-return]
+
+    def make() -> Call:
+        by_digits = HAS_DOT and not looks and cut.dim < DOTS and codes.stride(2) == 1 and cut.n <= LONGEST
+        digits = ready(codebooks, "digits") if by_digits and codebooks.numel() <= SMALL else None
+        books, norms = ready(codebooks, "lookup")
+        return Call(looks, cut, codes, books, norms, digits)
+
+    return ready(codebooks, kind, make)  # type: ignore[no-any-return]
 
 
 class Call:
     """One product with a coded matrix: the arguments of its tasks, and how its work is shared out."""
 
-    def __init__(self, looks: bool, cut: Cut, codes: Tensor, books: Tensor, norms: Tensor) -> None:
-        self.looks, self.cut, self.norms = looks, cut, norms.data_ptr()
+    def __init__(
+        self, looks: bool, cut: Cut, codes: Tensor, books: Tensor, norms: Tensor, digits: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        self.looks, self.cut, self.norms, self.digits = looks, cut, norms.data_ptr(), digits
         self.kept = books, norms
         self.place = (codes.data_ptr(), *codes.stride(), books.data_ptr(), *cut.shape, books.dtype == torch.float16)
         self.picks = HAS_PICK and looks and codes.stride(2) == 1
+        self.turns = HAS_PICK and looks and codes.stride(1) == 1 and not self.picks
         inner = cut.blocks * cut.dim  # the cut side, padded
         self.enters, self.leaves = (inner, cut.n) if looks else (cut.n, inner)
         self.wide_in, self.wide_out = (cut.length, cut.n) if looks else (cut.n, cut.length)
@@ -350,13 +370,21 @@ class Call:
     def single(self) -> tuple[Work, int, int, int]:
         """Return one token's work, its parts, and the floats of its sums and of a thread's scratch."""
         cut = self.cut
+        if self.turns:
+            sums = TURNED + 256 * cut.dim  # and room for a wide codebook, needed before
+            scratch = (PLANES * cut.stages * cut.blocks + TURNED_LINE * padded(cut.blocks)) // 4 + sums
+            return Work(entries, self.fields(0, 1, self.norms, 0, 0, 0)), -(-cut.n // TURNED), 0, scratch
         value = cut.stages * (cut.n * cut.blocks + 64 * cut.length)
         parts = max(p for p in (1, 2, PARTS) if p == 1 or (value >= p * WORTH_ONE and cut.blocks >= p * k.TOGETHER))
         part = -(-cut.blocks // (parts * k.TOGETHER)) * k.TOGETHER
         pieces = -(-cut.blocks // part)
+        if self.digits is not None:
+            fields = list(self.fields(0, 1, self.digits[1].data_ptr(), 0, 0, 0, part=part))
+            fields[BOOKS - FIRST] = self.digits[0].data_ptr()
+            return Work(dots, fields), pieces, 0, (3 * padded(cut.n) + REST) // 4
         own, left = pieces if self.looks else 1, _line(self.leaves)
         norms = self.norms if self.picks else 0
-        fields = self.fields(0, 1, norms, 0, 0, 0, part=part, sums_bytes=4 * left * (own > 1), parts=own)
+        fields = list(self.fields(0, 1, norms, 0, 0, 0, part=part, sums_bytes=4 * left * (own > 1), parts=own))
         return Work(one, fields), pieces, own * left, 256 * k.TOGETHER + cut.room
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import numpy as np
 from numba import carray, njit
 
+from rpq_convert.kernels import dots as d
 from rpq_convert.kernels import lookup as k
+from rpq_convert.kernels import single as t
 from rpq_convert.kernels.team import COUNT, FIRST, NEXT, SCRATCH, SCRATCH_BYTES, SLOT
 from rpq_convert.kernels.vectors import address_of, take_number, write_float
 
@@ -142,11 +144,11 @@ def _one(a, low, high, scale, tables, y):
     room = tables + 1024 * k.TOGETHER
     codes, books, shape = a[CODES], a[BOOKS], _shape(a)
     if scale == scale:
-        k.one_lookup_whole(codes, a[BY_STAGE], a[BY_BLOCK], books, shape, low, high, a[X], scale, tables, room, y)
+        t.one_lookup_whole(codes, a[BY_STAGE], a[BY_BLOCK], books, shape, low, high, a[X], scale, tables, room, y)
     elif a[LOOKS]:
-        k.one_lookup(codes, a[BY_STAGE], a[BY_BLOCK], a[BY_ROW], books, shape, low, high, a[X], tables, room, y)
+        t.one_lookup(codes, a[BY_STAGE], a[BY_BLOCK], a[BY_ROW], books, shape, low, high, a[X], tables, room, y)
     else:
-        k.one_bins(codes, a[BY_STAGE], a[BY_BLOCK], a[BY_ROW], books, shape, low, high, a[X], tables, room, y)
+        t.one_bins(codes, a[BY_STAGE], a[BY_BLOCK], a[BY_ROW], books, shape, low, high, a[X], tables, room, y)
 
 
 def one(data):
@@ -156,7 +158,7 @@ def one(data):
     """
     a, base = carray(data, TOTAL), address_of(data)
     tables = a[SCRATCH] + take_number(base + 8 * SLOT) * a[SCRATCH_BYTES]
-    scale = k.integer_scale(a[X], a[FACTORS], _shape(a)) if a[FACTORS] != 0 else np.nan
+    scale = t.integer_scale(a[X], a[FACTORS], _shape(a)) if a[FACTORS] != 0 else np.nan
     while True:
         part = take_number(base + 8 * NEXT)
         if part >= a[COUNT]:
@@ -173,9 +175,43 @@ def one(data):
         if take_number(base + 8 * DONE) < a[COUNT] - 1:
             continue
         if scale == scale:
-            k.one_leave_whole(a[SUMS], a[PARTS], a[SUMS_BYTES], a[ROWS], scale, a[SCALES], a[BIAS], a[OUT])
+            t.one_leave_whole(a[SUMS], a[PARTS], a[SUMS_BYTES], a[ROWS], scale, 0, a[SCALES], a[BIAS], a[OUT])
         else:
-            k.one_leave(a[SUMS], a[PARTS], a[SUMS_BYTES], a[WIDE_OUT], a[SCALES], a[BIAS], a[OUT])
+            t.one_leave(a[SUMS], a[PARTS], a[SUMS_BYTES], a[WIDE_OUT], a[SCALES], a[BIAS], a[OUT])
+
+
+def entries(data):
+    """Serve a single token of an embedding whose codes lie entry by entry, `TURNED` entries at a time."""
+    a, base = carray(data, TOTAL), address_of(data)
+    tables = a[SCRATCH] + take_number(base + 8 * SLOT) * a[SCRATCH_BYTES]
+    shape = _shape(a)
+    turned = tables + t.PLANES * a[STAGES] * a[BLOCKS]
+    y = turned + t.TURNED_LINE * d.padded(a[BLOCKS])
+    scale = t.integer_scale(a[X], a[FACTORS], shape)
+    t.all_tables(a[BOOKS], shape, a[X], scale, y, tables)
+    while True:
+        low = take_number(base + 8 * NEXT) * t.TURNED
+        if low >= a[ROWS]:
+            return
+        high = min(low + t.TURNED, a[ROWS])
+        t.entries(a[CODES], a[BY_STAGE], a[BY_ROW], shape, low, high, tables, turned, y)
+        t.one_leave_whole(y, 1, 0, high - low, scale, low, a[SCALES], a[BIAS], a[OUT])
+
+
+def dots(data):
+    """Serve ranges of blocks of a single token by digits: BOOKS and FACTORS hold those of codewords and their units."""
+    a, base = carray(data, TOTAL), address_of(data)
+    x = a[SCRATCH] + take_number(base + 8 * SLOT) * a[SCRATCH_BYTES]
+    step = d.digits(a[X], a[ROWS], x)
+    while True:
+        part = take_number(base + 8 * NEXT)
+        if part >= a[COUNT]:
+            return
+        low = part * a[PART_BLOCKS]
+        d.blocks_dot(
+            a[CODES], a[BY_STAGE], a[BY_BLOCK], a[BOOKS], a[FACTORS], _shape(a), low, min(low + a[PART_BLOCKS], a[BLOCKS]),
+            x, step, a[WIDE_OUT], a[SCALES], a[BIAS], a[OUT],
+        )  # fmt: skip
 
 
 def groups8(data):
