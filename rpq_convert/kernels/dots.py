@@ -17,6 +17,7 @@ from numba import njit
 from rpq_convert.kernels.lookup import ZERO
 from rpq_convert.kernels.single import load_table
 from rpq_convert.kernels.vectors import (
+    AHEAD,
     absolute,
     add_ints,
     dot_bytes,
@@ -30,6 +31,7 @@ from rpq_convert.kernels.vectors import (
     multiply_add,
     no_ints,
     pick,
+    prefetch,
     read_float,
     spread,
     store,
@@ -110,6 +112,7 @@ def row_dot(row, count, book, x):
     next_b = last_b = last_c = no_ints()
     rest = load_ints(starts + 192)
     for i in range(0, count, 64):
+        prefetch(row + i + AHEAD)
         k = load_bytes(row + i) if i + 64 <= count else load_first_bytes(row + i, count - i)
         low, middle, high = pick(k, l0, l1, l2, l3), pick(k, m0, m1, m2, m3), pick(k, h0, h1, h2, h3)
         x0, x1, x2 = load_bytes(x + i), load_bytes(x + length + i), load_bytes(x + 2 * length + i)

@@ -18,12 +18,14 @@ from numba import njit
 
 from rpq_convert.kernels.lookup import TOGETHER, ZERO, clear, fetch
 from rpq_convert.kernels.vectors import (
+    AHEAD,
     add_planes,
     load,
     load_bytes,
     multiply_add,
     natural,
     pick,
+    prefetch,
     read_byte,
     read_float,
     read_int,
@@ -136,6 +138,7 @@ def look_up(row, n, planes, y):
     c0, c1, c2, c3 = load_table(planes + 512)
     whole = n // 64 * 64
     for r in range(0, whole, 64):
+        prefetch(row + r + AHEAD)
         k = load_bytes(row + r)
         add_planes(y + 4 * r, pick(k, a0, a1, a2, a3), pick(k, b0, b1, b2, b3), pick(k, c0, c1, c2, c3))
     for r in range(whole, n):

@@ -138,19 +138,30 @@ def load_half(context, address):
     return f32x16(types.int64), emit
 
 
+def _ask(builder: Any, address: Any) -> None:
+    byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+    ask = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    flags = [ir.Constant(word, v) for v in (0, 2, 1)]  # read, keep in the second level, data
+    builder.call(ask, [builder.inttoptr(address, byte), *flags])
+
+
 @intrinsic
 def prefetch(context, address):
-    """Ask for the cache line of an address, to be read soon."""
+    """Ask for the cache line of an address, to be read soon; it need not be there."""
 
     def emit(context, builder, signature, args):
-        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
-        ask = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        flags = [ir.Constant(word, v) for v in (0, 2, 1)]  # read, keep in the second level, data
-        builder.call(ask, [builder.inttoptr(args[0], byte), *flags])
+        _ask(builder, args[0])
         return context.get_dummy_value()
 
     return types.void(types.int64), emit
+
+
+# How many bytes before they are needed codes are asked for. A processor that fetches by itself stops at every page, and does
+# not see that the next block's codes follow: 16 layers of 4096 x 4096 at dim 2 one after another take half the time so
+# (Sapphire Rapids, one thread and layer: 2.07 ms without, 1.13 with 1024, 1.04 with 2048, 1.13 with 4096; the same layer
+# again and again, in the second level of the cache, 0.87)
+AHEAD = 2048
 
 
 @intrinsic
@@ -407,6 +418,7 @@ def turn(context, address, by, rows, columns, to, by_to):
         vectors = []
         for i in range(16):
             number = ir.Constant(long, i)
+            _ask(builder, builder.add(address, builder.mul(ir.Constant(long, i + 16), by)))
             row = builder.select(builder.icmp_signed("<", number, rows), number, last)
             vectors.append(_load_first(builder, builder.add(address, builder.mul(row, by)), columns))
         for _ in range(4):
