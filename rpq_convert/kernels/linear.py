@@ -17,10 +17,11 @@ from torch import Tensor
 
 from rpq_convert.kernels import lookup as k
 from rpq_convert.kernels import plain
+from rpq_convert.kernels import tasks as a
 from rpq_convert.kernels.cut import Cut
 from rpq_convert.kernels.dots import LONGEST, REST, TOP, padded
 from rpq_convert.kernels.single import PLANES, TURNED, TURNED_LINE
-from rpq_convert.kernels.tasks import BIAS, BOOKS, CHUNK, OUT, SCALES, SUMS, TASKS, X, dots, entries, one
+from rpq_convert.kernels.tasks import CHUNK, TASKS, dots, entries, one
 from rpq_convert.kernels.team import FIRST, Work, run
 from rpq_convert.kernels.vectors import HAS_AMX, HAS_BFLOAT16, HAS_DOT, HAS_HALF, HAS_PICK, TWO_FULL
 
@@ -28,6 +29,8 @@ FEW = 3 if HAS_PICK else 1  # up to so many tokens go one by one
 PARTS = 4  # blocks are split into at most so many parts
 SMALL = 1 << 16  # codebooks of fewer numbers are kept wide
 WORTH = 1 << 18  # lookups that are worth a thread
+WORTH_FEW = 1 << 15  # the same where a single group of tokens is shared out, in one task: 16 microseconds
+LATE = 1 << 17  # floats of sums from which on all threads add them up
 DOTS = 8  # dim from which on bins are faster than decoded products
 WORTH_ONE = 24_000  # the same of one token, where a table entry counts a quarter; half of a 768 x 768 layer at dim 64
 
@@ -246,9 +249,9 @@ def _line(floats: int) -> int:
     return -(-floats // 16) * 16
 
 
-def share(count: int, work: int, step: int) -> int:
+def share(count: int, work: int, step: int, worth: int = WORTH) -> int:
     """Return how many of `count` blocks make a part: a multiple of `step`, worth a thread."""
-    parts = max(1, min(PARTS, work // WORTH, count // step))
+    parts = max(1, min(PARTS, work // worth, count // step))
     return -(-count // (parts * step)) * step
 
 
@@ -298,6 +301,7 @@ class Call:
     ) -> None:
         self.looks, self.cut, self.norms, self.digits = looks, cut, norms.data_ptr(), digits
         self.kept = books, norms
+        self.works: dict[int, tuple[Work, Work, Work | None, int, int]] = {}
         self.place = (codes.data_ptr(), *codes.stride(), books.data_ptr(), *cut.shape, books.dtype == torch.float16)
         self.picks = HAS_PICK and looks and codes.stride(2) == 1
         self.turns = HAS_PICK and looks and codes.stride(1) == 1 and not self.picks
@@ -307,13 +311,13 @@ class Call:
 
     def fields(
         self, x: int, tokens: int, factors: int, scales: int, bias: int, out: int, *, part: int = 0, entered: int = 0,
-        sums: int = 0, sums_bytes: int = 0, parts: int = 0, pixels: int = 0,
+        sums: int = 0, sums_bytes: int = 0, parts: int = 0, pixels: int = 0, later: bool = False,
     ) -> tuple[int, ...]:  # fmt: skip
         """Return a task's own fields, in the order of `tasks`; with `pixels`, tokens are those of an image [columns, pixels]."""
         strides = (1, pixels, 1, pixels) if pixels else (self.wide_in, 1, self.wide_out, 1)
         return (
             *self.place, self.looks, x, self.wide_in, self.enters, factors, tokens, out, self.wide_out, self.leaves,
-            scales, bias, part, entered, sums, sums_bytes, parts, 0, *strides,
+            scales, bias, part, entered, sums, sums_bytes, parts, 0, *strides, later,
         )  # fmt: skip
 
     def scratch(self, lanes: int) -> int:
@@ -321,41 +325,45 @@ class Call:
         return _line(lanes * self.enters) + _line(lanes * self.leaves) + 256 * lanes * k.TOGETHER + self.cut.room
 
     def part(self, lanes: int) -> int:
-        """Return how many blocks make a part."""
+        """Return how many blocks of one group make a part; of a table's 256 rows three are made in the time of one lookup."""
         cut = self.cut
-        return share(cut.blocks, cut.n * cut.blocks * cut.stages * max(1, lanes // 8), k.TOGETHER)
+        work = (cut.n * cut.blocks + 85 * cut.length) * cut.stages * (lanes // 8)
+        return share(cut.blocks, work, k.TOGETHER, WORTH_FEW)
 
     def many(self, x: Tensor, factors: int, scales: int, bias: int, out: Tensor) -> None:
-        """Serve tokens in groups of 8 or 16."""
+        """Serve tokens in groups of 8 or 16: a thread takes whole groups, or, where they are few, some blocks of one."""
         tokens = x.shape[0]
         lanes = 8 if tokens <= 8 else 16
-        groups, parts, leaves, enters, _ = TASKS[lanes]
-        count, part = -(-tokens // lanes), self.part(lanes)
-        pieces = -(-self.cut.blocks // part)
-        entered, left, tables = (
-            _line(lanes * self.enters),
-            _line(lanes * self.leaves),
-            256 * lanes * k.TOGETHER + self.cut.room,
-        )
+        groups, parts, leaves, pieces, floats = self.works.get(lanes) or self.shared(lanes)
+        count = -(-tokens // lanes)
+        to, from_ = out.data_ptr(), x.data_ptr()
+        given = (a.FACTORS, factors), (a.SCALES, scales), (a.BIAS, bias)
+        scratch = self.scratch(lanes)
         if count >= min(4, pieces):
-            fields = self.fields(x.data_ptr(), tokens, factors, scales, bias, out.data_ptr())
-            return run(groups, fields, count, self.scratch(lanes))
-        own = pieces if self.looks else 1  # few tokens: lookups of a part are summed apart, bins have rows of their own
-        memory = x.new_empty(entered + own * left)
-        sums = memory.data_ptr() + 4 * entered
-        if not self.looks:
-            memory[entered:].zero_()
+            groups.run(count, scratch, (*given, (a.TOKENS, tokens), (a.X, from_), (a.OUT, to)))
+            return
+        memory = x.new_empty(floats)
         for start in range(0, tokens, lanes):
-            fields = self.fields(
-                x.data_ptr() + 4 * start * self.wide_in, min(lanes, tokens - start), factors, scales, bias,
-                out.data_ptr() + 4 * start * self.wide_out, part=part, entered=memory.data_ptr(), sums=sums,
-                sums_bytes=4 * left * (own > 1), parts=own,
+            changes = (
+                *given, (a.TOKENS, min(lanes, tokens - start)), (a.X, from_ + 4 * start * self.wide_in),
+                (a.OUT, to + 4 * start * self.wide_out), (a.SUMS, memory.data_ptr()),
             )  # fmt: skip
-            run(enters, fields, 1)
-            run(parts, fields, pieces, tables)
-            run(leaves, fields, -(-self.wide_out // CHUNK))
-            if not self.looks and start + lanes < tokens:
-                memory[entered:].zero_()
+            parts.run(pieces, scratch, changes)
+            if leaves is not None:
+                leaves.run(-(-self.wide_out // CHUNK), 0, changes)
+
+    def shared(self, lanes: int) -> tuple[Work, Work, Work | None, int, int]:
+        """Return the works of groups, of parts of one, and of what adds large sums up; the parts, and the floats of sums."""
+        groups, parts, leaves, _, _ = TASKS[lanes]
+        part = self.part(lanes)
+        pieces = -(-self.cut.blocks // part)
+        own = pieces if self.looks else 1  # lookups of a part are summed apart, bins have rows of their own
+        left = _line(lanes * self.leaves)
+        later = self.looks and own * left > LATE
+        fields = self.fields(0, 0, 0, 0, 0, 0, part=part, sums_bytes=4 * left * (own > 1), parts=own, later=later)
+        adds = Work(leaves, fields) if later else None
+        found = self.works[lanes] = Work(groups, fields), Work(parts, fields), adds, pieces, own * left
+        return found
 
     def one(self, x: Tensor, scales: int, bias: int, out: int) -> None:
         """Serve one token x [enters] or [1, enters]."""
@@ -363,7 +371,7 @@ class Call:
             x = torch.nn.functional.pad(x, (0, self.enters - self.wide_in))
         work, pieces, floats, scratch = self.single
         memory = x.new_empty(floats)
-        changes = ((X, x.data_ptr()), (OUT, out), (SCALES, scales), (BIAS, bias), (SUMS, memory.data_ptr()))
+        changes = ((a.X, x.data_ptr()), (a.OUT, out), (a.SCALES, scales), (a.BIAS, bias), (a.SUMS, memory.data_ptr()))
         work.run(pieces, scratch, changes)
 
     @functools.cached_property
@@ -380,7 +388,7 @@ class Call:
         pieces = -(-cut.blocks // part)
         if self.digits is not None:
             fields = list(self.fields(0, 1, self.digits[1].data_ptr(), 0, 0, 0, part=part))
-            fields[BOOKS - FIRST] = self.digits[0].data_ptr()
+            fields[a.BOOKS - FIRST] = self.digits[0].data_ptr()
             return Work(dots, fields), pieces, 0, (3 * padded(cut.n) + REST) // 4
         own, left = pieces if self.looks else 1, _line(self.leaves)
         norms = self.norms if self.picks else 0

@@ -22,8 +22,8 @@ CODES, BY_STAGE, BY_BLOCK, BY_ROW, BOOKS, STAGES, BOOK_COUNT, BLOCKS, DIM, ROWS,
 # linear: whether tables are looked up, what comes in and goes out, and how the work is cut
 (
     LOOKS, X, WIDE_IN, ENTERS, FACTORS, TOKENS, OUT, WIDE_OUT, LEAVES, SCALES, BIAS, PART_BLOCKS, ENTERED, SUMS, SUMS_BYTES,
-    PARTS, DONE, BY_TOKEN_IN, BY_COLUMN_IN, BY_TOKEN_OUT, BY_COLUMN_OUT,
-) = range(FIRST + 11, FIRST + 32)  # fmt: skip
+    PARTS, DONE, BY_TOKEN_IN, BY_COLUMN_IN, BY_TOKEN_OUT, BY_COLUMN_OUT, LATER,
+) = range(FIRST + 11, FIRST + 33)  # fmt: skip
 # gradient: sides [groups, columns, lanes] that fill and meet the bins
 FILL, MEET, GROUPS, GRAD, GRAD_BYTES, OTHER = range(FIRST + 11, FIRST + 17)
 
@@ -85,18 +85,39 @@ def _groups(tag, a, base):
 
 @njit(cache=True, nogil=True)
 def _parts(tag, a, base):
-    """Serve ranges of blocks of one group that has entered: bins write their own rows, lookups sums of their own."""
+    """Serve ranges of blocks of one group: bins write rows of their own, lookups sums of their own.
+
+    Whoever finishes last adds the sums up and writes the result, unless that is worth a task of its own (LATER).
+    """
     lanes = k.width(tag)
-    tables = a[SCRATCH] + take_number(base + 8 * SLOT) * a[SCRATCH_BYTES]
+    row, dim = 4 * lanes, a[DIM]
+    x = a[SCRATCH] + take_number(base + 8 * SLOT) * a[SCRATCH_BYTES]
+    tables = x + 4 * _line(lanes * a[ENTERS])
+    if not a[LOOKS]:
+        _enter(tag, a, 0, x)
     while True:
         part = take_number(base + 8 * NEXT)
         if part >= a[COUNT]:
             return
         low = part * a[PART_BLOCKS]
+        high = min(low + a[PART_BLOCKS], a[BLOCKS])
         y = a[SUMS] + part * a[SUMS_BYTES]
-        if a[LOOKS]:
+        if a[LOOKS]:  # its own columns of x are all that a part needs
+            first = low * dim
+            factors = a[FACTORS] + 4 * first if a[FACTORS] != 0 else 0
+            k.enter(
+                tag, a[X] + 4 * first * a[BY_COLUMN_IN], a[BY_TOKEN_IN], a[BY_COLUMN_IN], min(lanes, a[TOKENS]),
+                min(a[WIDE_IN], high * dim) - first, (high - low) * dim, factors, x + row * first,
+            )  # fmt: skip
             k.clear(y, lanes * a[LEAVES])
-        _kernel(tag, a, low, min(low + a[PART_BLOCKS], a[BLOCKS]), a[ENTERED], tables, y)
+            _kernel(tag, a, low, high, x, tables, y)
+            if not a[LATER] and take_number(base + 8 * DONE) == a[COUNT] - 1:
+                _leave(tag, a, 0, a[SUMS], a[PARTS], 0, a[WIDE_OUT])
+        else:
+            for i in range(low * dim, high * dim):
+                k.store(y + row * i, k.spread(ZERO, tag))
+            _kernel(tag, a, low, high, x, tables, y)
+            _leave(tag, a, 0, y, 1, low * dim, min(high * dim, a[WIDE_OUT]))
 
 
 CHUNK = 1024  # rows of a sum that leave at a time
