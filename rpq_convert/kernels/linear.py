@@ -19,7 +19,7 @@ from rpq_convert.kernels import lookup as k
 from rpq_convert.kernels import plain
 from rpq_convert.kernels import tasks as a
 from rpq_convert.kernels.cut import Cut
-from rpq_convert.kernels.dots import LONGEST, REST, TOP, padded
+from rpq_convert.kernels.dots import LONGEST, REST, TOGETHER, TOP, padded
 from rpq_convert.kernels.single import PLANES, TURNED, TURNED_LINE
 from rpq_convert.kernels.tasks import CHUNK, TASKS, dots, entries, one
 from rpq_convert.kernels.team import FIRST, Work, run
@@ -31,7 +31,9 @@ SMALL = 1 << 16  # codebooks of fewer numbers are kept wide
 WORTH = 1 << 18  # lookups that are worth a thread
 WORTH_FEW = 1 << 15  # the same where a single group of tokens is shared out, in one task: 16 microseconds
 LATE = 1 << 17  # floats of sums from which on all threads add them up
-DOTS = 8  # dim from which on bins are faster than decoded products
+DOTS = 8  # dim from which on bins are faster than products of digits
+FEW_DOTS = 16  # tokens times dim up to which products of digits are faster
+WORTH_DOTS = 1 << 17  # weights of one token by digits that are worth a thread: 10 microseconds
 WORTH_ONE = 24_000  # the same of one token, where a table entry counts a quarter; half of a 768 x 768 layer at dim 64
 
 
@@ -267,6 +269,10 @@ def apply(
     tokens = x.shape[0]
     out = x.new_empty(tokens, cut.n if looks else cut.length)
     call = call_of(looks, codes, codebooks, cut)
+    if call.digits is not None and tokens * cut.dim <= FEW_DOTS:
+        x, factors = x if factors is None else x * factors, None
+        call.dots(x, _address(scales), _address(bias), out)
+        return out
     keep = (x, factors, scales, bias, call, codes, out)  # alive while addresses are used
     if tokens == 1 and factors is None:
         call.one(x, _address(scales), _address(bias), out.data_ptr())
@@ -386,14 +392,28 @@ class Call:
         parts = max(p for p in (1, 2, PARTS) if p == 1 or (value >= p * WORTH_ONE and cut.blocks >= p * k.TOGETHER))
         part = -(-cut.blocks // (parts * k.TOGETHER)) * k.TOGETHER
         pieces = -(-cut.blocks // part)
-        if self.digits is not None:
-            fields = list(self.fields(0, 1, self.digits[1].data_ptr(), 0, 0, 0, part=part))
-            fields[a.BOOKS - FIRST] = self.digits[0].data_ptr()
-            return Work(dots, fields), pieces, 0, (3 * padded(cut.n) + REST) // 4
         own, left = pieces if self.looks else 1, _line(self.leaves)
         norms = self.norms if self.picks else 0
         fields = list(self.fields(0, 1, norms, 0, 0, 0, part=part, sums_bytes=4 * left * (own > 1), parts=own))
         return Work(one, fields), pieces, own * left, 256 * k.TOGETHER + cut.room
+
+    def dots(self, x: Tensor, scales: int, bias: int, out: Tensor) -> None:
+        """Serve a few tokens by digits."""
+        tokens = x.shape[0]
+        work, part = self.by_digits
+        changes = (a.X, x.data_ptr()), (a.OUT, out.data_ptr()), (a.SCALES, scales), (a.BIAS, bias), (a.TOKENS, tokens)
+        room = tokens if tokens == 1 else -(-tokens // TOGETHER) * TOGETHER
+        work.run(-(-self.cut.blocks // part), room * (3 * padded(self.cut.n) + REST) // 4, changes)
+
+    @functools.cached_property
+    def by_digits(self) -> tuple[Work, int]:
+        """Return the work of a few tokens by digits, and the blocks of a part."""
+        assert self.digits is not None
+        cut, (books, steps) = self.cut, self.digits
+        part = share(cut.blocks, cut.stages * cut.n * cut.blocks * cut.dim, 1, WORTH_DOTS)
+        fields = list(self.fields(0, 1, steps.data_ptr(), 0, 0, 0, part=part))
+        fields[a.BOOKS - FIRST] = books.data_ptr()
+        return Work(dots, fields), part
 
 
 def _book_gradient(

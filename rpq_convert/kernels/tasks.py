@@ -220,10 +220,15 @@ def entries(data):
 
 
 def dots(data):
-    """Serve ranges of blocks of a single token by digits: BOOKS and FACTORS hold those of codewords and their units."""
+    """Serve ranges of blocks of a few tokens by digits: BOOKS and FACTORS hold those of codewords and their units."""
     a, base = carray(data, TOTAL), address_of(data)
     x = a[SCRATCH] + take_number(base + 8 * SLOT) * a[SCRATCH_BYTES]
-    step = d.digits(a[X], a[ROWS], x)
+    by = 3 * d.padded(a[ROWS]) + d.REST
+    for token in range(a[TOKENS]):
+        d.digits(a[X] + 4 * token * a[BY_TOKEN_IN], a[ROWS], x + by * token)
+    if a[TOKENS] > 1:
+        for token in range(a[TOKENS], (a[TOKENS] + d.TOGETHER - 1) // d.TOGETHER * d.TOGETHER):
+            k.clear(x + by * token, by // 4)
     while True:
         part = take_number(base + 8 * NEXT)
         if part >= a[COUNT]:
@@ -231,7 +236,7 @@ def dots(data):
         low = part * a[PART_BLOCKS]
         d.blocks_dot(
             a[CODES], a[BY_STAGE], a[BY_BLOCK], a[BOOKS], a[FACTORS], _shape(a), low, min(low + a[PART_BLOCKS], a[BLOCKS]),
-            x, step, a[WIDE_OUT], a[SCALES], a[BIAS], a[OUT],
+            x, a[TOKENS], a[WIDE_OUT], a[SCALES], a[BIAS], a[OUT],
         )  # fmt: skip
 
 
