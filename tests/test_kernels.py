@@ -150,8 +150,9 @@ def test_nan_and_infinity_do_not_come_out_as_numbers(case, axis, bad):
 
 @pytest.mark.parametrize("axis", ["in", "out"])
 @pytest.mark.parametrize("tokens", [1, 8, 100])
-def test_bits_do_not_depend_on_threads(axis, tokens, monkeypatch):
-    cut, codes, books = make(axis, 1500, 1024, 8, 128, 1, False)
+@pytest.mark.parametrize("cutting", [(1500, 1024, 8, 128, 1, False), (1500, 512, 2, 1, 1, False), (2500, 256, 2, 1, 1, True)])
+def test_bits_do_not_depend_on_threads(cutting, axis, tokens, monkeypatch):
+    cut, codes, books = make(axis, *cutting)
     x = torch.randn(tokens, cut.inputs, requires_grad=True)
     books.requires_grad_()
 

@@ -21,7 +21,7 @@ from rpq_convert.kernels import tasks as a
 from rpq_convert.kernels.cut import Cut
 from rpq_convert.kernels.dots import LONGEST, REST, TOGETHER, TOP, padded
 from rpq_convert.kernels.single import PLANES, TURNED, TURNED_LINE
-from rpq_convert.kernels.tasks import CHUNK, TASKS, dots, entries, one
+from rpq_convert.kernels.tasks import CHUNK, TASKS, dots, entries, one, turns
 from rpq_convert.kernels.team import FIRST, Work, run
 from rpq_convert.kernels.vectors import HAS_AMX, HAS_BFLOAT16, HAS_DOT, HAS_HALF, HAS_PICK, TWO_FULL
 
@@ -343,7 +343,12 @@ class Call:
         groups, parts, leaves, pieces, floats = self.works.get(lanes) or self.shared(lanes)
         count = -(-tokens // lanes)
         to, from_ = out.data_ptr(), x.data_ptr()
-        given = (a.FACTORS, factors), (a.SCALES, scales), (a.BIAS, bias)
+        given: tuple[tuple[int, int], ...] = ((a.FACTORS, factors), (a.SCALES, scales), (a.BIAS, bias))
+        if self.turns:  # codes that lie row by row: every block's would be read from a line of its own
+            stages, blocks, n = self.cut.stages, padded(self.cut.blocks), padded(self.cut.n) + 64
+            turned = torch.empty(stages, blocks, n, dtype=torch.uint8)
+            self.turning.run(-(-self.cut.n // TURNED), 0, ((a.OUT, turned.data_ptr()),))
+            given += (a.CODES, turned.data_ptr()), (a.BY_STAGE, blocks * n), (a.BY_BLOCK, n), (a.BY_ROW, 1)
         scratch = self.scratch(lanes)
         if count >= min(4, pieces):
             groups.run(count, scratch, (*given, (a.TOKENS, tokens), (a.X, from_), (a.OUT, to)))
@@ -370,6 +375,13 @@ class Call:
         adds = Work(leaves, fields) if later else None
         found = self.works[lanes] = Work(groups, fields), Work(parts, fields), adds, pieces, own * left
         return found
+
+    @functools.cached_property
+    def turning(self) -> Work:
+        """Return the work that turns codes around."""
+        fields = list(self.fields(0, 0, 0, 0, 0, 0))
+        fields[a.LEAVES - FIRST] = padded(self.cut.n) + 64
+        return Work(turns, fields)
 
     def one(self, x: Tensor, scales: int, bias: int, out: int) -> None:
         """Serve one token x [enters] or [1, enters]."""

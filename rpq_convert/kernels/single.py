@@ -167,6 +167,15 @@ def all_tables(books, shape, x, scale, room, to):
 
 
 @njit(cache=True, nogil=True)
+def turn_rows(codes, by_row, blocks, low, high, to, by_block):
+    """Write rows `low` to `high` of codes that lie row by row as [blocks padded to 64, rows padded to 16]."""
+    for r in range(low, high, 16):
+        for b in range(0, blocks, 64):
+            tile = codes + r * by_row + b
+            turn(tile, by_row, min(16, high - r), min(64, blocks - b), to + by_block * b + r - low, by_block)
+
+
+@njit(cache=True, nogil=True)
 def entries(codes, by_stage, by_row, shape, low, high, tables, turned, y):
     """Write the lookups of rows `low` to `high`, at most `TURNED`, whose codes lie row by row, to y, as `look_up` has it.
 
@@ -175,10 +184,7 @@ def entries(codes, by_stage, by_row, shape, low, high, tables, turned, y):
     stages, _count, blocks, _dim, _n, _half = shape
     clear(y, TURNED)
     for s in range(stages):
-        for r in range(low, high, 16):
-            for b in range(0, blocks, 64):
-                from_ = codes + s * by_stage + r * by_row + b
-                turn(from_, by_row, min(16, high - r), min(64, blocks - b), turned + TURNED_LINE * b + r - low, TURNED_LINE)
+        turn_rows(codes + s * by_stage, by_row, blocks, low, high, turned, TURNED_LINE)
         for b in range(blocks):
             look_up(turned + TURNED_LINE * b, high - low, tables + PLANES * (s * blocks + b), y)
 

@@ -219,6 +219,20 @@ def entries(data):
         t.one_leave_whole(y, 1, 0, high - low, scale, low, a[SCALES], a[BIAS], a[OUT])
 
 
+def turns(data):
+    """Write codes that lie row by row to OUT [stages, blocks padded to 64, LEAVES bytes], `TURNED` rows at a time."""
+    a, base = carray(data, TOTAL), address_of(data)
+    by_stage = a[LEAVES] * d.padded(a[BLOCKS])
+    while True:
+        low = take_number(base + 8 * NEXT) * t.TURNED
+        if low >= a[ROWS]:
+            return
+        high = min(low + t.TURNED, a[ROWS])
+        for s in range(a[STAGES]):
+            to = a[OUT] + s * by_stage + low
+            t.turn_rows(a[CODES] + s * a[BY_STAGE], a[BY_ROW], a[BLOCKS], low, high, to, a[LEAVES])
+
+
 def dots(data):
     """Serve ranges of blocks of a few tokens by digits: BOOKS and FACTORS hold those of codewords and their units."""
     a, base = carray(data, TOTAL), address_of(data)
