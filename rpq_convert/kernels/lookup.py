@@ -9,14 +9,11 @@ in a vector register, "lanes"):
 A layer cut along its inputs is a lookup forward and bins backward; one cut along its outputs the other way round. Both
 replace `n L` multiply-adds per token by `256 L` and `n L / dim` row additions.
 
-One token has no lanes. Its bins are plain numbers; its tables are kept as whole numbers of 24 bits, three byte tables in
-vector registers, from which one instruction picks 64 at a time (AVX-512 VBMI). The scale bounds every sum below 2^31, so
-the integer sums are exact and the result is as good as one in float32. Elsewhere it gathers.
+One token has no lanes: see `single` and `dots`.
 
 Everything is addressed by plain integers: `codes` with strides (stage, block, row) in bytes, codebooks as
 float32 or float16 [stages, books, dim, 256] (codewords side by side), the rest float32; shape is (stages, books, blocks,
-dim, n, half). Not used: 8-bit tables (1 % error) and 16-bit
-ones (1.6 times as fast at one token, 5e-5).
+dim, n, half).
 """
 
 from __future__ import annotations
