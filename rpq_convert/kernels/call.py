@@ -144,7 +144,7 @@ class Call:
         parts = max(p for p in (1, 2, PARTS) if p == 1 or (value >= p * WORTH_ONE and cut.blocks >= p * k.TOGETHER))
         part = -(-cut.blocks // (parts * k.TOGETHER)) * k.TOGETHER
         pieces = -(-cut.blocks // part)
-        own, left = pieces if self.looks else 1, _line(self.leaves)
+        own, left = pieces if self.looks else 1, padded(self.leaves)
         norms = self.norms if self.picks else 0
         fields = list(self.fields(0, 1, norms, 0, 0, 0, part=part, sums_bytes=4 * left * (own > 1), parts=own))
         return Work(one, fields), pieces, own * left, 256 * k.TOGETHER + cut.room

@@ -22,6 +22,7 @@ from rpq_convert.kernels.vectors import (
     add_planes,
     load,
     load_bytes,
+    load_first_bytes,
     multiply_add,
     natural,
     pick,
@@ -34,7 +35,6 @@ from rpq_convert.kernels.vectors import (
     total,
     turn,
     write_float,
-    write_int,
     write_planes,
 )
 
@@ -132,24 +132,19 @@ def load_table(planes):
 
 @njit(cache=True, nogil=True)
 def look_up(row, n, planes, y):
-    """Add table[code] to y [n] int32, in the order of `natural`, for codes side by side."""
+    """Add table[code] to y [n, padded to 64] int32, in the order of `natural`, for codes side by side."""
     a0, a1, a2, a3 = load_table(planes)
     b0, b1, b2, b3 = load_table(planes + 256)
     c0, c1, c2, c3 = load_table(planes + 512)
-    whole = n // 64 * 64
-    for r in range(0, whole, 64):
+    for r in range(0, n, 64):
         prefetch(row + r + AHEAD)
-        k = load_bytes(row + r)
+        k = load_bytes(row + r) if r + 64 <= n else load_first_bytes(row + r, n - r)
         add_planes(y + 4 * r, pick(k, a0, a1, a2, a3), pick(k, b0, b1, b2, b3), pick(k, c0, c1, c2, c3))
-    for r in range(whole, n):
-        k = planes + read_byte(row + r)
-        value = read_byte(k) | read_byte(k + 256) << 8 | read_byte(k + 512) << 16
-        write_int(y + 4 * r, np.int32(read_int(y + 4 * r) + (value ^ 0x800000) - 0x800000))
 
 
 @njit(cache=True, nogil=True)
 def one_lookup_whole(codes, by_stage, by_block, books, shape, low, high, x, scale, planes, room, y):
-    """Add blocks `low` to `high` of one token's lookup to y [n] int32, in the order of `natural`; rows lie side by side."""
+    """Add blocks `low` to `high` of one token's lookup to y, as `look_up` has it; rows lie side by side."""
     stages, _count, _blocks, dim, n, _half = shape
     for s in range(stages):
         for b in range(low, high):
@@ -192,10 +187,9 @@ def entries(codes, by_stage, by_row, shape, low, high, tables, turned, y):
 @njit(cache=True, nogil=True)
 def one_leave_whole(y, parts, part_stride, n, scale, first, scales, bias, out):
     """Write the sums as rows `first` to `first + n` of out, float32, scaled and shifted; NaN where the scale is."""
-    whole = n // 64 * 64
     step = 1 / scale
     for r in range(n):
-        at = y + 4 * (r // 64 * 64 + NATURAL[r % 64] if r < whole else r)
+        at = y + 4 * (r // 64 * 64 + NATURAL[r % 64])
         value = np.int64(read_int(at))
         for p in range(1, parts):
             value += read_int(at + p * part_stride)

@@ -188,7 +188,7 @@ def one(data):
         high = min(low + a[PART_BLOCKS], a[BLOCKS])
         y = a[SUMS] + part * a[SUMS_BYTES]
         if a[LOOKS]:
-            k.clear(y, a[LEAVES])
+            k.clear(y, d.padded(a[LEAVES]))
         else:
             for i in range(low * a[DIM], high * a[DIM]):
                 write_float(y + 4 * i, ZERO)

@@ -306,15 +306,6 @@ def read_int(context, address):
 
 
 @intrinsic
-def write_int(context, address, value):
-    def emit(context, builder, signature, args):
-        builder.store(args[1], _pointer(builder, args[0], ir.IntType(32)), align=4)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int32), emit
-
-
-@intrinsic
 def take_number(context, address):
     """Return the int64 at an address and add one to it, as one step that no other thread divides."""
 
