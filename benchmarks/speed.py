@@ -350,10 +350,10 @@ LIMITS = """
   than about 2.1 / d + 256 / outputs of dense. AMD's Zen 4 multiplies half as fast: the same kernels are further ahead there.
 - **One token, cut along inputs**: one core makes 10e9 lookups a second of codes in its caches: 12 permutations and 8
   interleavings for 64 codes run on one port alone. Codes from further away are asked for 2 KiB ahead: 8e9 a second then, 4e9
-  without. A table takes as long to make as 260 lookups, so layers with few outputs wait for tables: with 192 outputs and
-  dim 2 most of the time, and more the smaller the dim. An embedding's codes are turned around before: a third more.
-- **One token, cut along outputs**: below dim 8 codewords are picked and multiplied as three digits of 8 bits: 5 nanoseconds
-  for 64 codes and coordinate, 13e9 weights a second and core; from dim 8 on 2.3e9 bins a second, one load and store each.
+  without. A table takes as long to make as 260 lookups, so a layer with few outputs waits for tables: with 192 and dim 2
+  most of the time. An embedding's codes are turned around before, which takes two thirds as long as their lookups.
+- **One token, cut along outputs**: below dim 6 codewords are picked and multiplied as three digits of 8 bits: 5 nanoseconds
+  for 64 codes and coordinate, 13e9 weights a second and core; from dim 6 on 2.3e9 bins a second, one load and store each.
   For four tokens together it takes 12 nanoseconds, as 8 products of digits for 64 weights and token run on one port: 20e9
   multiply-adds a second, a third of what dense float32 does where memory does not limit it.
 - **Small layers**: a call costs 18 microseconds besides its kernel, and some 45 among a model's other operations, whose code

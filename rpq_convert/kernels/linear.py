@@ -24,7 +24,7 @@ from rpq_convert.kernels.vectors import HAS_AMX, HAS_BFLOAT16, HAS_DOT, HAS_HALF
 
 FEW = 3 if HAS_PICK else 1  # up to so many tokens go one by one
 SMALL = 1 << 16  # codebooks of fewer numbers are kept wide
-DOTS = 8  # dim from which on bins are faster than products of digits
+DOTS = 6  # dim from which on bins are faster than products of digits
 FEW_DOTS = 16  # tokens times dim up to which products of digits are faster
 IMAGES = 1.6  # what lookups over the pixels of images cost more: pixels lie along rows, and 16 seldom divide them
 
