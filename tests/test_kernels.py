@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import rpq_convert as rpq
 from rpq_convert.kernels import linear as kernels
-from rpq_convert.kernels import lookup, plain, team, vectors
+from rpq_convert.kernels import plain, single, team, vectors
 from rpq_convert.kernels.cut import Cut
 from rpq_convert.kernels.decode import decode, decode_rows, tiled_linear
 from rpq_convert.kernels.linear import cost, decoded_linear, linear, ready
@@ -112,20 +112,34 @@ def test_gradient_of_a_gradient():
         assert close(found, want, 1e-5)
 
 
-def test_integer_tables_are_as_good_as_floats():
-    if not vectors.HAS_PICK:
-        pytest.skip("this processor has no AVX-512 VBMI")
-    cut, codes, books = make("in", 1000, 4096, 8, 512, 1, False)
-    x = torch.randn(1, 4096)
+WHOLE = {
+    "tables": ("in", 1000, 4096, 8, 512, 1, False),
+    "entries turned around": ("in", 3000, 600, 2, 1, 1, True),
+    "digits": ("out", 4096, 1000, 2, 1, 1, False),
+}
+
+
+@pytest.mark.parametrize("case", WHOLE)
+@pytest.mark.parametrize("outlier", [1, 30])
+def test_whole_numbers_are_as_good_as_floats(case, outlier):
+    if not vectors.HAS_DOT:
+        pytest.skip("this processor has no AVX-512 VBMI and VNNI")
+    cut, codes, books = make(*WHOLE[case])
+    x = torch.randn(1, cut.inputs)
+    x[0, 5] *= outlier
     exact = x.double() @ plain_weight(codes, books, None, cut).double().T
     error = float((linear(x, codes, books, None, None, cut) - exact).norm() / exact.norm())
     assert error < 2e-6  # one ordinary product in float32 is off by 4e-7
-    assert sorted(lookup.NATURAL) == list(range(64))
+    call = kernels.call_of(cut.axis == "in", codes, books, cut)
+    assert (call.turns, call.digits is not None) == (case.startswith("entries"), case == "digits")  # each by its own way
+    assert sorted(single.NATURAL) == list(range(64))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_nan_and_infinity_come_out_as_they_went_in(bad):
-    cut, codes, books = make("in", *CASES["one book per block"])
+@pytest.mark.parametrize("axis", ["in", "out"])
+@pytest.mark.parametrize("case", ["one book per block", "dim 1, codes by rows", "dim 2"])
+def test_nan_and_infinity_do_not_come_out_as_numbers(case, axis, bad):
+    cut, codes, books = make(axis, *CASES[case])
     for tokens in (1, 4, 20):
         x = torch.randn(tokens, cut.inputs)
         x[0, 3] = bad
@@ -136,8 +150,9 @@ def test_nan_and_infinity_come_out_as_they_went_in(bad):
 
 @pytest.mark.parametrize("axis", ["in", "out"])
 @pytest.mark.parametrize("tokens", [1, 8, 100])
-def test_bits_do_not_depend_on_threads(axis, tokens, monkeypatch):
-    cut, codes, books = make(axis, 1500, 1024, 8, 128, 1, False)
+@pytest.mark.parametrize("cutting", [(1500, 1024, 8, 128, 1, False), (1500, 512, 2, 1, 1, False), (2500, 256, 2, 1, 1, True)])
+def test_bits_do_not_depend_on_threads(cutting, axis, tokens, monkeypatch):
+    cut, codes, books = make(axis, *cutting)
     x = torch.randn(tokens, cut.inputs, requires_grad=True)
     books.requires_grad_()
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from rpq_convert.kernels import expand as e
 from rpq_convert.kernels import plain
+from rpq_convert.kernels.call import share
 from rpq_convert.kernels.cut import Cut
-from rpq_convert.kernels.linear import _address, _flat, _wide, ready, share
+from rpq_convert.kernels.linear import _address, _flat, _wide, ready
 from rpq_convert.kernels.team import FIRST, Work, run
 
 STEP = 64  # positions of one part

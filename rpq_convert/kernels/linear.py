@@ -2,12 +2,11 @@
 
 Which primitive serves which pass: a layer cut along its inputs is a lookup forward and bins backward, one cut along its
 outputs the reverse. Saved for backward are the input, the codes and the codebooks; no dense weight and no dense gradient
-of one exists at any time. Work is cut into parts by shape alone: tokens 16 at a time, or blocks where tokens are few.
+of one exists at any time. `call` says how the work is shared out.
 """
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -15,20 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpq_convert.kernels import lookup as k
 from rpq_convert.kernels import plain
+from rpq_convert.kernels.call import Call, share
 from rpq_convert.kernels.cut import Cut
-from rpq_convert.kernels.tasks import BIAS, CHUNK, OUT, SCALES, SUMS, TASKS, X, one
-from rpq_convert.kernels.team import Work, run
-from rpq_convert.kernels.vectors import HAS_AMX, HAS_BFLOAT16, HAS_HALF, HAS_PICK, TWO_FULL
+from rpq_convert.kernels.dots import LONGEST, TOP
+from rpq_convert.kernels.tasks import TASKS
+from rpq_convert.kernels.team import run
+from rpq_convert.kernels.vectors import HAS_AMX, HAS_BFLOAT16, HAS_DOT, HAS_HALF, HAS_PICK, TWO_FULL
 
 FEW = 3 if HAS_PICK else 1  # up to so many tokens go one by one
-PARTS = 4  # blocks are split into at most so many parts
 SMALL = 1 << 16  # codebooks of fewer numbers are kept wide
-WORTH = 1 << 18  # lookups that are worth a thread
-WORTH_ONE = 24_000  # the same of one token, where a table entry counts a quarter; half of a 768 x 768 layer at dim 64
-
-
+DOTS = 6  # dim from which on bins are faster than products of digits
+FEW_DOTS = 16  # tokens times dim up to which products of digits are faster
 IMAGES = 1.6  # what lookups over the pixels of images cost more: pixels lie along rows, and 16 seldom divide them
 
 
@@ -56,8 +53,9 @@ def ready(codebooks: Tensor, kind: Any, make: Callable[[], Any] | None = None) -
     """Return codebooks [stages, books, 256, dim] as a kernel reads them.
 
     Kind "lookup": (as [stages, books, dim, 256], norms of the longest codewords [stages, books]); float32, or float16 where
-    that is what they are and there are many, as memory is what limits a few tokens. A dtype's name: in that dtype, as
-    stored; with " down", as [stages, books, dim, 256]. Any other: what `make` returns.
+    that is what they are and there are many, as memory is what limits a few tokens. Kind "digits": (bytes
+    [stages, books, dim, 3, 256], steps [stages, books]), see `dots`. A dtype's name: in that dtype, as stored; with " down",
+    as [stages, books, dim, 256]. Any other: what `make` returns.
 
     Kept while the tensor lives and does not change. Writes through `.data` leave no mark on a tensor's version, so some of
     its values are compared as well.
@@ -96,6 +94,12 @@ def _prepare(codebooks: Tensor, kind: str) -> Any:
         keep_half = codebooks.dtype == torch.float16 and codebooks.numel() > SMALL and HAS_HALF
         kept = codebooks if keep_half else wide
         return kept.transpose(-1, -2).contiguous(), torch.linalg.vector_norm(wide, dim=-1).amax(-1).contiguous()
+    if kind == "digits":
+        step = codebooks.float().abs().amax((-1, -2)) / TOP
+        step = torch.where(step == 0, 1.0, step)
+        whole = (codebooks.double() / step[..., None, None].double()).round().long() + 0x808080
+        digits = torch.stack([whole >> 8 * i & 255 for i in range(3)], -1).to(torch.uint8)  # [..., 256, dim, 3]
+        return digits.movedim(-3, -1).contiguous(), step * 65536
     name, _, down = kind.partition(" ")
     kept = codebooks.to(getattr(torch, name))
     return (kept.transpose(-1, -2) if down else kept).contiguous()
@@ -231,17 +235,6 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _line(floats: int) -> int:
-    """Round up to whole cache lines."""
-    return -(-floats // 16) * 16
-
-
-def share(count: int, work: int, step: int) -> int:
-    """Return how many of `count` blocks make a part: a multiple of `step`, worth a thread."""
-    parts = max(1, min(PARTS, work // WORTH, count // step))
-    return -(-count // (parts * step)) * step
-
-
 def apply(
     looks: bool, x: Tensor, codes: Tensor, codebooks: Tensor, cut: Cut, *,
     factors: Tensor | None = None, scales: Tensor | None = None, bias: Tensor | None = None,
@@ -254,6 +247,10 @@ def apply(
     tokens = x.shape[0]
     out = x.new_empty(tokens, cut.n if looks else cut.length)
     call = call_of(looks, codes, codebooks, cut)
+    if call.digits is not None and tokens * cut.dim <= FEW_DOTS:
+        x, factors = x if factors is None else x * factors, None
+        call.dots(x, _address(scales), _address(bias), out)
+        return out
     keep = (x, factors, scales, bias, call, codes, out)  # alive while addresses are used
     if tokens == 1 and factors is None:
         call.one(x, _address(scales), _address(bias), out.data_ptr())
@@ -270,94 +267,14 @@ def apply(
 def call_of(looks: bool, codes: Tensor, codebooks: Tensor, cut: Cut) -> Call:
     """Return what a product with these codes needs, kept from call to call."""
     kind = (looks, cut, codes.data_ptr(), codes.stride())
-    return ready(codebooks, kind, lambda: Call(looks, cut, codes, *ready(codebooks, "lookup")))  # type: ignore[no-any-return]
 
+    def make() -> Call:
+        by_digits = HAS_DOT and not looks and cut.dim < DOTS and codes.stride(2) == 1 and cut.n <= LONGEST
+        digits = ready(codebooks, "digits") if by_digits and codebooks.numel() <= SMALL else None
+        books, norms = ready(codebooks, "lookup")
+        return Call(looks, cut, codes, books, norms, digits)
 
-class Call:
-    """One product with a coded matrix: the arguments of its tasks, and how its work is shared out."""
-
-    def __init__(self, looks: bool, cut: Cut, codes: Tensor, books: Tensor, norms: Tensor) -> None:
-        self.looks, self.cut, self.norms = looks, cut, norms.data_ptr()
-        self.kept = books, norms
-        self.place = (codes.data_ptr(), *codes.stride(), books.data_ptr(), *cut.shape, books.dtype == torch.float16)
-        self.picks = HAS_PICK and looks and codes.stride(2) == 1
-        inner = cut.blocks * cut.dim  # the cut side, padded
-        self.enters, self.leaves = (inner, cut.n) if looks else (cut.n, inner)
-        self.wide_in, self.wide_out = (cut.length, cut.n) if looks else (cut.n, cut.length)
-
-    def fields(
-        self, x: int, tokens: int, factors: int, scales: int, bias: int, out: int, *, part: int = 0, entered: int = 0,
-        sums: int = 0, sums_bytes: int = 0, parts: int = 0, pixels: int = 0,
-    ) -> tuple[int, ...]:  # fmt: skip
-        """Return a task's own fields, in the order of `tasks`; with `pixels`, tokens are those of an image [columns, pixels]."""
-        strides = (1, pixels, 1, pixels) if pixels else (self.wide_in, 1, self.wide_out, 1)
-        return (
-            *self.place, self.looks, x, self.wide_in, self.enters, factors, tokens, out, self.wide_out, self.leaves,
-            scales, bias, part, entered, sums, sums_bytes, parts, 0, *strides,
-        )  # fmt: skip
-
-    def scratch(self, lanes: int) -> int:
-        """Return the floats that a thread needs to serve whole groups."""
-        return _line(lanes * self.enters) + _line(lanes * self.leaves) + 256 * lanes * k.TOGETHER + self.cut.room
-
-    def part(self, lanes: int) -> int:
-        """Return how many blocks make a part."""
-        cut = self.cut
-        return share(cut.blocks, cut.n * cut.blocks * cut.stages * max(1, lanes // 8), k.TOGETHER)
-
-    def many(self, x: Tensor, factors: int, scales: int, bias: int, out: Tensor) -> None:
-        """Serve tokens in groups of 8 or 16."""
-        tokens = x.shape[0]
-        lanes = 8 if tokens <= 8 else 16
-        groups, parts, leaves, enters, _ = TASKS[lanes]
-        count, part = -(-tokens // lanes), self.part(lanes)
-        pieces = -(-self.cut.blocks // part)
-        entered, left, tables = (
-            _line(lanes * self.enters),
-            _line(lanes * self.leaves),
-            256 * lanes * k.TOGETHER + self.cut.room,
-        )
-        if count >= min(4, pieces):
-            fields = self.fields(x.data_ptr(), tokens, factors, scales, bias, out.data_ptr())
-            return run(groups, fields, count, self.scratch(lanes))
-        own = pieces if self.looks else 1  # few tokens: lookups of a part are summed apart, bins have rows of their own
-        memory = x.new_empty(entered + own * left)
-        sums = memory.data_ptr() + 4 * entered
-        if not self.looks:
-            memory[entered:].zero_()
-        for start in range(0, tokens, lanes):
-            fields = self.fields(
-                x.data_ptr() + 4 * start * self.wide_in, min(lanes, tokens - start), factors, scales, bias,
-                out.data_ptr() + 4 * start * self.wide_out, part=part, entered=memory.data_ptr(), sums=sums,
-                sums_bytes=4 * left * (own > 1), parts=own,
-            )  # fmt: skip
-            run(enters, fields, 1)
-            run(parts, fields, pieces, tables)
-            run(leaves, fields, -(-self.wide_out // CHUNK))
-            if not self.looks and start + lanes < tokens:
-                memory[entered:].zero_()
-
-    def one(self, x: Tensor, scales: int, bias: int, out: int) -> None:
-        """Serve one token x [enters] or [1, enters]."""
-        if self.enters > self.wide_in:
-            x = torch.nn.functional.pad(x, (0, self.enters - self.wide_in))
-        work, pieces, floats, scratch = self.single
-        memory = x.new_empty(floats)
-        changes = ((X, x.data_ptr()), (OUT, out), (SCALES, scales), (BIAS, bias), (SUMS, memory.data_ptr()))
-        work.run(pieces, scratch, changes)
-
-    @functools.cached_property
-    def single(self) -> tuple[Work, int, int, int]:
-        """Return one token's work, its parts, and the floats of its sums and of a thread's scratch."""
-        cut = self.cut
-        value = cut.stages * (cut.n * cut.blocks + 64 * cut.length)
-        parts = max(p for p in (1, 2, PARTS) if p == 1 or (value >= p * WORTH_ONE and cut.blocks >= p * k.TOGETHER))
-        part = -(-cut.blocks // (parts * k.TOGETHER)) * k.TOGETHER
-        pieces = -(-cut.blocks // part)
-        own, left = pieces if self.looks else 1, _line(self.leaves)
-        norms = self.norms if self.picks else 0
-        fields = self.fields(0, 1, norms, 0, 0, 0, part=part, sums_bytes=4 * left * (own > 1), parts=own)
-        return Work(one, fields), pieces, own * left, 256 * k.TOGETHER + cut.room
+    return ready(codebooks, kind, make)  # type: ignore[no-any-return]
 
 
 def _book_gradient(

@@ -9,7 +9,9 @@ from __future__ import annotations
 import numpy as np
 from numba import carray, njit
 
+from rpq_convert.kernels import dots as d
 from rpq_convert.kernels import lookup as k
+from rpq_convert.kernels import single as t
 from rpq_convert.kernels.team import COUNT, FIRST, NEXT, SCRATCH, SCRATCH_BYTES, SLOT
 from rpq_convert.kernels.vectors import address_of, take_number, write_float
 
@@ -20,8 +22,8 @@ CODES, BY_STAGE, BY_BLOCK, BY_ROW, BOOKS, STAGES, BOOK_COUNT, BLOCKS, DIM, ROWS,
 # linear: whether tables are looked up, what comes in and goes out, and how the work is cut
 (
     LOOKS, X, WIDE_IN, ENTERS, FACTORS, TOKENS, OUT, WIDE_OUT, LEAVES, SCALES, BIAS, PART_BLOCKS, ENTERED, SUMS, SUMS_BYTES,
-    PARTS, DONE, BY_TOKEN_IN, BY_COLUMN_IN, BY_TOKEN_OUT, BY_COLUMN_OUT,
-) = range(FIRST + 11, FIRST + 32)  # fmt: skip
+    PARTS, DONE, BY_TOKEN_IN, BY_COLUMN_IN, BY_TOKEN_OUT, BY_COLUMN_OUT, LATER,
+) = range(FIRST + 11, FIRST + 33)  # fmt: skip
 # gradient: sides [groups, columns, lanes] that fill and meet the bins
 FILL, MEET, GROUPS, GRAD, GRAD_BYTES, OTHER = range(FIRST + 11, FIRST + 17)
 
@@ -83,18 +85,39 @@ def _groups(tag, a, base):
 
 @njit(cache=True, nogil=True)
 def _parts(tag, a, base):
-    """Serve ranges of blocks of one group that has entered: bins write their own rows, lookups sums of their own."""
+    """Serve ranges of blocks of one group: bins write rows of their own, lookups sums of their own.
+
+    Whoever finishes last adds the sums up and writes the result, unless that is worth a task of its own (LATER).
+    """
     lanes = k.width(tag)
-    tables = a[SCRATCH] + take_number(base + 8 * SLOT) * a[SCRATCH_BYTES]
+    row, dim = 4 * lanes, a[DIM]
+    x = a[SCRATCH] + take_number(base + 8 * SLOT) * a[SCRATCH_BYTES]
+    tables = x + 4 * _line(lanes * a[ENTERS])
+    if not a[LOOKS]:
+        _enter(tag, a, 0, x)
     while True:
         part = take_number(base + 8 * NEXT)
         if part >= a[COUNT]:
             return
         low = part * a[PART_BLOCKS]
+        high = min(low + a[PART_BLOCKS], a[BLOCKS])
         y = a[SUMS] + part * a[SUMS_BYTES]
-        if a[LOOKS]:
+        if a[LOOKS]:  # its own columns of x are all that a part needs
+            first = low * dim
+            factors = a[FACTORS] + 4 * first if a[FACTORS] != 0 else 0
+            k.enter(
+                tag, a[X] + 4 * first * a[BY_COLUMN_IN], a[BY_TOKEN_IN], a[BY_COLUMN_IN], min(lanes, a[TOKENS]),
+                min(a[WIDE_IN], high * dim) - first, (high - low) * dim, factors, x + row * first,
+            )  # fmt: skip
             k.clear(y, lanes * a[LEAVES])
-        _kernel(tag, a, low, min(low + a[PART_BLOCKS], a[BLOCKS]), a[ENTERED], tables, y)
+            _kernel(tag, a, low, high, x, tables, y)
+            if not a[LATER] and take_number(base + 8 * DONE) == a[COUNT] - 1:
+                _leave(tag, a, 0, a[SUMS], a[PARTS], 0, a[WIDE_OUT])
+        else:
+            for i in range(low * dim, high * dim):
+                k.store(y + row * i, k.spread(ZERO, tag))
+            _kernel(tag, a, low, high, x, tables, y)
+            _leave(tag, a, 0, y, 1, low * dim, min(high * dim, a[WIDE_OUT]))
 
 
 CHUNK = 1024  # rows of a sum that leave at a time
@@ -142,11 +165,11 @@ def _one(a, low, high, scale, tables, y):
     room = tables + 1024 * k.TOGETHER
     codes, books, shape = a[CODES], a[BOOKS], _shape(a)
     if scale == scale:
-        k.one_lookup_whole(codes, a[BY_STAGE], a[BY_BLOCK], books, shape, low, high, a[X], scale, tables, room, y)
+        t.one_lookup_whole(codes, a[BY_STAGE], a[BY_BLOCK], books, shape, low, high, a[X], scale, tables, room, y)
     elif a[LOOKS]:
-        k.one_lookup(codes, a[BY_STAGE], a[BY_BLOCK], a[BY_ROW], books, shape, low, high, a[X], tables, room, y)
+        t.one_lookup(codes, a[BY_STAGE], a[BY_BLOCK], a[BY_ROW], books, shape, low, high, a[X], tables, room, y)
     else:
-        k.one_bins(codes, a[BY_STAGE], a[BY_BLOCK], a[BY_ROW], books, shape, low, high, a[X], tables, room, y)
+        t.one_bins(codes, a[BY_STAGE], a[BY_BLOCK], a[BY_ROW], books, shape, low, high, a[X], tables, room, y)
 
 
 def one(data):
@@ -156,7 +179,7 @@ def one(data):
     """
     a, base = carray(data, TOTAL), address_of(data)
     tables = a[SCRATCH] + take_number(base + 8 * SLOT) * a[SCRATCH_BYTES]
-    scale = k.integer_scale(a[X], a[FACTORS], _shape(a)) if a[FACTORS] != 0 else np.nan
+    scale = t.integer_scale(a[X], a[FACTORS], _shape(a)) if a[FACTORS] != 0 else np.nan
     while True:
         part = take_number(base + 8 * NEXT)
         if part >= a[COUNT]:
@@ -165,7 +188,7 @@ def one(data):
         high = min(low + a[PART_BLOCKS], a[BLOCKS])
         y = a[SUMS] + part * a[SUMS_BYTES]
         if a[LOOKS]:
-            k.clear(y, a[LEAVES])
+            k.clear(y, d.padded(a[LEAVES]))
         else:
             for i in range(low * a[DIM], high * a[DIM]):
                 write_float(y + 4 * i, ZERO)
@@ -173,9 +196,62 @@ def one(data):
         if take_number(base + 8 * DONE) < a[COUNT] - 1:
             continue
         if scale == scale:
-            k.one_leave_whole(a[SUMS], a[PARTS], a[SUMS_BYTES], a[ROWS], scale, a[SCALES], a[BIAS], a[OUT])
+            t.one_leave_whole(a[SUMS], a[PARTS], a[SUMS_BYTES], a[ROWS], scale, 0, a[SCALES], a[BIAS], a[OUT])
         else:
-            k.one_leave(a[SUMS], a[PARTS], a[SUMS_BYTES], a[WIDE_OUT], a[SCALES], a[BIAS], a[OUT])
+            t.one_leave(a[SUMS], a[PARTS], a[SUMS_BYTES], a[WIDE_OUT], a[SCALES], a[BIAS], a[OUT])
+
+
+def entries(data):
+    """Serve a single token of an embedding whose codes lie entry by entry, `TURNED` entries at a time."""
+    a, base = carray(data, TOTAL), address_of(data)
+    tables = a[SCRATCH] + take_number(base + 8 * SLOT) * a[SCRATCH_BYTES]
+    shape = _shape(a)
+    turned = tables + t.PLANES * a[STAGES] * a[BLOCKS]
+    y = turned + t.TURNED_LINE * d.padded(a[BLOCKS])
+    scale = t.integer_scale(a[X], a[FACTORS], shape)
+    t.all_tables(a[BOOKS], shape, a[X], scale, y, tables)
+    while True:
+        low = take_number(base + 8 * NEXT) * t.TURNED
+        if low >= a[ROWS]:
+            return
+        high = min(low + t.TURNED, a[ROWS])
+        t.entries(a[CODES], a[BY_STAGE], a[BY_ROW], shape, low, high, tables, turned, y)
+        t.one_leave_whole(y, 1, 0, high - low, scale, low, a[SCALES], a[BIAS], a[OUT])
+
+
+def turns(data):
+    """Write codes that lie row by row to OUT [stages, blocks padded to 64, LEAVES bytes], `TURNED` rows at a time."""
+    a, base = carray(data, TOTAL), address_of(data)
+    by_stage = a[LEAVES] * d.padded(a[BLOCKS])
+    while True:
+        low = take_number(base + 8 * NEXT) * t.TURNED
+        if low >= a[ROWS]:
+            return
+        high = min(low + t.TURNED, a[ROWS])
+        for s in range(a[STAGES]):
+            to = a[OUT] + s * by_stage + low
+            t.turn_rows(a[CODES] + s * a[BY_STAGE], a[BY_ROW], a[BLOCKS], low, high, to, a[LEAVES])
+
+
+def dots(data):
+    """Serve ranges of blocks of a few tokens by digits: BOOKS and FACTORS hold those of codewords and their units."""
+    a, base = carray(data, TOTAL), address_of(data)
+    x = a[SCRATCH] + take_number(base + 8 * SLOT) * a[SCRATCH_BYTES]
+    by = 3 * d.padded(a[ROWS]) + d.REST
+    for token in range(a[TOKENS]):
+        d.digits(a[X] + 4 * token * a[BY_TOKEN_IN], a[ROWS], x + by * token)
+    if a[TOKENS] > 1:
+        for token in range(a[TOKENS], (a[TOKENS] + d.TOGETHER - 1) // d.TOGETHER * d.TOGETHER):
+            k.clear(x + by * token, by // 4)
+    while True:
+        part = take_number(base + 8 * NEXT)
+        if part >= a[COUNT]:
+            return
+        low = part * a[PART_BLOCKS]
+        d.blocks_dot(
+            a[CODES], a[BY_STAGE], a[BY_BLOCK], a[BOOKS], a[FACTORS], _shape(a), low, min(low + a[PART_BLOCKS], a[BLOCKS]),
+            x, a[TOKENS], a[WIDE_OUT], a[SCALES], a[BIAS], a[OUT],
+        )  # fmt: skip
 
 
 def groups8(data):
