@@ -147,8 +147,9 @@ def _computed(name: str) -> property:
         kind = (rpq._probe.dtype, rpq.stored_tensor("codes").device, type(self), name)
         lazy = rpq.__dict__.get("_lazy")  # a tensor without memory takes 2 microseconds to make
         if lazy is None or lazy[0] != kind:
-            lazy = (kind, ComputedWeight(rpq, f"{type(self).__name__}.{name}"))
-            if not torch.is_inference_mode_enabled() and torch._C._get_tracing_state() is None:
+            with torch.inference_mode(False):  # kept, and so used where gradients are recorded
+                lazy = (kind, ComputedWeight(rpq, f"{type(self).__name__}.{name}"))
+            if torch._C._get_tracing_state() is None:
                 rpq.__dict__["_lazy"] = lazy
         return lazy[1]
 

@@ -112,9 +112,9 @@ class RPQWeight(nn.Module):
         stored = self.stored_tensor("codes")
         seen = self.__dict__.get("_seen")
         if seen is None or seen[0] is not stored or seen[1] != stored.data_ptr():
-            seen = (stored, stored.data_ptr(), self.stages_codes().detach())
-            if not torch.is_inference_mode_enabled():
-                self.__dict__["_seen"] = seen
+            with torch.inference_mode(False):  # kept, and so used where gradients are recorded
+                seen = (stored, stored.data_ptr(), self.stages_codes().detach())
+            self.__dict__["_seen"] = seen
         return seen[2], self.stored_tensor("codebooks"), self.stored_tensor("scales")
 
     def __getstate__(self) -> dict[str, Any]:

@@ -208,3 +208,15 @@ def test_a_layer_from_scratch_learns():
         optimiser.step()
         losses.append(loss.item())
     assert losses[-1] < 0.15 * losses[0]
+
+
+def test_a_layer_whose_first_call_was_in_inference_mode_trains_afterwards():
+    model = nn.Sequential(nn.Linear(32, 64), nn.Embedding(9, 32))
+    rpq.convert(model, bits=2, grow=True)
+    x = torch.randn(3, 32)
+    with torch.inference_mode():
+        first = model[0](x), model[1](torch.arange(9))
+    again = model[0](x), model[1](torch.arange(9))
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    (again[0].sum() + again[1].sum()).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
