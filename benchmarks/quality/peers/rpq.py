@@ -14,7 +14,7 @@ _BITS = (8, 6, 5, 4, 3, 2)
 _FREE = [{"bits": b} for b in _BITS]
 _CALIBRATED = [{"bits": b, "calibrated": True} for b in _BITS[2:]]
 _FINE = [{"bits": b, "calibrated": True} for b in (8, 6, 2.67)]  # against others' 8 bits, Q5_K_M, GPTQ's 3 bits
-_TUNED = [{"bits": b, "calibrated": True, "steps": 200} for b in (4, 3, 2)]
+_TUNED = [{"bits": b, "calibrated": True, "steps": 400, "recode": 5e-4} for b in (2, 3, 4)]
 _PICTURES = [*_FREE, *_CALIBRATED, *({"bits": b, "calibrated": True, "steps": 200} for b in (2, 1))]
 SETTINGS = {
     "smollm2": [*_FREE, *_CALIBRATED, *_FINE, *_TUNED],
@@ -27,18 +27,18 @@ SETTINGS = {
 
 
 def compress(model: nn.Module, settings: dict[str, Any], data: Any) -> int:
-    """`settings`: options of `rpq.convert`, and `calibrated`, `steps` (of tuning)."""
+    """`settings`: options of `rpq.convert`, and `calibrated`, `steps` and `recode` (of tuning)."""
     import copy
 
     import rpq_convert as rpq
 
     options = dict(settings)
-    steps, calibrated = options.pop("steps", 0), options.pop("calibrated", False)
+    steps, calibrated, recode = (options.pop(k, 0) for k in ("steps", "calibrated", "recode"))
     base = copy.deepcopy(model) if steps else None
     rpq.convert(model, **({"calibration": data.calibration} if calibrated else {}), **options)
     if base is not None:
         batches = data.tuning
-        how = {"loss": data.task.loss, "steps": steps, "autocast": torch.bfloat16}
+        how = {"loss": data.task.loss, "steps": steps, "recode": recode, "autocast": torch.bfloat16}
         rpq.tune(model, base, batches[:-4], held_out=batches[-4:], **how)
     size = untouched(model)
     rpq.restore(model)
