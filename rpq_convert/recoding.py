@@ -38,6 +38,8 @@ class Recoding:
 
     def __init__(self, weights: Mapping[str, RPQWeight], share: float) -> None:
         self.weights, self.share = dict(weights), share
+        with torch.no_grad():
+            self.sizes = {name: float(rpq().float().square().mean().sqrt()) for name, rpq in weights.items()}
         self.pulls: dict[str, Tensor] = {}  # [n, L], as the codes see the weight
         self.squares: dict[str, Tensor] = {}  # running mean of the gradient's square, likewise
         self.steps: dict[str, Tensor] = {}  # how many gradients that is the mean of
@@ -69,8 +71,7 @@ class Recoding:
             square = self.squares.setdefault(name, torch.zeros_like(g)).lerp_(g.square(), 1 - MEMORY)
             steps = self.steps.setdefault(name, torch.zeros((), dtype=torch.int64)).add_(1)
             scale = (square / (1 - MEMORY ** int(steps))).sqrt_().add_(EPSILON)
-            size = float(rpq.matrix_rows(0, rpq.cut.n).float().square().mean().sqrt())
-            pull.addcdiv_(g, scale, value=-factor * RATE * size)
+            pull.addcdiv_(g, scale, value=-factor * RATE * self.sizes[name])
 
     @torch.no_grad()
     def change(self) -> int:
@@ -85,7 +86,7 @@ class Recoding:
         limit = math.ceil(self.share * len(length))
         long = length.topk(min(LOOK * limit, len(length))).indices  # sub-vectors, longest pull first
         row, block = long // cut.blocks, long % cut.blocks
-        columns = block[:, None] * cut.dim + torch.arange(cut.dim)
+        columns = block[:, None] * cut.dim + torch.arange(cut.dim, device=pull.device)
         inside = columns < cut.length
         columns = columns.clamp_max(cut.length - 1)
         scales = rpq.scale_matrix()
@@ -118,9 +119,9 @@ def _nearest(points: Tensor, tables: Tensor, book: Tensor) -> Tensor:
     """Return the codes of points [N, dim], each under its book of tables [books, 256, dim]."""
     from rpq_convert.kernels.nearest import nearest  # numba: imported on use
 
-    codes = torch.empty(len(points), dtype=torch.uint8)
+    codes = torch.empty(len(points), dtype=torch.uint8, device=points.device)
     for one in book.unique().tolist():
         at = (book == one).nonzero().flatten()
-        columns = np.ascontiguousarray(points[at].T.numpy())
-        codes[at] = torch.from_numpy(nearest(columns, None, tables[one].numpy()))
+        columns = np.ascontiguousarray(points[at].T.cpu().numpy())
+        codes[at] = torch.from_numpy(nearest(columns, None, tables[one].cpu().numpy())).to(codes.device)
     return codes
