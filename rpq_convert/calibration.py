@@ -101,9 +101,9 @@ class _Twin:
     block: nn.Module
     samples: list[Arrival]
 
-    @property
-    def runs(self) -> list[Run]:
-        return [partial(sample.run, self.path, self.block) for sample in self.samples]
+    def run(self, number: int) -> Tensor:
+        """Return the block's output on the sample of this number."""
+        return self.samples[number].run(self.path, self.block)
 
 
 @dataclass
@@ -226,7 +226,7 @@ class _Walk:
             raise Stop
 
         with suppress(Stop), self._watch([name], see, twin):
-            twin.runs[number]()
+            twin.run(number)
         return found[0] if found else None
 
     def _fit_group(self, group: list[str], runs: Sequence[Run], twin: _Twin | None = None) -> None:
@@ -285,5 +285,5 @@ class _Walk:
                     self._fit_group(group, [partial(sample.run, path, block) for sample in samples], twin)
             for sample in samples:
                 sample.hidden = sample.run(path, block)
-            for sample, run in zip(dense, twin.runs):
-                sample.hidden = run()
+            for number, sample in enumerate(dense):
+                sample.hidden = twin.run(number)
