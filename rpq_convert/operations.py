@@ -100,7 +100,7 @@ def _conv(convolve: Callable[..., Tensor]) -> Callable[..., Any]:
         points = math.prod(rpq.shape[2:]) == 1 and groups == 1 and _all(padding, 0) and _all(stride, 1)
         if points and input.ndim == len(rpq.shape) and input.shape[1] == cut.inputs and input.numel():
             pixels = math.prod(input.shape[2:])
-            if face.IMAGES * face.cost(cut, len(input) * pixels) <= 1:
+            if face.pointwise_cost(cut, len(input), pixels) <= 1:
                 flat = face.pointwise(input.reshape(len(input), cut.inputs, pixels), *parts, bias, cut)
                 return flat.view(len(input), cut.outputs, *input.shape[2:])
         return convolve(input, face.decode_again(*parts, cut).view(rpq.shape), bias, stride, padding, dilation, groups)

@@ -1,6 +1,7 @@
 """Every kernel against plain torch operations: forward, gradients, odd sizes, layouts, stages, dtypes, threads."""
 
 import copy
+import math
 import threading
 
 import pytest
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 import rpq_convert as rpq
 from rpq_convert.kernels import linear as kernels
-from rpq_convert.kernels import plain, single, team, vectors
+from rpq_convert.kernels import plain, single, team, tiles, vectors
 from rpq_convert.kernels.cut import Cut
 from rpq_convert.kernels.decode import decode, decode_rows, tiled_linear
 from rpq_convert.kernels.linear import cost, decoded_linear, linear, ready
@@ -50,18 +51,22 @@ def close(a, b, limit=2e-6):
 @pytest.mark.parametrize("tokens", [1, 2, 8, 9, 40, 100])
 @pytest.mark.parametrize("axis", ["in", "out"])
 @pytest.mark.parametrize("case", CASES)
-def test_linear_and_its_gradients(case, axis, tokens):
+def test_linear_and_its_gradients(case, axis, tokens, monkeypatch):
     cut, codes, books = make(axis, *CASES[case])
     inputs = [torch.randn(tokens, cut.inputs), books, torch.rand(cut.outputs) + 0.5, torch.randn(cut.outputs)]
     x, books, scales, bias = (t.requires_grad_() for t in inputs)
     expected = x @ plain_weight(codes, books, scales, cut).T + bias
     gradient = torch.randn_like(expected)
     wanted = torch.autograd.grad(expected, inputs, gradient)
-    for function in (linear, decoded_linear):
+    for function, by_tiles in ((linear, math.inf), (decoded_linear, math.inf), (linear, 0)):
+        monkeypatch.setattr(kernels, "tile_time", lambda *_, time=by_tiles: time if tiles.allowed() else math.inf)
         out = function(x, codes, books, scales, bias, cut)
         assert close(out, expected)
         for found, want in zip(torch.autograd.grad(out, inputs, gradient), wanted):
             assert close(found, want)
+        given = gradient, x.detach(), codes, books.detach(), scales.detach(), cut, (True,) * 3
+        for way in (kernels.linear_gradients, kernels.decoded_gradients):
+            assert all(map(close, way(*given), wanted))
     with torch.no_grad():
         assert close(linear(x, codes, books, scales, None, cut), expected - bias)
         assert close(tiled_linear(x, codes, books, scales, bias, cut), expected)
@@ -346,9 +351,10 @@ def test_decoded_keeps_weights_for_a_block():
     assert model[1].weight_rpq.codebooks.grad is not None
 
 
-def test_cost_prefers_codes_where_they_win():
+def test_cost_prefers_codes_where_they_win(monkeypatch):
     wide = Cut("in", 4096, 4096, 8, 512, 1)
     assert max(cost(wide, t) for t in (1, 8, 64, 512)) < 1
+    monkeypatch.setattr(kernels, "tile_time", lambda *_: math.inf)
     assert cost(Cut("out", 4096, 4096, 1, 1, 1), 512) > 1
 
 

@@ -8,10 +8,10 @@ from torch import Tensor
 from rpq_convert.kernels import linear as lookups
 from rpq_convert.kernels.cut import Cut
 from rpq_convert.kernels.decode import decode, decode_again, decode_gradients, decode_rows, tiled_linear
-from rpq_convert.kernels.linear import IMAGES, cost, pointwise
+from rpq_convert.kernels.linear import cost, pointwise, pointwise_cost
+from rpq_convert.kernels.linear import gradients as linear_gradients
 
 __all__ = [
-    "IMAGES",
     "cost",
     "decode",
     "decode_again",
@@ -20,23 +20,15 @@ __all__ = [
     "linear",
     "linear_gradients",
     "pointwise",
+    "pointwise_cost",
 ]
 
 
 def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, bias: Tensor | None, cut: Cut) -> Tensor:
-    """Return `x W^T + bias`, x [tokens, inputs]; by lookups, or by decoding where that is faster."""
+    """Return `x W^T + bias`, x [tokens, inputs]: from codes, or by decoding where that is faster."""
     if cost(cut, x.shape[0], x.dtype) <= 1:
         return lookups.linear(x, codes, codebooks, scales, bias, cut)
     tensors = (x, codebooks, scales, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return lookups.decoded_linear(x, codes, codebooks, scales, bias, cut)
     return tiled_linear(x, codes, codebooks, scales, bias, cut)
-
-
-def linear_gradients(
-    gradient: Tensor, x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, cut: Cut, needs: tuple[bool, ...]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Return the gradients of (x, codebooks, scales), by the way that `linear` went."""
-    by_lookup = cost(cut, x.shape[0], x.dtype) <= 1
-    gradients = lookups.linear_gradients if by_lookup else lookups.decoded_gradients
-    return gradients(gradient, x, codes, codebooks, scales, cut, needs)

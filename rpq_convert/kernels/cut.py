@@ -42,11 +42,11 @@ class Cut:
         return 256 * self.dim
 
     @functools.cached_property
-    def work(self) -> float:
-        """The time of one token by lookups over that of a dense product, roughly, where memory does not limit either.
+    def works(self) -> tuple[float, float]:
+        """The time of one token by (bins, lookups) over that of a dense product, roughly, where memory limits neither.
 
         In multiply-adds of a dense product a lookup counts 1.5, a bin 2.6, a table entry 1.2 (from benchmarks/speed.py, two
         cores of an AMD EPYC 9004).
         """
-        adds = self.n * self.blocks * self.stages * (1.5 if self.axis == "in" else 2.6)
-        return (adds + 1.2 * 256 * self.length * self.stages) / (self.n * self.length)
+        adds, entries = self.n * self.blocks * self.stages, 1.2 * 256 * self.length * self.stages
+        return (2.6 * adds + entries) / (self.n * self.length), (1.5 * adds + entries) / (self.n * self.length)

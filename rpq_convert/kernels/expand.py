@@ -95,15 +95,15 @@ def _more(code, by_code, table, by_table, to, count, dim, factor):
 
 
 @njit(cache=True, nogil=True)
-def _rows(a, low, high):
-    """out [positions, length] = rows of M, for positions `low` to `high`."""
+def _rows(a, low, high, begin, end):
+    """out [positions, length] = rows of M, for positions `low` to `high` and blocks `begin` to `end`."""
     dim, blocks, stages = a[DIM], a[BLOCKS], a[STAGES]
     whole = a[LENGTH] // dim if a[BOOKS] == 1 or a[BOOKS] == blocks else 0
     by_table = 1024 * dim if a[BOOKS] > 1 else 0
     # codes of a row side by side are read in one go; else the rows of a tile share cache lines, some blocks at a time
     step = max(1, whole) if a[BY_BLOCK] == 1 else SOME
-    for first in range(0, whole, step):
-        count = min(step, whole - first)
+    for first in range(begin, min(whole, end), step):
+        count = min(step, min(whole, end) - first)
         for p in range(low, high):
             r = _row(a, p)
             scale = read_float(a[SCALES] + 4 * r) if a[SCALES] != 0 else ONE
@@ -115,7 +115,7 @@ def _rows(a, low, high):
                     _copy(code, a[BY_BLOCK], _book(a, s, first), by_table, to, count, dim, factor)
                 else:
                     _more(code, a[BY_BLOCK], _book(a, s, first), by_table, to, count, dim, factor)
-    for b in range(whole, blocks):  # a block that the length cuts short, or codebooks shared by some blocks
+    for b in range(max(whole, begin), end):  # a block that the length cuts short, or codebooks shared by some blocks
         for p in range(low, high):
             r = _row(a, p)
             scale = read_float(a[SCALES] + 4 * r) if a[SCALES] != 0 else ONE
@@ -239,7 +239,7 @@ def rows(data):
             return
         high = min((part + 1) * a[STEP], a[ROWS])
         for low in range(part * a[STEP], high, TILE):
-            _rows(a, low, min(low + TILE, high))
+            _rows(a, low, min(low + TILE, high), 0, a[BLOCKS])
 
 
 def columns(data):

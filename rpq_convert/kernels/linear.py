@@ -7,6 +7,7 @@ of one exists at any time. `call` says how the work is shared out.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpq_convert.kernels import plain
+from rpq_convert.kernels import plain, tile_products
 from rpq_convert.kernels.call import Call, share
 from rpq_convert.kernels.cut import Cut
 from rpq_convert.kernels.dots import LONGEST, TOP
@@ -25,23 +26,57 @@ from rpq_convert.kernels.vectors import HAS_AMX, HAS_BFLOAT16, HAS_DOT, HAS_HALF
 FEW = 3 if HAS_PICK else 1  # up to so many tokens go one by one
 SMALL = 1 << 16  # codebooks of fewer numbers are kept wide
 DOTS = 6  # dim from which on bins are faster than products of digits
+AT_ONCE = 4  # groups of tokens of a gradient that are taken together,
+FILLED = 1 << 14  # as long as they have no more rows than this, which stay in the cache
 FEW_DOTS = 16  # tokens times dim up to which products of digits are faster
 IMAGES = 1.6  # what lookups over the pixels of images cost more: pixels lie along rows, and 16 seldom divide them
 
 
 def cost(cut: Cut, tokens: int, dtype: torch.dtype = torch.float32) -> float:
-    """Return the time of a layer by lookups over that of decoding its weight and multiplying, roughly.
+    """Return the time of a layer that never expands its weight over that of decoding it and multiplying, roughly."""
+    looks = cut.axis == "in"
+    own = min(lookup_time(looks, cut, tokens), tile_time(looks, cut, tokens, dtype))
+    return own / decode_time(looks, tokens, dtype)
 
-    A decoded weight counts as so many tokens' multiply-adds: 50 (90 where a sub-vector lies along a row). Dense bfloat16 is
-    2.4 times as fast as float32 where the processor has it, with AMX 5.8 times. Few tokens are bound by memory, where codes
-    always win. From benchmarks/speed.py on AMD EPYC 9004 and Intel Sapphire Rapids.
+
+def pointwise_cost(cut: Cut, images: int, pixels: int) -> float:
+    """The same for `pointwise`."""
+    looks, tokens = cut.axis == "in", images * pixels
+    padded = images * -(-pixels // 16) * 16
+    own = min(IMAGES * lookup_time(looks, cut, tokens), tile_time(looks, cut, padded, torch.float32))
+    return own / decode_time(looks, tokens, torch.float32)
+
+
+# Times of a product with every token, in those of one token by a dense product in float32. Few tokens are bound by memory,
+# where codes always win. From benchmarks/speed.py on AMD EPYC 9004 and Intel Sapphire Rapids, where dense products are 1.75
+# times as fast beside lookups.
+FASTER = 1.75 if TWO_FULL else 1.0
+
+
+def lookup_time(looks: bool, cut: Cut, tokens: int) -> float:
+    return FASTER * tokens * cut.works[looks]
+
+
+def decode_time(looks: bool, tokens: int, dtype: torch.dtype) -> float:
+    """A decoded weight counts as 50 tokens (90 where a sub-vector lies along a row).
+
+    Dense bfloat16 is 2.4 times as fast as float32 where the processor has it, with AMX 5.8 times.
     """
-    faster, decoded = 1.75 if TWO_FULL else 1.0, 90.0 if cut.axis == "in" else 50.0
+    decoded = 90.0 if looks else 50.0
     if dtype == torch.bfloat16 and HAS_AMX:
-        faster, decoded = 5.8 * faster, 14 * decoded
-    elif dtype == torch.bfloat16 and HAS_BFLOAT16:
-        faster, decoded = 2.4 * faster, 1.5 * decoded
-    return faster * tokens * cut.work / (tokens + decoded)
+        return tokens / 5.8 + 2.4 * decoded
+    if dtype == torch.bfloat16 and HAS_BFLOAT16:
+        return (tokens + 1.5 * decoded) / 2.4
+    return tokens + decoded
+
+
+def tile_time(looks: bool, cut: Cut, tokens: int, dtype: torch.dtype) -> float:
+    """Where products of bfloat16 are wanted, a decoded weight is faster."""
+    if tokens <= 16 or dtype == torch.bfloat16 or not tile_products.serves(cut):
+        return math.inf
+    rows, terms = (cut.n, cut.length) if looks else (cut.length, cut.n)
+    expanded = 45 + 90 / cut.dim if looks else 70
+    return tokens * (0.45 + 100 / rows + 30 / terms) + cut.stages * expanded
 
 
 # id(codebooks) -> (weak reference, version, address, shape, sample, its values, {kind: tensors}); torch's dictionary of
@@ -126,10 +161,16 @@ def pointwise(
     """Return the same product for images: x [images, inputs, pixels] to [images, outputs, pixels]; not differentiable."""
     flat, scales, bias = _flat(x), _wide(scales), _flat(bias)
     assert flat is not None
+    images, _, pixels = x.shape
+    looks, padded = cut.axis == "in", images * -(-pixels // 16) * 16
+    if tile_time(looks, cut, padded, x.dtype) < IMAGES * lookup_time(looks, cut, images * pixels):
+        out = flat.new_empty(images, cut.outputs, pixels)
+        by_token, result = flat.transpose(1, 2), out.transpose(1, 2)
+        _by_tiles(looks, by_token, x.dtype, codes, codebooks, cut, None, scales, bias, result)
+        return out.to(x.dtype)
     books, norms = ready(codebooks, "lookup")
     call = Call(cut.axis == "in", cut, codes, books, norms)
-    pixels = x.shape[2]
-    out = flat.new_empty(x.shape[0], cut.outputs, pixels)
+    out = flat.new_empty(images, cut.outputs, pixels)
     for image, result in zip(flat, out):
         fields = call.fields(
             image.data_ptr(), pixels, 0, _address(scales), _address(bias), result.data_ptr(), pixels=pixels
@@ -159,8 +200,17 @@ class _Linear(torch.autograd.Function):
         if torch.is_grad_enabled():
             return plain.linear_graph(gradient, ctx.saved_tensors, cut, needs)
         dbias = gradient.sum(0, dtype=torch.float32).to(bias.dtype) if needs[4] else None
-        dx, dbooks, dscales = linear_gradients(gradient, x, codes, codebooks, scales, cut, (needs[0], *needs[2:4]))
+        dx, dbooks, dscales = gradients(gradient, x, codes, codebooks, scales, cut, (needs[0], *needs[2:4]))
         return dx, None, dbooks, dscales, dbias, None
+
+
+def gradients(
+    gradient: Tensor, x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, cut: Cut, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Return the gradients of (x, codebooks, scales), the faster way; None where not needed."""
+    looks, tokens = cut.axis == "in", x.shape[0]
+    by_bins = lookup_time(looks, cut, tokens) <= decode_time(looks, tokens, x.dtype)
+    return (linear_gradients if by_bins else decoded_gradients)(gradient, x, codes, codebooks, scales, cut, needs)
 
 
 def linear_gradients(
@@ -202,7 +252,7 @@ class _DecodedLinear(torch.autograd.Function):
         if torch.is_grad_enabled():
             return plain.linear_graph(gradient, ctx.saved_tensors, ctx.cut, needs)
         wanted = (needs[0], *needs[2:4])
-        dx, dbooks, dscales = decoded_gradients(gradient, x, codes, codebooks, scales, ctx.cut, wanted)
+        dx, dbooks, dscales = gradients(gradient, x, codes, codebooks, scales, ctx.cut, wanted)
         return dx, None, dbooks, dscales, gradient.sum(0) if needs[4] else None, None
 
 
@@ -212,8 +262,14 @@ def decoded_gradients(
     """Return the gradients of (x, codebooks, scales) by way of the dense weight; None where not needed."""
     from rpq_convert.kernels.decode import decode, decode_gradients
 
-    with torch.no_grad():
-        dx = gradient @ decode(codes, codebooks, scales, cut, x.dtype) if needs[0] else None
+    dx = None
+    if needs[0]:
+        back, tokens = cut.axis != "in", len(x)
+        if tile_time(back, cut, tokens, x.dtype) < decode_time(back, tokens, x.dtype):
+            dx = apply(back, gradient, codes, codebooks, cut, factors=scales).to(x.dtype)
+        else:
+            with torch.no_grad():
+                dx = gradient @ decode(codes, codebooks, scales, cut, x.dtype)
     if not any(needs[1:]):
         return dx, None, None
     return dx, *decode_gradients(gradient.T @ x, codes, codebooks, scales, None, cut, needs[1:])
@@ -243,9 +299,12 @@ def apply(
 
     `factors` multiply x's columns before, `scales` and `bias` the result's columns after.
     """
+    dtype, tokens = x.dtype, x.shape[0]
     x, factors, scales, bias = _flat(x), _wide(factors), _wide(scales), _flat(bias)  # type: ignore[assignment]
-    tokens = x.shape[0]
     out = x.new_empty(tokens, cut.n if looks else cut.length)
+    if tokens > 16 and tile_time(looks, cut, tokens, dtype) < lookup_time(looks, cut, tokens):
+        _by_tiles(looks, x[None], dtype, codes, codebooks, cut, factors, scales, bias, out[None])
+        return out
     call = call_of(looks, codes, codebooks, cut)
     if call.digits is not None and tokens * cut.dim <= FEW_DOTS:
         x, factors = x if factors is None else x * factors, None
@@ -262,6 +321,18 @@ def apply(
         call.many(x, _address(factors), _address(scales), _address(bias), out)
     del keep
     return out
+
+
+def _by_tiles(
+    looks: bool, x: Tensor, dtype: torch.dtype, codes: Tensor, codebooks: Tensor, cut: Cut, factors: Tensor | None,
+    scales: Tensor | None, bias: Tensor | None, out: Tensor,
+) -> None:  # fmt: skip
+    """Write the products of x [images, tokens, columns], which was of `dtype`, to out."""
+    tables = ready(codebooks, "float32" if looks else "float32 down")
+    parts = tile_products.parts_of(dtype, codebooks)
+    tile_products.multiply(
+        looks, x, codes, tables, cut, parts, _address(factors), _address(scales), _address(bias), out
+    )  # fmt: skip
 
 
 def call_of(looks: bool, codes: Tensor, codebooks: Tensor, cut: Cut) -> Call:
@@ -304,15 +375,17 @@ def _book_gradient(
     pieces = -(-cut.blocks // part)
     own = 1 if cut.books == cut.blocks else pieces  # parts that share a codebook sum apart
     grads = x.new_zeros(own, cut.stages * cut.books * 256 * cut.dim)
+    at_once = max(1, min(FILLED // cut.n, AT_ONCE, groups))
     fields = (
         codes.data_ptr(), *codes.stride(), books.data_ptr(), *cut.shape,
-        books.dtype == torch.float16, filling.data_ptr(), meeting.data_ptr(), groups,
-        grads.data_ptr(), 4 * grads.shape[1] * (own > 1), _address(other), *[0] * 5, part,
+        books.dtype == torch.float16, filling.data_ptr(), meeting.data_ptr(), groups, at_once,
+        grads.data_ptr(), 4 * grads.shape[1] * (own > 1), _address(other), *[0] * 4, part,
     )  # fmt: skip
-    run(task, fields, pieces, 256 * lanes * (1 + cut.dim) + cut.room)
+    run(task, fields, pieces, 256 * lanes * at_once + cut.room)
     dx = None
     if other is not None:  # [groups, length padded, lanes] -> [tokens, length]
         wide = other.view(groups, -1, lanes)[:, : cut.length]
         dx = wide.transpose(1, 2).reshape(groups * lanes, cut.length)[:tokens].contiguous()
     total = grads[0] if own == 1 else grads.sum(0)
+    total = total.view(-1, cut.dim, 256).transpose(1, 2)
     return total.reshape(codebooks.shape).to(codebooks.dtype), dx

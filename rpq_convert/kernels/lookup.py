@@ -23,15 +23,17 @@ from numba import njit
 
 from rpq_convert.kernels.vectors import (
     add,
+    fold,
     load,
     load_half,
+    multiply,
     multiply_add,
     prefetch,
     read_byte,
     read_float,
     spread,
     store,
-    total,
+    turn_floats,
     width,
     write_float,
 )
@@ -75,13 +77,17 @@ def enter(tag, x, by_token, by_column, tokens, length, padded, factors, to):
     Sixteen columns at a time, a cache line of every token: rows a power of two apart share their place in the cache.
     """
     row = 4 * width(tag)
-    if by_token == 1 and tokens == width(tag) and factors == 0:  # pixels of an image: tokens lie side by side already
+    full = tokens == width(tag) and factors == 0
+    if full and by_token == 1:  # pixels of an image: tokens lie side by side already
         for i in range(length):
             store(to + row * i, load(x + 4 * i * by_column, tag))
         clear(to + row * length, width(tag) * (padded - length))
         return
     for first in range(0, padded, 16):
         last = min(first + 16, padded)
+        if full and width(tag) == 16 and by_column == 1 and first + 16 <= length:
+            turn_floats(x + 4 * first, 4 * by_token, to + row * first, row)
+            continue
         for t in range(width(tag)):
             for i in range(first, last):
                 value = ZERO
@@ -227,51 +233,97 @@ def leave(tag, y, parts, part_bytes, low, high, scales, bias, out, by_token, by_
     for first in range(low, high, 16):
         last = min(first + 16, high)
         for i in range(first, last):
-            if parts > 1:
+            if parts > 1 or scales != 0 or bias != 0:
                 a = load(y + row * i, tag)
                 for p in range(1, parts):
                     a = add(a, load(y + p * part_bytes + row * i, tag))
-                store(y + row * i, a)
-        for t in range(tokens):
-            for i in range(first, last):
-                value = read_float(y + row * i + 4 * t)
                 if scales != 0:
-                    value *= read_float(scales + 4 * i)
+                    a = multiply(a, spread(read_float(scales + 4 * i), tag))
                 if bias != 0:
-                    value += read_float(bias + 4 * i)
-                write_float(out + 4 * (t * by_token + i * by_column), value)
+                    a = add(a, spread(read_float(bias + 4 * i), tag))
+                store(y + row * i, a)
+        if tokens == 16 and by_token == 1:
+            for i in range(first, last):
+                store(out + 4 * i * by_column, load(y + row * i, tag))
+        elif tokens == 16 and by_column == 1 and last == first + 16:
+            turn_floats(y + row * first, row, out + 4 * first, 4 * by_token)
+        else:
+            for t in range(tokens):
+                for i in range(first, last):
+                    write_float(out + 4 * (t * by_token + i * by_column), read_float(y + row * i + 4 * t))
+
+
+@njit(cache=True, nogil=True)
+def meet(tag, bins_, some, g, by_group, dim, grad, room):
+    """grad [dim, 256] += g [some, dim, lanes] bins [some, 256, lanes]^T, summed over lanes; groups of g lie `by_group` bytes apart.
+
+    Eight bins and two columns at a time are summed in sixteen registers over all groups.
+    """
+    row = 4 * width(tag)
+    half = np.int8(0)  # eight floats
+    for j in range(0, dim, 2):
+        second = row * (min(j + 1, dim - 1) - j)
+        for k in range(0, 256, 8):
+            a0 = spread(ZERO, tag)
+            a1, a2, a3, a4, a5, a6, a7 = a0, a0, a0, a0, a0, a0, a0
+            c0, c1, c2, c3, c4, c5, c6, c7 = a0, a0, a0, a0, a0, a0, a0, a0
+            for q in range(some):
+                u = load(g + by_group * q + row * j, tag)
+                w = load(g + by_group * q + row * j + second, tag)
+                at = bins_ + row * (256 * q + k)
+                v = load(at, tag)
+                a0, c0 = multiply_add(v, u, a0), multiply_add(v, w, c0)
+                v = load(at + row, tag)
+                a1, c1 = multiply_add(v, u, a1), multiply_add(v, w, c1)
+                v = load(at + 2 * row, tag)
+                a2, c2 = multiply_add(v, u, a2), multiply_add(v, w, c2)
+                v = load(at + 3 * row, tag)
+                a3, c3 = multiply_add(v, u, a3), multiply_add(v, w, c3)
+                v = load(at + 4 * row, tag)
+                a4, c4 = multiply_add(v, u, a4), multiply_add(v, w, c4)
+                v = load(at + 5 * row, tag)
+                a5, c5 = multiply_add(v, u, a5), multiply_add(v, w, c5)
+                v = load(at + 6 * row, tag)
+                a6, c6 = multiply_add(v, u, a6), multiply_add(v, w, c6)
+                v = load(at + 7 * row, tag)
+                a7, c7 = multiply_add(v, u, a7), multiply_add(v, w, c7)
+            low = fold(fold(fold(a0, a1), fold(a2, a3)), fold(fold(a4, a5), fold(a6, a7)))
+            high = fold(fold(fold(c0, c1), fold(c2, c3)), fold(fold(c4, c5), fold(c6, c7)))
+            if width(tag) == 16:
+                store(room, fold(low, high))
+            else:
+                store(room, low)
+                store(room + 32, high)
+            here = grad + 4 * (256 * j + k)
+            store(here, add(load(here, half), load(room, half)))
+            if j + 1 < dim:
+                store(here + 1024, add(load(here + 1024, half), load(room + 32, half)))
 
 
 @njit(cache=True, nogil=True)
 def book_gradient(
-    tag, codes, by_stage, by_block, by_row, books, shape, low, high, x, g, groups, bins_, sums, room, grad, dx
+    tag, codes, by_stage, by_block, by_row, books, shape, low, high, x, g, groups, at_once, bins_, room, grad, dx
 ):
     """Accumulate the codebooks' gradient of blocks `low` to `high`, and what the same bins give for the other operand.
 
-    x [groups, n, lanes] fills the bins, g [groups, blocks dim, lanes] meets them: grad [stages, books, 256, dim] gains
-    bins g^T. With `dx` [groups, blocks dim, lanes] (or 0), codewords^T bins is added to it. `sums` is scratch for
-    [256, dim, lanes].
+    x [groups, n, lanes] fills the bins, g [groups, blocks dim, lanes] meets them: grad [stages, books, dim, 256] gains
+    g bins^T. With `dx` [groups, blocks dim, lanes] (or 0), codewords^T bins is added to it. All blocks take `at_once` groups
+    before the next ones, as so many rows of x stay in the cache. bins_ is scratch for [at_once, 256, lanes].
     """
     row = 4 * width(tag)
     stages, count, blocks, dim, n, _half = shape
-    zero = spread(ZERO, tag)
-    for s in range(stages):
-        for b in range(low, high):
-            at = s * count + b * count // blocks
-            book = fetch(books, shape, s, b, room) if dx != 0 else 0
-            for i in range(256 * dim):
-                store(sums + row * i, zero)
-            for group in range(groups):
-                fill(tag, codes + s * by_stage + b * by_block, by_block, by_row, 1, n, x + row * n * group, bins_)
-                other = row * dim * (group * blocks + b)
-                for j in range(dim):
-                    v = load(g + other + row * j, tag)
-                    for k in range(256):
-                        here = sums + row * (256 * j + k)
-                        store(here, multiply_add(load(bins_ + row * k, tag), v, load(here, tag)))
+    by_group = row * dim * blocks
+    for group in range(0, groups, at_once):
+        some = min(at_once, groups - group)
+        for s in range(stages):
+            for b in range(low, high):
+                for q in range(some):
+                    filled, from_ = bins_ + row * 256 * q, x + row * n * (group + q)
+                    fill(tag, codes + s * by_stage + b * by_block, by_block, by_row, 1, n, from_, filled)
+                other = by_group * group + row * dim * b
+                at = s * count + b * count // blocks
+                meet(tag, bins_, some, g + other, by_group, dim, grad + 1024 * dim * at, room)
                 if dx != 0:
-                    product(tag, book, dim, bins_, dx + other)
-            for j in range(dim):
-                for k in range(256):
-                    here = grad + 4 * ((at * 256 + k) * dim + j)
-                    write_float(here, read_float(here) + total(load(sums + row * (256 * j + k), tag)))
+                    book = fetch(books, shape, s, b, room)
+                    for q in range(some):
+                        product(tag, book, dim, bins_ + row * 256 * q, dx + other + by_group * q)

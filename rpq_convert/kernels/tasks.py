@@ -25,7 +25,7 @@ CODES, BY_STAGE, BY_BLOCK, BY_ROW, BOOKS, STAGES, BOOK_COUNT, BLOCKS, DIM, ROWS,
     PARTS, DONE, BY_TOKEN_IN, BY_COLUMN_IN, BY_TOKEN_OUT, BY_COLUMN_OUT, LATER,
 ) = range(FIRST + 11, FIRST + 33)  # fmt: skip
 # gradient: sides [groups, columns, lanes] that fill and meet the bins
-FILL, MEET, GROUPS, GRAD, GRAD_BYTES, OTHER = range(FIRST + 11, FIRST + 17)
+FILL, MEET, GROUPS, AT_ONCE, GRAD, GRAD_BYTES, OTHER = range(FIRST + 11, FIRST + 18)
 
 
 @njit(cache=True, nogil=True)
@@ -153,9 +153,8 @@ def _gradient(tag, a, base):
         low = part * a[PART_BLOCKS]
         k.book_gradient(
             tag, a[CODES], a[BY_STAGE], a[BY_BLOCK], a[BY_ROW], a[BOOKS], _shape(a), low,
-            min(low + a[PART_BLOCKS], a[BLOCKS]), a[FILL], a[MEET], a[GROUPS], bins, bins + 1024 * lanes,
-            bins + 1024 * lanes * (1 + a[DIM]),
-            a[GRAD] + part * a[GRAD_BYTES], a[OTHER],
+            min(low + a[PART_BLOCKS], a[BLOCKS]), a[FILL], a[MEET], a[GROUPS], a[AT_ONCE], bins,
+            bins + 1024 * lanes * a[AT_ONCE], a[GRAD] + part * a[GRAD_BYTES], a[OTHER],
         )  # fmt: skip
 
 

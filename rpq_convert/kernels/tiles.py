@@ -132,6 +132,20 @@ def halves_of(context, value):
 
 
 @intrinsic
+def thirds_of(context, value):
+    """Split 16 float32 into three bfloat16 each, largest first, in the upper halves of 32 bits: their sum is the number."""
+
+    def emit(context, builder, signature, args):
+        rest, parts = args[0], []
+        for _ in range(3):
+            parts.append(_rounded(builder, rest))
+            rest = builder.fsub(rest, builder.bitcast(parts[-1], FLOATS))
+        return context.make_tuple(builder, signature.return_type, parts)
+
+    return types.UniTuple(i32x16, 3)(f32x16), emit
+
+
+@intrinsic
 def write_pair(context, address, low, high):
     """Write 16 pairs of bfloat16, each given in the upper half of 32 bits."""
 

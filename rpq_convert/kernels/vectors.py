@@ -165,6 +165,31 @@ AHEAD = 2048
 
 
 @intrinsic
+def turn_floats(context, address, by, to, by_to):
+    """Write 16 x 16 floats turned around; rows lie `by` bytes apart, those written `by_to`."""
+
+    def emit(context, builder, signature, args):
+        address, by, to, by_to = args
+        kind, long = _llvm(f32x16), ir.IntType(64)
+
+        def row(start: Any, apart: Any, number: int) -> Any:
+            at = builder.add(start, builder.mul(apart, ir.Constant(long, number)))
+            return _pointer(builder, at, kind)
+
+        index = ir.VectorType(ir.IntType(32), 16)
+        low, high = (ir.Constant(index, [i // 2 + i % 2 * 16 + first for i in range(16)]) for first in (0, 8))
+        vectors = [builder.load(row(address, by, i), align=4) for i in range(16)]
+        for _ in range(4):  # each round interleaves the vectors of both halves
+            pairs = list(zip(vectors[:8], vectors[8:]))
+            vectors = [builder.shuffle_vector(a, b, order) for a, b in pairs for order in (low, high)]
+        for i, vector in enumerate(vectors):
+            builder.store(vector, row(to, by_to, i), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64), emit
+
+
+@intrinsic
 def spread(context, value, tag):
     """Return a vector with one value in every lane."""
     vector = _of(tag)
@@ -225,6 +250,18 @@ def multiply_add(context, a, b, c):
         return builder.call(cgutils.get_or_insert_function(builder.module, fma, f"llvm.fma.v{a.lanes}f32"), args)
 
     return a(a, a, a), emit
+
+
+@intrinsic
+def fold(context, a, b):
+    """Return the sums of a's neighbouring lanes, then of b's."""
+
+    def emit(context, builder, signature, args):
+        index, lanes = ir.VectorType(ir.IntType(32), a.lanes), range(0, 2 * a.lanes, 2)
+        even, odd = (builder.shuffle_vector(*args, ir.Constant(index, [i + o for i in lanes])) for o in (0, 1))
+        return builder.fadd(even, odd)
+
+    return a(a, a), emit
 
 
 @intrinsic
