@@ -13,11 +13,13 @@ TITLE, ENVIRONMENT = "rpq-convert", None
 _BITS = (8, 6, 5, 4, 3, 2)
 _FREE = [{"bits": b} for b in _BITS]
 _CALIBRATED = [{"bits": b, "calibrated": True} for b in _BITS[2:]]
+_OWN = [{"bits": b, "own": True} for b in (4, 3, 2)]  # no data: to text that the model writes itself
 _FINE = [{"bits": b, "calibrated": True} for b in (8, 6, 2.67)]  # against others' 8 bits, Q5_K_M, GPTQ's 3 bits
 _TUNED = [{"bits": b, "calibrated": True, "steps": 400, "recode": 5e-4} for b in (2, 3, 4)]
+_TEXT_TUNED = [_TUNED[0], *({"bits": b, "calibrated": True, "steps": s} for b, s in ((3, 200), (4, 100)))]
 _PICTURES = [*_FREE, *_CALIBRATED, *({"bits": b, "calibrated": True, "steps": 200} for b in (2, 1))]
 SETTINGS = {
-    "smollm2": [*_FREE, *_CALIBRATED, *_FINE, *_TUNED],
+    "smollm2": [*_FREE, *_OWN, *_CALIBRATED, *_FINE, *_TEXT_TUNED],
     "smollm2-as-shipped": [{"bits": 4}],
     "minilm": [*_FREE, *_CALIBRATED, *_TUNED],
     "efficientnet": _PICTURES,
@@ -27,15 +29,17 @@ SETTINGS = {
 
 
 def compress(model: nn.Module, settings: dict[str, Any], data: Any) -> int:
-    """`settings`: options of `rpq.convert`, and `calibrated`, `steps` and `recode` (of tuning)."""
+    """`settings`: options of `rpq.convert`, and `calibrated`, `own` (text), `steps` and `recode` (of tuning)."""
     import copy
 
     import rpq_convert as rpq
 
     options = dict(settings)
-    steps, calibrated, recode = (options.pop(k, 0) for k in ("steps", "calibrated", "recode"))
+    steps, calibrated, own, recode = (options.pop(k, 0) for k in ("steps", "calibrated", "own", "recode"))
     base = copy.deepcopy(model) if steps else None
-    rpq.convert(model, **({"calibration": data.calibration} if calibrated else {}), **options)
+    if calibrated or own:
+        options["calibration"] = rpq.own_inputs if own else data.calibration
+    rpq.convert(model, **options)
     if base is not None:
         batches = data.tuning
         how = {"loss": data.task.loss, "steps": steps, "recode": recode, "autocast": torch.bfloat16}
