@@ -2,7 +2,7 @@
 
     pip install -e .[bench]
     python benchmarks/speed.py > docs/benchmarks.md           # all tables
-    python benchmarks/speed.py [--one-thread] [linear|stack|small|embedding|conv|training|models|kmeans|cost …]
+    python benchmarks/speed.py [--one-thread] [linear|rotation|stack|small|embedding|conv|training|models|kmeans|cost …]
 
 Every table: time as a multiple of the first column's, medians over rounds in which the contenders take turns (each runs
 some times in a row, the first not counted: "same layer" means warm caches; `stack` runs 16 different layers in a row).
@@ -140,6 +140,18 @@ def linear() -> None:
         contenders |= {name: lambda m=m, x=x: m(x) for name, m in halves.items()}
         rows.append(line(str(tokens), contenders, rounds=5))
     table("Linear 4096 x 4096, bfloat16 model", ["tokens", *contenders], rows)
+
+
+@torch.no_grad()
+def rotation() -> None:
+    plain, turned, rows = nn.Linear(4096, 4096), nn.Linear(4096, 4096), []
+    rpq.convert(plain, dim=8, axis="in", fit="random", grow=True)
+    rpq.convert(turned, dim=8, axis="in", fit="random", grow=True, rotation=64)
+    for tokens in TOKENS:
+        x = torch.randn(tokens, 4096)
+        contenders: Contenders = {"not rotated": lambda x=x: plain(x), "blocks of 64": lambda x=x: turned(x)}
+        rows.append(line(str(tokens), contenders))
+    table("Rotation of the inputs of Linear 4096 x 4096, dim 8 in", ["tokens", *contenders], rows)
 
 
 @torch.no_grad()
@@ -338,7 +350,7 @@ def cost() -> None:
     table("Cost of a conversion, wall time", ["model", "bits", "parameters", "measured", "per billion parameters"], rows)
 
 
-TABLES = {f.__name__: f for f in (linear, stack, small, embedding, conv, training, models, kmeans, cost)}
+TABLES = {f.__name__: f for f in (linear, rotation, stack, small, embedding, conv, training, models, kmeans, cost)}
 
 
 LIMITS = """

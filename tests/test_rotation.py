@@ -57,6 +57,9 @@ def test_the_transform_is_orthogonal_and_a_compiler_gets_the_same():
     x = torch.randn(3, 5, 192, dtype=torch.float64)
     for size in (8, 16, 64):
         turn = matrix(size, torch.float64, x.device)
+        for back in (False, True):  # in float32 by the kernel
+            wanted = (x.reshape(-1, size) @ (turn if back else turn.T)).reshape(x.shape)
+            torch.testing.assert_close(rotate(x.float(), size, back=back), wanted.float())
         torch.testing.assert_close(turn @ turn.T, torch.eye(size, dtype=torch.float64))
         assert set((turn * size**0.5).round(decimals=9).flatten().tolist()) == {1.0, -1.0}
         blocks = torch.cat([part @ turn.T for part in x.split(size, -1)], -1)  # by the definition

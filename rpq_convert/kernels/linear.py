@@ -71,12 +71,13 @@ def decode_time(looks: bool, tokens: int, dtype: torch.dtype) -> float:
 
 
 def tile_time(looks: bool, cut: Cut, tokens: int, dtype: torch.dtype) -> float:
-    """Where products of bfloat16 are wanted, a decoded weight is faster."""
-    if tokens <= 16 or dtype == torch.bfloat16 or not tile_products.serves(cut):
+    if tokens <= 16 or not tile_products.serves(cut):
         return math.inf
     rows, terms = (cut.n, cut.length) if looks else (cut.length, cut.n)
-    expanded = 45 + 90 / cut.dim if looks else 70
-    return tokens * (0.45 + 100 / rows + 30 / terms) + cut.stages * expanded
+    expanded = cut.stages * (45 + 90 / cut.dim if looks else 70)
+    if dtype == torch.bfloat16:
+        return tokens * (0.2 + 60 / rows + 30 / terms) + 0.85 * expanded
+    return tokens * (0.45 + 100 / rows + 30 / terms) + expanded
 
 
 # id(codebooks) -> (weak reference, version, address, shape, sample, its values, {kind: tensors}); torch's dictionary of
