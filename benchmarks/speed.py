@@ -373,15 +373,23 @@ LIMITS = """
 - **Eight tokens** share a row of 8 lanes: at 2.0e9 rows a second and core, dim 8 of 4096 x 4096 cannot take less than 0.52 ms on
   two; tables, and tokens that enter and leave their lanes, take as much again as a third of that. Dense products of 8 tokens
   take 4.2 ms here, where processors that multiply at half the rate take 10.
+- **Many tokens, short sub-vectors** are multiplied in tile registers. A core takes 16 cycles for a tile of 16 x 16 x 32 products, 6.2 ns
+  with zeros in it and 8.5 with numbers, which draw more power; a product of float32 is five such. 4096 x 4096 and 512 tokens on
+  one thread: 45 to 53 ms for these alone, 72 to 80 with weights that are expanded and split (8 to 11) and tokens that come from
+  the third level of the cache, where a dense product takes 121 to 130.
+- **torch's dynamic int8** rounds inputs to 8 bits and makes one product in whole numbers. It stays ahead at 64 and 512 tokens of dim
+  8, whose lookups cannot take less than 2.1 / 8 + 256 / 4096 of dense, and five products of parts no less than 0.37.
 - **A training step** is a forward pass, the inputs' gradient, which is what the other axis does forward, and the codebooks'. At dim 8
-  and 64 tokens the first two are a quarter of the dense step by themselves (tables above); the third adds as much as the second.
-- **Dim 2 at 512 tokens** is decoded in tiles and multiplied: 1.0 plus the decoding of each weight once.
+  and 64 tokens the first two are a sixth of the dense step by themselves (tables above); the third shares its bins with the
+  second where weights are cut along inputs, and multiplies them by 64 numbers of every sub-vector.
 - **bfloat16 with AMX** multiplies 5.8 times as fast as float32. Codes win where memory limits (few tokens) and lose at many
-  tokens, where a weight is decoded first, which alone takes as long as the product of 750 (`out`) to 1200 (`in`) tokens.
-- **Embedding of 8 tokens**: `nn.Embedding` takes 5 microseconds in all, which is what Python takes to call a layer, make the
-  result and start a kernel.
+  tokens, where each weight is expanded and split first, which takes as long as the product of 200 to 400 tokens.
+- **Embeddings**: of 8 tokens `nn.Embedding` takes 5 microseconds in all, which is what Python takes to call a layer, make the
+  result and start a kernel. Of 512 tokens it copies 2 MiB at the rate of memory; dim 1 reads a code and a codeword for each
+  number instead, at 1.25e9 a second and core, dim 2 for two, at 1.0e9.
 - **Convolutions with small maps** (7 x 7, or one image of 14 x 14): each weight is decoded for fewer than 400 pixels.
-  1 x 1 convolutions of 256 inputs or outputs have tables as long as their rows, so that lookups share little; they are decoded.
+  1 x 1 convolutions of 256 inputs or outputs have tables as long as their rows, so that lookups share little; in tiles, pixels
+  that enter and leave cost as much as their products.
 - **k-means at dim 4**: half the time is the search for codewords, which alone takes as long as the GEMM-rate limit. AMX makes 256
   scores in 16 cycles and loads and stores them in 22; looking through them takes 17 by itself, and the two hardly overlap: 38.
   The other half does not shrink with the coordinates: k-means++, the last choice in float32, moves of codewords that serve
