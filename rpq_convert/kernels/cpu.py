@@ -26,7 +26,7 @@ __all__ = [
 
 def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, bias: Tensor | None, cut: Cut) -> Tensor:
     """Return `x W^T + bias`, x [tokens, inputs]: from codes, or by decoding where that is faster."""
-    if cost(cut, x.shape[0], x.dtype) <= 1:
+    if x.shape[0] == 1 or cost(cut, x.shape[0], x.dtype) <= 1:
         return lookups.linear(x, codes, codebooks, scales, bias, cut)
     tensors = (x, codebooks, scales, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
