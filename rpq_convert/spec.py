@@ -15,7 +15,9 @@ import torch
 from rpq_convert.view import WeightView, check_axis
 
 CODEWORDS = 256  # a code is one byte
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+DTYPES = {
+    name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64", "float8_e4m3fn")
+}  # of codebooks and scales
 LAYOUTS = ("blocks", "rows")
 ROTATIONS = (0, *(2**k for k in range(3, 13)))
 

@@ -21,6 +21,7 @@ from rpq_convert.rotation import rotate
 from rpq_convert.spec import Spec, dtype_name, dtype_of
 from rpq_convert.view import WeightView
 
+NARROW = (torch.float16, torch.float8_e4m3fn)  # too narrow for an optimizer's steps
 
 def _transformed() -> bool:
     """Whether torch.func rewrites operations just now: it looks through ordinary ones only."""
@@ -192,21 +193,21 @@ class RPQWeight(nn.Module):
         kept = {}
         for name, (dtype, _) in self.spec.tensors(self.view, self.shape).items():
             tensor = getattr(self, name).detach()
-            if (tensor.dtype, dtype) == (torch.float32, torch.float16) and not tensor.is_meta:
-                half = tensor.to(dtype)
-                tensor = half if torch.equal(half.float(), tensor) else tensor
+            if tensor.dtype == torch.float32 and dtype in NARROW and not tensor.is_meta:
+                narrow = tensor.to(dtype)
+                tensor = narrow if torch.equal(narrow.float(), tensor) else tensor
             kept[name] = tensor
         return kept
 
     def train(self, mode: bool = True) -> RPQWeight:
-        """Set the mode. For training, float16 codebooks and scales of a wider weight become float32.
+        """Set the mode. For training, codebooks and scales narrower than the weight become float32.
 
         The squares of gradients that Adam keeps underflow in float16, and its first step divides by zero.
         """
         super().train(mode)
-        if mode and self.dtype != torch.float16:
+        if mode:
             for parameter in self.parameters():
-                if parameter.requires_grad and parameter.dtype == torch.float16:
+                if parameter.requires_grad and parameter.dtype in NARROW and parameter.dtype != self.dtype:
                     parameter.data = parameter.data.float()
         elif not mode:
             for name, tensor in self.stored().items():
@@ -219,7 +220,7 @@ class RPQWeight(nn.Module):
         """Take codebooks and scales in float32 where a checkpoint of a training has them so, and its optimizer's state."""
         for name, parameter in self.named_parameters():
             tensor = state_dict.get(prefix + name)
-            if tensor is not None and (parameter.dtype, tensor.dtype) == (torch.float16, torch.float32):
+            if tensor is not None and parameter.dtype in NARROW and tensor.dtype == torch.float32:
                 parameter.data = parameter.data.float()
         super()._load_from_state_dict(state_dict, prefix, *args)
 

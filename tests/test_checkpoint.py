@@ -27,13 +27,15 @@ def source(tmp_path):
     return tmp_path / "model.safetensors", model
 
 
-@pytest.mark.parametrize("executor", ["serial", "threads"])
-def test_streaming_equals_memory_and_plan_equals_disk(source, tmp_path, executor):
+@pytest.mark.parametrize("executor, codebooks", [("serial", "float16"), ("threads", "float16"), ("serial", "float8_e4m3fn")])
+def test_streaming_equals_memory_and_plan_equals_disk(source, tmp_path, executor, codebooks):
     file, model = source
-    plan = rpq.plan(model, bits=4, max_shard_size="20KB")
-    options = {"bits": 4, "max_shard_size": "20KB"}
-    rpq.convert_checkpoint(file, tmp_path / "stream", factory=net, executor=executor, workers=2, **options)
-    rpq.convert(model, bits=4, executor=executor, workers=2)
+    options = {"bits": 4, "rules": [{"match": "*", "codebook_dtype": codebooks}]}
+    plan = rpq.plan(model, max_shard_size="20KB", **options)
+    rpq.convert_checkpoint(
+        file, tmp_path / "stream", factory=net, executor=executor, workers=2, max_shard_size="20KB", **options
+    )
+    rpq.convert(model, executor=executor, workers=2, **options)
     rpq.save(model, tmp_path / "memory", max_shard_size="20KB")
     names = sorted(p.name for p in (tmp_path / "stream").glob("*.safetensors"))
     assert len(names) > 1
