@@ -8,7 +8,7 @@ Each file has
   the bytes of all that it would store. `data` is (calibration batches, the task's folder); data-free tools ignore it.
 
 Bytes are those of the tensors in a checkpoint: codes packed to their bits, scales and zero points, and every untouched tensor;
-floating-point numbers at 16 bits, as every tool's users keep them, whatever they were computed in.
+floating-point numbers at 16 bits or fewer, as every tool's users keep them, whatever they were computed in.
 
 Most tools leave the embedding alone. A tied one is a fifth of this language model's weights, so each tool also gets its best
 shot: `embedding` is the number of bits that the tool's own quantizer, or plain rounding where it has none for a matrix that is
@@ -26,8 +26,8 @@ Quantizer = Callable[[Tensor], tuple[Tensor, int]]  # a weight [out, in] -> the 
 
 
 def stored(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of what a tool keeps: floats at 16 bits, everything else as it is."""
-    return sum(t.numel() * (2 if t.is_floating_point() else t.element_size()) for t in tensors)
+    """Return the bytes of what a tool keeps: floats at 16 bits or fewer, everything else as it is."""
+    return sum(t.numel() * (min(2, t.element_size()) if t.is_floating_point() else t.element_size()) for t in tensors)
 
 
 def untouched(model: nn.Module, except_for: Collection[int] = ()) -> int:

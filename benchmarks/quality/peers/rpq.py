@@ -18,18 +18,21 @@ _FINE = [{"bits": b, "calibrated": True} for b in (8, 6, 2.67)]  # against other
 _TUNED = [{"bits": b, "calibrated": True, "steps": 400, "recode": 5e-4} for b in (2, 3, 4)]
 _TEXT_TUNED = [_TUNED[0], *({"bits": b, "calibrated": True, "steps": s} for b, s in ((3, 200), (4, 100)))]
 _PICTURES = [*_FREE, *_CALIBRATED, *({"bits": b, "calibrated": True, "steps": 200} for b in (2, 1))]
+_BYTES = [{**s, "codebooks": "float8_e4m3fn"} for s in _PICTURES if s["bits"] <= 2]
 SETTINGS = {
     "smollm2": [*_FREE, *_OWN, *_CALIBRATED, *_FINE, *_TEXT_TUNED],
     "smollm2-as-shipped": [{"bits": 4}],
     "minilm": [*_FREE, *_CALIBRATED, *_TUNED],
     "efficientnet": _PICTURES,
-    "resnet": _PICTURES,
-    "vit": _PICTURES,
+    "resnet": [*_PICTURES, *_BYTES],
+    "vit": [*_PICTURES, *_BYTES],
 }
 
 
 def compress(model: nn.Module, settings: dict[str, Any], data: Any) -> int:
-    """`settings`: options of `rpq.convert`, and `calibrated`, `own` (text), `steps` and `recode` (of tuning)."""
+    """`settings`: options of `rpq.convert`, and `calibrated`, `own` (text), `codebooks` (their dtype), `steps` and
+    `recode` (of tuning).
+    """
     import copy
 
     import rpq_convert as rpq
@@ -37,6 +40,8 @@ def compress(model: nn.Module, settings: dict[str, Any], data: Any) -> int:
     options = dict(settings)
     steps, calibrated, own, recode = (options.pop(k, 0) for k in ("steps", "calibrated", "own", "recode"))
     base = copy.deepcopy(model) if steps else None
+    if codebooks := options.pop("codebooks", None):
+        options["rules"] = [{"match": "*", "codebook_dtype": codebooks}]
     if calibrated or own:
         options["calibration"] = rpq.own_inputs if own else data.calibration
     rpq.convert(model, **options)
