@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rpq_convert import layers
-from rpq_convert.calling import call, first_tensor
+from rpq_convert.calling import call, counted, first_tensor
 
 Progress = Callable[[int], None]
 UNITS = {"language model": "tokens", "outputs": "outputs", "sentence pairs": "pairs"}
@@ -79,7 +79,7 @@ def evaluate(
     Returns:
         For ids: `perplexity`, `base_perplexity`, `ratio`, `kl` (nats per token, base to model), `top1_agreement`.
         Else: `cosine` (mean over outputs' last axis), `relative_error` (squared), and `top1_agreement`; with labels,
-        `accuracy` and `base_accuracy` as well.
+        `accuracy` and `base_accuracy` as well. Tokens that an `attention_mask` leaves out do not count.
 
     Raises:
         EvaluateError: no data, outputs of different shapes, or labels that do not fit them.
@@ -133,7 +133,8 @@ def _outputs(base: nn.Module, model: nn.Module, data: Iterable[Any], progress: P
         a, b = (_main(call(m, item)).float() for m in (base, model))
         if a.shape != b.shape:
             raise EvaluateError(f"the base's output is {list(a.shape)}, the model's {list(b.shape)}")
-        a, b = (t.reshape(-1, t.shape[-1]) for t in (a, b))
+        rows = counted(item, a)
+        a, b = (_vectors(t, rows) for t in (a, b))
         cosine += F.cosine_similarity(a, b, dim=-1).sum().item()
         agree += (a.argmax(-1) == b.argmax(-1)).sum().item()
         rest += float((a - b).double().square().sum())
@@ -141,6 +142,7 @@ def _outputs(base: nn.Module, model: nn.Module, data: Iterable[Any], progress: P
         count += len(a)
         if labels is not None:
             labels = labels.flatten().to(a.device)
+            labels = labels if rows is None or len(labels) != len(rows) else labels[rows]
             if len(labels) != len(a):
                 raise EvaluateError(f"{len(labels)} labels for {len(a)} outputs")
             known = labels != IGNORED
@@ -156,6 +158,11 @@ def _outputs(base: nn.Module, model: nn.Module, data: Iterable[Any], progress: P
     if labelled:
         metrics |= {"accuracy": right[1] / labelled, "base_accuracy": right[0] / labelled}
     return Evaluation("outputs", metrics, count)
+
+
+def _vectors(output: Tensor, rows: Tensor | None) -> Tensor:
+    """Return an output's vectors [n, width], without those of padding."""
+    return output.reshape(-1, output.shape[-1]) if rows is None else output.flatten(0, 1)[rows].flatten(0, -2)
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:
@@ -191,11 +198,14 @@ def layer_errors(base: nn.Module, model: nn.Module, data: Iterable[Any]) -> dict
     if not homes:
         raise EvaluateError(f"{type(model).__name__} has no RPQ layer")
     sums = {home: [0.0, 0.0] for home in homes}
-    hooks = []
+    hooks: list[Any] = []
+    current: Any = None  # the input that runs
 
     def watch(home: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             wanted, found = _main(output).double(), _main(model.get_submodule(home)(*args, **kwargs)).double()
+            if (rows := counted(current, wanted)) is not None:
+                wanted, found = wanted.flatten(0, 1)[rows], found.flatten(0, 1)[rows]
             sums[home][0] += float((found - wanted).square().sum())
             sums[home][1] += float(wanted.square().sum())
 
@@ -205,7 +215,8 @@ def layer_errors(base: nn.Module, model: nn.Module, data: Iterable[Any]) -> dict
         for home in homes:
             hooks.append(base.get_submodule(home).register_forward_hook(watch(home), with_kwargs=True))
         for item in data:
-            call(base, {k: v for k, v in item.items() if k != "labels"} if isinstance(item, Mapping) else item)
+            current = {k: v for k, v in item.items() if k != "labels"} if isinstance(item, Mapping) else item
+            call(base, current)
     finally:
         for handle in hooks:
             handle.remove()

@@ -75,3 +75,24 @@ def test_what_cannot_be_compared(pair):
         layer_errors(base, base, [])
     with pytest.raises(EvaluateError, match=r"\[2, 3\], the model's \[2, 4\]"):
         rpq.evaluate(nn.Linear(5, 3), nn.Linear(5, 4), [torch.randn(2, 5)])
+
+
+def test_padding_does_not_count():
+    torch.manual_seed(0)
+    config = tf.BertConfig(vocab_size=90, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    base = tf.BertModel(config).eval()
+    model = copy.deepcopy(base)
+    rpq.convert(model, bits=4, grow=True)
+    ids = torch.randint(90, (2, 8))
+    short = {"input_ids": ids[:1, :5], "attention_mask": torch.ones(1, 5, dtype=torch.int64)}
+    long = {"input_ids": ids[1:], "attention_mask": torch.ones(1, 8, dtype=torch.int64)}
+    mask = torch.ones(2, 8, dtype=torch.int64)
+    mask[0, 5:] = 0
+    both = {"input_ids": ids, "attention_mask": mask}
+    apart, together = (rpq.evaluate(base, model, data) for data in ([short, long], [both]))
+    assert apart.samples == together.samples == 13
+    for name, value in apart.metrics.items():
+        assert together.metrics[name] == pytest.approx(value, rel=1e-3), name
+    apart, together = (layer_errors(base, model, data) for data in ([short, long], [both]))
+    path = "encoder.layer.1.output.dense.weight"
+    assert together[path] == pytest.approx(apart[path], rel=1e-3)
