@@ -345,6 +345,10 @@ def tune(
     steps: Annotated[int, Option(min=1, help="At most so many; fewer where held-out data stops to gain.")] = 200,
     blocks: Annotated[int, Option(min=0, help="Steps on each block alone, before all are tuned together.")] = 0,
     rate: Annotated[float, Option(min=0, help="Size of a step, relative to what it changes.")] = 2e-3,
+    loss: Annotated[
+        Literal["kl", "mse"] | None,
+        Option(help="Divergence of predictions, or relative square of outputs; by default kl where outputs are logits."),
+    ] = None,
     recompute: Annotated[
         bool, Option("--recompute", help="Gradient checkpointing: less memory, more time.")
     ] = False,
@@ -368,8 +372,8 @@ def tune(
     from rpq_convert.later import tune_folder
 
     found = tune_folder(
-        base, folder, out, data, factory=factory, steps=steps, blocks=blocks, rate=rate, recompute=recompute,
-        recode=recode, autocast=torch.bfloat16 if bfloat16 else None, window=window, samples=samples, seed=seed,
+        base, folder, out, data, factory=factory, steps=steps, blocks=blocks, rate=rate, loss=loss,
+        recompute=recompute, recode=recode, autocast=torch.bfloat16 if bfloat16 else None, window=window, samples=samples, seed=seed,
         overwrite=overwrite, say=None if quiet else say,
     )  # fmt: skip
     print(found.to_json() if json else found)

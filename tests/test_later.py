@@ -218,7 +218,7 @@ def test_a_classifier_of_any_kind(tmp_path, monkeypatch):
     assert set(found["layers"]) == {"0.weight", "2.weight", "4.weight"}
     options = (*how, "--data", on, "--steps", 8, "--blocks", 4, "--recompute", "-q")
     run("tune", source, out, *options, "--out", tmp_path / "tuned")
-    told = run("tune", source, out, *options, "--recode", 0.01, "--bfloat16", "--json", "--out", tmp_path / "coded")
+    told = run("tune", source, out, *options, "--recode", 0.01, "--bfloat16", "--loss", "mse", "--json", "--out", tmp_path / "coded")
     tuned = json.loads(told.stdout)
     assert tuned["after"] <= tuned["before"]
     run("verify", tmp_path / "coded")
