@@ -14,31 +14,33 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from rpq_convert.kernels.byte_tables import (
+    add_ints,
+    dot_bytes,
+    halves,
+    load_bytes,
+    load_first_bytes,
+    load_ints,
+    no_ints,
+    pick,
+    subtract_ints,
+    to_floats,
+    write_digits,
+)
 from rpq_convert.kernels.lookup import ZERO
 from rpq_convert.kernels.single import load_table
 from rpq_convert.kernels.vectors import (
     AHEAD,
     absolute,
-    add_ints,
-    dot_bytes,
     greater,
-    halves,
     load,
-    load_bytes,
-    load_first_bytes,
-    load_ints,
     multiply,
     multiply_add,
-    no_ints,
-    pick,
     prefetch,
     read_float,
     spread,
     store,
-    subtract_ints,
-    to_floats,
     total,
-    write_digits,
     write_float,
 )
 

@@ -16,16 +16,20 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from rpq_convert.kernels.byte_tables import (
+    add_planes,
+    load_bytes,
+    load_first_bytes,
+    natural,
+    pick,
+    turn,
+    write_planes,
+)
 from rpq_convert.kernels.lookup import TOGETHER, ZERO, clear, fetch
 from rpq_convert.kernels.vectors import (
     AHEAD,
-    add_planes,
     load,
-    load_bytes,
-    load_first_bytes,
     multiply_add,
-    natural,
-    pick,
     prefetch,
     read_byte,
     read_float,
@@ -33,9 +37,7 @@ from rpq_convert.kernels.vectors import (
     spread,
     store,
     total,
-    turn,
     write_float,
-    write_planes,
 )
 
 NATURAL = np.array([natural(i) for i in range(64)], np.int64)

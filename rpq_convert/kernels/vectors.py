@@ -3,7 +3,7 @@
 LLVM vectorises simple loops by itself, but not "add this row of 16 tokens to that one, chosen by a code": it must be told
 that a row is one register. `load16(address)` and its siblings emit one LLVM instruction each; addresses are plain integers,
 which also makes calls from Python cheap. A vector type that the processor lacks is split by LLVM, so the code runs
-everywhere. Only `pick` needs AVX-512 VBMI, and `dot_bytes` VNNI; ask `HAS_PICK` and `HAS_DOT` first.
+everywhere.
 """
 
 from __future__ import annotations
@@ -46,21 +46,21 @@ class Vector(types.Type):
         super().__init__(name=f"{kind}x{lanes}")
 
 
-def _llvm(vector: Vector) -> Any:
+def llvm_type(vector: Vector) -> Any:
     return ir.VectorType(KINDS[vector.kind], vector.lanes)
 
 
 @register_model(Vector)
 class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
     def __init__(self, manager: Any, kind: Vector) -> None:
-        super().__init__(manager, kind, _llvm(kind))
+        super().__init__(manager, kind, llvm_type(kind))
 
 
 f32x2, f32x4, f32x8, f32x16, f32x32 = (Vector("f32", lanes) for lanes in (2, 4, 8, 16, 32))
 i8x64, i32x16 = Vector("i8", 64), Vector("i32", 16)
 
 
-def _pointer(builder: Any, address: Any, kind: Any) -> Any:
+def pointer_to(builder: Any, address: Any, kind: Any) -> Any:
     return builder.inttoptr(address, kind.as_pointer())
 
 
@@ -85,9 +85,9 @@ def width(context, tag):
     return types.int64(tag), emit
 
 
-def _emit_load(vector: Vector) -> Any:
+def emit_load(vector: Vector) -> Any:
     def emit(context, builder, signature, args):
-        return builder.load(_pointer(builder, args[0], _llvm(vector)), align=1)
+        return builder.load(pointer_to(builder, args[0], llvm_type(vector)), align=1)
 
     return emit
 
@@ -95,34 +95,7 @@ def _emit_load(vector: Vector) -> Any:
 @intrinsic
 def load(context, address, tag):
     """Read a vector."""
-    return _of(tag)(types.int64, tag), _emit_load(_of(tag))
-
-
-@intrinsic
-def load_bytes(context, address):
-    return i8x64(types.int64), _emit_load(i8x64)
-
-
-def _load_first(builder: Any, address: Any, count: Any) -> Any:
-    """Emit a read of the first 1 to 64 of 64 bytes; those that are not read are zeros."""
-    kind, long = _llvm(i8x64), ir.IntType(64)
-    place = _pointer(builder, address, kind)
-    ones = builder.lshr(ir.Constant(long, -1), builder.sub(ir.Constant(long, 64), count))
-    mask = builder.bitcast(ones, ir.VectorType(ir.IntType(1), 64))
-    function = ir.FunctionType(kind, [place.type, ir.IntType(32), mask.type, kind])
-    read = cgutils.get_or_insert_function(builder.module, function, "llvm.masked.load.v64i8.p0")
-    return builder.call(read, [place, ir.Constant(ir.IntType(32), 1), mask, ir.Constant(kind, [0] * 64)])
-
-
-@intrinsic
-def load_first_bytes(context, address, count):
-    """Read 1 to 64 bytes, and zeros after them."""
-    return i8x64(types.int64, types.int64), lambda context, builder, signature, args: _load_first(builder, *args)
-
-
-@intrinsic
-def load_ints(context, address):
-    return i32x16(types.int64), _emit_load(i32x16)
+    return _of(tag)(types.int64, tag), emit_load(_of(tag))
 
 
 @intrinsic
@@ -131,14 +104,14 @@ def load_half(context, address):
 
     def emit(context, builder, signature, args):
         if not HAS_HALF:
-            return ir.Constant(_llvm(f32x16), [float("nan")] * 16)
-        half = builder.load(_pointer(builder, args[0], ir.VectorType(ir.HalfType(), 16)), align=1)
-        return builder.fpext(half, _llvm(f32x16))
+            return ir.Constant(llvm_type(f32x16), [float("nan")] * 16)
+        half = builder.load(pointer_to(builder, args[0], ir.VectorType(ir.HalfType(), 16)), align=1)
+        return builder.fpext(half, llvm_type(f32x16))
 
     return f32x16(types.int64), emit
 
 
-def _ask(builder: Any, address: Any) -> None:
+def emit_prefetch(builder: Any, address: Any) -> None:
     byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
     kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
     ask = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
@@ -151,7 +124,7 @@ def prefetch(context, address):
     """Ask for the cache line of an address, to be read soon; it need not be there."""
 
     def emit(context, builder, signature, args):
-        _ask(builder, args[0])
+        emit_prefetch(builder, args[0])
         return context.get_dummy_value()
 
     return types.void(types.int64), emit
@@ -170,11 +143,11 @@ def turn_floats(context, address, by, to, by_to):
 
     def emit(context, builder, signature, args):
         address, by, to, by_to = args
-        kind, long = _llvm(f32x16), ir.IntType(64)
+        kind, long = llvm_type(f32x16), ir.IntType(64)
 
         def row(start: Any, apart: Any, number: int) -> Any:
             at = builder.add(start, builder.mul(apart, ir.Constant(long, number)))
-            return _pointer(builder, at, kind)
+            return pointer_to(builder, at, kind)
 
         index = ir.VectorType(ir.IntType(32), 16)
         low, high = (ir.Constant(index, [i // 2 + i % 2 * 16 + first for i in range(16)]) for first in (0, 8))
@@ -195,7 +168,7 @@ def spread(context, value, tag):
     vector = _of(tag)
 
     def emit(context, builder, signature, args):
-        kind, index = _llvm(vector), ir.IntType(32)
+        kind, index = llvm_type(vector), ir.IntType(32)
         one = builder.insert_element(ir.Constant(kind, ir.Undefined), args[0], ir.Constant(index, 0))
         order = ir.Constant(ir.VectorType(index, vector.lanes), [0] * vector.lanes)
         return builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), order)
@@ -208,7 +181,7 @@ def store(context, address, vector):
     """Write a vector to memory."""
 
     def emit(context, builder, signature, args):
-        builder.store(args[1], _pointer(builder, args[0], _llvm(vector)), align=1)
+        builder.store(args[1], pointer_to(builder, args[0], llvm_type(vector)), align=1)
         return context.get_dummy_value()
 
     return types.void(types.int64, vector), emit
@@ -227,7 +200,7 @@ def multiply(context, a, b):
 @intrinsic
 def absolute(context, a):
     def emit(context, builder, signature, args):
-        kind = _llvm(a)
+        kind = llvm_type(a)
         fabs = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind]), f"llvm.fabs.v{a.lanes}f32")
         return builder.call(fabs, args)
 
@@ -245,7 +218,7 @@ def multiply_add(context, a, b, c):
     """Return a * b + c, rounded once."""
 
     def emit(context, builder, signature, args):
-        kind = _llvm(a)
+        kind = llvm_type(a)
         fma = ir.FunctionType(kind, [kind, kind, kind])
         return builder.call(cgutils.get_or_insert_function(builder.module, fma, f"llvm.fma.v{a.lanes}f32"), args)
 
@@ -285,7 +258,7 @@ def total(context, a):
 @intrinsic
 def read_float(context, address):
     def emit(context, builder, signature, args):
-        return builder.load(_pointer(builder, args[0], ir.FloatType()), align=4)
+        return builder.load(pointer_to(builder, args[0], ir.FloatType()), align=4)
 
     return types.float32(types.int64), emit
 
@@ -293,7 +266,7 @@ def read_float(context, address):
 @intrinsic
 def write_float(context, address, value):
     def emit(context, builder, signature, args):
-        builder.store(args[1], _pointer(builder, args[0], ir.FloatType()), align=4)
+        builder.store(args[1], pointer_to(builder, args[0], ir.FloatType()), align=4)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.float32), emit
@@ -302,7 +275,7 @@ def write_float(context, address, value):
 @intrinsic
 def read_byte(context, address):
     def emit(context, builder, signature, args):
-        return builder.zext(builder.load(_pointer(builder, args[0], ir.IntType(8))), ir.IntType(64))
+        return builder.zext(builder.load(pointer_to(builder, args[0], ir.IntType(8))), ir.IntType(64))
 
     return types.int64(types.int64), emit
 
@@ -310,7 +283,7 @@ def read_byte(context, address):
 @intrinsic
 def read_long(context, address):
     def emit(context, builder, signature, args):
-        return builder.load(_pointer(builder, args[0], ir.IntType(64)), align=8)
+        return builder.load(pointer_to(builder, args[0], ir.IntType(64)), align=8)
 
     return types.int64(types.int64), emit
 
@@ -320,7 +293,7 @@ def read_short(context, address):
     """Read 16 bits, whatever they mean."""
 
     def emit(context, builder, signature, args):
-        return builder.load(_pointer(builder, args[0], ir.IntType(16)), align=2)
+        return builder.load(pointer_to(builder, args[0], ir.IntType(16)), align=2)
 
     return types.int16(types.int64), emit
 
@@ -328,7 +301,7 @@ def read_short(context, address):
 @intrinsic
 def write_short(context, address, value):
     def emit(context, builder, signature, args):
-        builder.store(args[1], _pointer(builder, args[0], ir.IntType(16)), align=2)
+        builder.store(args[1], pointer_to(builder, args[0], ir.IntType(16)), align=2)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int16), emit
@@ -337,7 +310,7 @@ def write_short(context, address, value):
 @intrinsic
 def read_int(context, address):
     def emit(context, builder, signature, args):
-        return builder.load(_pointer(builder, args[0], ir.IntType(32)), align=4)
+        return builder.load(pointer_to(builder, args[0], ir.IntType(32)), align=4)
 
     return types.int32(types.int64), emit
 
@@ -347,7 +320,7 @@ def take_number(context, address):
     """Return the int64 at an address and add one to it, as one step that no other thread divides."""
 
     def emit(context, builder, signature, args):
-        one, pointer = ir.Constant(ir.IntType(64), 1), _pointer(builder, args[0], ir.IntType(64))
+        one, pointer = ir.Constant(ir.IntType(64), 1), pointer_to(builder, args[0], ir.IntType(64))
         return builder.atomic_rmw("add", pointer, one, "seq_cst")
 
     return types.int64(types.int64), emit
@@ -361,198 +334,6 @@ def address_of(context, pointer):
         return builder.ptrtoint(args[0], ir.IntType(64))
 
     return types.int64(pointer), emit
-
-
-# ---- tables of 256 bytes in four registers (AVX-512 VBMI) -------------------------------------------------------------
-
-
-def _shuffle(builder: Any, a: Any, b: Any, order: list[int]) -> Any:
-    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), len(order)), order))
-
-
-def _write_planes(builder: Any, address: Any, by: Any, registers: list[Any], signed: bool) -> None:
-    """Emit `write_planes` and `write_digits`."""
-    if not HAS_PICK:  # compiled with its callers, but not run
-        return
-    floats, ints, many, word = _llvm(f32x16), _llvm(i32x16), _llvm(i8x64), ir.IntType(32)
-    kind = ir.FunctionType(ints, [floats, ints, ir.IntType(16), word])
-    convert = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.mask.cvtps2dq.512")
-    rest = [ir.Constant(ints, [0] * 16), ir.Constant(ir.IntType(16), -1), ir.Constant(word, 4)]
-    whole = [builder.call(convert, [v, *rest]) for v in registers]
-    if signed:
-        whole = [builder.add(v, ir.Constant(ints, [0x808080] * 16)) for v in whole]
-    whole = [builder.bitcast(v, many) for v in whole]
-    lows, tops = [], []
-    for x, y in (whole[:2], whole[2:]):
-        lows.append(_shuffle(builder, x, y, [*range(0, 128, 4), *range(1, 128, 4)]))
-        tops.append(_shuffle(builder, x, y, [*range(2, 128, 4)] * 2))
-    low, high = list(range(32)), list(range(32, 64))
-    for plane, (pair, part) in enumerate(((lows, low), (lows, high), (tops, low))):
-        value = _shuffle(builder, pair[0], pair[1], [*part, *(64 + i for i in part)])
-        if signed:
-            value = builder.xor(value, ir.Constant(many, [-128] * 64))
-        at = builder.add(address, builder.mul(by, ir.Constant(by.type, plane)))
-        builder.store(value, _pointer(builder, at, many), align=1)
-
-
-@intrinsic
-def write_planes(context, address, by, a, b, c, d):
-    """Round 4 x 16 floats below 2^23 to whole numbers and write their three low bytes, 64 each, `by` apart.
-
-    A register of bytes is written at once: smaller pieces would not be there yet when they are read as one.
-    """
-
-    def emit(context, builder, signature, args):
-        _write_planes(builder, args[0], args[1], args[2:], False)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, a, b, c, d), emit
-
-
-@intrinsic
-def write_digits(context, address, by, a, b, c, d):
-    """The same in digits from -128 to 127 with base 256, the highest included: for floats up to 8,355,711."""
-
-    def emit(context, builder, signature, args):
-        _write_planes(builder, args[0], args[1], args[2:], True)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, a, b, c, d), emit
-
-
-def _interleave(builder: Any, a: Any, b: Any, high: bool) -> Any:
-    """Emit the interleaving of two vectors within lanes of 16 bytes, which is one instruction: their low or high halves."""
-    count = a.type.count
-    half = count // 8
-    order = []
-    for lane in range(4):
-        for i in range(half):
-            at = lane * 2 * half + high * half + i
-            order += [at, count + at]
-    return _shuffle(builder, a, b, order)
-
-
-@intrinsic
-def turn(context, address, by, rows, columns, to, by_to):
-    """Write bytes [rows, columns], at most 16 and 64, `by` apart, turned around: [64, 16], `by_to` apart.
-
-    What is not there reads as some byte. Four rounds of interleaving within lanes turn around four tiles of 16 x 16.
-    """
-
-    def emit(context, builder, signature, args):
-        address, by, rows, columns, to, by_to = args
-        long = ir.IntType(64)
-        last = builder.sub(rows, ir.Constant(long, 1))
-        vectors = []
-        for i in range(16):
-            number = ir.Constant(long, i)
-            _ask(builder, builder.add(address, builder.mul(ir.Constant(long, i + 16), by)))
-            row = builder.select(builder.icmp_signed("<", number, rows), number, last)
-            vectors.append(_load_first(builder, builder.add(address, builder.mul(row, by)), columns))
-        for _ in range(4):
-            vectors = [_interleave(builder, vectors[i], vectors[i + 8], high) for i in range(8) for high in (False, True)]
-        for i, v in enumerate(vectors):
-            for lane in range(4):
-                part = _shuffle(builder, v, v, list(range(16 * lane, 16 * lane + 16)))
-                at = builder.add(to, builder.mul(ir.Constant(long, 16 * lane + i), by_to))
-                builder.store(part, _pointer(builder, at, part.type), align=1)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 6), emit
-
-
-@intrinsic
-def pick(context, codes, t0, t1, t2, t3):
-    """Return table[code] for 64 codes and a table of 256 bytes; nothing of use where `HAS_PICK` is false."""
-
-    def emit(context, builder, signature, args):
-        if not HAS_PICK:  # compiled with its callers, but not run
-            return args[0]
-        kind = _llvm(i8x64)
-        name = "llvm.x86.avx512.vpermi2var.qi.512"
-        permute = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind, kind, kind]), name)
-        codes, t0, t1, t2, t3 = args
-        low, high = builder.call(permute, [t0, codes, t1]), builder.call(permute, [t2, codes, t3])
-        upper = builder.icmp_signed("<", codes, ir.Constant(kind, [0] * 64))  # codes 128 and up
-        return builder.select(upper, high, low)
-
-    return i8x64(codes, t0, t1, t2, t3), emit
-
-
-@intrinsic
-def dot_bytes(context, sums, a, b):
-    """Return sums [16] + the products of a's bytes, without a sign, and b's, with one, four by four; needs `HAS_DOT`."""
-
-    def emit(context, builder, signature, args):
-        if not HAS_DOT:  # compiled with its callers, but not run
-            return args[0]
-        kind = _llvm(i32x16)
-        function = ir.FunctionType(kind, [kind, kind, kind])
-        multiply = cgutils.get_or_insert_function(builder.module, function, "llvm.x86.avx512.vpdpbusd.512")
-        return builder.call(multiply, [args[0], builder.bitcast(args[1], kind), builder.bitcast(args[2], kind)])
-
-    return i32x16(sums, a, b), emit
-
-
-@intrinsic
-def add_ints(context, a, b):
-    return a(a, a), lambda context, builder, signature, args: builder.add(*args)
-
-
-@intrinsic
-def subtract_ints(context, a, b):
-    return a(a, a), lambda context, builder, signature, args: builder.sub(*args)
-
-
-@intrinsic
-def to_floats(context, a):
-    return f32x16(a), lambda context, builder, signature, args: builder.sitofp(args[0], _llvm(f32x16))
-
-
-@intrinsic
-def halves(context):
-    """Return 64 bytes of 128."""
-    return i8x64(), lambda context, builder, signature, args: ir.Constant(_llvm(i8x64), [-128] * 64)
-
-
-@intrinsic
-def no_ints(context):
-    """Return 16 zeros."""
-    return i32x16(), lambda context, builder, signature, args: ir.Constant(_llvm(i32x16), [0] * 16)
-
-
-@intrinsic
-def add_planes(context, address, b0, b1, b2):
-    """Add 64 numbers of 24 bits, given by their bytes, to 64 int32 in memory.
-
-    Bytes are interleaved within 16-byte lanes, which is one instruction each; so number 16 l + 4 q + e is found at
-    position 16 q + 4 l + e (`natural` gives the position of a number).
-    """
-
-    def emit(context, builder, signature, args):
-        address, b0, b1, b2 = args
-        kind = _llvm(i8x64)
-        sign = builder.ashr(b2, ir.Constant(kind, [7] * 64))
-        words = ir.VectorType(ir.IntType(16), 32)
-        whole = ir.VectorType(ir.IntType(32), 16)
-        for high in (False, True):
-            low16 = builder.bitcast(_interleave(builder, b0, b1, high), words)
-            high16 = builder.bitcast(_interleave(builder, b2, sign, high), words)
-            for upper in (False, True):
-                value = builder.bitcast(_interleave(builder, low16, high16, upper), whole)
-                at = builder.add(address, ir.Constant(ir.IntType(64), 64 * (2 * high + upper)))
-                pointer = _pointer(builder, at, whole)
-                builder.store(builder.add(builder.load(pointer, align=1), value), pointer, align=1)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, b0, b1, b2), emit
-
-
-def natural(number: int) -> int:
-    """Return where `add_planes` keeps a number of a group of 64."""
-    lane, rest = divmod(number, 16)
-    quarter, element = divmod(rest, 4)
-    return 16 * quarter + 4 * lane + element
 
 
 # ---- the least of many numbers, and which it was ---------------------------------------------------------------------
@@ -580,7 +361,7 @@ def subtract_product(context, c, a, b):
     """Return c - a * b, rounded once."""
 
     def emit(context, builder, signature, args):
-        kind = _llvm(a)
+        kind = llvm_type(a)
         fma = cgutils.get_or_insert_function(
             builder.module, ir.FunctionType(kind, [kind, kind, kind]), f"llvm.fma.v{a.lanes}f32"
         )
@@ -593,7 +374,7 @@ def subtract_product(context, c, a, b):
 def no_codes(context, tag):
     """Return a vector of int32 zeros, as many as the tag's lanes."""
     whole = Vector("i32", _of(tag).lanes)
-    return whole(tag), lambda context, builder, signature, args: ir.Constant(_llvm(whole), [0] * whole.lanes)
+    return whole(tag), lambda context, builder, signature, args: ir.Constant(llvm_type(whole), [0] * whole.lanes)
 
 
 @intrinsic
@@ -616,7 +397,7 @@ def write_codes(context, address, codes):
 
     def emit(context, builder, signature, args):
         kind = ir.VectorType(ir.IntType(8), codes.lanes)
-        builder.store(builder.trunc(args[1], kind), _pointer(builder, args[0], kind), align=1)
+        builder.store(builder.trunc(args[1], kind), pointer_to(builder, args[0], kind), align=1)
         return context.get_dummy_value()
 
     return types.void(types.int64, codes), emit
