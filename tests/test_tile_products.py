@@ -61,6 +61,8 @@ def test_many_tokens_are_served_in_slabs(monkeypatch):
     monkeypatch.setattr(tile_products, "LEAST", 64)
     monkeypatch.setattr(tile_products, "SLAB", 64)
     assert torch.equal(multiplied(x, codes, tables, cut), whole)
+    monkeypatch.setattr(tile_products, "HELD", 1 << 10)  # what holds the tokens' parts is not kept then
+    assert torch.equal(multiplied(x, codes, tables, cut), whole)
     small = x[:, :20]
     assert torch.equal(multiplied(small, codes, tables, cut), whole[:, :20])
 
