@@ -52,7 +52,9 @@ def _product(x: Tensor, weight: Any, bias: Tensor | None, axes: tuple[str, ...])
     if rpq.zero_row is not None and torch.is_grad_enabled() and (x.requires_grad or rpq.trainable):
         return NotImplemented
     flat = x if x.ndim == 2 else x.reshape(-1, cut.inputs)
-    flat = rotate(flat if flat.dtype == dtype else flat.to(dtype), rpq.spec.rotation)
+    flat = flat if flat.dtype == dtype else flat.to(dtype)
+    if rpq.spec.rotation:
+        flat = getattr(face, "rotate", rotate)(flat, rpq.spec.rotation)
     bias = bias if bias is None or bias.dtype == dtype else bias.to(dtype)  # as autocast does, and compiled code
     out = face.linear(flat, codes, codebooks, scales, bias, cut)
     if rpq.zero_row is not None:

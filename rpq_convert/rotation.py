@@ -2,15 +2,14 @@
 
 Codes then describe `W R^T`, and a layer rotates its inputs instead of its weight: `W x = (W R^T)(R x)`. R is the Hadamard matrix
 of `size` (Sylvester's), its columns with signs, the same for each run of `size` inputs; as it is fixed, nothing is stored. By sums
-and differences it costs a layer `log2(size) / outputs` of a dense product (Ashkboos et al. 2024, arXiv:2404.00456, rotate whole models
-instead, which only some architectures allow).
+and differences it costs a layer `log2(size) / outputs` of a dense product (Ashkboos et al. 2024, arXiv:2404.00456, rotate
+whole models instead, which only some architectures allow).
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,27 +46,16 @@ def matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def rotate(x: Tensor, size: int, *, back: bool = False) -> Tensor:
-    """Return `R x` along the last axis, or `R^T x` with `back`; the same for size 0. Differentiable."""
+    """Return `R x` along the last axis, or `R^T x` with `back`; the same for size 0. Differentiable.
+
+    In operations that torch's tracers and transforms see; what layers multiply is rotated faster by `kernels/hadamard.py`.
+    """
     if not size:
         return x
     if torch.compiler.is_compiling():  # a graph holds operations, not a tensor that this process keeps
         return _steps(x, size, back)
-    kernel = _kernel() if x.dtype == torch.float32 and x.device.type == "cpu" and type(x) is Tensor else None
-    if kernel and size >= kernel.LANE and not (torch.is_grad_enabled() and x.requires_grad):
-        found: Tensor = kernel.rotate(x, size, back)
-        return found
     turn = matrix(size, x.dtype, x.device)
     return (x.reshape(-1, size) @ (turn if back else turn.T)).reshape(x.shape)
-
-
-@functools.cache
-def _kernel() -> Any:
-    """Return the numba kernel's module, None where there is no numba."""
-    try:
-        from rpq_convert.kernels import hadamard
-    except ImportError:
-        return None
-    return hadamard
 
 
 def _steps(x: Tensor, size: int, back: bool) -> Tensor:

@@ -5,10 +5,12 @@ import copy
 import architectures
 import pytest
 import torch
+import torch.fx.experimental.proxy_tensor
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import rpq_convert as rpq
+from rpq_convert.kernels import cpu
 from rpq_convert.layers import layers_of
 from rpq_convert.rotation import _steps, fitting, matrix, rotate
 from rpq_convert.spec import Spec
@@ -55,11 +57,9 @@ def converted(name, **options):
 
 def test_the_transform_is_orthogonal_and_a_compiler_gets_the_same():
     x = torch.randn(3, 5, 192, dtype=torch.float64)
-    for size in (8, 16, 64):
+    for size in (8, 16, 32, 64):
         turn = matrix(size, torch.float64, x.device)
-        for back in (False, True):  # in float32 by the kernel
-            wanted = (x.reshape(-1, size) @ (turn if back else turn.T)).reshape(x.shape)
-            torch.testing.assert_close(rotate(x.float(), size, back=back), wanted.float())
+        torch.testing.assert_close(cpu.rotate(x.float(), size), rotate(x, size).float())
         torch.testing.assert_close(turn @ turn.T, torch.eye(size, dtype=torch.float64))
         assert set((turn * size**0.5).round(decimals=9).flatten().tolist()) == {1.0, -1.0}
         blocks = torch.cat([part @ turn.T for part in x.split(size, -1)], -1)  # by the definition
@@ -160,3 +160,17 @@ def test_what_cannot_be_rotated_is_told():
         Spec(2, rotation=48)
     with pytest.raises(ValueError, match="does not divide"):
         Spec(2, rotation=32).tensors(WeightView("out in"), (64, 48))
+
+
+def test_what_watches_operations_sees_the_rotation():
+    _, layer, x = converted("Linear")
+    layer.requires_grad_(False)
+    other = torch.randn_like(x)
+    traced = torch.jit.trace(layer, x)
+    torch.testing.assert_close(traced(other), layer(other))
+    torch.testing.assert_close(torch.func.vmap(layer)(x[:, None])[:, 0], layer(x))
+    out, slope = torch.func.jvp(layer, (x,), (other,))
+    torch.testing.assert_close(out, layer(x))
+    torch.testing.assert_close(slope, other @ layer.weight.T + 0)
+    watched = torch.fx.experimental.proxy_tensor.make_fx(layer)(x)
+    torch.testing.assert_close(watched(other), layer(other))

@@ -8,6 +8,7 @@ from torch import Tensor
 from rpq_convert.kernels import linear as lookups
 from rpq_convert.kernels.cut import Cut
 from rpq_convert.kernels.decode import decode, decode_again, decode_gradients, decode_rows, tiled_linear
+from rpq_convert.kernels.hadamard import rotate
 from rpq_convert.kernels.linear import cost, pointwise, pointwise_cost
 from rpq_convert.kernels.linear import gradients as linear_gradients
 
@@ -21,6 +22,7 @@ __all__ = [
     "linear_gradients",
     "pointwise",
     "pointwise_cost",
+    "rotate",
 ]
 
 

@@ -16,14 +16,14 @@ from numba import carray
 from numba.extending import intrinsic
 from torch import Tensor
 
+from rpq_convert import rotation
 from rpq_convert.kernels.team import COUNT, FIRST, NEXT, Work
 from rpq_convert.kernels.vectors import LANES, add, address_of, f32x16, load, multiply, store, subtract, take_number
-from rpq_convert.rotation import signs
 
 CHUNK = 1 << 13  # floats that a thread takes at a time
 LANE = 16  # least block
-TOTAL = FIRST + 6
-X, OUT, FACTORS, SIZE, BACK, TAKEN = range(FIRST, TOTAL)
+TOTAL = FIRST + 5
+X, OUT, FACTORS, SIZE, TAKEN = range(FIRST, TOTAL)
 SIXTEEN = LANES[16]
 
 
@@ -46,7 +46,7 @@ def within(context, vector):
 def blocks(data):
     """Transform TAKEN floats, a whole number of blocks, from X to OUT."""
     a, base = carray(data, TOTAL), address_of(data)
-    size, back = a[SIZE], a[BACK]
+    size = a[SIZE]
     while True:
         part = take_number(base + 8 * NEXT)
         if part >= a[COUNT]:
@@ -55,8 +55,7 @@ def blocks(data):
         for start in range(part * step, min((part + 1) * step, a[TAKEN]), size):
             x, out = a[X] + 4 * start, a[OUT] + 4 * start
             for i in range(0, 4 * size, 64):
-                v = load(x + i, SIXTEEN)
-                store(out + i, within(v if back else multiply(v, load(a[FACTORS] + i, SIXTEEN))))
+                store(out + i, within(multiply(load(x + i, SIXTEEN), load(a[FACTORS] + i, SIXTEEN))))
             half = 64
             while half < 4 * size:
                 for first in range(0, 4 * size, 2 * half):
@@ -65,24 +64,22 @@ def blocks(data):
                         store(i, add(u, v))
                         store(i + half, subtract(u, v))
                 half *= 2
-            if back:
-                for i in range(0, 4 * size, 64):
-                    store(out + i, multiply(load(out + i, SIXTEEN), load(a[FACTORS] + i, SIXTEEN)))
 
 
 @functools.lru_cache(64)
-def _work(size: int, back: bool) -> tuple[Work, Any]:
+def _work(size: int) -> tuple[Work, Any]:
     """Return the work of these blocks, and what must stay alive for it."""
     with torch.inference_mode(False):
-        factors = torch.tensor(signs(size)) / math.sqrt(size)
-    return Work(blocks, (0, 0, factors.data_ptr(), size, back, 0)), factors
+        factors = torch.tensor(rotation.signs(size)) / math.sqrt(size)
+    return Work(blocks, (0, 0, factors.data_ptr(), size, 0)), factors
 
 
-def rotate(x: Tensor, size: int, back: bool) -> Tensor:
-    """Return what `rotation.rotate` does, for float32 [..., inputs] and blocks of at least LANE; not differentiable."""
+def rotate(x: Tensor, size: int) -> Tensor:
+    """Return `R x` along the last axis as `rotation.rotate` does, by the kernel where nothing asks for a gradient."""
+    if size < LANE or x.dtype != torch.float32 or (torch.is_grad_enabled() and x.requires_grad):
+        return rotation.rotate(x, size)
     x = x.contiguous()
     out = torch.empty_like(x)
-    work, _kept = _work(size, back)
-    changes = (X, x.data_ptr()), (OUT, out.data_ptr()), (TAKEN, x.numel())
-    work.run(-(-x.numel() // max(CHUNK, size)), 0, changes)
+    work, _kept = _work(size)
+    work.run(-(-x.numel() // max(CHUNK, size)), 0, ((X, x.data_ptr()), (OUT, out.data_ptr()), (TAKEN, x.numel())))
     return out
