@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rpq_convert.planning import Job
 from rpq_convert.rotation import rotate
-from rpq_convert.spec import DTYPES, dtype_of
+from rpq_convert.spec import CODEBOOK_DTYPES, DTYPES, dtype_of
 from rpq_convert.weight import RPQWeight
 
 
@@ -154,7 +154,7 @@ def _fit(
         tensors["scales"] = stored.reshape(view.scale_shape(job.shape))
         exact = stored.float()
         scaled = dense / torch.where(exact > 0, exact, 1.0)
-    codebook_dtype = DTYPES[spec.codebook_dtype]
+    codebook_dtype = CODEBOOK_DTYPES[spec.codebook_dtype]
     if float(scaled.abs().max()) > torch.finfo(codebook_dtype).max:
         raise EncodeError(f"{job.name}: values overflow {spec.codebook_dtype} codebooks; use codebook_dtype='float32'")
     try:
@@ -229,7 +229,7 @@ def _random(job: Job, tensor: Tensor, std: float | None) -> tuple[dict[str, Tens
         tensors["scales"] = torch.full(view.scale_shape(job.shape), std, dtype=DTYPES[spec.scales])
     else:
         codebooks = codebooks * std
-    codebooks = codebooks.to(DTYPES[spec.codebook_dtype])
+    codebooks = codebooks.to(CODEBOOK_DTYPES[spec.codebook_dtype])
     return tensors | _stored(job, codebooks, fitted.codes), fitted.dead, job.padding_idx
 
 

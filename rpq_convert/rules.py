@@ -26,7 +26,7 @@ SETTINGS = {
     "books": "codebooks: a number shared by the blocks, or 'blocks' for one each",
     "num_codebooks": "the seed's argument: one codebook for each of this many equal blocks; the cut length must divide",
     "axis": "cut axis, 'out' or 'in'",
-    "codebook_dtype": "float32, float16, bfloat16, or float8_e4m3fn: one byte, for 2 bits and less",
+    "codebook_dtype": "float32, float16, bfloat16, or float8_e4m3fn: one byte, for 2 bits and less, with scales",
     "scales": "dtype of one scale per output row, or 'none'",
     "rotation": "block-Hadamard rotation of the inputs: its size, or the largest power of two below that divides them",
     "fit": "kmeans, additive or random",

@@ -15,9 +15,8 @@ import torch
 from rpq_convert.view import WeightView, check_axis
 
 CODEWORDS = 256  # a code is one byte
-DTYPES = {
-    name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64", "float8_e4m3fn")
-}  # of codebooks and scales
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+CODEBOOK_DTYPES = {**DTYPES, "float8_e4m3fn": torch.float8_e4m3fn}
 LAYOUTS = ("blocks", "rows")
 ROTATIONS = (0, *(2**k for k in range(3, 13)))
 
@@ -64,9 +63,11 @@ class Spec:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
         check_axis(self.axis)
-        for name, value in (("codebook_dtype", self.codebook_dtype), ("scales", self.scales)):
-            if value not in DTYPES and not (name == "scales" and value is None):
-                raise ValueError(f"{name} must be one of {', '.join(DTYPES)}, not {value!r}")
+        for name, value, known in (("codebook_dtype", self.codebook_dtype, CODEBOOK_DTYPES), ("scales", self.scales, DTYPES)):
+            if value not in known and not (name == "scales" and value is None):
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+        if self.codebook_dtype == "float8_e4m3fn" and self.scales is None:
+            raise ValueError("float8_e4m3fn codebooks need scales: by themselves they reach no weight below 0.002")
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, not {self.layout!r}")
         if self.rotation not in ROTATIONS:
@@ -92,7 +93,7 @@ class Spec:
         stage = (self.stages,) if self.stages > 1 else ()
         grid = (blocks, n) if self.layout == "blocks" else (n, blocks)
         stored: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-            "codebooks": (DTYPES[self.codebook_dtype], (*stage, self.books, CODEWORDS, self.dim)),
+            "codebooks": (CODEBOOK_DTYPES[self.codebook_dtype], (*stage, self.books, CODEWORDS, self.dim)),
             "codes": (torch.uint8, stage + grid),
         }
         if self.scales is not None:

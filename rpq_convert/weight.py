@@ -23,6 +23,7 @@ from rpq_convert.view import WeightView
 
 NARROW = (torch.float16, torch.float8_e4m3fn)  # too narrow for an optimizer's steps
 
+
 def _transformed() -> bool:
     """Whether torch.func rewrites operations just now: it looks through ordinary ones only."""
     # isinstance, as the compiler takes `is not None` for true here

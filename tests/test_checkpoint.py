@@ -159,3 +159,9 @@ def test_config_names_no_code(source, tmp_path):
     rpq.convert_checkpoint(file, tmp_path / "out", factory=net, bits=4)
     text = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "factory" not in json.dumps(text) and text["quantization_config"]["quant_method"] == "rpq"
+
+
+def test_codebooks_of_one_byte_need_scales():
+    for rule in ({"scales": "none", "codebook_dtype": "float8_e4m3fn"}, {"scales": "float8_e4m3fn"}):
+        with pytest.raises(ValueError, match=r"codebooks need scales|scales must be one of"):
+            rpq.plan(net(), bits=2, rules=[{"match": "*", **rule}])

@@ -41,10 +41,13 @@ def cost(cut: Cut, tokens: int, dtype: torch.dtype = torch.float32) -> float:
 
 def pointwise_cost(cut: Cut, images: int, pixels: int) -> float:
     """The same for `pointwise`."""
-    looks, tokens = cut.axis == "in", images * pixels
-    padded = images * -(-pixels // 16) * 16
-    own = min(IMAGES * lookup_time(looks, cut, tokens), tile_time(looks, cut, padded, torch.float32))
-    return own / decode_time(looks, tokens, torch.float32)
+    return min(_pixel_times(cut, images, pixels)) / decode_time(cut.axis == "in", images * pixels, torch.float32)
+
+
+def _pixel_times(cut: Cut, images: int, pixels: int) -> tuple[float, float]:
+    """Return the times of lookups and of tiles for images: tiles take whole groups of an image's pixels."""
+    looks, padded = cut.axis == "in", images * -(-pixels // 16) * 16
+    return IMAGES * lookup_time(looks, cut, images * pixels), tile_time(looks, cut, padded, torch.float32)
 
 
 # Times of a product with every token, in those of one token by a dense product in float32. Few tokens are bound by memory,
@@ -163,14 +166,15 @@ def pointwise(
     flat, scales, bias = _flat(x), _wide(scales), _flat(bias)
     assert flat is not None
     images, _, pixels = x.shape
-    looks, padded = cut.axis == "in", images * -(-pixels // 16) * 16
-    if tile_time(looks, cut, padded, x.dtype) < IMAGES * lookup_time(looks, cut, images * pixels):
+    looks = cut.axis == "in"
+    by_lookups, by_tiles = _pixel_times(cut, images, pixels)
+    if by_tiles < by_lookups:
         out = flat.new_empty(images, cut.outputs, pixels)
         by_token, result = flat.transpose(1, 2), out.transpose(1, 2)
         _by_tiles(looks, by_token, x.dtype, codes, codebooks, cut, None, scales, bias, result)
         return out.to(x.dtype)
     books, norms = ready(codebooks, "lookup")
-    call = Call(cut.axis == "in", cut, codes, books, norms)
+    call = Call(looks, cut, codes, books, norms)
     out = flat.new_empty(images, cut.outputs, pixels)
     for image, result in zip(flat, out):
         fields = call.fields(
@@ -303,7 +307,7 @@ def apply(
     dtype, tokens = x.dtype, x.shape[0]
     x, factors, scales, bias = _flat(x), _wide(factors), _wide(scales), _flat(bias)  # type: ignore[assignment]
     out = x.new_empty(tokens, cut.n if looks else cut.length)
-    if tokens > 16 and tile_time(looks, cut, tokens, dtype) < lookup_time(looks, cut, tokens):
+    if tile_time(looks, cut, tokens, dtype) < lookup_time(looks, cut, tokens):
         _by_tiles(looks, x[None], dtype, codes, codebooks, cut, factors, scales, bias, out[None])
         return out
     call = call_of(looks, codes, codebooks, cut)
