@@ -30,9 +30,10 @@ RATES = (
     (1, 1), (4, 3), (3, 2), (5, 3), (2, 1), (4, 2), (7, 3), (5, 2), (8, 3), (3, 1), (6, 2), (7, 2), (4, 1), (8, 2),
     (5, 1), (6, 1), (7, 1), (8, 1), (10, 1), (12, 1), (14, 1), (16, 1),
 )  # fmt: skip
-# Errors of equal size harm the more the higher the rate: they sit on the large weights, above all with one codebook. By
-# what factor for every bit above 2, fitted to SmolLM2's perplexities: [one stage, several].
-HARM = (1.2, 1.1)
+# Errors of equal size harm the more the farther a rate is from 2 bits. Above, they sit on the large weights, above all with one
+# codebook: by what factor for every bit, fitted to SmolLM2's perplexities, [one stage, several]. Below, they no longer add up as
+# squares: by what factor for every bit, fitted to MiniLM's cosine with its word embedding alone at 1.6, 1.33 and 1 bits.
+HARM, BELOW = (1.2, 1.1), 1.7
 EMBEDDED = 4.0
 ROUNDING = 1e-7
 CLOSE = 0.99  # of a budget is to be used
@@ -145,7 +146,7 @@ def expected(job: Job) -> float:
 
 def harm(spec: Spec, error: float) -> float:
     """Return what a relative squared error of this layout counts, in errors of 2 bits."""
-    return error * HARM[spec.stages > 1] ** (spec.bits - 2)
+    return error * (BELOW ** (2 - spec.bits) if spec.bits < 2 else HARM[spec.stages > 1] ** (spec.bits - 2))
 
 
 def interpolate(measured: Mapping[Any, float], bits: float) -> float:

@@ -29,3 +29,9 @@ def counted(item: Any, value: Tensor | None) -> Tensor | None:
     if not isinstance(mask, Tensor) or mask.ndim != 2 or value is None or value.ndim < 3 or value.shape[:2] != mask.shape:
         return None
     return None if bool(mask.all()) else mask.flatten().bool()
+
+
+def without_padding(item: Any, output: Tensor) -> Tensor:
+    """Return an output [batch, tokens, …] without what its input's attention mask leaves out, as [vectors, …]."""
+    rows = counted(item, output)
+    return output if rows is None else output.flatten(0, 1)[rows]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rpq_convert import layers
-from rpq_convert.calling import call, counted, first_tensor
+from rpq_convert.calling import call, counted, first_tensor, without_padding
 
 Progress = Callable[[int], None]
 UNITS = {"language model": "tokens", "outputs": "outputs", "sentence pairs": "pairs"}
@@ -204,8 +204,7 @@ def layer_errors(base: nn.Module, model: nn.Module, data: Iterable[Any]) -> dict
     def watch(home: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             wanted, found = _main(output).double(), _main(model.get_submodule(home)(*args, **kwargs)).double()
-            if (rows := counted(current, wanted)) is not None:
-                wanted, found = wanted.flatten(0, 1)[rows], found.flatten(0, 1)[rows]
+            wanted, found = (without_padding(current, x) for x in (wanted, found))
             sums[home][0] += float((found - wanted).square().sum())
             sums[home][1] += float(wanted.square().sum())
 

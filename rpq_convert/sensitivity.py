@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from rpq_convert import layers, planning
 from rpq_convert.budget import mixes
 from rpq_convert.calibration import quiet
-from rpq_convert.calling import call, first_tensor
+from rpq_convert.calling import call, first_tensor, without_padding
 from rpq_convert.encode import build, encode
 from rpq_convert.planning import Job
 from rpq_convert.rules import PlanError
@@ -38,6 +38,9 @@ IMAGES = 8
 STEPS = 8  # per octave, to which results are rounded: threads and machines add up in other orders
 LARGEST = 8 * 10**9  # bytes of a model that is loaded whole to be measured without being asked
 LEAST = 0.01  # of the average weight's: what never met its input is not worth nothing
+# What calibration leaves of the harm of a layer's errors; tables that are only looked up gain nothing by it. MiniLM at 2 bits loses
+# .30 of its mean cosine without and .17 with it, SmolLM2 at 4 bits .61 and .085 nats.
+FEEDBACK = 0.5
 
 
 class NothingToRun(PlanError):
@@ -139,8 +142,9 @@ def _backward(model: nn.Module, item: Any, generator: torch.Generator) -> float:
         main = first_tensor(output) if logits is None else logits
         if main is None or not main.requires_grad:
             raise PlanError(f"the output of {type(model).__name__} has no tensor that depends on its weights")
+        main = without_padding(item, main)
         if logits is not None:
-            rows = logits.flatten(0, -2).float()  # [predictions, classes]
+            rows = main.flatten(0, -2).float()  # [predictions, classes]
             drawn = torch.multinomial(rows.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
             F.cross_entropy(rows, drawn.to(rows.device), reduction="sum").backward()
             return 2.0 * len(rows)
@@ -205,6 +209,10 @@ def measure_for(
     inputs = None if data is None else list(islice(data, SEQUENCES))
     what = {k: options[k] for k in ("rules", "include", "exclude", "seed", "axis", "fit") if options.get(k) is not None}
     try:
-        return {**options, "sensitivity": sensitivities(ready, inputs, **what)}
+        found = sensitivities(ready, inputs, **what)
     except NothingToRun:
         return dict(options)
+    if data is not None:  # they will be calibrated on it
+        tables = {s.name for s in walk(ready) if s.looked_up}
+        found = {name: value * (1 if name in tables else FEEDBACK) for name, value in found.items()}
+    return {**options, "sensitivity": found}

@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from rpq_convert import layers
 from rpq_convert.blocks import Arrival, arrivals, chains, recomputed
 from rpq_convert.calibration import describe, quiet
-from rpq_convert.calling import call, counted, first_tensor
+from rpq_convert.calling import call, first_tensor, without_padding
 from rpq_convert.folder import write_tensors
 from rpq_convert.recoding import EVERY, Recoding
 from rpq_convert.weight import RPQWeight
@@ -104,12 +104,6 @@ def distance(output: Any, wanted: Any) -> Tensor:
 
 
 LOSSES: dict[str, Loss] = {"kl": divergence, "mse": distance}
-
-
-def _counted(item: Any, output: Tensor) -> Tensor:
-    """Return an output [batch, tokens, …] without its padding, as [vectors, …]."""
-    rows = counted(item, output)
-    return output if rows is None else output.flatten(0, 1)[rows]
 
 
 def _main(output: Any) -> Tensor:
@@ -325,7 +319,7 @@ class _Run:
         if self.loss is None:
             self.loss = LOSSES["kl" if getattr(output, "logits", None) is not None else "mse"]
         if self.loss in LOSSES.values():
-            output, wanted = (_counted(item, _main(x)) for x in (output, wanted))
+            output, wanted = (without_padding(item, _main(x)) for x in (output, wanted))
         return self.loss(output, wanted)
 
     def _step(self, state: _State, sizes: dict[str, float]) -> float:

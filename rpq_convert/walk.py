@@ -47,6 +47,11 @@ class Slot:
     def nbytes(self) -> int:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
+    @property
+    def looked_up(self) -> bool:
+        """Say whether it is a table that no head shares: nothing is multiplied by it."""
+        return any("Embedding" in k for k in self.kinds) and not any(k.endswith(".Linear") for k in self.kinds)
+
 
 def _reason(module: nn.Module, name: str, tensor: Tensor) -> str:
     """Return why this parameter cannot be converted, or an empty text."""
