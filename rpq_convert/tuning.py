@@ -36,6 +36,7 @@ BETAS, EPSILON = (0.9, 0.99), 1e-12
 FLOOR = 1e-2  # size that a step on an all but zero tensor is relative to
 WARM = 0.05  # share of the steps in which the rate grows
 LAST = 0.1  # of the rate, at the last step
+BACK = 0.25  # of the rate is left where steps have made it worse than it came (depthwise convolutions bear a tenth of others')
 
 
 class TuneError(ValueError):
@@ -140,7 +141,8 @@ def tune(
         loss: `"kl"` (of the predicted distributions), `"mse"` (of the outputs, relative), or a function of (model's
             output, base's output); by default `"kl"` where outputs have logits.
         steps: at most so many, one batch each.
-        rate: size of a step, relative to the root mean square of the tensor it changes.
+        rate: size of a step, relative to the root mean square of the tensor it changes. Where an evaluation finds the model
+            worse than it came, tuning goes back to the best step and on with a quarter of it.
         every, patience: steps between two evaluations, and how many of them may pass without a new best.
         autocast: dtype to multiply in, e.g. `torch.bfloat16`; required by models of half precision.
         recompute: keep only what blocks are given for the backward pass, and run each once more in it: less memory, more time.
@@ -269,7 +271,7 @@ class _Run:
     def run(self) -> Tuning:
         with _training(self.model, self.values):
             sizes = {n: max(float(p.detach().square().mean().sqrt()), FLOOR) for n, p in self.values.items()}
-            state = self._resume() or _State(self._copy(), {}, {}, 0, 0, [])
+            state = self._resume() or _State(self._copy(), {}, {}, 0, 0, [], self.rate)
             if not state.history:
                 state.history.append((0, before := self._judge()))
                 if not math.isfinite(before):
@@ -286,11 +288,11 @@ class _Run:
                     since += 1
                     if judged < min(value for _, value in state.history):
                         state.best, state.best_step, since = self._copy(), state.step, 0
+                    elif not judged <= state.history[0][1]:
+                        self._go_back(state)
                     state.history.append((state.step, judged))
                     self._save(state)
-            with torch.no_grad():
-                for name, p in self._all().items():
-                    p.copy_(state.best[name])
+            self._put(state.best)
         if self.checkpoint:
             self.checkpoint.unlink(missing_ok=True)
         after = min(value for _, value in state.history)
@@ -303,6 +305,18 @@ class _Run:
     def _copy(self) -> dict[str, Tensor]:
         """Return what is tuned as it would be stored."""
         return {n: p.detach().to(self.stored.get(n, p.dtype)).to(p.dtype, copy=True) for n, p in self._all().items()}
+
+    @torch.no_grad()
+    def _put(self, values: dict[str, Tensor]) -> None:
+        for name, p in self._all().items():
+            p.copy_(values[name])
+
+    def _go_back(self, state: _State) -> None:
+        """Return to the best step, with nothing gathered and a smaller rate."""
+        self._put(state.best)
+        for gathered in (state.mean, state.square, *self._gathered().values()):
+            gathered.clear()
+        state.rate, state.began = state.rate * BACK, state.step
 
     def _order(self, step: int) -> int:
         """Return the batch of a step: an order of its own for every pass over the data."""
@@ -339,11 +353,11 @@ class _Run:
                     continue
                 mean = state.mean.setdefault(name, torch.zeros_like(g)).lerp_(g, 1 - BETAS[0])
                 square = state.square.setdefault(name, torch.zeros_like(g)).lerp_(g.square(), 1 - BETAS[1])
-                t = state.step + 1
+                t = state.step + 1 - state.began
                 step = mean / (1 - BETAS[0] ** t) / ((square / (1 - BETAS[1] ** t)).sqrt() + EPSILON)
-                self.values[name].sub_(step, alpha=self.rate * factor * sizes[name])
+                self.values[name].sub_(step, alpha=state.rate * factor * sizes[name])
         if self.recoding:
-            self.recoding.pull(gradients[len(self.values) :], factor)
+            self.recoding.pull(gradients[len(self.values) :], factor * state.rate / self.rate)
             if (state.step + 1) % EVERY == 0:
                 self.recoding.change()
         return float(loss.detach())
@@ -366,7 +380,8 @@ class _Run:
         now = {n: p.detach() for n, p in self._all().items()}
         groups = {"now": now, "best": state.best, "mean": state.mean, "square": state.square, **self._gathered()}
         tensors = {f"{g}/{n}": t.contiguous() for g, found in groups.items() for n, t in found.items()}
-        facts = {"step": state.step, "best_step": state.best_step, "history": state.history, "mark": self.mark}
+        plain = ("step", "best_step", "history", "rate", "began")
+        facts = {"mark": self.mark, **{name: getattr(state, name) for name in plain}}
         write_tensors(self.checkpoint, tensors, {"rpq_tune": json.dumps(facts)})
 
     def _gathered(self) -> dict[str, dict[str, Tensor]]:
@@ -391,7 +406,8 @@ class _Run:
             for name, value in groups["now"].items():
                 everything[name].copy_(value)
         history = [(int(step), float(value)) for step, value in facts["history"]]
-        return _State(groups["best"], groups["mean"], groups["square"], facts["step"], facts["best_step"], history)
+        gathered = groups["best"], groups["mean"], groups["square"]
+        return _State(*gathered, facts["step"], facts["best_step"], history, facts["rate"], facts["began"])
 
 
 @dataclass
@@ -402,6 +418,8 @@ class _State:
     step: int
     best_step: int
     history: list[tuple[int, float]]
+    rate: float
+    began: int = 0  # the step from which mean and square gather
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -122,13 +122,20 @@ def test_steps_that_harm_are_not_kept(pair):
     assert all(torch.equal(t, model.state_dict()[k]) for k, t in before.items())
 
 
-@pytest.mark.parametrize("recode", [0.0, 0.01])
-def test_a_killed_run_goes_on_to_the_same_bits(pair, tmp_path, recode, monkeypatch):
+def test_steps_that_are_too_long_become_shorter(pair):
+    dense, model, data = pair[0], copy.deepcopy(pair[1]), pair[2]
+    done = rpq.tune(model, dense, data[:8], steps=32, every=4, rate=2.0, patience=8)
+    (_, before), (_, first), *_ = done.history
+    assert first > before > done.after
+
+
+@pytest.mark.parametrize("recode, rate", [(0.0, 2e-3), (0.01, 2e-3), (0.01, 2.0)])
+def test_a_killed_run_goes_on_to_the_same_bits(pair, tmp_path, recode, rate, monkeypatch):
     monkeypatch.setattr(recoding, "RATE", 0.1)
     dense, data = pair[0], pair[2][:10]
     whole, parts = copy.deepcopy(pair[1]), copy.deepcopy(pair[1])
     file = tmp_path / "tune.safetensors"
-    settings = {"steps": 9, "every": 3, "seed": 5, "recode": recode}
+    settings = {"steps": 9, "every": 3, "seed": 5, "recode": recode, "rate": rate}
     expected = rpq.tune(whole, dense, data, **settings)
 
     def kill(step, loss):
