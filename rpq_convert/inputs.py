@@ -150,7 +150,7 @@ def tokenized(words: Any, lines: list[str], window: int) -> Iterable[Any]:
 
 
 @torch.no_grad()
-def own_inputs(model: Any, *, samples: int = 64, window: int = 128, batch: int = 16, seed: int = 0) -> list[Any]:
+def own_inputs(model: Any, *, samples: int = 64, window: int = 128, batch: int = 32, seed: int = 0) -> list[Any]:
     """Return texts that a causal language model writes itself, to calibrate it where no text is at hand.
 
     Each starts with a random token and is sampled at temperature 1 (as in LLM-QAT, Liu et al. 2023, arXiv:2305.17888).
