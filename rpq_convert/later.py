@@ -161,7 +161,7 @@ def tune_folder(
     Args:
         base, folder, out: the dense checkpoint, its conversion, and the folder to make.
         data, window, samples, factory: as for `read_inputs` and `load`.
-        blocks: steps on each block alone, before all are tuned together.
+        blocks: steps on each block alone, before all are tuned together; with the same options, but the loss.
         overwrite: replace `out`.
         options: those of `tune`. A killed run goes on when it is repeated; blocks are tuned again first.
 
@@ -173,7 +173,8 @@ def tune_folder(
     items = read_inputs(data, base, window=window, samples=samples)
     told = None if say is None else lambda step, loss: say(f"step {step}: loss {loss:.4g}")
     if blocks:
-        for path, done in tune_blocks(model, dense, items, steps=blocks, seed=options.get("seed", 0)).items():
+        how = {name: value for name, value in options.items() if name not in ("steps", "loss")}
+        for path, done in tune_blocks(model, dense, items, steps=blocks, **how).items():
             if say is not None:
                 say(f"{path}: {done}")
     file = place.with_name(place.name + ".tuning.safetensors")

@@ -210,7 +210,7 @@ def test_what_cannot_be_tuned_is_refused(pair):
         rpq.tune(broken, dense, data)
 
 
-def test_blocks_are_tuned_one_after_another():
+def test_blocks_are_tuned_one_after_another(monkeypatch):
     torch.manual_seed(0)
     blocks = [nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64)) for _ in range(3)]
     base = nn.Sequential(nn.Linear(16, 64), nn.Sequential(*blocks), nn.Linear(64, 8)).eval()
@@ -223,6 +223,11 @@ def test_blocks_are_tuned_one_after_another():
     assert set(done) == {"0", "1", "2"}  # the outermost chain
     assert done["1"].after < done["1"].before and all(d.after <= d.before for d in done.values())
     assert rpq.evaluate(base, model, held).metrics["relative_error"] < before
+    codes = {k: t.clone() for k, t in model.state_dict().items() if t.dtype == torch.uint8}
+    monkeypatch.setattr(recoding, "RATE", 0.1)
+    done = rpq.tune_blocks(model, base, data, steps=40, every=10, recode=0.02)
+    changed = {k.partition(".")[0] for k, t in codes.items() if not torch.equal(t, model.state_dict()[k])}
+    assert "1" in changed <= {path for path, d in done.items() if d.best}
     with pytest.raises(rpq.TuneError, match="no chain"):
         rpq.tune_blocks(model[0], base[0], data)
 
