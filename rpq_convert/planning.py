@@ -298,7 +298,7 @@ def make_plan(
     Args:
         slots: the model, from `walk` or `walk_headers`.
         preset: a preset's name or TOML path; with no size option at all, `DEFAULT_PRESET`.
-        bits, dim: code bits per weight, or the length of a sub-vector.
+        bits, dim: code bits per weight (8 where an output has at most 32 inputs), or the length of a sub-vector.
         stages: with `dim`, how many codewords are summed for one sub-vector.
         codebooks: `"heads"`, the seed's rule, or a number: that many codebooks per parameter, one for each block.
         axis: the cut axis for layers that allow both.
@@ -378,6 +378,12 @@ def make_plan(
     return Plan(plan.jobs, plan.skips, options, plan.max_shard_size, (*warnings, *warnings_of(plan)))
 
 
+# Where an output has no more inputs than this (depthwise kernels, the convolution of a picture's pixels), `bits` means 8 of them:
+# errors have nothing to average out over, and the bytes are few. EfficientNet-Lite0 at 4 bits: 12 % of its answers stay the
+# dense model's without, 39 % with it, in 3 % more bytes.
+FEW = 32
+
+
 def _decide(
     slot: Slot,
     stored: torch.dtype,
@@ -412,6 +418,9 @@ def _decide(
         view.check(slot.shape)
     except (ValueError, AttributeError) as e:
         raise PlanError(f"{slot.name}: {e}") from None
+    few = view.axis == "out" and view.matrix_shape(slot.shape, "in")[1] <= FEW
+    if few and settings.get("bits", 8) < 8 and not (own and "bits" in own.settings):
+        settings, by = overlay(settings, {"bits": 8}), f"{by}, and 8 bits for at most {FEW} inputs"
     settings = overlay(
         settings, {k: v for k, v in forced.items() if k != "axis" or slot.view is None or view.axis == "out"}
     )
