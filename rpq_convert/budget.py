@@ -111,7 +111,7 @@ def make_plan(
     )
     if len(given) > 1:
         raise PlanError(f"give one of {', '.join(given)}, not several: each decides the sizes")
-    choices = Choices(slots, sensitivity, options)
+    choices = Choices(slots, sensitivity, {n: v for n, v in options.items() if n not in sizes})  # which are all None
     if max_error is not None:
         return choices.within_error(max_error).plan
     if target_size is not None:
@@ -180,8 +180,10 @@ class Choices:
         self.free = {i for i, o in enumerate(self.items) if any(isinstance(x.decision, Job) for x in o)}
 
     def _options(self, slot: Slot, decisions: list[Job | Skip]) -> list[Option]:
-        if len(decisions) > 1:  # else a rule gave it a size, or it cannot be converted
-            job = next(d for d in decisions if isinstance(d, Job))
+        job = next((d for d in decisions if isinstance(d, Job)), None)
+        if job is None:  # whatever the reason
+            decisions = decisions[:1]
+        elif len(decisions) > 1:  # else a rule gave it a size
             dense = Skip(slot.name, slot.aliases, slot.layer, slot.shape, job.dtype, f"kept dense by {BY}")
             decisions = [*(replace(d, rule=BY) for d in decisions if isinstance(d, Job)), dense]
         return [self._option(slot, d) for d in decisions]

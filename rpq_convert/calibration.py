@@ -35,6 +35,16 @@ class CalibrationError(ValueError):
     """The calibration data cannot serve."""
 
 
+Calibration = Iterable[Any] | Callable[[nn.Module], Iterable[Any]]
+
+
+def inputs_of(calibration: Calibration | None, model: nn.Module) -> list[Any] | None:
+    """Return calibration data, which the model may have to make itself, as a list."""
+    if calibration is None:
+        return None
+    return list(calibration(model) if callable(calibration) else calibration)
+
+
 class Moments:
     """Second moments of what a weight multiplies, summed in fp64: one matrix for each part with inputs of its own.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rpq_convert import layers
-from rpq_convert.calibration import calibrate, describe
+from rpq_convert.calibration import Calibration, calibrate, describe, inputs_of
 from rpq_convert.encode import Encoded, Statistics, build, encode
 from rpq_convert.executors import run
 from rpq_convert.folder import Folder
@@ -31,7 +31,6 @@ from rpq_convert.walk import walk
 
 AFTER: list[Callable[[nn.Module], None]] = []  # called with every model whose layers were converted, loaded or restored
 Progress = Callable[[Job, Encoded | None], None]
-Calibration = Iterable[Any] | Callable[[nn.Module], Iterable[Any]]
 
 
 def plan(
@@ -111,12 +110,6 @@ def _open(target: Any, measured: bool, where: Mapping[str, Any]) -> Opened:
     return open_checkpoint(target, need="weights" if measured and Path(target).exists() else "headers", **where)
 
 
-def _inputs(calibration: Calibration | None, model: nn.Module) -> list[Any] | None:
-    if calibration is None:
-        return None
-    return list(calibration(model) if callable(calibration) else calibration)
-
-
 def _encode(item: tuple[Job, Tensor, float | None, Statistics | None, Mapping[str, Tensor] | None]) -> Encoded:
     job, tensor, std, statistics, start = item
     return encode(job, tensor, std=std, statistics=statistics, start=start)
@@ -176,7 +169,7 @@ def convert(
     Example:
         >>> report = rpq.convert(model, bits=4); print(report)
     """
-    data = _inputs(calibration, model)
+    data = inputs_of(calibration, model)
     plan = plan or Opened(model, None).plan(data=data, **options)
     source = {n: p.detach() for n, p in model.named_parameters(remove_duplicate=False)}
     unknown = [j.name for j in plan.jobs if j.name not in source]
@@ -395,7 +388,7 @@ def convert_checkpoint(
     if opened.model is None:
         raise SourceError(f"{src} has no config.json: give factory='package.module:callable' that builds its model")
     model = opened.model if calibration is None else opened.filled()
-    data = _inputs(calibration, model)
+    data = inputs_of(calibration, model)
     plan = plan or opened.plan(data=data, **options)
     if data is not None:
         plan = replace(plan, options={**plan.options, "calibration": describe(data)})

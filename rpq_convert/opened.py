@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rpq_convert import hub, layers
 from rpq_convert.budget import make_plan, sweep
+from rpq_convert.calibration import Calibration
 from rpq_convert.card import Base, base_in
 from rpq_convert.empty import parameters_on_meta
 from rpq_convert.folder import CARD, CONFIG
@@ -58,14 +59,14 @@ class Opened:
         facts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         return json.dumps(facts, indent=1)
 
-    def plan(self, *, data: Iterable[Any] | None = None, **options: Any) -> Plan:
+    def plan(self, *, data: Calibration | None = None, **options: Any) -> Plan:
         """Plan the conversion; where sizes are chosen to a budget and the weights are at hand, the model is measured."""
         if asks(options):
             options = self._measured(options, data)
         slots, known = self._slots()
         return make_plan(slots, **known, **options)
 
-    def sweep(self, *, points: int = 24, data: Iterable[Any] | None = None, **options: Any) -> Curve:
+    def sweep(self, *, points: int = 24, data: Calibration | None = None, **options: Any) -> Curve:
         """Return the curve of size against expected quality, by measured sensitivities where `plan` would measure them."""
         if options.get("sensitivity") is None:
             options = self._measured(options, data)
@@ -78,7 +79,7 @@ class Opened:
         note = "planned from tensor names and shapes alone: layer types are guesses; give a factory to convert"
         return walk_headers((i.name, i.dtype, i.shape) for i in self.source.infos.values()), {"warnings": [note]}
 
-    def _measured(self, options: Mapping[str, Any], data: Iterable[Any] | None) -> dict[str, Any]:
+    def _measured(self, options: Mapping[str, Any], data: Calibration | None) -> dict[str, Any]:
         return dict(options) if self.model is None else measure_for(options, self.filled, data)
 
     def filled(self) -> nn.Module:

@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from torch.nn import functional as F
 
 from rpq_convert import layers, planning
 from rpq_convert.budget import mixes
-from rpq_convert.calibration import quiet
+from rpq_convert.calibration import Calibration, inputs_of, quiet
 from rpq_convert.calling import call, first_tensor, without_padding
 from rpq_convert.encode import build, encode
 from rpq_convert.planning import Job
@@ -199,14 +198,15 @@ def asks(options: Mapping[str, Any]) -> bool:
 
 
 def measure_for(
-    options: Mapping[str, Any], model: Callable[[], nn.Module], data: Iterable[Any] | None = None
+    options: Mapping[str, Any], model: Callable[[], nn.Module], data: Calibration | None = None
 ) -> dict[str, Any]:
     """Return a plan's options with measured sensitivities, where this model can be run."""
     ready = model()
     size = sum(p.numel() * p.element_size() for p in ready.parameters())
     if size > LARGEST or any(p.is_meta for p in ready.parameters()):
         return dict(options)
-    inputs = None if data is None else list(islice(data, SEQUENCES))
+    inputs = inputs_of(data, ready)
+    inputs = inputs and inputs[:SEQUENCES]
     what = {k: options[k] for k in ("rules", "include", "exclude", "seed", "axis", "fit") if options.get(k) is not None}
     try:
         found = sensitivities(ready, inputs, **what)

@@ -179,6 +179,19 @@ def test_json_is_all_of_stdout_and_quiet_says_nothing(bert, tmp_path):
     assert json.loads(rpq("audit", tmp_path / "a", "--json").stdout)["rows"] == report["rows"]
 
 
+@pytest.mark.parametrize("asked", [("--target-size", "100kB"), ("--bits", 4.5), ("--max-error", 0.02)])
+def test_sizes_to_a_budget(bert, tmp_path, asked):
+    plan = json.loads(rpq("plan", bert, *asked, "--sensitivity", "shape", "--json").stdout)
+    sizes = {(j["spec"]["dim"], j["spec"]["stages"]) for j in plan["jobs"]}
+    assert len(sizes) > 1 or sizes == {(2, 1)}  # one size for all has these errors
+    rpq("convert", bert, "--out", tmp_path / "out", *asked, "-q")
+    rpq("verify", tmp_path / "out")
+    size = sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors"))
+    assert asked[0] != "--target-size" or 99_000 <= size <= 100_000
+    rows = json.loads(rpq("audit", tmp_path / "out", "--json").stdout)["rows"]
+    assert asked[0] != "--max-error" or all(r["error"] is None or r["error"] < 0.03 for r in rows)
+
+
 def test_plan_and_explain(bert, tmp_path):
     assert "embeddings.word_embeddings" in rpq("plan", bert, "--bits", 2).stdout
     plan = json.loads(rpq("plan", bert, "--bits", 2, "--json").stdout)

@@ -110,6 +110,12 @@ def test_calibrate_on_its_own_text(spoken, tmp_path):
     model = tf.AutoModelForCausalLM.from_pretrained(base)
     again = rpq.convert(model, bits=2, grow=True, calibration=lambda m: rpq.own_inputs(m, samples=8))
     assert again.options["calibration"] == report["options"]["calibration"]
+    sized = (*asked[:3], tmp_path / "sized", "--bits", 6.5, *asked[6:])
+    run(*sized)
+    model = tf.AutoModelForCausalLM.from_pretrained(base)
+    rpq.convert(model, bits=6.5, grow=True, calibration=lambda m: rpq.own_inputs(m, samples=8))
+    found = rpq.load(tmp_path / "sized").state_dict()
+    assert all(torch.equal(t, found[name]) for name, t in model.state_dict().items())
 
 
 def test_what_cannot_be_calibrated_is_told(spoken, tmp_path):
