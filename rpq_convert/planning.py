@@ -418,15 +418,16 @@ def _decide(
         view.check(slot.shape)
     except (ValueError, AttributeError) as e:
         raise PlanError(f"{slot.name}: {e}") from None
-    few = view.axis == "out" and view.matrix_shape(slot.shape, "in")[1] <= FEW
-    if few and settings.get("bits", 8) < 8 and not (own and "bits" in own.settings):
-        settings, by = overlay(settings, {"bits": 8}), f"{by}, and 8 bits for at most {FEW} inputs"
     settings = overlay(
         settings, {k: v for k, v in forced.items() if k != "axis" or slot.view is None or view.axis == "out"}
     )
     if 0 in slot.shape:
         return "empty"
     spec = resolve(slot.name, slot.shape, view, settings)
+    few = view.axis == "out" and view.matrix_shape(slot.shape, "in")[1] <= FEW
+    if few and "bits" in settings and spec.bits < 8 and not (own and "bits" in own.settings):
+        spec = resolve(slot.name, slot.shape, view, overlay(settings, {"bits": 8}))
+        by += f", and 8 bits for at most {FEW} inputs"
     fit = settings.get("fit") or ("additive" if spec.stages > 1 else "kmeans")
     if fit not in ("kmeans", "additive", "random"):
         raise PlanError(f"{slot.name}: fit must be kmeans, additive or random, not {fit!r}")

@@ -262,7 +262,7 @@ class _Run:
         self.stored = {name: p.dtype for name, p in self.values.items()}
         self.recoding = Recoding(_coded(model), recode) if recode else None
         self.loss = LOSSES[loss] if isinstance(loss, str) else loss
-        facts = [describe(batches), describe(judged), str(loss), steps, rate, every, seed, str(autocast), recode]
+        facts = [describe(batches), describe(judged), str(loss), steps, rate, every, seed, str(autocast), recode, BACK]
         shapes = {name: [str(p.dtype), *p.shape] for name, p in self.values.items()}
         begins = {**self.values, **(self.recoding.codes if self.recoding else {})}
         start = {n: hashlib.sha256(p.detach().cpu().float().numpy().tobytes()).hexdigest() for n, p in begins.items()}
@@ -271,7 +271,7 @@ class _Run:
     def run(self) -> Tuning:
         with _training(self.model, self.values):
             sizes = {n: max(float(p.detach().square().mean().sqrt()), FLOOR) for n, p in self.values.items()}
-            state = self._resume() or _State(self._copy(), {}, {}, 0, 0, [], self.rate)
+            state = self._resume() or _State(self._copy(), {}, {}, 0, 0, [])
             if not state.history:
                 state.history.append((0, before := self._judge()))
                 if not math.isfinite(before):
@@ -316,7 +316,7 @@ class _Run:
         self._put(state.best)
         for gathered in (state.mean, state.square, *self._gathered().values()):
             gathered.clear()
-        state.rate, state.began = state.rate * BACK, state.step
+        state.share, state.began = state.share * BACK, state.step
 
     def _order(self, step: int) -> int:
         """Return the batch of a step: an order of its own for every pass over the data."""
@@ -346,7 +346,7 @@ class _Run:
             return float(loss.detach())  # a batch that overflows teaches nothing
         warm = max(1, round(WARM * self.steps))
         left = max(0.0, (state.step - warm) / max(1, self.steps - warm))
-        factor = min((state.step + 1) / warm, LAST + (1 - LAST) * (1 + math.cos(math.pi * left)) / 2)
+        factor = state.share * min((state.step + 1) / warm, LAST + (1 - LAST) * (1 + math.cos(math.pi * left)) / 2)
         with torch.no_grad():
             for name, g in found.items():
                 if g is None:
@@ -355,9 +355,9 @@ class _Run:
                 square = state.square.setdefault(name, torch.zeros_like(g)).lerp_(g.square(), 1 - BETAS[1])
                 t = state.step + 1 - state.began
                 step = mean / (1 - BETAS[0] ** t) / ((square / (1 - BETAS[1] ** t)).sqrt() + EPSILON)
-                self.values[name].sub_(step, alpha=state.rate * factor * sizes[name])
+                self.values[name].sub_(step, alpha=self.rate * factor * sizes[name])
         if self.recoding:
-            self.recoding.pull(gradients[len(self.values) :], factor * state.rate / self.rate)
+            self.recoding.pull(gradients[len(self.values) :], factor)
             if (state.step + 1) % EVERY == 0:
                 self.recoding.change()
         return float(loss.detach())
@@ -380,7 +380,7 @@ class _Run:
         now = {n: p.detach() for n, p in self._all().items()}
         groups = {"now": now, "best": state.best, "mean": state.mean, "square": state.square, **self._gathered()}
         tensors = {f"{g}/{n}": t.contiguous() for g, found in groups.items() for n, t in found.items()}
-        plain = ("step", "best_step", "history", "rate", "began")
+        plain = ("step", "best_step", "history", "share", "began")
         facts = {"mark": self.mark, **{name: getattr(state, name) for name in plain}}
         write_tensors(self.checkpoint, tensors, {"rpq_tune": json.dumps(facts)})
 
@@ -407,7 +407,7 @@ class _Run:
                 everything[name].copy_(value)
         history = [(int(step), float(value)) for step, value in facts["history"]]
         gathered = groups["best"], groups["mean"], groups["square"]
-        return _State(*gathered, facts["step"], facts["best_step"], history, facts["rate"], facts["began"])
+        return _State(*gathered, facts["step"], facts["best_step"], history, facts["share"], facts["began"])
 
 
 @dataclass
@@ -418,7 +418,7 @@ class _State:
     step: int
     best_step: int
     history: list[tuple[int, float]]
-    rate: float
+    share: float = 1.0  # of the rate
     began: int = 0  # the step from which mean and square gather
 
 

@@ -112,6 +112,8 @@ def test_kernels_of_few_inputs_get_eight_bits_unless_a_rule_names_them():
     rule = {"match": "1", "bits": 4}
     assert [j.spec.bits for j in rpq.plan(model, bits=4, rules=[rule]).jobs] == [8, 4, 4, 4]
     assert {j.spec.dim for j in rpq.plan(model, dim=2, axis="in").jobs} == {2}
+    with pytest.raises(rpq.PlanError, match="bits must be"):
+        rpq.plan(model, bits=True)
 
 
 def test_a_model_whose_layers_differ_in_their_heads_has_a_plan():
