@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.quality.drawing import frontier
 from benchmarks.quality.peers import by_matrix, packed, rounding
 from benchmarks.quality.shuffle import shuffle_channels
+from benchmarks.quality.sources import Sources
 from benchmarks.quality.table import document, pictures
 
 
@@ -90,3 +91,18 @@ def test_the_picture_has_a_line_per_tool_and_leaves_out_what_a_smaller_one_beats
     assert name in document(rows)
     assert picture.count("<polyline") == 3 and picture.count('r="3"') == 4
     assert frontier([(3, 1.0), (1, 5.0), (2, 6.0), (4, 1.0)]) == [(1, 5.0), (3, 1.0)]
+
+
+def test_sentences_are_the_texts_own_and_wordnets_examples_and_glosses(tmp_path):
+    (tmp_path / "text").write_text(" A lobster is an animal of the sea . It can live for 40 years . \n Too short . \n")
+    (tmp_path / "data.verb").write_text(
+        "  1 the licence | of nothing at all\n"
+        '01 29 v | become hazy or dull; "his eyes grew dull with age"; "too short"  \n'
+        '02 29 v | burn to charcoal; "the fire will char everything"  \n'
+    )
+    assert Sources(fit=tmp_path / "text", wordnet=tmp_path).sentences() == [
+        " A lobster is an animal of the sea .", "It can live for 40 years .",
+        "his eyes grew dull with age", "the fire will char everything", "become hazy or dull",
+    ]  # fmt: skip
+    with pytest.raises(SystemExit, match="--wordnet"):
+        Sources(fit=tmp_path / "text").sentences()

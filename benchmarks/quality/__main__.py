@@ -1,12 +1,12 @@
 """Quality against bytes, tool by tool, on real models; writes docs/quality.md and its pictures.
 
-    python -m benchmarks.quality --fit-text VALID --test-text TEST --pairs STSB_CSV [--tasks …] [--only PEER …]
+    python -m benchmarks.quality --fit-text VALID --test-text TEST --pairs STSB_CSV --wordnet DATA [--tasks …] [--only PEER …]
 
-VALID and TEST: WikiText-2's validation and test part as plain text; STSB_CSV: STS-B's English test pairs. What tools fit on
-comes from VALID alone. A finished cell (task, tool, settings) is a line of docs/quality.jsonl and is not run again, so a killed
-run goes on where it stopped; `--again` measures the chosen cells anew, `--retry` those that failed, and `--tasks` with no
-name writes the page alone. Each tool runs in its own process and environment (made under --work on first use). Run from the
-root of a checkout with `pip install -e .[bench]`.
+VALID and TEST: WikiText-2's validation and test part as plain text; STSB_CSV: STS-B's English test pairs; DATA: WordNet's folder.
+What tools fit on comes from VALID, and for the encoder from WordNet's sentences as well. A finished cell (task, tool, settings)
+is a line of docs/quality.jsonl and is not run again, so a killed run goes on where it stopped; `--again` measures the chosen
+cells anew, `--retry` those that failed, and `--tasks` with no name writes the page alone. Each tool runs in its own process and
+environment (made under --work on first use). Run from the root of a checkout with `pip install -e .[bench]`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Row = dict[str, Any]
 def main() -> None:
     asked = _arguments()
     rows = {_key(r): r for line in _lines(asked.results) for r in [json.loads(line)]}
-    sources = Sources(asked.fit_text, asked.test_text, asked.pairs, asked.pictures)
+    sources = Sources(asked.fit_text, asked.test_text, asked.pairs, asked.wordnet, asked.pictures)
     for task in asked.tasks:
         cells = [
             {"task": task, "peer": p, "settings": s}
@@ -66,6 +66,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--fit-text", type=Path)
     parser.add_argument("--test-text", type=Path)
     parser.add_argument("--pairs", type=Path)
+    parser.add_argument("--wordnet", type=Path, help="folder of WordNet's data files")
     parser.add_argument("--pictures", type=Path, help="folder of Fashion-MNIST's four .gz files")
     parser.add_argument(
         "--tasks", nargs="*", default=list(TASKS), metavar="TASK", help=f"{', '.join(TASKS)}; none: the page alone"

@@ -15,19 +15,21 @@ _FREE = [{"bits": b} for b in _BITS]
 _CALIBRATED = [{"bits": b, "calibrated": True} for b in _BITS[2:]]
 _OWN = [{"bits": b, "own": True} for b in (4, 3, 2)]  # no data: to text that the model writes itself
 _FINE = [{"bits": b, "calibrated": True} for b in (8, 6, 2.67)]  # against others' 8 bits, Q5_K_M, GPTQ's 3 bits
-_TUNED = [{"bits": b, "calibrated": True, "steps": 400, "recode": 5e-4} for b in (2, 3, 4)]
 _SIZED = {  # in the bytes of 2 bits for every weight
     "smollm2": {"target_size": 34_500_000, "calibrated": True},
     "minilm": {"target_size": 5_915_000, "calibrated": True},
 }
-_TWO_TUNED = {**_SIZED["minilm"], "steps": 1500, "rate": 4e-3, "recode": 2e-3}
-_TEXT_TUNED = [_TUNED[0], *({"bits": b, "calibrated": True, "steps": s} for b, s in ((3, 200), (4, 100), (5, 100)))]
+_TWO_TUNED = {**_SIZED["minilm"], "steps": 3000, "rate": 4e-3, "recode": 2e-3}
+_TEXT_TUNED = [
+    {"bits": 2, "calibrated": True, "steps": 400, "recode": 5e-4},
+    *({"bits": b, "calibrated": True, "steps": s} for b, s in ((3, 200), (4, 100), (5, 100))),
+]
 _PICTURES = [*_FREE, *_CALIBRATED, *({"bits": b, "calibrated": True, "steps": 200} for b in (2, 1))]
 _BYTES = [{**s, "codebooks": "float8_e4m3fn"} for s in _PICTURES if s["bits"] <= 2]
 SETTINGS = {
     "smollm2": [*_FREE, *_OWN, *_CALIBRATED, *_FINE, _SIZED["smollm2"], *_TEXT_TUNED],
     "smollm2-as-shipped": [{"bits": 4}],
-    "minilm": [*_FREE, *_CALIBRATED, *_TUNED, _SIZED["minilm"], _TWO_TUNED],
+    "minilm": [*_FREE, *_CALIBRATED, _SIZED["minilm"], _TWO_TUNED],
     "efficientnet": _PICTURES,
     "resnet": [*_PICTURES, *_BYTES],
     "vit": [*_PICTURES, *_BYTES],
