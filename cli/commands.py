@@ -126,6 +126,8 @@ def convert(
     opened = open_checkpoint(src, **where, need="weights" if measured else "headers")
     if opened.model is None and not dry_run:
         raise SourceError(f"{src} has no config.json: give --factory package:callable, which builds its model")
+    if measured and callable(data) and opened.model is not None:
+        data = data(opened.filled())  # written once, for the measurement and the fit
     plan = opened.plan(data=data, **asked)
     del opened
     warn(plan.warnings)

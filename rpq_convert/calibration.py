@@ -166,8 +166,7 @@ class _Walk:
         self.items = data
         self.jobs = {job.name: job for job in jobs if job.fit != "random"}
         self.random = [job.name for job in jobs if job.fit == "random"]
-        self.trace = self._trace()
-        self.chains = chains(model, data[0])
+        self.trace, self.chains = self._trace()
         self.dense = {chain[0]: arrivals(model, chain, self._passes()) for chain in self.chains}
 
     def run(self) -> None:
@@ -178,7 +177,7 @@ class _Walk:
             )
         first = [n for n in self.jobs if not any(n in g for g in groups)]
         tied = [n for n in first if n in self.trace.calls]  # tables that are looked up first and multiplied at the end
-        known = self._measure(tied, self._passes(), stop=None) if tied else {}
+        known = self._measure(tied, self._passes(), once=all(self.trace.calls[n] == 1 for n in tied)) if tied else {}
         self._fit({name: known.get(name) for name in (*self.random, *first)})
         done: set[str] = set()
         for group in groups:
@@ -205,14 +204,18 @@ class _Walk:
         return Watch(weights, see)
 
     def _measure(
-        self, names: Sequence[str], runs: Sequence[Run], stop: str | None, twin: _Twin | None = None
+        self, names: Sequence[str], runs: Sequence[Run], once: bool, twin: _Twin | None = None
     ) -> dict[str, Moments]:
-        """Run every item, adding up what these weights are multiplied by; with `stop`, no further than that weight."""
+        """Run every item, adding up what these weights are multiplied by; no further than that where it is `once` each."""
         moments = {name: Moments() for name in names}
         for i, (item, run) in enumerate(zip(self.items, runs, strict=True)):
-            dense = self._reading(names[0], twin, i) if twin else None
+            dense, left = self._reading(names[0], twin, i) if twin else None, set(names)
 
-            def see(name: str, reading: Reading, part: int, item: Any = item, dense: Reading | None = dense) -> None:
+            def see(
+                name: str, reading: Reading, part: int, item: Any = item, dense: Reading | None = dense, left: set[str] = left
+            ) -> None:
+                if reading.input is None:
+                    return
                 rows = counted(item, reading.input)
                 others = iter(()) if dense is None else dense.vectors()
                 for offset, x in reading.vectors():
@@ -220,7 +223,8 @@ class _Walk:
                     moments[name].add(x[keep], part + offset)
                     if other := next(others, None):
                         moments[name].meet(other[1][keep], x[keep])
-                if name == stop:
+                left.discard(name)
+                if once and not left:
                     raise Stop
 
             with suppress(Stop), self._watch(names, see):
@@ -242,7 +246,7 @@ class _Walk:
     def _fit_group(self, group: list[str], runs: Sequence[Run], twin: _Twin | None = None) -> None:
         first = group[0]
         once, parts = self.trace.calls[first] == 1, "expert" in self.jobs[first].weight_view.axes
-        found = self._measure([first], runs, first if once else None, twin if once and not parts else None)
+        found = self._measure([first], runs, once, twin if once and not parts else None)
         self._fit(dict.fromkeys(group, found[first]))
 
     def _fit(self, found: Mapping[str, Moments | None]) -> None:
@@ -257,8 +261,8 @@ class _Walk:
         if found:
             self.fit({name: statistics(name, moments) for name, moments in found.items()})
 
-    def _trace(self) -> _Trace:
-        """Run one item, and see what multiplies what, in which order."""
+    def _trace(self) -> tuple[_Trace, list[list[str]]]:
+        """Run one item, and see what multiplies what, in which order, and the chains of blocks."""
         trace = _Trace()
         inputs: dict[str, list[Tensor]] = {}  # kept, so that identities stay their own
 
@@ -270,7 +274,7 @@ class _Walk:
 
         lookups: set[str] = set()
         with self._watch(self.jobs, see):
-            call(self.model, self.items[0])
+            found = chains(self.model, self.items[0])
         readers: dict[int, list[str]] = {}
         for name, tensors in inputs.items():
             trace.calls[name] = len(tensors)
@@ -282,7 +286,7 @@ class _Walk:
                 if len(tensors) == 1:
                     readers[id(tensors[0])] = group
             group.append(name)
-        return trace
+        return trace, found
 
     def _run_chain(self, blocks: list[str], groups: list[list[str]]) -> None:
         """Fit what is inside a chain of blocks, from kept hidden states."""
