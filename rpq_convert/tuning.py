@@ -123,7 +123,7 @@ def tune(
     loss: str | Loss | None = None,
     steps: int = 200,
     rate: float = 2e-3,
-    every: int = 20,
+    every: int | None = None,
     patience: int = 5,
     seed: int = 0,
     autocast: torch.dtype | None = None,
@@ -143,7 +143,8 @@ def tune(
         steps: at most so many, one batch each.
         rate: size of a step, relative to the root mean square of the tensor it changes. Where an evaluation finds the model
             worse than it came, tuning goes back to the best step and on with a quarter of it.
-        every, patience: steps between two evaluations, and how many of them may pass without a new best.
+        every, patience: steps between two evaluations (by default a 25th of all, at least 20: the rate falls as slowly), and
+            how many of them may pass without a new best.
         autocast: dtype to multiply in, e.g. `torch.bfloat16`; required by models of half precision.
         recompute: keep only what blocks are given for the backward pass, and run each once more in it: less memory, more time.
         recode: share of each layer's codes that may change at a time, e.g. 5e-4; 0 keeps them all. Takes more memory: the dense
@@ -171,8 +172,9 @@ def tune(
         raise TuneError(f"recode={recode}: a share of the codes lies between 0 and 1")
     with quiet(model), quiet(base), recomputed(model) if recompute else nullcontext():
         return _Run(
-            model, base, batches, judged, loss, steps, rate, every, patience, seed, autocast, recode, checkpoint, progress
-        ).run()
+            model, base, batches, judged, loss, steps, rate, every or max(20, steps // 25), patience, seed, autocast, recode,
+            checkpoint, progress,
+        ).run()  # fmt: skip
 
 
 def tune_blocks(

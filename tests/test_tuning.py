@@ -119,6 +119,7 @@ def test_steps_that_harm_are_not_kept(pair):
     before = {k: t.clone() for k, t in model.state_dict().items()}
     done = rpq.tune(model, dense, data[:8], steps=6, every=1, rate=30.0, patience=3)
     assert done.best == 0 and done.after == done.before and done.steps == 3
+    assert rpq.tune(model, dense, data[:8], steps=750, rate=30.0, patience=1).steps == 30  # judged 25 times at most
     assert all(torch.equal(t, model.state_dict()[k]) for k, t in before.items())
 
 
