@@ -103,17 +103,24 @@ Fit = Callable[[Mapping[str, Statistics | None]], None]  # fits jobs, by name, a
 See = Callable[[str, Reading, int], None]
 
 
+KEPT = 1 << 30  # bytes of what dense blocks multiply that are kept rather than made again for every group of weights
+
+
 @dataclass
 class _Twin:
-    """A block as it was before anything in it was converted, and the dense model's samples before it."""
+    """A block as it was before anything in it was converted, and the dense model's samples before it.
+
+    `seen` is, by sample, what its weights multiply, by name, and its output; empty where that is too much to keep.
+    """
 
     path: str
     block: nn.Module
     samples: list[Arrival]
+    seen: list[tuple[dict[str, Reading], Tensor]] = field(default_factory=list)
 
     def run(self, number: int) -> Tensor:
         """Return the block's output on the sample of this number."""
-        return self.samples[number].run(self.path, self.block)
+        return self.seen[number][1] if self.seen else self.samples[number].run(self.path, self.block)
 
 
 @dataclass
@@ -231,8 +238,31 @@ class _Walk:
                 run()
         return moments
 
+    def _look(self, twin: _Twin, names: Sequence[str]) -> None:
+        """Run a dense block on all samples, keeping what these weights multiply, unless it is too much or written over."""
+        if torch.is_inference_mode_enabled():  # its tensors do not say what is written over
+            return
+        for sample in twin.samples:
+            found: dict[str, Reading] = {}
+            versions: dict[str, int] = {}
+
+            def see(name: str, reading: Reading, part: int, found: Any = found, versions: Any = versions) -> None:
+                if reading.input is not None:
+                    found[name], versions[name] = reading, reading.input._version
+
+            with self._watch(names, see, twin):
+                output = sample.run(twin.path, twin.block)
+            inputs = {n: r.input for n, r in found.items() if r.input is not None}
+            size = output.nbytes + sum(t.nbytes for t in inputs.values())
+            if size * len(twin.samples) > KEPT or any(t._version != versions[n] for n, t in inputs.items()):
+                twin.seen.clear()
+                return
+            twin.seen.append((found, output))
+
     def _reading(self, name: str, twin: _Twin, number: int) -> Reading | None:
         """Return what the dense model multiplies by a weight that it reads once, on the item of this number."""
+        if twin.seen:
+            return twin.seen[number][0].get(name)
         found: list[Reading] = []
 
         def see(name: str, reading: Reading, part: int) -> None:
@@ -294,9 +324,10 @@ class _Walk:
         for path in blocks:
             block = self.model.get_submodule(path)
             twin = _Twin(path, copy.deepcopy(block), dense)
-            for group in groups:
-                if inside(group[0], [path]):
-                    self._fit_group(group, [partial(sample.run, path, block) for sample in samples], twin)
+            own = [group for group in groups if inside(group[0], [path])]
+            self._look(twin, [group[0] for group in own])
+            for group in own:
+                self._fit_group(group, [partial(sample.run, path, block) for sample in samples], twin)
             for sample in samples:
                 sample.hidden = sample.run(path, block)
             for number, sample in enumerate(dense):

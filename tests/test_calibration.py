@@ -429,6 +429,34 @@ def test_a_block_is_given_the_drift_of_the_blocks_before_it(tokens, monkeypatch)
     assert found[0.5] < 0.95 * found[0.0]
 
 
+class _WritesOver(nn.Module):
+    """A block that writes over what its first layer was given before the second one reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        return self.second(x.mul_(y.tanh())) + y
+
+
+@pytest.mark.parametrize("block", [_WritesOver, lambda: nn.Sequential(nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 32))])
+def test_what_dense_blocks_multiply_is_the_same_kept_or_made_again(block, monkeypatch):
+    torch.manual_seed(0)
+    base, data = nn.Sequential(*(block() for _ in range(3))), [torch.randn(40, 32) for _ in range(3)]
+    found, looks = [], []
+    look = calibration._Walk._look
+    for kept in (1 << 30, 0):
+        monkeypatch.setattr(calibration, "KEPT", kept)
+        monkeypatch.setattr(calibration._Walk, "_look", lambda *args: (look(*args), looks.append(bool(args[1].seen))))
+        model = copy.deepcopy(base)
+        rpq.convert(model, bits=2, grow=True, calibration=[x.clone() for x in data])
+        found.append(model.state_dict())
+    assert all(torch.equal(t, found[1][name]) for name, t in found[0].items())
+    assert looks == [block is not _WritesOver] * 3 + [False] * 3
+
+
 def test_padding_is_not_counted(tokens):
     """A batch with padding gives the statistics of its sentences alone: the first layer's are the same to the bit."""
     torch.manual_seed(0)
