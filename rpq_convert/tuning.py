@@ -36,7 +36,7 @@ BETAS, EPSILON = (0.9, 0.99), 1e-12
 FLOOR = 1e-2  # size that a step on an all but zero tensor is relative to
 WARM = 0.05  # share of the steps in which the rate grows
 LAST = 0.1  # of the rate, at the last step
-BACK = 0.25  # of the rate is left where steps have made it worse than it came (depthwise convolutions bear a tenth of others')
+BACK = 0.25  # of the rate is left where steps help no more, or have made it worse (depthwise convolutions bear a tenth of others')
 
 
 class TuneError(ValueError):
@@ -144,7 +144,8 @@ def tune(
         rate: size of a step, relative to the root mean square of the tensor it changes. Where an evaluation finds the model
             worse than it came, tuning goes back to the best step and on with a quarter of it.
         every, patience: steps between two evaluations (by default a 25th of all, at least 20: the rate falls as slowly), and
-            how many of them may pass without a new best.
+            how many of them may pass without a new best before tuning goes back to it and on with a quarter of the rate, or,
+            where it has done so, ends.
         autocast: dtype to multiply in, e.g. `torch.bfloat16`; required by models of half precision.
         recompute: keep only what blocks are given for the backward pass, and run each once more in it: less memory, more time.
         recode: share of each layer's codes that may change at a time, e.g. 5e-4; 0 keeps them all. Takes more memory: the dense
@@ -264,7 +265,7 @@ class _Run:
         self.stored = {name: p.dtype for name, p in self.values.items()}
         self.recoding = Recoding(_coded(model), recode) if recode else None
         self.loss = LOSSES[loss] if isinstance(loss, str) else loss
-        facts = [describe(batches), describe(judged), str(loss), steps, rate, every, seed, str(autocast), recode, BACK]
+        facts = [describe(batches), describe(judged), str(loss), steps, rate, every, seed, str(autocast), recode, BACK, patience]
         shapes = {name: [str(p.dtype), *p.shape] for name, p in self.values.items()}
         begins = {**self.values, **(self.recoding.codes if self.recoding else {})}
         start = {n: hashlib.sha256(p.detach().cpu().float().numpy().tobytes()).hexdigest() for n, p in begins.items()}
@@ -279,18 +280,19 @@ class _Run:
                 if not math.isfinite(before):
                     raise TuneError(f"the loss of the model as it came is {before}")
                 state.best = self._copy()
-            since = sum(step > state.best_step for step, _ in state.history)
-            while state.step < self.steps and since < self.patience:
+            while state.step < self.steps and state.since < self.patience:
                 found = self._step(state, sizes)
                 state.step += 1
                 if self.progress:
                     self.progress(state.step, found)
                 if state.step % self.every == 0 or state.step == self.steps:
                     judged = self._judge()
-                    since += 1
+                    state.since += 1
                     if judged < min(value for _, value in state.history):
-                        state.best, state.best_step, since = self._copy(), state.step, 0
-                    elif not judged <= state.history[0][1]:
+                        state.best, state.best_step, state.since = self._copy(), state.step, 0
+                    elif not judged <= state.history[0][1] or state.since >= self.patience:
+                        if state.since >= self.patience and state.share == 1:
+                            state.since = 0
                         self._go_back(state)
                     state.history.append((state.step, judged))
                     self._save(state)
@@ -382,7 +384,7 @@ class _Run:
         now = {n: p.detach() for n, p in self._all().items()}
         groups = {"now": now, "best": state.best, "mean": state.mean, "square": state.square, **self._gathered()}
         tensors = {f"{g}/{n}": t.contiguous() for g, found in groups.items() for n, t in found.items()}
-        plain = ("step", "best_step", "history", "share", "began")
+        plain = ("step", "best_step", "history", "since", "share", "began")
         facts = {"mark": self.mark, **{name: getattr(state, name) for name in plain}}
         write_tensors(self.checkpoint, tensors, {"rpq_tune": json.dumps(facts)})
 
@@ -409,7 +411,7 @@ class _Run:
                 everything[name].copy_(value)
         history = [(int(step), float(value)) for step, value in facts["history"]]
         gathered = groups["best"], groups["mean"], groups["square"]
-        return _State(*gathered, facts["step"], facts["best_step"], history, facts["share"], facts["began"])
+        return _State(*gathered, facts["step"], facts["best_step"], history, facts["since"], facts["share"], facts["began"])
 
 
 @dataclass
@@ -420,6 +422,7 @@ class _State:
     step: int
     best_step: int
     history: list[tuple[int, float]]
+    since: int = 0  # evaluations without a new best
     share: float = 1.0  # of the rate
     began: int = 0  # the step from which mean and square gather
 

@@ -120,8 +120,18 @@ def test_steps_that_harm_are_not_kept(pair):
     before = {k: t.clone() for k, t in model.state_dict().items()}
     done = rpq.tune(model, dense, data[:8], steps=6, every=1, rate=30.0, patience=3)
     assert done.best == 0 and done.after == done.before and done.steps == 3
-    assert rpq.tune(model, dense, data[:8], steps=750, rate=30.0, patience=1).steps == 30  # judged 25 times at most
+    assert rpq.tune(model, dense, data[:8], steps=750, rate=30.0, patience=1).steps == 60  # judged 25 times at most
     assert all(torch.equal(t, model.state_dict()[k]) for k, t in before.items())
+
+
+def test_where_steps_help_no_more_shorter_ones_do(pair):
+    """A rate that is far too large stands still; a quarter of it goes on from the best step, and tuning ends at its plateau."""
+    dense, model, data = pair[0], copy.deepcopy(pair[1]), pair[2]
+    done = rpq.tune(model, dense, data[:8], held_out=data[8:10], steps=400, every=5, rate=0.05, patience=3)
+    losses = [loss for _, loss in done.history]
+    stuck = min(losses[:5])  # patience is out at the fourth evaluation
+    assert min(losses[1:5]) == losses[1] and done.best > 20 and done.after < 0.95 * stuck
+    assert done.steps == done.best + 15 < 400
 
 
 def test_steps_that_are_too_long_become_shorter(pair):
