@@ -21,6 +21,7 @@ _SIZED = {  # in the bytes of 2 bits for every weight
 }
 _TWO_TUNED = {**_SIZED["minilm"], "steps": 1200, "rate": 4e-3, "recode": 2e-3}
 _TEXT_TUNED = [
+    {"bits": 1, "calibrated": True, "steps": 100, "recode": 2e-3},
     {"bits": 2, "calibrated": True, "steps": 400, "recode": 5e-4},
     *({"bits": b, "calibrated": True, "steps": s} for b, s in ((3, 200), (4, 100), (5, 100))),
 ]
