@@ -239,25 +239,22 @@ class _Walk:
         return moments
 
     def _look(self, twin: _Twin, names: Sequence[str]) -> None:
-        """Run a dense block on all samples, keeping what these weights multiply, unless it is too much or written over."""
-        if torch.is_inference_mode_enabled():  # its tensors do not say what is written over
-            return
+        """Run a dense block on all samples, keeping what these weights multiply, unless it is too much or may be written over."""
         for sample in twin.samples:
-            found: dict[str, Reading] = {}
-            versions: dict[str, int] = {}
+            found: dict[str, tuple[Reading, Tensor, int | None]] = {}  # with its input and that one's version
 
-            def see(name: str, reading: Reading, part: int, found: Any = found, versions: Any = versions) -> None:
-                if reading.input is not None:
-                    found[name], versions[name] = reading, reading.input._version
+            def see(name: str, reading: Reading, part: int, found: Any = found) -> None:
+                if (x := reading.input) is not None:
+                    found[name] = reading, x, None if x.is_inference() else x._version  # those do not count versions
 
             with self._watch(names, see, twin):
                 output = sample.run(twin.path, twin.block)
-            inputs = {n: r.input for n, r in found.items() if r.input is not None}
-            size = output.nbytes + sum(t.nbytes for t in inputs.values())
-            if size * len(twin.samples) > KEPT or any(t._version != versions[n] for n, t in inputs.items()):
+            size = output.nbytes + sum(x.nbytes for _, x, _ in found.values())
+            kept = size * len(twin.samples) <= KEPT
+            if not kept or any(version is None or x._version != version for _, x, version in found.values()):
                 twin.seen.clear()
                 return
-            twin.seen.append((found, output))
+            twin.seen.append(({name: reading for name, (reading, _, _) in found.items()}, output))
 
     def _reading(self, name: str, twin: _Twin, number: int) -> Reading | None:
         """Return what the dense model multiplies by a weight that it reads once, on the item of this number."""

@@ -457,6 +457,40 @@ def test_what_dense_blocks_multiply_is_the_same_kept_or_made_again(block, monkey
     assert looks == [block is not _WritesOver] * 3 + [False] * 3
 
 
+def test_data_that_was_made_in_inference_mode_serves():
+    """Such tensors count no versions, and a weight may multiply one as it comes."""
+
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own, self.given = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+            return self.own(x).tanh() + self.given(given)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Reads() for _ in range(3))
+
+        def forward(self, x: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = block(x, given)
+            return x
+
+    torch.manual_seed(0)
+    base, data = Net(), [(torch.randn(40, 32), torch.randn(40, 32)) for _ in range(2)]
+    with torch.inference_mode():
+        made = [tuple(x.clone() for x in item) for item in data]
+    found = []
+    for items in (data, made):
+        model = copy.deepcopy(base)
+        rpq.convert(model, bits=2, grow=True, calibration=items)
+        found.append(model.state_dict())
+    assert made[0][1].is_inference()
+    assert all(torch.equal(t, found[1][name]) for name, t in found[0].items())
+
+
 def test_padding_is_not_counted(tokens):
     """A batch with padding gives the statistics of its sentences alone: the first layer's are the same to the bit."""
     torch.manual_seed(0)
