@@ -106,7 +106,7 @@ class Encoder:
     title = "all-MiniLM-L6-v2"
     note = """Mean cosine of the embeddings of STS-B's test sentences to the dense model's, and Spearman's rank correlation with
 the human scores (dense: {base_spearman:.4f}). Calibrating tools see 1,920 sentences of WikiText-2's validation text and WordNet's
-examples and glosses, tuning up to 79,000: no text of STS-B's kind. The tuned row's minutes are of two threads."""
+examples and glosses, tuning up to 79,000: no text of STS-B's kind."""
     parameters = 22_713_216
     columns = ("cosine", "spearman")
     best = "cosine"

@@ -16,7 +16,8 @@ Written by `python -m benchmarks.quality` (its first lines say with which files)
 done and what is counted: [benchmarks/quality](../benchmarks/quality). Each tool converts the same dense model on a CPU; its
 weights are decoded and measured by the same code. **MB** (2^20 bytes) is everything that a file holds: codes, codebooks,
 scales, zero points, and what a tool leaves alone, at 16 bits. **Bits** are all those bytes per parameter. Rows in bold are
-beaten by no row of their size or below. Minutes are of one thread on a shared machine: an order of magnitude. Peak memory is the
+beaten by no row of their size or below. Minutes are of one thread, or as many as stand beside them, on
+a shared machine: an order of magnitude. Peak memory is the
 tool's process, the dense model in float32 and imports with it.
 """
 SIZES = (2.1, 2.6, 3.1, 3.6, 4.1, 4.6, 5.5, 6.2, 8.2)  # bits per parameter, all in
@@ -63,7 +64,8 @@ def _section(name: str, task: Any, rows: Sequence[Row]) -> str:
             best = loss if leads else best
             cells = [f"{row['bytes'] / 2**20:.1f}", f"{_bits(task, row):.2f}", _title(row), _words(row["settings"])]
             cells += [_figure(c, row["metrics"][c]) for c in columns]
-            cells += [f"{row['minutes']:.1f}", f"{row['peak_mb']:.0f}"]
+            threads = row.get("threads", 1)
+            cells += [f"{row['minutes']:.1f}" + f" (x {threads})" * (threads > 1), f"{row['peak_mb']:.0f}"]
             lines.append("| " + " | ".join(f"**{c}**" if leads else c for c in cells) + " |")
         lines += ["", *_per_size(task, done)]
     if failed:
