@@ -17,11 +17,13 @@ import torch
 
 from rpq_convert.fit.additive import BEAM, fit_additive
 from rpq_convert.fit.random import Fitted, count_dead
+from rpq_convert.kernels.feedback import code_inputs, code_outputs
 from rpq_convert.kernels.kmeans import accumulate, encode_sum
-from rpq_convert.kernels.nearest import CODEWORDS, nearest
+from rpq_convert.kernels.nearest import CODEWORDS, SIDE, nearest
 
 DAMP = 0.01  # of the mean power, added to every input's: what few samples say nothing about stays as it is
 LAZY = 128  # inputs whose errors are passed on to all the later ones in one product
+NOTHING = np.empty((0, CODEWORDS, 1))
 ROUNDS = 1  # of codes after the first that start from moved codebooks
 
 
@@ -203,30 +205,49 @@ class _Part:
         inputs, outputs = self.dense.shape
         work = self.dense[self.order].clone()  # [inputs, outputs], in order
         near = torch.empty_like(work)
-        span = LAZY + self.dim
-        rest = torch.empty(min(span, inputs), outputs)  # of one lazy block: errors over the factor's diagonal
+        rest = torch.empty(min(LAZY + self.dim, inputs), outputs)  # of one lazy block: errors over the factor's diagonal
         codes = np.empty((len(codebooks), self.blocks, inputs if self.axis == "out" else outputs), np.uint8)
-        serve = self._outputs if self.axis == "out" else self._inputs
-        at = 0
-        while at < inputs:
-            stop, start = at, at
-            far = min(start + span, inputs)
-            while stop < inputs and stop - start < LAZY:
-                here = int(self.order[stop])
-                size = 1 if self.axis == "out" else min(self.dim, inputs - here)
-                own = self.upper[stop : stop + size, stop : stop + size]
-                target = work[stop : stop + size]  # [size, outputs]
-                near[stop : stop + size] = found = serve(target, here, own, codebooks, codes, moves)
-                left = target - found
-                wrong = left / own if size == 1 else torch.linalg.solve_triangular(own.T, left, upper=False)
-                rest[stop - start : stop - start + size] = wrong
-                if stop + size < far:
-                    work[stop + size : far] -= self.upper[stop : stop + size, stop + size : far].T @ wrong
-                stop += size
+        serve = self._one_stage if len(codebooks) == 1 else self._stages
+        start = 0
+        while start < inputs:
+            far = min(start + LAZY + self.dim, inputs)
+            stop = serve(work, near, rest, start, far, codebooks, codes, moves)
             if far < inputs:
                 work[far:] -= self.upper[start:stop, far:].T @ rest[: stop - start]
-            at = stop
+            start = stop
         return torch.from_numpy(codes), torch.empty_like(near).index_copy_(0, self.order, near)
+
+    def _one_stage(
+        self, work: torch.Tensor, near: torch.Tensor, rest: torch.Tensor, start: int, far: int, codebooks: np.ndarray,
+        codes: np.ndarray, moves: tuple[np.ndarray, np.ndarray] | None,
+    ) -> int:  # fmt: skip
+        """Code some inputs from `start` on, compiled; return where it stopped."""
+        sums, mass = (moves[0][0], moves[1][0]) if moves is not None else (NOTHING, NOTHING)
+        common = (work.numpy(), near.numpy(), self.upper.numpy(), self.order.numpy(), start, far, LAZY, codebooks[0])
+        if self.axis == "in":
+            return code_inputs(*common, self.gain.square().numpy(), codes[0], rest.numpy(), sums, mass, SIDE)
+        return code_outputs(*common, self.costs, self.flat, codes[0], rest.numpy(), sums, mass, SIDE)
+
+    def _stages(
+        self, work: torch.Tensor, near: torch.Tensor, rest: torch.Tensor, start: int, far: int, codebooks: np.ndarray,
+        codes: np.ndarray, moves: tuple[np.ndarray, np.ndarray] | None,
+    ) -> int:  # fmt: skip
+        """Do the same for any number of stages; for one, this is what the compiled code is tested against."""
+        serve = self._outputs if self.axis == "out" else self._inputs
+        stop = start
+        while stop < len(work) and stop - start < LAZY:
+            here = int(self.order[stop])
+            size = 1 if self.axis == "out" else min(self.dim, len(work) - here)
+            own = self.upper[stop : stop + size, stop : stop + size]
+            target = work[stop : stop + size]  # [size, outputs]
+            near[stop : stop + size] = found = serve(target, here, own, codebooks, codes, moves)
+            left = target - found
+            wrong = left / own if size == 1 else torch.linalg.solve_triangular(own.T, left, upper=False)
+            rest[stop - start : stop - start + size] = wrong
+            if stop + size < far:
+                work[stop + size : far] -= self.upper[stop : stop + size, stop + size : far].T @ wrong
+            stop += size
+        return stop
 
 
 def _encode(rows: np.ndarray, weights: np.ndarray | None, tables: np.ndarray) -> np.ndarray:
