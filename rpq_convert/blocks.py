@@ -7,7 +7,7 @@ output of one being the very tensor that the next was given. Its blocks can then
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -75,8 +75,9 @@ def chains(model: nn.Module, item: Any) -> list[list[str]]:
     return found
 
 
-def arrivals(model: nn.Module, blocks: Sequence[str], runs: Iterable[Run]) -> list[Arrival]:
-    """Run every sample up to the last block of a chain, and return what arrives at it."""
+@contextmanager
+def arriving(model: nn.Module, blocks: Sequence[str], stop: str | None = None) -> Iterator[list[Arrival]]:
+    """Note what every run of a model brings to a chain, as long as the block lasts; `Stop` is raised before the block `stop`."""
     found: list[Arrival] = []
     with ExitStack() as stack:
         for block in blocks:
@@ -85,14 +86,45 @@ def arrivals(model: nn.Module, blocks: Sequence[str], runs: Iterable[Run]) -> li
                 if block == blocks[0]:
                     found.append(Arrival(args[0].clone(), {}))
                 found[-1].rest[block] = args[1:], dict(kwargs)
-                if block == blocks[-1]:
+                if block == stop:
                     raise Stop
 
             stack.callback(model.get_submodule(block).register_forward_pre_hook(keep, with_kwargs=True).remove)
-        for run in runs:
-            with suppress(Stop):
-                run()
+        yield found
+
+
+def arrivals(
+    model: nn.Module, blocks: Sequence[str], runs: Sequence[Run], like: Sequence[Arrival] | None = None
+) -> list[Arrival]:
+    """Run every sample up to the last block of a chain, and return what arrives at it.
+
+    Args:
+        like: what the same samples brought in the model that this one was made from. Where the first sample brings the same
+            arguments again (masks, positions), the others' are taken from there, and run to the first block only.
+    """
+    found: list[Arrival] = []
+    for number, run in enumerate(runs):
+        same = like is not None and number > 0 and _same(found[0].rest, like[0].rest)
+        with arriving(model, blocks, blocks[0 if same else -1]) as one, suppress(Stop):
+            run()
+        if same:
+            assert like is not None
+            one[0].rest = like[number].rest
+        found += one
     return found
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two trees of arguments hold the same values; objects of other kinds must be the very same."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a is b or (a.shape == b.shape and a.dtype == b.dtype and bool((a == b).all()))
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(v, b[k]) for k, v in a.items())
+    return a is b or (isinstance(a, (bool, int, float, str)) and a == b)
 
 
 @contextmanager

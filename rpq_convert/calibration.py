@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from rpq_convert import layers
-from rpq_convert.blocks import Arrival, Run, Stop, arrivals, chains, inside
+from rpq_convert.blocks import Arrival, Run, Stop, arrivals, arriving, chains, inside
 from rpq_convert.calling import call, counted
 from rpq_convert.encode import Statistics
 from rpq_convert.planning import Job
@@ -58,8 +58,7 @@ class Moments:
 
     def add(self, x: Tensor, part: int = 0) -> None:
         """Add input vectors [rows, inputs]."""
-        x = x.float()
-        found = (x.T @ x).double()
+        found = gram(x.float()).double()
         self.parts[part] = self.parts[part].add_(found) if part in self.parts else found
         self.rows += len(x)
 
@@ -74,6 +73,22 @@ class Moments:
             return None
         zero = torch.zeros_like(next(iter(self.parts.values())))
         return torch.stack([self.parts.get(p, zero) for p in range(parts)]) if parts > 1 else self.parts[0]
+
+
+PANEL = 192  # inputs
+
+
+def gram(x: Tensor) -> Tensor:
+    """Return `x^T x` [inputs, inputs] of vectors [rows, inputs], each pair of panels multiplied once."""
+    inputs = x.shape[1]
+    if inputs < 2 * PANEL:
+        return x.T @ x
+    found = x.new_empty(inputs, inputs)
+    for start in range(0, inputs, PANEL):
+        panel = slice(start, start + PANEL)
+        part = found[panel, start:] = x[:, panel].T @ x[:, start:]
+        found[start:, panel] = part.T
+    return found
 
 
 def describe(data: Sequence[Any]) -> dict[str, Any]:
@@ -174,7 +189,7 @@ class _Walk:
         self.jobs = {job.name: job for job in jobs if job.fit != "random"}
         self.random = [job.name for job in jobs if job.fit == "random"]
         self.trace, self.chains = self._trace()
-        self.dense = {chain[0]: arrivals(model, chain, self._passes()) for chain in self.chains}
+        self.dense: dict[str, list[Arrival]] = {}  # what the dense model's runs bring to chains, by first block
 
     def run(self) -> None:
         groups = self.trace.groups
@@ -184,7 +199,7 @@ class _Walk:
             )
         first = [n for n in self.jobs if not any(n in g for g in groups)]
         tied = [n for n in first if n in self.trace.calls]  # tables that are looked up first and multiplied at the end
-        known = self._measure(tied, self._passes(), once=all(self.trace.calls[n] == 1 for n in tied)) if tied else {}
+        known = self._survey(tied)
         self._fit({name: known.get(name) for name in (*self.random, *first)})
         done: set[str] = set()
         for group in groups:
@@ -198,6 +213,18 @@ class _Walk:
                 own = [g for g in groups if inside(g[0], chain)]
                 self._run_chain(chain, own)
                 done.update(n for g in own for n in g)
+
+    def _survey(self, tied: Sequence[str]) -> dict[str, Moments]:
+        """Run the dense model: note what arrives at its chains, and measure these tables in the same runs."""
+        with ExitStack() as stack:
+            found = {chain[0]: stack.enter_context(arriving(self.model, chain)) for chain in self.chains if tied}
+            once = all(self.trace.calls[n] == 1 for n in tied)
+            known = self._measure(tied, self._passes(), once) if tied else {}
+        for chain in self.chains:
+            samples = found.get(chain[0], [])
+            whole = len(samples) == len(self.items) and all(set(s.rest) == set(chain) for s in samples)
+            self.dense[chain[0]] = samples if whole else arrivals(self.model, chain, self._passes())
+        return known
 
     def _passes(self) -> list[Run]:
         return [partial(call, self.model, item) for item in self.items]
@@ -317,7 +344,8 @@ class _Walk:
 
     def _run_chain(self, blocks: list[str], groups: list[list[str]]) -> None:
         """Fit what is inside a chain of blocks, from kept hidden states."""
-        samples, dense = arrivals(self.model, blocks, self._passes()), self.dense.pop(blocks[0])
+        dense = self.dense.pop(blocks[0])
+        samples = arrivals(self.model, blocks, self._passes(), dense)
         for path in blocks:
             block = self.model.get_submodule(path)
             twin = _Twin(path, copy.deepcopy(block), dense)

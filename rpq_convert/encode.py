@@ -199,7 +199,9 @@ def _making_up(matrix: Tensor, statistics: Statistics) -> Tensor:
     assert cross is not None
     damped = moments.clone()
     damped.diagonal().add_(max(DAMP * float(moments.diagonal().mean()), 1e-30))
-    move = torch.linalg.solve(damped, (cross - moments).mT @ matrix.double().mT).mT  # W (C - H) H^-1
+    right = (cross - moments).mT @ matrix.double().mT
+    factor, fails = torch.linalg.cholesky_ex(damped)
+    move = (torch.linalg.solve(damped, right) if int(fails) else torch.cholesky_solve(right, factor)).mT  # W (C - H) H^-1
     return matrix + (MAKE_UP * move).to(matrix.dtype)
 
 

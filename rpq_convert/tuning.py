@@ -210,7 +210,8 @@ def tune_blocks(
             raise TuneError(f"{type(model).__name__} has no chain of blocks; use tune alone")
         for chain in known:
             with torch.no_grad():
-                samples, wanted = (arrivals(m, chain, [partial(call, m, item) for item in items]) for m in (model, base))
+                wanted = arrivals(base, chain, [partial(call, base, item) for item in items])
+                samples = arrivals(model, chain, [partial(call, model, item) for item in items], wanted)
             for path in chain:
                 block, dense = model.get_submodule(path), base.get_submodule(path)
                 _advance(wanted, path, dense)

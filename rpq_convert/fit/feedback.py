@@ -23,6 +23,7 @@ from rpq_convert.kernels.nearest import CODEWORDS, SIDE, nearest
 
 DAMP = 0.01  # of the mean power, added to every input's: what few samples say nothing about stays as it is
 LAZY = 128  # inputs whose errors are passed on to all the later ones in one product
+WIDE = 4096  # outputs whose errors are measured at a time
 NOTHING = np.empty((0, CODEWORDS, 1))
 ROUNDS = 1  # of codes after the first that start from moved codebooks
 
@@ -104,8 +105,12 @@ def _order(power: torch.Tensor, step: int) -> torch.Tensor:
 
 
 def _upper(hessian: torch.Tensor, mean: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Return the upper Cholesky factor of the inverse of the damped Hessian, inputs in order, fp32."""
-    damped = hessian[order][:, order]
+    """Return the upper Cholesky factor of the inverse of the damped Hessian, inputs in order, fp32.
+
+    With the inputs backwards H = L L^T, so forwards H = R R^T, R upper, and H^-1 = U^T U with U the inverse of R.
+    """
+    last = order.flip(0)
+    damped = hessian[last][:, last]
     share = DAMP
     while True:
         damped.diagonal().add_(share * mean)
@@ -113,8 +118,8 @@ def _upper(hessian: torch.Tensor, mean: torch.Tensor, order: torch.Tensor) -> to
         if not int(fails):
             break
         share *= 10
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
-    return upper.float()
+    one = torch.eye(len(factor), dtype=factor.dtype)
+    return torch.linalg.solve_triangular(factor.flip(0, 1), one, upper=True).float()
 
 
 class _Part:
@@ -143,8 +148,11 @@ class _Part:
 
     def cost(self, near: torch.Tensor) -> float:
         """Return the calibrated error of decoded weights [inputs, outputs]."""
-        error = (self.dense - near) * self.gain
-        return float(((self.hessian.float() @ error) * error).double().sum())
+        hessian, total = self.hessian.float(), 0.0
+        for dense, found, gain in zip(*(m.split(WIDE, -1) for m in (self.dense, near, self.gain)), strict=True):
+            error = (dense - found) * gain
+            total += float(((hessian @ error) * error).double().sum())
+        return total
 
     def decode(self, codebooks: np.ndarray, codes: np.ndarray) -> torch.Tensor:
         """Return the weights [inputs, outputs] of codes [stages, blocks, n]."""
