@@ -73,10 +73,10 @@ def convert(
         str | None,
         Option(
             metavar="PATH|self",
-            help=f"Fit each layer to its inputs on {o.DATA}; or 'self': on text that a language model writes.",
+            help=f"Fit each layer to its inputs on {o.DATA}; or 'self': on text that a language model writes, random tokens, noise.",
         ),
     ] = None,
-    samples: Annotated[int, Option(min=1, help="Windows of 512 tokens, lines or pictures to calibrate on.")] = 128,
+    samples: o.Samples = None,
     workers: Annotated[int | None, Option(min=1, help="Fits at once; up to 4 by default.")] = None,
     executor: Annotated[Literal["serial", "threads", "processes"], Option(help="How fits run.")] = "threads",
     dry_run: Annotated[bool, Option("--dry-run", help="Show the plan and the exact sizes; write nothing.")] = False,
@@ -113,12 +113,11 @@ def convert(
             )
         from rpq_convert.inputs import own_inputs, read_inputs
 
+        some: dict[str, Any] = {} if samples is None else {"samples": samples}
         data = (
-            partial(own_inputs, samples=samples, seed=seed)
+            partial(own_inputs, seed=seed, **some)
             if calibrate == "self"
-            else read_inputs(
-                calibrate, src, samples=samples, revision=revision, token=token, local_files_only=local_files_only
-            )
+            else read_inputs(calibrate, src, revision=revision, token=token, local_files_only=local_files_only, **some)
         )
     measured = asks(asked) and (not dry_run or Path(src).exists())
     if measured and not quiet:
@@ -393,14 +392,14 @@ def recalibrate(
     folder: o.OutputFolder,
     data: o.Data,
     out: o.OutFolder,
-    samples: Annotated[int, Option(min=1, help="Windows of 512 tokens, lines or pictures.")] = 128,
+    samples: o.Samples = None,
     factory: o.Factory = None,
     workers: Annotated[int | None, Option(min=1, help="Fits at once; up to 4 by default.")] = None,
     overwrite: o.Overwrite = False,
     quiet: o.Quiet = False,
     json: o.Json = False,
 ) -> None:
-    """Fit a converted model to its inputs, from the codebooks that it has; 'self' as data: text that it writes itself."""
+    """Fit a converted model to its inputs, from the codebooks that it has; 'self' as data: inputs that are made up."""
     o.find_modules(factory)
     from rpq_convert.later import recalibrate_folder
 

@@ -85,6 +85,10 @@ DATA = (
     "or a .safetensors file of tensors named after the arguments of its forward"
 )
 Data = Annotated[Path, Option("--data", "--text", metavar="PATH", help=f"{DATA.capitalize()}.")]
+Samples = Annotated[
+    int | None,
+    Option(min=1, help="Windows of 512 tokens, lines or pictures to calibrate on; 128 by default, 64 with 'self'."),
+]
 Base = Annotated[Path, Argument(metavar="BASE", help="The dense checkpoint.")]
 OutFolder = Annotated[Path, Option("--out", "-o", metavar="FOLDER", help="Where to write the new model.")]
 

@@ -192,7 +192,7 @@ def recalibrate_folder(
     *,
     factory: str | Factory | None = None,
     window: int = 512,
-    samples: int = 128,
+    samples: int | None = None,
     overwrite: bool = False,
     **options: Any,
 ) -> Report:
@@ -200,16 +200,13 @@ def recalibrate_folder(
 
     Args:
         base, folder, out, factory, overwrite: as for `tune_folder`.
-        data: as for `read_inputs`; None for texts that a language model writes itself.
+        data, window, samples: as for `read_inputs`; no data for inputs that are made up (`own_inputs`).
         options: those of `recalibrate`.
     """
     place = _free(out, overwrite)
     dense, model = _both(base, folder, factory)
-    items = (
-        own_inputs(dense, samples=samples)
-        if data is None
-        else read_inputs(data, base, window=window, samples=samples)
-    )
+    some: dict[str, Any] = {} if samples is None else {"samples": samples}
+    items = own_inputs(dense, **some) if data is None else read_inputs(data, base, window=window, **some)
     recalibrate(model, dense, items, **options)
     return save(model, place, overwrite=overwrite, files=extra_files(folder), base=base_in(Path(folder)))
 

@@ -1,5 +1,6 @@
 """What is done to converted folders, through the command line with a real tokenizer, and the inputs that files hold."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
 import rpq_convert as rpq
+from rpq_convert.calibration import CalibrationError
 from rpq_convert.inputs import read_inputs
 
 SIZE = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -84,7 +86,7 @@ def test_calibrate_then_eval(spoken, tmp_path):
     assert fed < plain if metric == "kl" else fed > plain
 
 
-def test_calibrate_on_its_own_text(spoken, tmp_path):
+def test_calibrate_on_inputs_of_its_own(spoken, tmp_path):
     kind, base, _ = spoken
     asked = (
         "convert",
@@ -100,13 +102,16 @@ def test_calibrate_on_its_own_text(spoken, tmp_path):
         8,
         "--json",
     )
-    if kind != "language model":
-        assert "no text of its own" in run(*asked, code=4).stderr
+    if kind == "encoder-decoder":
+        assert "cannot be made up" in run(*asked, code=4).stderr
         return
     before = torch.random.get_rng_state()
     report = json.loads(run(*asked).stdout)
-    assert {row["inputs"] for row in report["rows"] if row["layer"] == "Linear"} == {8 * 128}
     assert torch.equal(torch.random.get_rng_state(), before)
+    if kind == "outputs":  # an encoder: as many random tokens, up to a whole batch
+        assert all(8 * 128 <= row["inputs"] < 8 * (128 + 25) for row in report["rows"] if row["name"].endswith("query.weight"))
+        return
+    assert {row["inputs"] for row in report["rows"] if row["layer"] == "Linear"} == {8 * 128}
     model = tf.AutoModelForCausalLM.from_pretrained(base)
     again = rpq.convert(model, bits=2, grow=True, calibration=lambda m: rpq.own_inputs(m, samples=8))
     assert again.options["calibration"] == report["options"]["calibration"]
@@ -116,6 +121,39 @@ def test_calibrate_on_its_own_text(spoken, tmp_path):
     rpq.convert(model, bits=6.5, grow=True, calibration=lambda m: rpq.own_inputs(m, samples=8))
     found = rpq.load(tmp_path / "sized").state_dict()
     assert all(torch.equal(t, found[name]) for name, t in model.state_dict().items())
+
+
+def test_pictures_are_made_up():
+    torch.manual_seed(0)
+    vit = tf.ViTModel(tf.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=(32, 48), num_channels=1))
+    resnet = tf.ResNetModel(tf.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]))  # any size: 224 pixels
+    found = [torch.cat([b["pixel_values"] for b in rpq.own_inputs(model, samples=20)]) for model in (vit, resnet)]
+    assert [list(f.shape) for f in found] == [[20, 1, 32, 48], [20, 3, 224, 224]]
+    assert torch.allclose(found[1].var((2, 3)).mean(1), torch.ones(20), atol=0.3)
+    beside = (found[1][..., 1:] - found[1][..., :-1]).square().mean((1, 2, 3))
+    assert beside.max() < 0.6  # of white noise it would be 2
+    again = torch.cat([b["pixel_values"] for b in rpq.own_inputs(resnet, samples=20)])
+    other = torch.cat([b["pixel_values"] for b in rpq.own_inputs(resnet, samples=20, seed=1)])
+    assert torch.equal(found[1], again) and not torch.equal(again, other)
+    clip = tf.CLIPModel(tf.CLIPConfig(text_config=SIZE, vision_config={"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}))
+    for model in (clip, torch.nn.Linear(4, 4), tf.T5ForConditionalGeneration(tf.T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=1))):
+        with pytest.raises(CalibrationError, match=f"{type(model).__name__} cannot be made up"):
+            rpq.own_inputs(model)
+
+
+def test_made_up_pictures_serve_convolutions():
+    torch.manual_seed(0)
+    dense = torch.nn.Sequential(
+        *(m for a, b in ((1, 32), (32, 32), (32, 32)) for m in (torch.nn.Conv2d(a, b, 3, padding=1), torch.nn.ReLU()))
+    ).eval()
+    plain, fed = copy.deepcopy(dense), copy.deepcopy(dense)
+    rpq.convert(plain, bits=2, grow=True)
+    rpq.convert(fed, bits=2, grow=True, calibration=lambda m: rpq.own_inputs(m, shape=(1, 16, 16)))
+    pictures = torch.cat(rpq.own_inputs(dense, shape=(1, 16, 16), seed=1))
+    with torch.no_grad():
+        wanted = dense(pictures)
+        errors = [float((model(pictures) - wanted).norm() / wanted.norm()) for model in (plain, fed)]
+    assert errors[1] < 0.8 * errors[0]
 
 
 def test_what_cannot_be_calibrated_is_told(spoken, tmp_path):

@@ -112,7 +112,7 @@ def _words(settings: Row) -> str:
     said = {
         "bits": lambda v: f"{v:g} bits", "group": lambda v: f"groups of {v}", "type": str, "dim": lambda v: f"dim {v}",
         "embedding": lambda v: "embedding dense" if v == 16 else f"embedding {v}" + ("" if isinstance(v, str) else " bits"),
-        "calibrated": lambda v: "calibrated", "own": lambda v: "calibrated on its own text", "steps": lambda v: f"{v} steps of tuning",
+        "calibrated": lambda v: "calibrated", "own": lambda v: "calibrated on its own inputs", "steps": lambda v: f"{v} steps of tuning",
         "recode": lambda v: "codes too", "codebooks": lambda v: "codebooks of one byte",
         "target_size": lambda v: f"sizes chosen for {v / 2**20:.1f} MB",
         "imatrix": lambda v: "importance matrix", "iters": lambda v: f"{v} iterations",

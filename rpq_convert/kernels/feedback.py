@@ -10,7 +10,7 @@ import numpy as np
 from numba import njit
 
 from rpq_convert.kernels.kmeans import FUSE
-from rpq_convert.kernels.nearest import NONE, SIDE, _search
+from rpq_convert.kernels.nearest import NONE, _search
 
 OUTPUTS = 512  # at a time
 _difference, _weighted = _search("difference"), _search("weighted")

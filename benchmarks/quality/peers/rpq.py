@@ -13,7 +13,7 @@ TITLE, ENVIRONMENT = "rpq-convert", None
 _BITS = (8, 6, 5, 4, 3, 2)
 _FREE = [{"bits": b} for b in _BITS]
 _CALIBRATED = [{"bits": b, "calibrated": True} for b in _BITS[2:]]
-_OWN = [{"bits": b, "own": True} for b in (4, 3, 2)]  # no data: to text that the model writes itself
+_OWN = [{"bits": b, "own": True} for b in (4, 3, 2)]  # no data: to text that the model writes itself, random tokens, noise
 _FINE = [{"bits": b, "calibrated": True} for b in (8, 6, 2.67)]  # against others' 8 bits, Q5_K_M, GPTQ's 3 bits
 _SIZED = {  # in the bytes of 2 bits for every weight
     "smollm2": {"target_size": 34_500_000, "calibrated": True},
@@ -25,20 +25,32 @@ _TEXT_TUNED = [
     {"bits": 2, "calibrated": True, "steps": 400, "recode": 5e-4},
     *({"bits": b, "calibrated": True, "steps": s} for b, s in ((3, 200), (4, 100), (5, 100))),
 ]
-_PICTURES = [*_FREE, *_CALIBRATED, *({"bits": b, "calibrated": True, "steps": 200} for b in (2, 1))]
-_BYTES = [{**s, "codebooks": "float8_e4m3fn"} for s in _PICTURES if s["bits"] <= 2]
+_PICTURES = [*_FREE, *_OWN, *_CALIBRATED, *({"bits": b, "calibrated": True, "steps": 200} for b in (2, 1))]
+_BYTES = [{**s, "codebooks": "float8_e4m3fn"} for s in _PICTURES if s["bits"] <= 2 and "own" not in s]
 SETTINGS = {
     "smollm2": [*_FREE, *_OWN, *_CALIBRATED, *_FINE, _SIZED["smollm2"], *_TEXT_TUNED],
     "smollm2-as-shipped": [{"bits": 4}],
-    "minilm": [*_FREE, *_CALIBRATED, _SIZED["minilm"], _TWO_TUNED],
+    "minilm": [*_FREE, *_OWN, *_CALIBRATED, _SIZED["minilm"], _TWO_TUNED],
     "efficientnet": _PICTURES,
     "resnet": [*_PICTURES, *_BYTES],
     "vit": [*_PICTURES, *_BYTES],
 }
 
 
+def _own(model: nn.Module) -> list[Any]:
+    """Return what is made up for a model: for the small networks more and smaller pictures, in all as many as data would be."""
+    import rpq_convert as rpq
+
+    size = getattr(model, "picture_size", None)
+    if size is not None:
+        return rpq.own_inputs(model, shape=(3, size, size))
+    if not hasattr(model, "config"):
+        return rpq.own_inputs(model, samples=512, shape=(1, 28, 28))
+    return rpq.own_inputs(model)
+
+
 def compress(model: nn.Module, settings: dict[str, Any], data: Any) -> int:
-    """`settings`: options of `rpq.convert`, and `calibrated`, `own` (text), `codebooks` (their dtype), `steps`, `rate`
+    """`settings`: options of `rpq.convert`, and `calibrated`, `own` (inputs), `codebooks` (their dtype), `steps`, `rate`
     and `recode` (of tuning).
     """
     import copy
@@ -52,7 +64,7 @@ def compress(model: nn.Module, settings: dict[str, Any], data: Any) -> int:
     if codebooks := options.pop("codebooks", None):
         options["rules"] = [{"match": "*", "codebook_dtype": codebooks}]
     if calibrated or own:
-        options["calibration"] = rpq.own_inputs if own else data.calibration
+        options["calibration"] = _own if own else data.calibration
     rpq.convert(model, **options)
     if base is not None:
         batches = data.tuning
