@@ -103,14 +103,15 @@ def arrivals(
             arguments again (masks, positions), the others' are taken from there, and run to the first block only.
     """
     found: list[Arrival] = []
+    known: Sequence[Arrival] = ()
     for number, run in enumerate(runs):
-        same = like is not None and number > 0 and _same(found[0].rest, like[0].rest)
-        with arriving(model, blocks, blocks[0 if same else -1]) as one, suppress(Stop):
+        with arriving(model, blocks, blocks[0 if known else -1]) as one, suppress(Stop):
             run()
-        if same:
-            assert like is not None
-            one[0].rest = like[number].rest
+        if known:
+            one[0].rest = known[number].rest
         found += one
+        if number == 0 and like and _same(found[0].rest, like[0].rest):
+            known = like
     return found
 
 

@@ -1,6 +1,7 @@
 """Calibration: what the statistics are, that feedback pays, and that a calibrated model is like any other."""
 
 import copy
+from functools import partial
 
 import architectures
 import pytest
@@ -13,8 +14,8 @@ from transformers import BertConfig, BertModel
 
 import rpq_convert as rpq
 from rpq_convert import calibration, encode, layers
-from rpq_convert.blocks import chains
-from rpq_convert.fit import fit_feedback, fit_kmeans
+from rpq_convert.blocks import arrivals, chains
+from rpq_convert.fit import feedback, fit_feedback, fit_kmeans
 from rpq_convert.fit.additive import fit_additive
 from rpq_convert.reading import Watch
 
@@ -62,6 +63,33 @@ def test_feedback_never_costs_more_than_none(problem):
     none = decode(fit_additive(matrix, importance=importance, **common), n, length)
     fed = decode(fit_feedback(matrix, hessian, axis=axis, **common), n, length)
     assert cost(matrix - fed, hessian, axis) <= cost(matrix - none, hessian, axis) * (1 + 1e-4) + 1e-6
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(("shape", "axis", "dim", "books"), [
+    ((600, 77), "in", 2, 1), ((100, 77), "in", 3, 2), ((40, 50), "in", 1, 1), ((33, 40), "in", 40, 1),
+    ((150, 50), "out", 4, 1), ((100, 601), "out", 3, 2), ((70, 9), "out", 16, 1),
+])  # fmt: skip
+def test_compiled_steps_equal_those_of_torch(shape, axis, dim, books, scaled, monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    matrix = torch.randn(shape, generator=g)
+    outputs, inputs = shape if axis == "in" else shape[::-1]
+    x = torch.randn(400, inputs, generator=g) @ (torch.eye(inputs) + 0.1 * torch.randn(inputs, inputs, generator=g))
+    hessian, scales = x.T.double() @ x.double(), 1 + torch.rand(outputs, generator=g) if scaled else None
+    common = {"axis": axis, "dim": dim, "books": books, "stages": 1, "seed": 0, "scales": scales}
+    fast = fit_feedback(matrix, hessian, **common)
+    monkeypatch.setattr(feedback._Part, "_one_stage", feedback._Part._stages)
+    slow = fit_feedback(matrix, hessian, **common)
+    assert (fast.codes != slow.codes).float().mean() < 0.01  # sums are rounded in other places
+    torch.testing.assert_close(fast.codebooks, slow.codebooks, rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("inputs", [3, 383, 384, 600])
+def test_gram(inputs):
+    x = torch.randn(50, inputs, generator=torch.Generator().manual_seed(0))
+    found = calibration.gram(x)
+    torch.testing.assert_close(found, x.T @ x)
+    assert torch.equal(found, found.T) or inputs < 384
 
 
 def test_feedback_pays_where_inputs_are_correlated():
@@ -533,3 +561,41 @@ def test_recalibration_never_makes_a_layer_worse_under_its_inputs():
         now = rpq.evaluate(base, model, data).metrics["relative_error"]
         assert now <= after * 1.02
         after = now
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_arguments_are_taken_from_the_dense_runs_where_conversion_leaves_them(changed):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(16, 16)
+
+        def forward(self, x, shift):
+            return self.linear(x) + shift
+
+    class Stack(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.body, self.runs = nn.Linear(16, 16), nn.ModuleList(Block() for _ in range(3)), 0
+
+        def forward(self, x):
+            y = self.first(x)
+            shift = y.mean() if changed else x.mean()
+            for block in self.body:
+                self.runs += block is self.body[1]
+                y = block(y, shift)
+            return y
+
+    torch.manual_seed(0)
+    model, other = Stack().eval(), Stack().eval()
+    other.load_state_dict({k: v + 0.1 for k, v in model.state_dict().items()})
+    runs = [[partial(m, torch.full((2, 16), float(i))) for i in range(4)] for m in (model, other)]
+    chain = [f"body.{i}" for i in range(3)]
+    like = arrivals(model, chain, runs[0])
+    alone = arrivals(other, chain, runs[1])
+    other.runs = 0
+    found = arrivals(other, chain, runs[1], like)
+    assert other.runs == (4 if changed else 1)  # past the first block
+    for a, b in zip(found, alone, strict=True):
+        assert torch.equal(a.hidden, b.hidden)
+        assert all(torch.equal(a.rest[c][0][0], b.rest[c][0][0]) for c in chain)
