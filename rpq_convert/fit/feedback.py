@@ -119,7 +119,7 @@ def _upper(hessian: torch.Tensor, mean: torch.Tensor, order: torch.Tensor) -> to
             break
         share *= 10
     one = torch.eye(len(factor), dtype=factor.dtype)
-    return torch.linalg.solve_triangular(factor.flip(0, 1), one, upper=True).float()
+    return torch.linalg.solve_triangular(factor.flip(0, 1), one, upper=True).float().contiguous()
 
 
 class _Part:
