@@ -52,6 +52,10 @@ Rotation = Annotated[
     int | None,
     Option(min=0, help="Size of a block-Hadamard rotation of the inputs, 0 for none; the preset's by default.", rich_help_panel=SIZE),
 ]  # fmt: skip
+Outliers = Annotated[
+    float | None,
+    Option(min=0, max=0.1, help="Share of each output's weights, the largest, that is kept apart: 0.005.", rich_help_panel=SIZE),
+]  # fmt: skip
 Fit = Annotated[
     Literal["kmeans", "additive", "random"] | None, Option(help="How codebooks are found.", rich_help_panel=SIZE)
 ]
@@ -102,7 +106,7 @@ AllowPickle = Annotated[
     bool, Option("--allow-pickle", help="Read pickled weights, tensors only.", rich_help_panel=WHERE)
 ]
 
-PLAN = ("preset", "bits", "target_size", "max_error", "dim", "axis", "rotation", "fit", "grow", "seed", "dtype")
+PLAN = ("preset", "bits", "target_size", "max_error", "dim", "axis", "rotation", "outliers", "fit", "grow", "seed", "dtype")
 OPEN = ("factory", "revision", "token", "local_files_only", "allow_pickle")
 
 

@@ -144,6 +144,14 @@ def _fit(
     zero_row = job.padding_idx if job.padding_idx is not None and not dense[job.padding_idx].any() else None
     if statistics is not None and statistics.cross is not None:
         dense = view.from_matrix(_making_up(view.to_matrix(dense, "in"), statistics), job.shape, "in").contiguous()
+    if spec.outliers:
+        matrix = view.to_matrix(dense, "in")
+        positions = matrix.abs().topk(spec.outliers, 1).indices.sort(1).values
+        values = matrix.gather(1, positions).half()
+        if not torch.isfinite(values).all():
+            raise EncodeError(f"{job.name}: an outlier overflows float16; use outliers=0")
+        tensors |= {"outliers": values, "positions": positions.to(spec.tensors(view, job.shape)["positions"][0])}
+        dense = view.from_matrix(matrix.scatter(1, positions, 0.0), job.shape, "in").contiguous()
     scaled, exact = dense, None
     if spec.scales is not None:
         spread = view.spread_scales(torch.empty(view.scale_shape(job.shape))).shape

@@ -53,10 +53,12 @@ def _product(x: Tensor, weight: Any, bias: Tensor | None, axes: tuple[str, ...])
         return NotImplemented
     flat = x if x.ndim == 2 else x.reshape(-1, cut.inputs)
     flat = flat if flat.dtype == dtype else flat.to(dtype)
+    apart = rpq.outlier_product(flat) if rpq.spec.outliers else None
     if rpq.spec.rotation:
         flat = getattr(face, "rotate", rotate)(flat, rpq.spec.rotation)
     bias = bias if bias is None or bias.dtype == dtype else bias.to(dtype)  # as autocast does, and compiled code
     out = face.linear(flat, codes, codebooks, scales, bias, cut)
+    out = out if apart is None else out + apart
     if rpq.zero_row is not None:
         out[:, rpq.zero_row] = 0 if bias is None else bias[rpq.zero_row].to(dtype)
     return out if x.ndim == 2 else out.view(*x.shape[:-1], cut.outputs)
@@ -96,7 +98,9 @@ def _conv(convolve: Callable[..., Tensor]) -> Callable[..., Any]:
         if training or rpq.dtype != torch.float32 != input.dtype or torch.is_autocast_enabled("cpu"):
             return NotImplemented
         face = rpq.face
-        if not hasattr(face, "pointwise") or input.device.type != "cpu" or rpq.view.axes[0] != "out" or rpq.spec.rotation:
+        if not hasattr(face, "pointwise") or input.device.type != "cpu" or rpq.view.axes[0] != "out":
+            return NotImplemented
+        if rpq.spec.rotation or rpq.spec.outliers:
             return NotImplemented
         parts, cut = rpq.parts(), rpq.cut
         points = math.prod(rpq.shape[2:]) == 1 and groups == 1 and _all(padding, 0) and _all(stride, 1)
@@ -208,7 +212,7 @@ def _rescale(sign: int) -> Callable[..., Any]:
         if not isinstance(weight, ComputedWeight) or not isinstance(other, (int, float)) or other <= 0:
             return NotImplemented
         rpq = rpq_of(weight)
-        if math.frexp(other)[0] != 0.5 or rpq.kept is not None or (torch.is_grad_enabled() and rpq.trainable):
+        if math.frexp(other)[0] != 0.5 or rpq.spec.outliers or rpq.kept is not None or (torch.is_grad_enabled() and rpq.trainable):
             return NotImplemented
         values = rpq.codebooks if rpq.scales is None else rpq.scales
         scaled = values.detach() * float(other) ** sign

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -152,7 +152,8 @@ class Plan:
             Row(
                 name=j.name, layer=j.layer, shape=j.shape, dtype=j.dtype, decision="rpq", reason=j.rule,
                 dense_bytes=j.dense_bytes, codebook_bytes=j.nbytes["codebooks"], code_bytes=j.nbytes["codes"],
-                scale_bytes=j.nbytes.get("scales", 0), spec=f"{j.spec.describe()}, {j.fit}",
+                scale_bytes=j.nbytes.get("scales", 0),
+                outlier_bytes=j.nbytes.get("outliers", 0) + j.nbytes.get("positions", 0), spec=f"{j.spec.describe()}, {j.fit}",
                 expected_error=j.expected_error, aliases=j.aliases,
             )
             for j in self.jobs
@@ -285,6 +286,7 @@ def make_plan(
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
     rotation: int | None = None,
+    outliers: float | None = None,
     fit: str | None = None,
     seed: int = 0,
     grow: bool = False,
@@ -303,6 +305,7 @@ def make_plan(
         codebooks: `"heads"`, the seed's rule, or a number: that many codebooks per parameter, one for each block.
         axis: the cut axis for layers that allow both.
         rotation: size of a block-Hadamard rotation of the inputs, 0 for none; by default what the preset says.
+        outliers: share of each output's weights, the largest, that is kept apart in 32 bits each.
         rules: overlay the preset, first match wins; one that matches nothing is an error.
         include, exclude: patterns as in rules; only what is included and not excluded is converted.
         fit: `kmeans`, `additive` or `random`, for everything.
@@ -345,7 +348,8 @@ def make_plan(
         size = {"dim": dim} if stages is None else {"dim": dim, "stages": stages}
         base = overlay(base, size)
         preset_rules = [Rule(r.match, overlay(r.settings, size)) for r in preset_rules]
-    forced = {k: v for k, v in (("axis", axis), ("rotation", rotation), ("fit", fit), ("grow", grow or None)) if v is not None}
+    asked = {"axis": axis, "rotation": rotation, "outliers": outliers, "fit": fit, "grow": grow or None}
+    forced = {k: v for k, v in asked.items() if v is not None}
 
     hits: dict[int, int] = {}
     jobs: list[Job] = []
@@ -368,7 +372,7 @@ def make_plan(
         raise PlanError(f"no parameter matches {', '.join(map(repr, unmatched))}; names look like {some}")
     options = {
         "preset": preset, "bits": bits, "dim": dim, "codebooks": codebooks, "axis": axis, "fit": fit, "seed": seed,
-        **{k: v for k, v in (("stages", stages), ("rotation", rotation)) if v is not None},
+        **{k: v for k, v in (("stages", stages), ("rotation", rotation), ("outliers", outliers)) if v is not None},
         "grow": grow, "dtype": dtype, "include": list(include), "exclude": list(exclude),
         "rules": [{"match": r.match, **r.settings} for r in own],
     }  # fmt: skip
@@ -433,6 +437,8 @@ def _decide(
         raise PlanError(f"{slot.name}: fit must be kmeans, additive or random, not {fit!r}")
     if fit == "kmeans" and spec.stages > 1:
         fit = "additive"
+    if fit == "random":
+        spec = replace(spec, outliers=0)
     job = Job(
         name=slot.name, aliases=slot.aliases, layer=slot.layer, shape=slot.shape, dtype=dtype_name(stored),
         view=view.names, spec=spec, fit=fit, seed=job_seed(seed, slot.name), rule=by, padding_idx=slot.padding_idx,
@@ -477,6 +483,9 @@ def resolve(name: str, shape: tuple[int, ...], view: WeightView, settings: Mappi
         scales, rotation = settings.get("scales", "none"), settings.get("rotation", 0)
         if not isinstance(rotation, int) or isinstance(rotation, bool) or rotation < 0:
             raise PlanError(f"rotation must be a whole number, 0 for none, not {rotation!r}")
+        share, inputs = settings.get("outliers", 0), view.matrix_shape(shape, "in")[1]
+        if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0 <= share <= 0.1:
+            raise PlanError(f"outliers must be a share of the weights from 0 to 0.1, not {share!r}")
         spec = Spec(
             dim=dim,
             books=blocks if books == "blocks" else min(books, blocks),
@@ -485,7 +494,8 @@ def resolve(name: str, shape: tuple[int, ...], view: WeightView, settings: Mappi
             codebook_dtype=settings.get("codebook_dtype", "float16"),
             scales=None if scales == "none" else scales,
             layout="rows" if view.axis == "in" and axis == "in" else "blocks",
-            rotation=fitting(rotation, view.matrix_shape(shape, "in")[1]),
+            rotation=fitting(rotation, inputs),
+            outliers=0 if "expert" in view.axes else round(share * inputs),
         )
         if by_bits and stages > 1:  # codebooks of a small parameter outweigh its codes: one stage may be more bits in fewer bytes
             one = resolve(name, shape, view, overlay(settings, {"dim": int(8 // settings["bits"])}))

@@ -29,6 +29,7 @@ SETTINGS = {
     "codebook_dtype": "float32, float16, bfloat16, or float8_e4m3fn: one byte, for 2 bits and less, with scales",
     "scales": "dtype of one scale per output row, or 'none'",
     "rotation": "block-Hadamard rotation of the inputs: its size, or the largest power of two below that divides them",
+    "outliers": "share of each output's weights, the largest, that is kept apart in 32 bits each: 0.005",
     "fit": "kmeans, additive or random",
     "grow": "convert even where the layer would grow",
     "skip": "leave it dense",

@@ -46,6 +46,7 @@ class Spec:
         scales: dtype of one scale per output row, or None for no scales.
         layout: `"blocks"` stores codes as [blocks, n], `"rows"` as [n, blocks], where a row is one read (embeddings).
         rotation: size of the block-Hadamard rotation of the input axis (rotation.py), a power of two; 0 is none.
+        outliers: how many weights of each output are kept apart, as numbers of their own beside the codes.
     """
 
     dim: int
@@ -56,6 +57,7 @@ class Spec:
     scales: str | None = None
     layout: str = "blocks"
     rotation: int = 0
+    outliers: int = 0
 
     def __post_init__(self) -> None:
         for name in ("dim", "books", "stages"):
@@ -72,6 +74,10 @@ class Spec:
             raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, not {self.layout!r}")
         if self.rotation not in ROTATIONS:
             raise ValueError(f"rotation must be 0 or a power of two from {ROTATIONS[1]} to {ROTATIONS[-1]}, not {self.rotation!r}")
+        if not isinstance(self.outliers, int) or isinstance(self.outliers, bool) or self.outliers < 0:
+            raise ValueError(f"outliers must be a whole number, 0 for none, not {self.outliers!r}")
+        if self.outliers and self.rotation:
+            raise ValueError("a rotation spreads outliers over its inputs: ask for one of the two")
 
     @property
     def bits(self) -> float:
@@ -98,6 +104,12 @@ class Spec:
         }
         if self.scales is not None:
             stored["scales"] = (DTYPES[self.scales], view.scale_shape(shape))
+        if self.outliers:
+            outputs = view.matrix_shape(shape, "in")[0]
+            if "expert" in view.axes or self.outliers > inputs // 2:
+                raise ValueError(f"{self.outliers} outliers of {inputs} inputs of {view.names!r}; at most half, and none of experts")
+            stored["outliers"] = (torch.float16, (outputs, self.outliers))
+            stored["positions"] = (torch.int16 if inputs <= 1 << 15 else torch.int32, (outputs, self.outliers))
         return stored
 
     def nbytes(self, view: WeightView, shape: tuple[int, ...]) -> dict[str, int]:
@@ -127,6 +139,8 @@ class Spec:
             parts.append(f"row scales {self.scales}")
         if self.rotation:
             parts.append(f"rotation {self.rotation}")
+        if self.outliers:
+            parts.append(f"{self.outliers} outliers a row")
         return ", ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def _product(x: Any, weight: Any, bias: Any, axes: tuple[str, ...]) -> Any:
         return NotImplemented
     rpq = weight.rpq
     cut, dtype, device = rpq.cut, rpq.dtype, x.device.type
-    if rpq.view.axes != axes or x.ndim == 0 or x.shape[-1] != cut.inputs:
+    if rpq.spec.outliers or rpq.view.axes != axes or x.ndim == 0 or x.shape[-1] != cut.inputs:
         return NotImplemented
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

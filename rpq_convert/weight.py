@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rpq_convert import kernels
 from rpq_convert.kernels import operators, plain
@@ -42,12 +43,14 @@ class RPQWeight(nn.Module):
 
     Shape:
         codebooks [books, 256, dim], codes uint8 [blocks, n] or [n, blocks], scales [out]; with several stages,
-        codebooks and codes have a leading stage axis.
+        codebooks and codes have a leading stage axis; outliers and positions (numbers of inputs) [out, outliers].
     """
 
     codebooks: nn.Parameter
     codes: nn.Parameter
     scales: nn.Parameter | None
+    outliers: nn.Parameter | None  # added to what the codes give, at `positions`
+    positions: nn.Parameter | None
     kept: Tensor | None = None  # the expanded weight, inside a block of `rpq_convert.decoded`
     guarded: Tensor | None = None  # the same memory, as eager code gets it
 
@@ -69,8 +72,9 @@ class RPQWeight(nn.Module):
         for name, (kind, size) in spec.tensors(view, self.shape).items():
             empty = torch.zeros(size, dtype=kind, device=device)
             self.register_parameter(name, nn.Parameter(empty, requires_grad=kind.is_floating_point))
-        if spec.scales is None:
-            self.register_parameter("scales", None)
+        for name in ("scales", "outliers", "positions"):
+            if name not in self._parameters:
+                self.register_parameter(name, None)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -139,7 +143,7 @@ class RPQWeight(nn.Module):
         parts = (self.stages_codes(), self.codebooks, self.scales) if slow else self.parts()
         rows = face.decode_rows(*parts, index, self.cut, self._probe.dtype)
         rows = rotate(rows, self.spec.rotation, back=True)
-        return rows if self.zero_row is None else self._finish(rows, index, scaled=True)
+        return rows if self.zero_row is None and not self.spec.outliers else self._finish(rows, index, scaled=True)
 
     def part(self, expert: int) -> RPQWeight:
         """Return one of the matrices of a parameter whose first axis is `expert`; it shares this one's tensors."""
@@ -152,6 +156,7 @@ class RPQWeight(nn.Module):
         part.__dict__["codebooks"] = self.codebooks
         part.__dict__["codes"] = self.codes[..., expert * rows : (expert + 1) * rows]
         part.__dict__["scales"] = None if self.scales is None else self.scales[expert]
+        part.__dict__["outliers"] = part.__dict__["positions"] = None
         return part
 
     def scale_matrix(self) -> Tensor | None:
@@ -168,11 +173,25 @@ class RPQWeight(nn.Module):
         scales = self.scale_matrix()
         if scales is not None:
             part = part * scales[start:stop].to(self.dtype)
+        if self.outliers is not None and self.positions is not None:
+            at, values = self.positions.long(), self.outliers.to(self.dtype)
+            if self.spec.axis == "in":
+                part = part.scatter_add(1, at[start:stop], values[start:stop])
+            else:
+                outputs, places = ((at >= start) & (at < stop)).nonzero(as_tuple=True)
+                part = part.index_put((at[outputs, places] - start, outputs), values[outputs, places], accumulate=True)
         if self.zero_row is not None and self.spec.axis == "out":
             part[:, self.zero_row] = 0
         elif self.zero_row is not None and start <= self.zero_row < stop:
             part[self.zero_row - start] = 0
         return part
+
+    def outlier_product(self, x: Tensor) -> Tensor:
+        """Return what outliers add to the product with inputs [tokens, inputs]: [tokens, outputs]."""
+        assert self.outliers is not None and self.positions is not None
+        return F.embedding_bag(
+            self.positions.int(), x.T.contiguous(), per_sample_weights=self.outliers.to(x.dtype), mode="sum"
+        ).T
 
     @property
     def rows_are_entries(self) -> bool:
@@ -180,10 +199,17 @@ class RPQWeight(nn.Module):
         return self.spec.axis == "in" and self.view.axes == ("out", "in")
 
     def _finish(self, weight: Tensor, index: Tensor | None = None, *, scaled: bool = False) -> Tensor:
-        """Apply row scales and the zero row to a stored-shape weight, or to the rows `index` of it."""
+        """Apply row scales, outliers and the zero row to a stored-shape weight, or to the rows `index` of it."""
         if self.scales is not None and not scaled:
             scales = self.scales if index is None else self.scales[index]
             weight = weight * self.view.spread_scales(scales.to(self.dtype))
+        if self.outliers is not None and self.positions is not None:
+            at, values = self.positions.long(), self.outliers.to(weight.dtype)
+            if index is None:
+                matrix = self.view.to_matrix(weight, "in").scatter_add(1, at, values)
+                weight = self.view.from_matrix(matrix, self.shape, "in").contiguous()
+            else:
+                weight = weight.scatter_add(1, at[index], values[index])
         if self.zero_row is not None:
             at = torch.arange(self.shape[0], device=weight.device) if index is None else index
             weight = weight.masked_fill((at == self.zero_row)[:, None], 0)

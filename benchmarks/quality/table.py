@@ -114,6 +114,7 @@ def _words(settings: Row) -> str:
         "embedding": lambda v: "embedding dense" if v == 16 else f"embedding {v}" + ("" if isinstance(v, str) else " bits"),
         "calibrated": lambda v: "calibrated", "own": lambda v: "calibrated on its own inputs", "steps": lambda v: f"{v} steps of tuning",
         "recode": lambda v: "codes too", "codebooks": lambda v: "codebooks of one byte",
+        "outliers": lambda v: f"{100 * v:g} % outliers",
         "target_size": lambda v: f"sizes chosen for {v / 2**20:.1f} MB",
         "imatrix": lambda v: "importance matrix", "iters": lambda v: f"{v} iterations",
     }  # fmt: skip

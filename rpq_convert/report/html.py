@@ -42,8 +42,10 @@ def fragment(report: Report) -> str:
             ("codes", "code_bytes"),
             ("codebooks", "codebook_bytes"),
             ("scales", "scale_bytes"),
+            ("outliers", "outlier_bytes"),
             ("kept dense", "other_bytes"),
         )
+        if part != "outlier_bytes" or report.total(part)
     )
     warnings = "".join(f"<div class=warn>{escape(w)}</div>" for w in report.all_warnings)
     measured = "".join(f"<p>{escape(line)}</p>" for line in quality(report))

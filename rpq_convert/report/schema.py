@@ -22,8 +22,8 @@ class Row:
     Args:
         decision: `"rpq"`, `"dense"` (a parameter that stays as it is) or `"buffer"`.
         reason: the rule that converts it, or why it stays.
-        dense_bytes: its size unconverted; `codebook_bytes`, `code_bytes`, `scale_bytes` and `other_bytes` (what stays
-            dense) are what is written.
+        dense_bytes: its size unconverted; `codebook_bytes`, `code_bytes`, `scale_bytes`, `outlier_bytes` and `other_bytes`
+            (what stays dense) are what is written.
         expected_error, error: relative squared error `|W - W'|^2 / |W|^2`, from the rate and as measured.
         seconds: wall time of the fit. dead: codewords that no code uses. inputs: input vectors it was
             calibrated on, if any. aliases: other names of the same tensor.
@@ -39,6 +39,7 @@ class Row:
     codebook_bytes: int = 0
     code_bytes: int = 0
     scale_bytes: int = 0
+    outlier_bytes: int = 0
     other_bytes: int = 0
     spec: str = ""
     expected_error: float | None = None
@@ -50,7 +51,7 @@ class Row:
 
     @property
     def bytes(self) -> int:
-        return self.codebook_bytes + self.code_bytes + self.scale_bytes + self.other_bytes
+        return self.codebook_bytes + self.code_bytes + self.scale_bytes + self.outlier_bytes + self.other_bytes
 
     @property
     def params(self) -> int:

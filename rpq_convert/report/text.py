@@ -110,8 +110,10 @@ def terminal(report: Report, width: int = 80) -> str:
             lines.append(f"{short(text, width - 17):<{width - 17}} {len(rows):>5} {size / 2**20:>10.3f}")
         if reasons:
             lines.append("")
-    for part in ("codebook", "code", "scale", "other"):
+    for part in ("codebook", "code", "scale", "outlier", "other"):
         n = report.total(f"{part}_bytes")
+        if part == "outlier" and n == 0:
+            continue
         lines.append(f"{part + 's' if part != 'other' else 'dense tensors':<14} {megabytes(n):>15} {n:>20,} bytes")
     lines.append(f"{'total':<14} {megabytes(report.bytes):>15} {report.bytes:>20,} bytes")
     if report.predicted_bytes is not None:
