@@ -323,6 +323,11 @@ def verify(
                 raise VerifyError(
                     f"{key} is {list(info.shape)} {info.dtype}, its description says {list(shape)} {dtype}"
                 )
+        if rpq.spec.outliers:
+            key, inputs = f"{name}_rpq.positions", rpq.cut.inputs
+            low, high = source[key].aminmax()
+            if int(low) < 0 or int(high) >= inputs:
+                raise VerifyError(f"{key} names inputs {int(low)} to {int(high)}, of {inputs}")
     for key in source:
         tensor = source[key]
         if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():

@@ -144,7 +144,7 @@ def test_a_compiler_and_torch_func_get_the_same():
 
 
 def test_tuning_and_codes_that_change_keep_them():
-    dense, model, x, _ = converted("Linear", bits=2)
+    dense, model, *_ = converted("Linear", bits=2)
     batches = [torch.randn(200, 48, generator=torch.Generator().manual_seed(i)) for i in range(6)]
     before = layers_of(model)["weight"].outliers.detach().clone()
     done = rpq.tune(model, dense, batches, steps=40, recode=0.01, loss="mse")
@@ -156,7 +156,7 @@ def test_where_there_are_none():
     rpq.convert(model, bits=4, outliers=SHARE, fit="random", grow=True)
     assert layers_of(model)["weight"].spec.outliers == 0
     for share in (0.2, -1, "many"):
-        with pytest.raises(rpq.PlanError, match="share of the weights from 0 to 0.1"):
+        with pytest.raises(rpq.PlanError, match=r"share of the weights from 0 to 0\.1"):
             rpq.plan(nn.Linear(64, 64), bits=4, rules=[{"match": "*", "outliers": share}])
     with pytest.raises(rpq.PlanError, match="rotation spreads outliers"):
         rpq.plan(nn.Linear(64, 64), bits=4, outliers=SHARE, rotation=64)
@@ -164,3 +164,20 @@ def test_where_there_are_none():
     big.weight.data[0, 0] = 1e5
     with pytest.raises(rpq.EncodeError, match="overflows float16"):
         rpq.convert(big, bits=4, outliers=SHARE, grow=True)
+
+
+def test_positions_that_no_input_has_are_refused(tmp_path):
+    _, model, x, _ = converted("tied")
+    held = layers_of(model)["table.weight"]
+    held.positions.data[5, 0] = 24
+    with pytest.raises((RuntimeError, IndexError)), torch.no_grad():
+        model(x)
+    rpq.save(model, tmp_path / "saved")
+    with pytest.raises(rpq.VerifyError, match="positions names inputs 0 to 24, of 24"):
+        rpq.verify(tmp_path / "saved")
+
+
+def test_budgets_count_them():
+    dense = heavy(nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256)))
+    plan = rpq.plan(dense, target_size="70KB", outliers=0.02, sensitivity="shape")
+    assert 69_300 <= plan.file_bytes <= 70_000 and all(job.spec.outliers == 5 for job in plan.jobs)
