@@ -12,7 +12,6 @@ import copy
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from real_models import perplexity, smollm2
 from torch import Tensor
 
