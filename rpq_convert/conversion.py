@@ -328,8 +328,8 @@ def stored_spec(rpq: Any) -> Any:
     from rpq_convert.spec import dtype_name
 
     kept = rpq.stored()
-    scales = dtype_name(kept["scales"].dtype) if "scales" in kept else None
-    return replace(rpq.spec, codebook_dtype=dtype_name(kept["codebooks"].dtype), scales=scales)
+    named = {"codebooks": "codebook_dtype", "scales": "scales", "outliers": "outlier_dtype"}
+    return replace(rpq.spec, **{named[part]: dtype_name(t.dtype) for part, t in kept.items() if part in named})
 
 
 def _why(model: nn.Module, name: str) -> str:

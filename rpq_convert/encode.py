@@ -147,10 +147,11 @@ def _fit(
     if spec.outliers:
         matrix = view.to_matrix(dense, "in")
         positions = matrix.abs().topk(spec.outliers, 1).indices.sort(1).values
-        values = matrix.gather(1, positions).half()
+        dtypes = {part: dtype for part, (dtype, _) in spec.tensors(view, job.shape).items()}
+        values = matrix.gather(1, positions).to(dtypes["outliers"])
         if not torch.isfinite(values).all():
-            raise EncodeError(f"{job.name}: an outlier overflows float16; use outliers=0")
-        tensors |= {"outliers": values, "positions": positions.to(spec.tensors(view, job.shape)["positions"][0])}
+            raise EncodeError(f"{job.name}: an outlier overflows {spec.outlier_dtype}; use outliers=0")
+        tensors |= {"outliers": values, "positions": positions.to(dtypes["positions"])}
         dense = view.from_matrix(matrix.scatter(1, positions, 0.0), job.shape, "in").contiguous()
     scaled, exact = dense, None
     if spec.scales is not None:

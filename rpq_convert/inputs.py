@@ -23,6 +23,7 @@ from rpq_convert.source import SourceError
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 TEXTS = (".txt", ".md", ".rst")
 ROWS = 16  # samples of a batch
+OWN_ROWS = 8  # of inputs that are made up: the first batch is run some times more than the others
 PICTURE = 224  # pixels of a side, where a model does not say; convnets take any
 SENTENCE = 4, 25  # random tokens of one, from and below
 COLOUR = 0.3  # share of a made-up picture's variance that channels do not share
@@ -153,9 +154,6 @@ def tokenized(words: Any, lines: list[str], window: int) -> Iterable[Any]:
         yield words(lines[i : i + ROWS], padding=True, truncation=True, max_length=window, return_tensors="pt")
 
 
-OWN_ROWS = 8  # samples of a batch of own inputs: the first batch is run some times more than the others
-
-
 def own_inputs(
     model: Any, *, samples: int = 64, window: int = 128, batch: int = 64, seed: int = 0,
     shape: tuple[int, int, int] | None = None,
@@ -182,16 +180,17 @@ def own_inputs(
     g = torch.Generator().manual_seed(seed)
     config: Any = getattr(model, "config", None)
     kind = getattr(model, "main_input_name", None)
-    mixed = hasattr(config, "text_config") and hasattr(config, "vision_config")
+    decodes = getattr(config, "is_encoder_decoder", False)
+    mixed = decodes or (hasattr(config, "text_config") and hasattr(config, "vision_config"))  # takes several kinds of inputs
     if not isinstance(kind, str):
         shape = shape or (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
     elif kind == "pixel_values":
         size = getattr(config, "image_size", PICTURE)
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         shape = shape or (getattr(config, "num_channels", 3), height, width)
-    elif kind == "input_ids" and not mixed and not config.is_encoder_decoder:
-        if model.can_generate():
-            return _written(model, samples, window, batch, g)
+    elif kind == "input_ids" and model.can_generate() and not decodes:
+        return _written(model, samples, window, batch, g)
+    elif kind == "input_ids" and not mixed:
         return _random_tokens(model, samples * window, g)
     if shape is None or mixed:
         raise CalibrationError(
@@ -241,8 +240,8 @@ def _random_tokens(model: Any, tokens: int, g: torch.Generator) -> list[Any]:
 def _noise(samples: int, shape: tuple[int, int, int], g: torch.Generator) -> Tensor:
     """Return pictures [samples, channels, height, width] of variance 1 in each, and a colour of its own.
 
-    Amplitudes fall as 1 / f^p, p from that of photographs, 1, to 3, pictures with hardly an edge: the range is what counts. At
-    4 bits EfficientNet-Lite0 keeps .38 of its answers without, .45 with white noise, .57 at p = 1, .70 with the range.
+    Amplitudes fall as 1 / f^p, p from that of photographs, 1, to 3, pictures with hardly an edge: the range is what counts
+    (docs/architecture.md has figures).
     """
     channels, height, width = shape
     powers = torch.linspace(1, 3, samples)[torch.randperm(samples, generator=g)].view(-1, 1, 1, 1)

@@ -53,7 +53,7 @@ def _product(x: Tensor, weight: Any, bias: Tensor | None, axes: tuple[str, ...])
         return NotImplemented
     flat = x if x.ndim == 2 else x.reshape(-1, cut.inputs)
     flat = flat if flat.dtype == dtype else flat.to(dtype)
-    apart = rpq.outlier_product(flat) if rpq.spec.outliers else None
+    apart = rpq.outlier_product(flat)
     if rpq.spec.rotation:
         flat = getattr(face, "rotate", rotate)(flat, rpq.spec.rotation)
     bias = bias if bias is None or bias.dtype == dtype else bias.to(dtype)  # as autocast does, and compiled code
@@ -212,14 +212,15 @@ def _rescale(sign: int) -> Callable[..., Any]:
         if not isinstance(weight, ComputedWeight) or not isinstance(other, (int, float)) or other <= 0:
             return NotImplemented
         rpq = rpq_of(weight)
-        if math.frexp(other)[0] != 0.5 or rpq.spec.outliers or rpq.kept is not None or (torch.is_grad_enabled() and rpq.trainable):
+        if math.frexp(other)[0] != 0.5 or rpq.kept is not None or (torch.is_grad_enabled() and rpq.trainable):
             return NotImplemented
-        values = rpq.codebooks if rpq.scales is None else rpq.scales
-        scaled = values.detach() * float(other) ** sign
-        if not torch.equal(scaled * float(other) ** -sign, values):  # out of the dtype's range
-            return NotImplemented
+        held = [rpq.codebooks if rpq.scales is None else rpq.scales, *([] if rpq.outliers is None else [rpq.outliers])]
+        scaled = [values.detach() * float(other) ** sign for values in held]
+        if not all(torch.equal(new * float(other) ** -sign, old) for new, old in zip(scaled, held, strict=True)):
+            return NotImplemented  # out of the dtype's range
         with torch.no_grad():
-            values.copy_(scaled)
+            for old, new in zip(held, scaled, strict=True):
+                old.copy_(new)
         return weight
 
     return handle

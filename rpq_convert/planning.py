@@ -437,7 +437,7 @@ def _decide(
         raise PlanError(f"{slot.name}: fit must be kmeans, additive or random, not {fit!r}")
     if fit == "kmeans" and spec.stages > 1:
         fit = "additive"
-    if fit == "random":
+    if fit == "random":  # no weight is larger than the others
         spec = replace(spec, outliers=0)
     job = Job(
         name=slot.name, aliases=slot.aliases, layer=slot.layer, shape=slot.shape, dtype=dtype_name(stored),

@@ -47,6 +47,7 @@ class Spec:
         layout: `"blocks"` stores codes as [blocks, n], `"rows"` as [n, blocks], where a row is one read (embeddings).
         rotation: size of the block-Hadamard rotation of the input axis (rotation.py), a power of two; 0 is none.
         outliers: how many weights of each output are kept apart, as numbers of their own beside the codes.
+        outlier_dtype: dtype of those numbers.
     """
 
     dim: int
@@ -58,6 +59,7 @@ class Spec:
     layout: str = "blocks"
     rotation: int = 0
     outliers: int = 0
+    outlier_dtype: str = "float16"
 
     def __post_init__(self) -> None:
         for name in ("dim", "books", "stages"):
@@ -65,7 +67,8 @@ class Spec:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
         check_axis(self.axis)
-        for name, value, known in (("codebook_dtype", self.codebook_dtype, CODEBOOK_DTYPES), ("scales", self.scales, DTYPES)):
+        dtypes = {"codebook_dtype": CODEBOOK_DTYPES, "scales": DTYPES, "outlier_dtype": DTYPES}
+        for name, value, known in ((name, getattr(self, name), known) for name, known in dtypes.items()):
             if value not in known and not (name == "scales" and value is None):
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
         if self.codebook_dtype == "float8_e4m3fn" and self.scales is None:
@@ -108,7 +111,7 @@ class Spec:
             outputs = view.matrix_shape(shape, "in")[0]
             if "expert" in view.axes or self.outliers > inputs // 2:
                 raise ValueError(f"{self.outliers} outliers of {inputs} inputs of {view.names!r}; at most half, and none of experts")
-            stored["outliers"] = (torch.float16, (outputs, self.outliers))
+            stored["outliers"] = (DTYPES[self.outlier_dtype], (outputs, self.outliers))
             stored["positions"] = (torch.int16 if inputs <= 1 << 15 else torch.int32, (outputs, self.outliers))
         return stored
 
@@ -140,7 +143,7 @@ class Spec:
         if self.rotation:
             parts.append(f"rotation {self.rotation}")
         if self.outliers:
-            parts.append(f"{self.outliers} outliers a row")
+            parts.append(f"{self.outliers} outlier{'s' * (self.outliers > 1)} a row")
         return ", ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:

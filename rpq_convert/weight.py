@@ -83,7 +83,7 @@ class RPQWeight(nn.Module):
 
     @property
     def trainable(self) -> bool:
-        return self.codebooks.requires_grad or (self.scales is not None and self.scales.requires_grad)
+        return any(p is not None and p.requires_grad for p in (self.codebooks, self.scales, self.outliers))
 
     @property
     def face(self) -> ModuleType:
@@ -173,8 +173,8 @@ class RPQWeight(nn.Module):
         scales = self.scale_matrix()
         if scales is not None:
             part = part * scales[start:stop].to(self.dtype)
-        if self.outliers is not None and self.positions is not None:
-            at, values = self.positions.long(), self.outliers.to(self.dtype)
+        if (apart := self._apart(self.dtype)) is not None:
+            at, values = apart
             if self.spec.axis == "in":
                 part = part.scatter_add(1, at[start:stop], values[start:stop])
             else:
@@ -186,12 +186,18 @@ class RPQWeight(nn.Module):
             part[self.zero_row - start] = 0
         return part
 
-    def outlier_product(self, x: Tensor) -> Tensor:
-        """Return what outliers add to the product with inputs [tokens, inputs]: [tokens, outputs]."""
-        assert self.outliers is not None and self.positions is not None
-        return F.embedding_bag(
-            self.positions.int(), x.T.contiguous(), per_sample_weights=self.outliers.to(x.dtype), mode="sum"
-        ).T
+    def _apart(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """Return outliers as (numbers of inputs, values), both [outputs, outliers]; None for none."""
+        if self.outliers is None or self.positions is None:
+            return None
+        return self.positions.long(), self.outliers.to(dtype)
+
+    def outlier_product(self, x: Tensor) -> Tensor | None:
+        """Return what outliers add to the product with inputs [tokens, inputs]: [tokens, outputs]; None for nothing."""
+        if (apart := self._apart(x.dtype)) is None:
+            return None
+        at, values = apart
+        return F.embedding_bag(at, x.T.contiguous(), per_sample_weights=values, mode="sum").T
 
     @property
     def rows_are_entries(self) -> bool:
@@ -203,8 +209,8 @@ class RPQWeight(nn.Module):
         if self.scales is not None and not scaled:
             scales = self.scales if index is None else self.scales[index]
             weight = weight * self.view.spread_scales(scales.to(self.dtype))
-        if self.outliers is not None and self.positions is not None:
-            at, values = self.positions.long(), self.outliers.to(weight.dtype)
+        if (apart := self._apart(weight.dtype)) is not None:
+            at, values = apart
             if index is None:
                 matrix = self.view.to_matrix(weight, "in").scatter_add(1, at, values)
                 weight = self.view.from_matrix(matrix, self.shape, "in").contiguous()

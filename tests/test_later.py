@@ -141,6 +141,13 @@ def test_pictures_are_made_up():
             rpq.own_inputs(model)
 
 
+def test_a_model_of_texts_and_pictures_writes_texts():
+    vision = tf.CLIPVisionConfig(hidden_size=32, intermediate_size=32, num_attention_heads=2, num_hidden_layers=1, image_size=28, patch_size=14)
+    model = tf.LlavaForConditionalGeneration(tf.LlavaConfig(text_config=tf.LlamaConfig(**SIZE), vision_config=vision, image_token_index=299))
+    found = rpq.own_inputs(model, samples=2, window=5)
+    assert [list(b["input_ids"].shape) for b in found] == [[2, 5]]
+
+
 def test_made_up_pictures_serve_convolutions():
     torch.manual_seed(0)
     dense = torch.nn.Sequential(

@@ -89,13 +89,31 @@ def test_products_and_gradients_equal_those_of_the_expanded_weight(tokens):
 def test_files_are_as_planned_and_come_back(tmp_path):
     dense, model, x, report = converted("tied")
     plan = rpq.plan(dense, bits=4, outliers=SHARE, grow=True)
-    assert "2 outliers" not in plan.explain("table.weight") and "1 outliers a row" in plan.explain("table.weight")
+    assert "1 outlier a row" in plan.explain("table.weight")
     saved = rpq.save(model, tmp_path / "saved")
     assert saved.weight_file_bytes == saved.predicted_bytes == plan.file_bytes
     rpq.verify(tmp_path / "saved")
     again = rpq.load(tmp_path / "saved", factory=MODELS["tied"][0]).eval()
     assert torch.equal(run(again, x), run(model, x))
     assert "outliers" in str(report) and report.total("outlier_bytes") == 320 * 4
+
+
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float64])
+def test_a_cast_model_is_saved_as_it_is(cast, tmp_path):
+    _, model, x, _ = converted("tied")
+    model.to(cast)
+    rpq.save(model, tmp_path / "saved")
+    rpq.verify(tmp_path / "saved")
+    again = rpq.load(tmp_path / "saved", factory=MODELS["tied"][0]).eval()
+    assert layers_of(again)["table.weight"].outliers.dtype == cast and torch.equal(run(again, x), run(model, x))
+
+
+def test_rescaling_reaches_them():
+    _, model, *_ = converted("Linear")
+    with torch.no_grad():
+        before = model.weight.clone()
+        model.requires_grad_(False).weight.mul_(0.5)
+        assert torch.equal(model.weight.clone(), before / 2)
 
 
 def test_both_conversions_agree(tmp_path):
@@ -137,7 +155,6 @@ def test_they_pay_where_weights_are_heavy():
 
 def test_a_compiler_and_torch_func_get_the_same():
     _, model, x, _ = converted("tied")
-    assert torch.equal(torch.compile(model, backend="eager")(x), torch.compile(copy.deepcopy(model), backend="eager")(x))
     torch.testing.assert_close(torch.compile(model, backend="eager")(x), model(x), rtol=1e-4, atol=1e-4)
     _, linear, x, _ = converted("Linear")
     torch.testing.assert_close(torch.func.vmap(linear)(x), linear(x), rtol=1e-4, atol=1e-4)

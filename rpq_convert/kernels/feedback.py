@@ -10,10 +10,10 @@ import numpy as np
 from numba import njit
 
 from rpq_convert.kernels.kmeans import FUSE
-from rpq_convert.kernels.nearest import NONE, _search
+from rpq_convert.kernels.nearest import NONE, search_by
 
 OUTPUTS = 512  # at a time
-_difference, _weighted = _search("difference"), _search("weighted")
+_difference, _weighted = search_by("difference"), search_by("weighted")
 
 
 @njit(inline="always")

@@ -77,7 +77,7 @@ def _halves(codebook):
 
 
 @cache
-def _search(form: str):
+def search_by(form: str):
     """Compile the search in float32; form: difference, weighted, product."""
     product, weighted = form == "product", form == "weighted"
 
@@ -311,7 +311,7 @@ def nearest(points, weights, codebook, *, quick=False):
         _search_tiles(points, codebook, _SHAPES, codes)
     else:
         form = "weighted" if weights is not None else "product" if quick else "difference"
-        _search(form)(points, NONE if weights is None else weights, codebook, SIDE, codes)
+        search_by(form)(points, NONE if weights is None else weights, codebook, SIDE, codes)
     return codes
 
 
