@@ -130,7 +130,7 @@ def _outputs(base: nn.Module, model: nn.Module, data: Iterable[Any], progress: P
     for done, item in enumerate(data, 1):
         labels = item["labels"] if isinstance(item, Mapping) and "labels" in item else None
         item = item if labels is None else {k: v for k, v in item.items() if k != "labels"}
-        a, b = (_main(call(m, item)).float() for m in (base, model))
+        a, b = (main_output(call(m, item)).float() for m in (base, model))
         if a.shape != b.shape:
             raise EvaluateError(f"the base's output is {list(a.shape)}, the model's {list(b.shape)}")
         rows = counted(item, a)
@@ -177,7 +177,7 @@ def _ranks(values: Tensor) -> Tensor:
     return (last - (counts - 1) / 2)[place]
 
 
-def _main(output: Any) -> Tensor:
+def main_output(output: Any) -> Tensor:
     found = first_tensor(output)
     if found is None:
         raise EvaluateError(f"{type(output).__name__} holds no tensor to compare")
@@ -203,7 +203,7 @@ def layer_errors(base: nn.Module, model: nn.Module, data: Iterable[Any]) -> dict
 
     def watch(home: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            wanted, found = _main(output).double(), _main(model.get_submodule(home)(*args, **kwargs)).double()
+            wanted, found = main_output(output).double(), main_output(model.get_submodule(home)(*args, **kwargs)).double()
             wanted, found = (without_padding(current, x) for x in (wanted, found))
             sums[home][0] += float((found - wanted).square().sum())
             sums[home][1] += float(wanted.square().sum())

@@ -69,13 +69,13 @@ def evaluate_folder(
         words = tokenizer_of(base)
         ids = words(read_text(text), return_tensors="pt", add_special_tokens=False).input_ids[0]
         ids = ids[: windows * window] if windows else ids
-        found = evaluate(dense, converted, ids, window=window, progress=_told(say, "windows", len(ids) // window))
+        found = evaluate(dense, converted, ids, window=window, progress=progress_lines(say, "windows", len(ids) // window))
         batches: list[Any] = [{"input_ids": part[None]} for part in ids[: 4 * window].split(window)]
     elif pairs is not None:
-        found, batches = _pairs(dense, converted, base, pairs, window, windows, say)
+        found, batches = evaluate_pairs(dense, converted, base, pairs, window, windows, say)
     else:
         batches = read_inputs(on[0], base, window=window, samples=windows, labels=True)
-        told = _told(say, "batches", len(batches))
+        told = progress_lines(say, "batches", len(batches))
         a, b = (dense, converted) if text is None else (Pooled(dense), Pooled(converted))
         found = evaluate(a, b, batches, progress=told)
     if layers:
@@ -85,7 +85,7 @@ def evaluate_folder(
     return found
 
 
-def _told(say: Say | None, what: str, total: int) -> Callable[[int], None] | None:
+def progress_lines(say: Say | None, what: str, total: int) -> Callable[[int], None] | None:
     return None if say is None else lambda done: say(f"{done} of {max(1, total)} {what}")
 
 
@@ -104,7 +104,7 @@ def _both(base: str | Path, folder: str | Path, factory: str | Factory | None) -
 
 
 @torch.inference_mode()
-def _pairs(
+def evaluate_pairs(
     dense: Any, converted: Any, base: str | Path, file: Path, window: int, limit: int | None, say: Say | None
 ) -> tuple[Evaluation, list[Any]]:
     rows = list(_scored(file))[:limit]
@@ -113,7 +113,7 @@ def _pairs(
     words, sentences = tokenizer_of(base), [s for a, b, _ in rows for s in (a, b)]
     batches = [dict(batch) for batch in tokenized(words, sentences, window)]
     found: tuple[list[Tensor], list[Tensor]] = ([], [])
-    told = _told(say, "batches", len(batches))
+    told = progress_lines(say, "batches", len(batches))
     for done, batch in enumerate(batches, 1):
         for parts, model in zip(found, (dense, converted)):
             parts.append(nn.functional.normalize(Pooled(model)(**batch).float(), dim=-1))

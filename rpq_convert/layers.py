@@ -24,6 +24,7 @@ from rpq_convert.view import WeightView
 from rpq_convert.weight import RPQWeight
 
 SUFFIX = "_rpq"
+MARK = "_rpq_names"  # an attribute of every class that surgery makes: whoever looks for it need not know surgery
 LAYERS: dict[type | str, dict[str, WeightView]] = {}
 
 
@@ -81,7 +82,7 @@ EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "gate_proj", "down_proj")
 
 def class_names(kind: type) -> tuple[str, ...]:
     """Return the dotted names of a class and its ancestors, nearest first, RPQ's generated classes left out."""
-    return tuple(f"{c.__module__}.{c.__qualname__}" for c in kind.__mro__ if not issubclass(c, RPQLayer))
+    return tuple(f"{c.__module__}.{c.__qualname__}" for c in kind.__mro__ if MARK not in vars(c))
 
 
 def find_view(module: nn.Module, name: str) -> WeightView | None:
@@ -188,7 +189,12 @@ def rpq_class(original: Any, names: tuple[str, ...]) -> type[nn.Module]:
 
 
 def original_class(module: nn.Module) -> Any:
-    return module._rpq_original if isinstance(module, RPQLayer) else type(module)
+    return module._rpq_original if is_rpq(module) else type(module)
+
+
+def is_rpq(module: nn.Module) -> bool:
+    """Say whether some of a module's parameters are RPQ weights."""
+    return hasattr(type(module), MARK)
 
 
 def put(module: nn.Module, name: str, rpq: RPQWeight) -> None:

@@ -160,7 +160,7 @@ def made_up(model: Any, generator: torch.Generator) -> list[Any]:
     if isinstance(words, int) and getattr(model, "main_input_name", "") == "input_ids":
         writes = getattr(model, "can_generate", lambda: False)() and not getattr(config, "is_encoder_decoder", False)
         if writes:
-            return [{"input_ids": ids[None]} for ids in _written(model, words, generator, device)]
+            return [{"input_ids": ids[None]} for ids in _sampled(model, words, generator, device)]
         if not getattr(config, "is_encoder_decoder", False):
             tokens = torch.randint(words, (SEQUENCES, TOKENS), generator=generator).to(device)
             return [{"input_ids": ids[None]} for ids in tokens]
@@ -172,7 +172,7 @@ def made_up(model: Any, generator: torch.Generator) -> list[Any]:
 
 
 @torch.no_grad()
-def _written(model: Any, words: int, generator: torch.Generator, device: torch.device) -> Tensor:
+def _sampled(model: Any, words: int, generator: torch.Generator, device: torch.device) -> Tensor:
     """Return text [sequences, tokens] that a language model writes from its first token on, drawn from its logits."""
     first = getattr(model.config, "bos_token_id", None)
     start = (

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rpq_convert.layers import RPQLayer, class_names, find_view, original_class
+from rpq_convert.layers import class_names, find_view, is_rpq, original_class
 from rpq_convert.view import WeightView
 
 
@@ -89,7 +89,7 @@ def _home(model: nn.Module, path: str, module: nn.Module, name: str) -> tuple[nn
 
     `weight_norm`, `spectral_norm` and the like keep a tensor as large as the weight, read along the same axes.
     """
-    if not isinstance(module, nn.utils.parametrize.ParametrizationList) or isinstance(module, RPQLayer):
+    if not isinstance(module, nn.utils.parametrize.ParametrizationList) or is_rpq(module):
         return module, name
     largest = max(module._parameters, key=lambda n: module._parameters[n].numel())  # type: ignore[union-attr]
     owner, _, weight = f".{path}".rpartition(".parametrizations.")
@@ -97,14 +97,12 @@ def _home(model: nn.Module, path: str, module: nn.Module, name: str) -> tuple[nn
 
 
 def _slot(places: list[tuple[str, nn.Module, str, Tensor, bool]]) -> Slot:
-    from rpq_convert.weight import RPQWeight
-
     # a tensor shared by an embedding and a head is read by rows: the embedding's view serves both
     best = next((p for p in places if isinstance(p[1], (nn.Embedding, nn.EmbeddingBag))), places[0])
     _, module, name, tensor, is_buffer = best
     shape = () if isinstance(tensor, nn.parameter.UninitializedParameter) else tuple(tensor.shape)
     reason = "buffer" if is_buffer else _reason(module, name, tensor)
-    if isinstance(module, RPQWeight):
+    if getattr(module, "is_rpq_weight", False):
         reason = "part of an RPQ weight already"
     reason = reason or next((r for _, m, n, t, b in places if not b and (r := _reason(m, n, t))), "")
     view = None if reason else find_view(module, name)

@@ -46,6 +46,7 @@ class RPQWeight(nn.Module):
         codebooks and codes have a leading stage axis; outliers and positions (numbers of inputs) [out, outliers].
     """
 
+    is_rpq_weight = True  # for code that must not import this file
     codebooks: nn.Parameter
     codes: nn.Parameter
     scales: nn.Parameter | None

@@ -80,15 +80,15 @@ class Problem:
 
     def points(self, low: int, high: int) -> np.ndarray:
         """Gather the sub-vectors of a span, block-major: [r, m n], r = dim or less in the tail block."""
-        return _gather(self.matrix, low, high, self.dim, self.scale)
+        return gather_points(self.matrix, low, high, self.dim, self.scale)
 
     def weights(self, low: int, high: int) -> np.ndarray:
         """Gather a span's importance: [1, 1] (none), [1, m n] or [r, m n]."""
         if self.care:
             return 1 + np.float32(self.care) * np.square(self.points(low, high)).mean(0, keepdims=True)
         if self.importance is None:
-            return _ONE
-        weights = _gather(self.importance, low, high, self.dim)
+            return ONE
+        weights = gather_points(self.importance, low, high, self.dim)
         return weights if self.per_coordinate else np.ascontiguousarray(weights[:1])
 
 
@@ -130,10 +130,10 @@ class Group:
         mass[:, :r] += part_mass if self.row_weights.shape[1] > 1 else part_mass[:, :1]
 
 
-_ONE = np.ones((1, 1), np.float32)
+ONE = np.ones((1, 1), np.float32)
 
 
-def _gather(values: torch.Tensor, low: int, high: int, dim: int, scale: float = 1.0) -> np.ndarray:
+def gather_points(values: torch.Tensor, low: int, high: int, dim: int, scale: float = 1.0) -> np.ndarray:
     n, length = values.shape
     r = min(high * dim, length) - (high - 1) * dim  # less than dim in the tail block, which is alone
     points = blank((r, (high - low) * n))
@@ -170,7 +170,7 @@ def pose(matrix: torch.Tensor, importance: Importance, *, dim: int, books: int, 
         return problem
     for book in range(books):
         for low, high in problem.spans(book):
-            weights = _gather(importance[:1] if importance.stride(0) == 0 else importance, low, high, dim)
+            weights = gather_points(importance[:1] if importance.stride(0) == 0 else importance, low, high, dim)
             if (weights != weights[:1]).any():
                 return Problem(matrix, importance, True, scale, dim, books, blocks)
     return problem
@@ -329,7 +329,7 @@ def lloyd(groups: list[Group], codebook: np.ndarray, iterations: int) -> np.ndar
 
 def _tight(groups: list[Group], codes: list[np.ndarray], codebook: np.ndarray) -> bool:
     """Say whether points lie so near their codewords that the rounding of quick scores, 2^-16 |x| |c|, matters there."""
-    error = sum(float(errors_of(g.rows, _ONE, c, codebook).sum()) for g, c in zip(groups, codes))
+    error = sum(float(errors_of(g.rows, ONE, c, codebook).sum()) for g, c in zip(groups, codes))
     return error < 2**-10 * sum(float(np.einsum("jp,jp->", g.columns, g.columns)) for g in groups)
 
 

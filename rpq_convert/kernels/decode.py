@@ -15,7 +15,7 @@ from rpq_convert.kernels import expand as e
 from rpq_convert.kernels import plain
 from rpq_convert.kernels.call import share
 from rpq_convert.kernels.cut import Cut
-from rpq_convert.kernels.linear import _address, _flat, _wide, ready
+from rpq_convert.kernels.linear import kept_float, plain_float, pointer, ready
 from rpq_convert.kernels.team import FIRST, Work, run
 
 STEP = 64  # positions of one part
@@ -46,8 +46,8 @@ def decode_rows(
         return _Decode.apply(codes, codebooks, scales, index, cut, dtype)
     if dtype != torch.float32:
         return _decode(codes, codebooks, scales, index, cut, dtype)
-    factors = _wide(scales)
-    kind = ("rows", cut, codes.data_ptr(), codes.stride(), _address(factors))
+    factors = kept_float(scales)
+    kind = ("rows", cut, codes.data_ptr(), codes.stride(), pointer(factors))
     work, _kept = ready(codebooks, kind, lambda: _row_work(codes, codebooks, factors, cut))
     count = index.shape[0]
     out = torch.empty(count, cut.inputs, dtype=torch.float32, device=codes.device)
@@ -79,7 +79,7 @@ def _fields(
     rows = cut.n if index is None else index.numel()
     return (
         codes.data_ptr(), *codes.stride(), tables.data_ptr(), cut.stages, cut.books, cut.blocks, cut.dim, rows,
-        cut.length, out.data_ptr(), out.stride(0), _address(scales), _address(index), step, grad, grad_bytes,
+        cut.length, out.data_ptr(), out.stride(0), pointer(scales), pointer(index), step, grad, grad_bytes,
     )  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def _task(
     """Return the task that decodes, the output rows of one of its numbers, its fields, and what must stay alive."""
     plain = out.dtype == torch.float32
     tables = ready(codebooks, str(out.dtype).removeprefix("torch.") + (" down" if cut.axis == "out" else ""))
-    factors = _wide(scales) if plain else None
+    factors = kept_float(scales) if plain else None
     fields = _fields(codes, tables, factors, index, cut, out, STEP)
     if cut.axis == "in":
         return e.rows if plain else e.rows_short, STEP, fields, (tables, factors)
@@ -203,7 +203,7 @@ def decode_gradients(
 def _gradient(
     gradient: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, index: Tensor | None, cut: Cut
 ) -> Tensor:
-    flat, factors = _flat(gradient), _wide(scales)
+    flat, factors = plain_float(gradient), kept_float(scales)
     assert flat is not None
     down = cut.axis == "out"
     count = cut.blocks if down else flat.shape[0]

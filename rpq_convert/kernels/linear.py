@@ -41,10 +41,10 @@ def cost(cut: Cut, tokens: int, dtype: torch.dtype = torch.float32) -> float:
 
 def pointwise_cost(cut: Cut, images: int, pixels: int) -> float:
     """The same for `pointwise`."""
-    return min(_pixel_times(cut, images, pixels)) / decode_time(cut.axis == "in", images * pixels, torch.float32)
+    return min(pixel_times(cut, images, pixels)) / decode_time(cut.axis == "in", images * pixels, torch.float32)
 
 
-def _pixel_times(cut: Cut, images: int, pixels: int) -> tuple[float, float]:
+def pixel_times(cut: Cut, images: int, pixels: int) -> tuple[float, float]:
     """Return the times of lookups and of tiles for images: tiles take whole groups of an image's pixels."""
     looks, padded = cut.axis == "in", images * -(-pixels // 16) * 16
     return IMAGES * lookup_time(looks, cut, images * pixels), tile_time(looks, cut, padded, torch.float32)
@@ -163,11 +163,11 @@ def pointwise(
     x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, bias: Tensor | None, cut: Cut
 ) -> Tensor:
     """Return the same product for images: x [images, inputs, pixels] to [images, outputs, pixels]; not differentiable."""
-    flat, scales, bias = _flat(x), _wide(scales), _flat(bias)
+    flat, scales, bias = plain_float(x), kept_float(scales), plain_float(bias)
     assert flat is not None
     images, _, pixels = x.shape
     looks = cut.axis == "in"
-    by_lookups, by_tiles = _pixel_times(cut, images, pixels)
+    by_lookups, by_tiles = pixel_times(cut, images, pixels)
     if by_tiles < by_lookups:
         out = flat.new_empty(images, cut.outputs, pixels)
         by_token, result = flat.transpose(1, 2), out.transpose(1, 2)
@@ -178,7 +178,7 @@ def pointwise(
     out = flat.new_empty(images, cut.outputs, pixels)
     for image, result in zip(flat, out):
         fields = call.fields(
-            image.data_ptr(), pixels, 0, _address(scales), _address(bias), result.data_ptr(), pixels=pixels
+            image.data_ptr(), pixels, 0, pointer(scales), pointer(bias), result.data_ptr(), pixels=pixels
         )
         run(TASKS[16][0], fields, -(-pixels // 16), call.scratch(16))
     return out.to(x.dtype)
@@ -280,19 +280,19 @@ def decoded_gradients(
     return dx, *decode_gradients(gradient.T @ x, codes, codebooks, scales, None, cut, needs[1:])
 
 
-def _flat(t: Tensor | None) -> Tensor | None:
+def plain_float(t: Tensor | None) -> Tensor | None:
     """Return a tensor whose address kernels can use; mostly the tensor itself."""
     if t is None or (t.dtype == torch.float32 and t.is_contiguous()):
         return t
     return t.detach().float().contiguous()
 
 
-def _wide(scales: Tensor | None) -> Tensor | None:
+def kept_float(scales: Tensor | None) -> Tensor | None:
     """Return scales as float32, kept for the next call where they are narrower."""
     return scales if scales is None or scales.dtype == torch.float32 else ready(scales, "float32")
 
 
-def _address(t: Tensor | None) -> int:
+def pointer(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
@@ -305,7 +305,7 @@ def apply(
     `factors` multiply x's columns before, `scales` and `bias` the result's columns after.
     """
     dtype, tokens = x.dtype, x.shape[0]
-    x, factors, scales, bias = _flat(x), _wide(factors), _wide(scales), _flat(bias)  # type: ignore[assignment]
+    x, factors, scales, bias = plain_float(x), kept_float(factors), kept_float(scales), plain_float(bias)  # type: ignore[assignment]
     out = x.new_empty(tokens, cut.n if looks else cut.length)
     if tile_time(looks, cut, tokens, dtype) < lookup_time(looks, cut, tokens):
         _by_tiles(looks, x[None], dtype, codes, codebooks, cut, factors, scales, bias, out[None])
@@ -313,17 +313,17 @@ def apply(
     call = call_of(looks, codes, codebooks, cut)
     if call.digits is not None and tokens * cut.dim <= FEW_DOTS:
         x, factors = x if factors is None else x * factors, None
-        call.dots(x, _address(scales), _address(bias), out)
+        call.dots(x, pointer(scales), pointer(bias), out)
         return out
     keep = (x, factors, scales, bias, call, codes, out)  # alive while addresses are used
     if tokens == 1 and factors is None:
-        call.one(x, _address(scales), _address(bias), out.data_ptr())
+        call.one(x, pointer(scales), pointer(bias), out.data_ptr())
     elif tokens <= FEW:
         for t in range(tokens):
             one = x[t] if factors is None else x[t] * factors
-            call.one(one, _address(scales), _address(bias), out.data_ptr() + 4 * t * out.shape[1])
+            call.one(one, pointer(scales), pointer(bias), out.data_ptr() + 4 * t * out.shape[1])
     else:
-        call.many(x, _address(factors), _address(scales), _address(bias), out)
+        call.many(x, pointer(factors), pointer(scales), pointer(bias), out)
     del keep
     return out
 
@@ -336,7 +336,7 @@ def _by_tiles(
     tables = ready(codebooks, "float32" if looks else "float32 down")
     parts = tile_products.parts_of(dtype, codebooks)
     tile_products.multiply(
-        looks, x, codes, tables, cut, parts, _address(factors), _address(scales), _address(bias), out
+        looks, x, codes, tables, cut, parts, pointer(factors), pointer(scales), pointer(bias), out
     )  # fmt: skip
 
 
@@ -357,7 +357,7 @@ def _book_gradient(
     x: Tensor, gradient: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, cut: Cut, wants_x: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return the codebooks' gradient and, where the same bins give it, the input's."""
-    x, gradient, factors = _flat(x), _flat(gradient), _wide(scales)  # type: ignore[assignment]
+    x, gradient, factors = plain_float(x), plain_float(gradient), kept_float(scales)  # type: ignore[assignment]
     books, norms = ready(codebooks, "lookup")
     tokens = x.shape[0]
     lanes = 8 if tokens <= 8 else 16
@@ -371,7 +371,7 @@ def _book_gradient(
     ):
         call = Call(looks, cut, codes, books, norms)
         entered = x.new_empty(groups, call.enters * lanes)
-        factor = _address(factors) if on_outputs else 0
+        factor = pointer(factors) if on_outputs else 0
         run(enters, call.fields(values.data_ptr(), tokens, factor, 0, 0, 0, entered=entered.data_ptr()), groups)
         sides.append(entered)
     filling, meeting = sides
@@ -384,7 +384,7 @@ def _book_gradient(
     fields = (
         codes.data_ptr(), *codes.stride(), books.data_ptr(), *cut.shape,
         books.dtype == torch.float16, filling.data_ptr(), meeting.data_ptr(), groups, at_once,
-        grads.data_ptr(), 4 * grads.shape[1] * (own > 1), _address(other), *[0] * 4, part,
+        grads.data_ptr(), 4 * grads.shape[1] * (own > 1), pointer(other), *[0] * 4, part,
     )  # fmt: skip
     run(task, fields, pieces, 256 * lanes * at_once + cut.room)
     dx = None
