@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from rpq_convert.integrations import torchvision
+from rpq_convert.hf import torchvision
 
 torchvision.mend()
 

@@ -16,8 +16,8 @@ from real_models import perplexity, smollm2
 from torch import Tensor
 
 import rpq_convert as rpq
-from rpq_convert import layers
-from rpq_convert.encode import build, encode
+from rpq_convert.encoding.encode import build, encode
+from rpq_convert.layers import surgery
 
 GROUP, KEPT = 64, 0.005  # inputs of a rotation or a scale; share of weights kept apart
 
@@ -95,7 +95,7 @@ def main() -> None:
                 size = plan_more.file_bytes
             else:
                 for job in plan.jobs:
-                    module, key = layers.find(model, job.name)
+                    module, key = surgery.find(model, job.name)
                     found, more = REMEDIES[name](job, getattr(module, key).data, norm_before(model, job.name))
                     getattr(module, key).data.copy_(found)
                     extra += more

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rpq_convert as rpq
-from rpq_convert.integrations import torchvision
+from rpq_convert.hf import torchvision
 from rpq_convert.nn import RPQLinear
 
 torchvision.mend()

@@ -95,15 +95,17 @@ def convert(
         raise typer.BadParameter("fits run on the CPU in this version; use --device cpu", param_hint="--device")
     asked, where = o.plan_options(given), o.open_options(given)
     folder = o.output_for(src, out)
-    from rpq_convert.conversion import convert_checkpoint, make_report, open_checkpoint
-    from rpq_convert.folder import FolderError
-    from rpq_convert.sensitivity import asks
-    from rpq_convert.source import SourceError
+    from rpq_convert.calibration.sensitivity import asks
+    from rpq_convert.checkpoint.metadata import make_report
+    from rpq_convert.checkpoint.opening import open_checkpoint
+    from rpq_convert.conversion.plans import plan_opened
+    from rpq_convert.conversion.streaming import convert_checkpoint
+    from rpq_convert.errors import FolderError, SourceError
 
     if not dry_run and folder.exists() and not overwrite:  # said before a download, not after
         raise FolderError(f"{folder} exists; choose another folder or pass --overwrite")
     if push_to and not dry_run:
-        from rpq_convert.publish import check_login
+        from rpq_convert.checkpoint.publishing import check_login
 
         check_login(push_to, token=token)  # hours before the upload
     data: Any = None
@@ -112,7 +114,8 @@ def convert(
             raise typer.BadParameter(
                 "a factory's model has no tokenizer; give a .safetensors file of its arguments", param_hint="--calibrate"
             )
-        from rpq_convert.inputs import own_inputs, read_inputs
+        from rpq_convert.inputs.files import read_inputs
+        from rpq_convert.inputs.synthetic import own_inputs
 
         some: dict[str, Any] = {} if samples is None else {"samples": samples}
         data = (
@@ -128,7 +131,7 @@ def convert(
         raise SourceError(f"{src} has no config.json: give --factory package:callable, which builds its model")
     if measured and callable(data) and opened.model is not None:
         data = data(opened.filled())  # written once, for the measurement and the fit
-    plan = opened.plan(data=data, **asked)
+    plan = plan_opened(opened, data=data, **asked)
     del opened
     warn(plan.warnings)
     if dry_run:
@@ -154,7 +157,7 @@ def convert(
 
 
 def _push(folder: Path, repo: str, *, public: bool, token: str | None, revision: str | None = None) -> None:
-    from rpq_convert.publish import push
+    from rpq_convert.checkpoint.publishing import push
 
     say(f"pushed to {push(folder, repo, private=not public, token=token, revision=revision)}")
 
@@ -223,8 +226,8 @@ def plan(
     asked, where = o.plan_options(given), o.open_options(given)
     if sweep or sweep_out is not None:
         return _sweep(src, sweep_out, json, where, asked)
-    from rpq_convert.conversion import make_report
-    from rpq_convert.conversion import plan as make
+    from rpq_convert.checkpoint.metadata import make_report
+    from rpq_convert.conversion.plans import plan as make
 
     made = make(src, **where, **asked)
     warn(made.warnings)
@@ -241,7 +244,7 @@ def _sweep(src: str, file: Path | None, json: bool, where: dict[str, Any], asked
     sized = [k for k in ("preset", "bits", "target_size", "max_error", "codebooks", "dim") if asked.pop(k) is not None]
     if sized:
         raise typer.BadParameter(f"the curve shows every size; leave out {', '.join(sized)}", param_hint="--sweep")
-    from rpq_convert.conversion import sweep
+    from rpq_convert.conversion.plans import sweep
 
     curve = sweep(src, **where, **asked)
     warn(curve.warnings)
@@ -267,7 +270,7 @@ def audit(
     local_files_only: o.LocalFilesOnly = False,
 ) -> None:
     """Show a converted folder's size audit: every tensor, its bytes and its measured error."""
-    from rpq_convert.checkpoint import audit as read
+    from rpq_convert.checkpoint.verifying import audit as read
 
     report = read(folder, revision=revision, token=token, local_files_only=local_files_only)
     views = {
@@ -289,7 +292,7 @@ def diff(
     b: Annotated[Path, Argument(metavar="B", help="Another, usually of the same model.")],
 ) -> None:
     """Show what differs in size and error between two converted folders."""
-    from rpq_convert.checkpoint import audit as read
+    from rpq_convert.checkpoint.verifying import audit as read
     from rpq_convert.report.text import diff as compare
 
     print(compare(read(a), read(b)))
@@ -329,7 +332,7 @@ def eval(
     if sum(x is not None for x in (text, pairs, inputs)) != 1:
         raise typer.BadParameter("give one of --text, --pairs and --inputs to measure on", param_hint="rpq eval")
     o.find_modules(factory)
-    from rpq_convert.later import evaluate_folder
+    from rpq_convert.folders import evaluate_folder
 
     found = evaluate_folder(
         base, folder, text=text, pairs=pairs, inputs=inputs, factory=factory, window=window, windows=windows,
@@ -372,7 +375,7 @@ def tune(
     import torch
 
     o.find_modules(factory)
-    from rpq_convert.later import tune_folder
+    from rpq_convert.folders import tune_folder
 
     found = tune_folder(
         base, folder, out, data, factory=factory, steps=steps, blocks=blocks, rate=rate, loss=loss,
@@ -403,7 +406,7 @@ def recalibrate(
 ) -> None:
     """Fit a converted model to its inputs, from the codebooks that it has; 'self' as data: inputs that are made up."""
     o.find_modules(factory)
-    from rpq_convert.later import recalibrate_folder
+    from rpq_convert.folders import recalibrate_folder
 
     report = recalibrate_folder(
         base, folder, out, None if str(data) == "self" else data, factory=factory, samples=samples, workers=workers,
@@ -416,7 +419,7 @@ def recalibrate(
 @catching
 def verify(folder: o.OutputFolder, json: o.Json = False) -> None:
     """Check a converted folder: hashes, headers, index, shapes, and that every number is finite."""
-    from rpq_convert.checkpoint import verify as check
+    from rpq_convert.checkpoint.verifying import verify as check
 
     files = check(folder)
     print(
@@ -435,7 +438,7 @@ def restore(
 ) -> None:
     """Write a plain dense checkpoint from a converted folder."""
     o.apart(folder, out)
-    from rpq_convert.checkpoint import restore_checkpoint
+    from rpq_convert.checkpoint.restoring import restore_checkpoint
 
     written = restore_checkpoint(folder, out, overwrite=overwrite)
     print(f"{out}: {written.file_bytes:,} bytes of dense weights")
@@ -459,7 +462,7 @@ def presets(name: Annotated[str | None, Argument(metavar="[NAME]", help="Print t
     """List the presets, or print one as a start for your own."""
     from importlib.resources import files
 
-    from rpq_convert.rules import load_preset, preset_names
+    from rpq_convert.planning.rules import load_preset, preset_names
 
     if name is None:
         for known in preset_names():

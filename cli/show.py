@@ -9,7 +9,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rpq_convert.planning import Plan
+    from rpq_convert.planning.plan import Plan
     from rpq_convert.report.schema import Report
 
 

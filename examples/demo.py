@@ -11,7 +11,7 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-from rpq_convert.integrations import torchvision
+from rpq_convert.hf import torchvision
 
 torchvision.mend()
 

@@ -12,25 +12,46 @@ from typing import Any
 
 __path__ = extend_path(__path__, __name__)  # cli/ and configs/ lie beside this folder in a checkout
 
-from rpq_convert.integrations.hook import when_imported
+from rpq_convert.integrations.import_hook import when_imported
 from rpq_convert.version import __version__
 
-when_imported("transformers.quantizers.auto", "rpq_convert.pretrained")  # from_pretrained knows "rpq" from then on
-when_imported("torchvision.extension", "rpq_convert.integrations.torchvision:declare")  # before it misses its operators
-when_imported("torch.export.pt2_archive._package", "rpq_convert.kernels.operators")  # so does torch.export.load
+when_imported("transformers.quantizers.auto", "rpq_convert.integrations.transformers")  # from_pretrained knows "rpq" from then on
+when_imported("torchvision.extension", "rpq_convert.hf.torchvision:declare")  # before it misses its operators
+when_imported("torch.export.pt2_archive._package", "rpq_convert.kernels.torch_ops")  # so does torch.export.load
 
 _HOMES = {
-    "convert": "conversion", "convert_checkpoint": "conversion", "plan": "conversion", "sweep": "conversion", "sensitivities": "sensitivity",
-    "save": "checkpoint", "load": "checkpoint", "restore": "checkpoint", "restore_checkpoint": "checkpoint",
-    "verify": "checkpoint", "audit": "checkpoint", "model_size": "checkpoint", "VerifyError": "checkpoint",
-    "Plan": "planning", "Job": "planning", "Skip": "planning", "Rule": "rules", "PlanError": "rules", "preset_names": "rules",
-    "Spec": "spec", "WeightView": "view", "RPQWeight": "weight", "register_layer": "layers", "RPQLayer": "layers",
-    "decoded": "layers", "RPQConfig": "pretrained", "decompositions": "kernels.operators",
-    "evaluate": "evaluation", "layer_errors": "evaluation", "Evaluation": "evaluation", "EvaluateError": "evaluation",
-    "CalibrationError": "calibration", "recalibrate": "recalibration",
-    "tune": "tuning", "tune_blocks": "tuning", "Tuning": "tuning", "TuneError": "tuning", "own_inputs": "inputs",
-    "merge_adapter": "adapters", "push": "publish", "HubError": "hub",
-    "Report": "report.schema", "SourceError": "source", "EncodeError": "encode", "FolderError": "folder",
+    "sensitivities": "calibration.sensitivity",
+    "load": "checkpoint.loading",
+    "push": "checkpoint.publishing",
+    "restore_checkpoint": "checkpoint.restoring",
+    "save": "checkpoint.saving",
+    "verify": "checkpoint.verifying", "audit": "checkpoint.verifying",
+    "convert": "conversion.memory",
+    "plan": "conversion.plans", "sweep": "conversion.plans",
+    "recalibrate": "conversion.recalibration",
+    "restore": "conversion.restore_model", "model_size": "conversion.restore_model",
+    "convert_checkpoint": "conversion.streaming",
+    "WeightView": "core.axes",
+    "Evaluation": "core.results",
+    "Spec": "core.spec",
+    **dict.fromkeys(
+        ("VerifyError", "PlanError", "EvaluateError", "CalibrationError", "TuneError", "HubError", "SourceError", "EncodeError", "FolderError"),
+        "errors",
+    ),
+    "evaluate": "evaluation.evaluate",
+    "layer_errors": "evaluation.layers",
+    "own_inputs": "inputs.synthetic",
+    "merge_adapter": "integrations.peft",
+    "RPQConfig": "integrations.transformers",
+    "decompositions": "kernels.torch_ops",
+    "RPQLayer": "layers.surgery", "decoded": "layers.surgery",
+    "RPQWeight": "layers.weight",
+    "register_layer": "planning.layer_types",
+    "Plan": "planning.plan", "Job": "planning.plan", "Skip": "planning.plan",
+    "Rule": "planning.rules", "preset_names": "planning.rules",
+    "Report": "report.schema",
+    "tune_blocks": "tuning.blocks",
+    "tune": "tuning.tune", "Tuning": "tuning.tune",
 }  # fmt: skip
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604 - the keys are strings
 

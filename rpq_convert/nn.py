@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from rpq_convert import layers
-from rpq_convert.conversion import convert
+from rpq_convert.conversion.memory import convert
+from rpq_convert.core.spec import dtype_name
+from rpq_convert.errors import PlanError
+from rpq_convert.layers import surgery
+from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.models.fresh import draw_seed, materialise
-from rpq_convert.rules import PlanError
-from rpq_convert.spec import dtype_name
-from rpq_convert.weight import RPQWeight
 
 __all__ = [
     "RPQBilinear", "RPQConv1d", "RPQConv2d", "RPQConv3d", "RPQConvTranspose1d", "RPQConvTranspose2d",
@@ -75,7 +75,7 @@ class _Constructor(type):
     layer: type[nn.Module]
 
     def __instancecheck__(cls, instance: Any) -> bool:
-        return isinstance(instance, layers.RPQLayer) and isinstance(instance, cls.layer)
+        return isinstance(instance, surgery.RPQLayer) and isinstance(instance, cls.layer)
 
 
 class RPQLinear(metaclass=_Constructor):

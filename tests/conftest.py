@@ -2,7 +2,7 @@
 
 import torch
 
-from rpq_convert.integrations import torchvision
+from rpq_convert.hf import torchvision
 
 torchvision.mend()
 torch.set_num_threads(1)  # tests run many small operations; results never depend on it

@@ -9,8 +9,9 @@ from torch import nn
 
 import rpq_convert as rpq
 from rpq_convert import kernels
-from rpq_convert.kernels import gpu, gpu_products, plain
-from rpq_convert.kernels.cut import Cut
+from rpq_convert.core.layout import Cut
+from rpq_convert.kernels import reference
+from rpq_convert.kernels.gpu import backend, products
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 LIMIT = {torch.float32: 3e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -70,8 +71,8 @@ def test_linear_and_its_gradients(data, matrix, tokens):
     cut, codes, tables, scales, dtype = matrix
     x = like(data.draw, (tokens, cut.inputs), dtype, 1).requires_grad_()
     bias = torch.randn(cut.outputs, device=DEVICE).requires_grad_() if data.draw(st.booleans()) else None
-    out = gpu.linear(x, codes, tables, scales, bias, cut)
-    wanted = plain.linear(x.float(), codes, tables.float(), None if scales is None else scales.float(), bias, cut)
+    out = backend.linear(x, codes, tables, scales, bias, cut)
+    wanted = reference.linear(x.float(), codes, tables.float(), None if scales is None else scales.float(), bias, cut)
     close(out, wanted.to(dtype), LIMIT[dtype])
     gradient = like(data.draw, (tokens, cut.outputs), dtype, 2)
     found = gradients(out, gradient, x, tables, scales, bias)
@@ -79,18 +80,18 @@ def test_linear_and_its_gradients(data, matrix, tokens):
         close(a, b, max(LIMIT[dtype], LIMIT[tables.dtype] if a.dtype != torch.float32 else 0) * 3)
     with torch.no_grad():
         bare = out if bias is None else out - bias.to(dtype)
-        close(gpu.linear(x, codes, tables, scales, None, cut), bare, 3 * LIMIT[dtype])
+        close(backend.linear(x, codes, tables, scales, None, cut), bare, 3 * LIMIT[dtype])
 
 
 @cases
 @given(st.data(), coded())
 def test_decode_and_its_gradients(data, matrix):
     cut, codes, tables, scales, dtype = matrix
-    out, wanted = (face.decode(codes, tables, scales, cut, dtype) for face in (gpu, plain))
+    out, wanted = (face.decode(codes, tables, scales, cut, dtype) for face in (backend, reference))
     same(out, wanted)
     assert out.is_contiguous() and out.dtype == dtype
     gradient = like(data.draw, tuple(out.shape), dtype, 2)
-    exact = plain.decode(codes, tables.float(), None if scales is None else scales.float(), cut, torch.float32)
+    exact = reference.decode(codes, tables.float(), None if scales is None else scales.float(), cut, torch.float32)
     for a, b in zip(gradients(out, gradient, tables, scales), gradients(exact, gradient.float(), tables, scales)):
         close(a, b, 3 * LIMIT[tables.dtype])
 
@@ -101,11 +102,11 @@ def test_rows_and_their_gradients(data, matrix):
     cut, codes, tables, scales, dtype = matrix
     picked = data.draw(st.lists(st.integers(0, cut.n - 1), max_size=80))
     index = torch.tensor(picked, dtype=torch.long, device=DEVICE)
-    out, wanted = (face.decode_rows(codes, tables, scales, index, cut, dtype) for face in (gpu, plain))
+    out, wanted = (face.decode_rows(codes, tables, scales, index, cut, dtype) for face in (backend, reference))
     same(out, wanted)
     gradient = like(data.draw, tuple(out.shape), dtype, 2)
     wide = None if scales is None else scales.float()
-    exact = plain.decode_rows(codes, tables.float(), wide, index, cut, torch.float32)
+    exact = reference.decode_rows(codes, tables.float(), wide, index, cut, torch.float32)
     for a, b in zip(gradients(out, gradient, tables, scales), gradients(exact, gradient.float(), tables, scales)):
         close(a, b, 3 * LIMIT[tables.dtype])
 
@@ -119,24 +120,24 @@ def test_sums_in_parts(axis, tokens):
     codes = torch.randint(0, 256, (1, cut.blocks, cut.n), dtype=torch.uint8, device=DEVICE)
     tables, scales = torch.randn(1, 1, 256, 4, device=DEVICE), torch.rand(cut.outputs, device=DEVICE)
     x, bias = torch.randn(tokens, cut.inputs, device=DEVICE), torch.randn(cut.outputs, device=DEVICE)
-    found = gpu.linear(x, codes, tables, scales, bias, cut)
-    close(found, plain.linear(x, codes, tables, scales, bias, cut), 3e-6)
+    found = backend.linear(x, codes, tables, scales, bias, cut)
+    close(found, reference.linear(x, codes, tables, scales, bias, cut), 3e-6)
     used = []
-    original = gpu_products.launch
+    original = products.launch
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu_products, "launch", lambda kernel, *a, **k: used.append(kernel) or original(kernel, *a, **k))
-        assert torch.equal(gpu.linear(x, codes, tables, scales, bias, cut), found)
-    assert used[1:] == [gpu_products.finish_kernel]
+        patch.setattr(products, "launch", lambda kernel, *a, **k: used.append(kernel) or original(kernel, *a, **k))
+        assert torch.equal(backend.linear(x, codes, tables, scales, bias, cut), found)
+    assert used[1:] == [products.finish_kernel]
 
 
 def test_nothing_comes_of_nothing_and_bad_rows_are_refused():
     cut = Cut("in", 5, 8, 4, 1, 1)
     codes, tables = torch.zeros(1, 2, 5, dtype=torch.uint8, device=DEVICE), torch.randn(1, 1, 256, 4, device=DEVICE)
-    assert gpu.linear(torch.randn(0, 8, device=DEVICE), codes, tables, None, None, cut).shape == (0, 5)
+    assert backend.linear(torch.randn(0, 8, device=DEVICE), codes, tables, None, None, cut).shape == (0, 5)
     if DEVICE == "cpu":
         for bad in ([5], [-1]):
             with pytest.raises(IndexError, match="5 entries"):
-                gpu.decode_rows(codes, tables, None, torch.tensor(bad), cut, torch.float32)
+                backend.decode_rows(codes, tables, None, torch.tensor(bad), cut, torch.float32)
 
 
 @pytest.mark.parametrize("axis", ["in", "out"])
@@ -152,14 +153,14 @@ def test_gradient_of_a_gradient_and_ordered_sums(axis):
         (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
         return torch.autograd.grad(first.square().sum(), [x, tables])
 
-    for a, b in zip(twice(gpu), twice(plain)):
+    for a, b in zip(twice(backend), twice(reference)):
         close(a, b, 1e-5)
     torch.use_deterministic_algorithms(True)
     try:
         inputs = (x, codes, tables, None, cut, (True, True, False))
         gradient = torch.randn(4, cut.outputs, device=DEVICE)
         with torch.no_grad():
-            a, b = gpu.linear_gradients(gradient, *inputs), plain.linear_gradients(gradient, *inputs)
+            a, b = backend.linear_gradients(gradient, *inputs), reference.linear_gradients(gradient, *inputs)
         assert torch.equal(a[1], b[1])
     finally:
         torch.use_deterministic_algorithms(False)
@@ -179,12 +180,12 @@ def test_a_model_computes_with_it(axis, monkeypatch):
         out.square().sum().backward()
         return [out, *(p.grad for p in model.parameters() if p.grad is not None)]
 
-    used, original = [], gpu_products.product
-    monkeypatch.setattr(gpu_products, "product", lambda *a, **k: used.append(1) or original(*a, **k))
-    monkeypatch.setattr(kernels, "face", lambda device: plain)
+    used, original = [], products.product
+    monkeypatch.setattr(products, "product", lambda *a, **k: used.append(1) or original(*a, **k))
+    monkeypatch.setattr(kernels, "face", lambda device: reference)
     wanted = run()
     assert not used
-    monkeypatch.setattr(kernels, "face", lambda device: gpu)
+    monkeypatch.setattr(kernels, "face", lambda device: backend)
     for a, b in zip(run(), wanted, strict=True):
         close(a, b, 2e-3)  # half precision is what codebooks, and so their gradients, are kept in
     assert used

@@ -8,9 +8,9 @@ import torch
 from architectures import ARCHITECTURES, inputs, outputs
 
 import rpq_convert as rpq
-from rpq_convert import layers
-from rpq_convert.integrations import transformers as hub
-from rpq_convert.source import open_folder
+from rpq_convert.hf import loading as hub
+from rpq_convert.layers import surgery
+from rpq_convert.storage.reader import open_folder
 
 # Parameters of two and more axes that stay dense, by the end of their names. All others are converted, in every family.
 DENSE = {
@@ -49,7 +49,7 @@ def same(a, b):
 def gradients(model):
     """Return parameter -> its gradient after one step's backward pass."""
     model.train(model.config.model_type == "rwkv")  # in evaluation it writes to what its backward pass needs
-    for weight in layers.layers_of(model).values():
+    for weight in surgery.layers_of(model).values():
         weight.train()  # so that gradients are float32
     out = model(**inputs(model)).to_tuple()
     generator = torch.Generator().manual_seed(2)  # not the mean square: behind a norm, its gradient is all rounding
@@ -104,11 +104,11 @@ def test_architecture(name, tmp_path):
 
     # a dense model that holds the decoded weights says the same
     dense = rpq.restore(loaded)
-    assert not layers.layers_of(dense) and type(dense) is type(model)
+    assert not surgery.layers_of(dense) and type(dense) is type(model)
     assert (outputs(dense) - expected).abs().max() < 1e-5 * expected.abs().max()
 
     # and its gradients are those of the codebooks and scales, through the decoding
-    wanted, got, found = gradients(dense), gradients(hugging), layers.layers_of(hugging)
+    wanted, got, found = gradients(dense), gradients(hugging), surgery.layers_of(hugging)
     for path, weight in found.items():
         if path in wanted:
             parts = [weight.codebooks, weight.scales]

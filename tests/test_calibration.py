@@ -13,11 +13,14 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertModel
 
 import rpq_convert as rpq
-from rpq_convert import calibration, encode, layers
-from rpq_convert.blocks import arrivals, chains
-from rpq_convert.fit import feedback, fit_feedback, fit_kmeans
+from rpq_convert.calibration import moments, sequential
+from rpq_convert.core import results
+from rpq_convert.encoding import encode
+from rpq_convert.fit import fit_feedback, fit_kmeans, gptq
 from rpq_convert.fit.additive import fit_additive
-from rpq_convert.reading import Watch
+from rpq_convert.layers import surgery
+from rpq_convert.running.blocks import arrivals, chains
+from rpq_convert.running.weight_reads import Watch
 
 
 def decode(fitted, n, length):
@@ -78,7 +81,7 @@ def test_compiled_steps_equal_those_of_torch(shape, axis, dim, books, scaled, mo
     hessian, scales = x.T.double() @ x.double(), 1 + torch.rand(outputs, generator=g) if scaled else None
     common = {"axis": axis, "dim": dim, "books": books, "stages": 1, "seed": 0, "scales": scales}
     fast = fit_feedback(matrix, hessian, **common)
-    monkeypatch.setattr(feedback._Part, "_one_stage", feedback._Part._stages)
+    monkeypatch.setattr(gptq._Part, "_one_stage", gptq._Part._stages)
     slow = fit_feedback(matrix, hessian, **common)
     assert (fast.codes != slow.codes).float().mean() < 0.01  # sums are rounded in other places
     torch.testing.assert_close(fast.codebooks, slow.codebooks, rtol=0.01, atol=0.01)
@@ -87,7 +90,7 @@ def test_compiled_steps_equal_those_of_torch(shape, axis, dim, books, scaled, mo
 @pytest.mark.parametrize("inputs", [3, 383, 384, 600])
 def test_gram(inputs):
     x = torch.randn(50, inputs, generator=torch.Generator().manual_seed(0))
-    found = calibration.gram(x)
+    found = moments.gram(x)
     torch.testing.assert_close(found, x.T @ x)
     assert torch.equal(found, found.T) or inputs < 384
 
@@ -143,7 +146,7 @@ def test_statistics_that_cannot_be_are_refused(hessian, said):
 
 def moments_of(module, name, view, *inputs):
     """Return Moments of one parameter as `Watch` sees them."""
-    found = calibration.Moments()
+    found = moments.Moments()
 
     def see(_, reading, part):
         for offset, x in reading.vectors():
@@ -232,7 +235,7 @@ def test_experts_have_moments_of_their_own(kind):
 
 def test_moments_in_a_stream_are_those_at_once():
     x = torch.randn(1000, 16)
-    once, stream = calibration.Moments(), calibration.Moments()
+    once, stream = moments.Moments(), moments.Moments()
     once.add(x)
     for part in x.split(33):
         stream.add(part)
@@ -374,7 +377,7 @@ def test_a_failure_leaves_the_model_as_it_was(tokens, when):
     data = [*tokens[:2], {"input_ids": torch.tensor([[10**6]])}] if when == "input" else tokens[:2]
     with pytest.raises((IndexError, ValueError)):
         rpq.convert(model, calibration=data, **BITS)
-    assert not layers.layers_of(model)
+    assert not surgery.layers_of(model)
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(t.nan_to_num(7), after[k].nan_to_num(7)) for k, t in before.items())
@@ -434,10 +437,10 @@ def test_half_of_the_drift_is_made_up_for():
     g = torch.Generator().manual_seed(0)
     dense, x = torch.randn(6, 8, generator=g), torch.randn(5000, 8, generator=g)
     back = torch.eye(8) + 0.3 * torch.randn(8, 8, generator=g)  # the dense inputs are x back^T
-    moments = calibration.Moments()
-    moments.add(x)
-    moments.meet(x @ back.T, x)
-    found = encode._making_up(dense, encode.Statistics(moments.matrix(), len(x), moments.cross))
+    seen = moments.Moments()
+    seen.add(x)
+    seen.meet(x @ back.T, x)
+    found = encode._making_up(dense, results.Statistics(seen.matrix(), len(x), seen.cross))
     torch.testing.assert_close(found, dense + (dense @ back - dense) / 2, rtol=0.05, atol=0.05)
 
 
@@ -474,10 +477,10 @@ def test_what_dense_blocks_multiply_is_the_same_kept_or_made_again(block, monkey
     torch.manual_seed(0)
     base, data = nn.Sequential(*(block() for _ in range(3))), [torch.randn(40, 32) for _ in range(3)]
     found, looks = [], []
-    look = calibration._Walk._look
+    look = sequential._Walk._look
     for kept in (1 << 30, 0):
-        monkeypatch.setattr(calibration, "KEPT", kept)
-        monkeypatch.setattr(calibration._Walk, "_look", lambda *args: (look(*args), looks.append(bool(args[1].seen))))
+        monkeypatch.setattr(sequential, "KEPT", kept)
+        monkeypatch.setattr(sequential._Walk, "_look", lambda *args: (look(*args), looks.append(bool(args[1].seen))))
         model = copy.deepcopy(base)
         rpq.convert(model, bits=2, grow=True, calibration=[x.clone() for x in data])
         found.append(model.state_dict())

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import rpq_convert as rpq
-from rpq_convert.checkpoint import VerifyError
+from rpq_convert.errors import VerifyError
 
 
 def net():
@@ -70,7 +70,7 @@ def test_a_buffer_computed_on_a_parameters_device(tmp_path):
 
 
 def test_predicted_size_of_every_dtype(tmp_path):
-    from rpq_convert.planning import SAFETENSORS_NAMES, file_size, header
+    from rpq_convert.core.safetensors import SAFETENSORS_NAMES, file_size, header
 
     generator = torch.Generator().manual_seed(0)
     for round_ in range(5):

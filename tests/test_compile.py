@@ -15,9 +15,9 @@ from torch.export import Dim
 from torch.nn import functional as F
 
 import rpq_convert as rpq
-from rpq_convert.kernels import operators, plain
-from rpq_convert.kernels.cut import Cut
-from rpq_convert.layers import layers_of
+from rpq_convert.core.layout import Cut
+from rpq_convert.kernels import reference, torch_ops
+from rpq_convert.layers.surgery import layers_of
 
 CHOICES = list(LAYOUTS.values())
 
@@ -215,9 +215,9 @@ def test_gradients_of_the_plain_face_are_autograds(axis, stages):
     x = torch.randn(5, cut.inputs, requires_grad=True)
     index = torch.tensor([3, 32, 3, 0]) if axis == "in" else None
     for out, function in (
-        (plain.linear(x, codes, books, scales, None, cut), None),
-        (plain.decode(codes, books, scales, cut, torch.float32), plain.decode),
-        (plain.decode_rows(codes, books, scales, index, cut, torch.float32) if axis == "in" else None, index),
+        (reference.linear(x, codes, books, scales, None, cut), None),
+        (reference.decode(codes, books, scales, cut, torch.float32), reference.decode),
+        (reference.decode_rows(codes, books, scales, index, cut, torch.float32) if axis == "in" else None, index),
     ):
         if out is None:
             continue
@@ -226,10 +226,10 @@ def test_gradients_of_the_plain_face_are_autograds(axis, stages):
         wanted = torch.autograd.grad(out, inputs, gradient)
         with torch.no_grad():
             if function is None:
-                found = plain.linear_gradients(gradient, x, codes, books, scales, cut, (True,) * 3)
+                found = reference.linear_gradients(gradient, x, codes, books, scales, cut, (True,) * 3)
             else:
                 rows = index if function is index else None
-                found = plain.decode_gradients(gradient, codes, books, scales, rows, cut, (True,) * 2)
+                found = reference.decode_gradients(gradient, codes, books, scales, rows, cut, (True,) * 2)
         for a, b in zip(found, wanted):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
@@ -291,6 +291,6 @@ def test_inductor(small):
 def test_operators_have_the_face_of_the_kernels():
     from rpq_convert.kernels import face
 
-    for module in (plain, operators, face("cpu")):
+    for module in (reference, torch_ops, face("cpu")):
         assert all(hasattr(module, name) for name in ("linear", "decode", "decode_rows"))
-    assert face("meta") is plain
+    assert face("meta") is reference

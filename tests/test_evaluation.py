@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import rpq_convert as rpq
-from rpq_convert.evaluation import EvaluateError, layer_errors
+from rpq_convert.errors import EvaluateError
+from rpq_convert.evaluation.layers import layer_errors
 
 
 @pytest.fixture(scope="module")

@@ -162,7 +162,7 @@ PICTURES = '''
 """A vit-pytorch model, and one as timm builds them: a standardised convolution, a mask on a parameter's device."""
 
 import torch
-from rpq_convert.integrations import torchvision
+from rpq_convert.hf import torchvision
 
 torchvision.mend()
 from torch import nn

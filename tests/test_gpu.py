@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from rpq_convert import kernels
-from rpq_convert.kernels import plain
-from rpq_convert.kernels.cut import Cut
+from rpq_convert.core.layout import Cut
+from rpq_convert.kernels import reference
 
 triton = pytest.importorskip("triton")
 
@@ -37,9 +37,9 @@ def test_on_a_device():
 
 
 def test_the_face_is_chosen_by_device_and_triton_is_imported_on_use():
-    from rpq_convert.kernels import gpu
+    from rpq_convert.kernels.gpu import backend
 
-    assert kernels.face("cuda") is gpu and kernels.face("meta") is plain
+    assert kernels.face("cuda") is backend and kernels.face("meta") is reference
     code = "import sys, rpq_convert, rpq_convert.nn; assert 'triton' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -74,10 +74,10 @@ def compile_for(capability):
 
 @pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_all_kernels_compile_for_real_devices(capability, monkeypatch):
-    from rpq_convert.kernels import gpu, gpu_products, gpu_tiles
+    from rpq_convert.kernels.gpu import backend, products, tiles
 
     launch, seen = compile_for(capability)
-    for module in (gpu_tiles, gpu_products):
+    for module in (tiles, products):
         monkeypatch.setattr(module, "launch", launch)
     for axis, dim, books, stages, dtype, kind, scaled in (
         ("in", 8, 32, 1, torch.float16, torch.float16, False),
@@ -90,15 +90,15 @@ def test_all_kernels_compile_for_real_devices(capability, monkeypatch):
         bias = torch.zeros(cut.outputs) if scaled else None
         for tokens in (1, 3, 64) if capability == 80 or dim == 8 else (1, 3):
             x, gradient = torch.zeros(tokens, cut.inputs, dtype=dtype), torch.zeros(tokens, cut.outputs, dtype=dtype)
-            gpu.linear(x, codes, tables, scales, bias, cut)
-            gpu.linear_gradients(gradient, x, codes, tables, scales, cut, (True, tokens == 3, scaled))
-        weight = gpu.decode(codes, tables, scales, cut, dtype)
-        gpu.decode_gradients(weight, codes, tables, scales, None, cut, (True, scaled))
+            backend.linear(x, codes, tables, scales, bias, cut)
+            backend.linear_gradients(gradient, x, codes, tables, scales, cut, (True, tokens == 3, scaled))
+        weight = backend.decode(codes, tables, scales, cut, dtype)
+        backend.decode_gradients(weight, codes, tables, scales, None, cut, (True, scaled))
         if axis == "in":
             index = torch.zeros(7, dtype=torch.long)
-            rows = gpu_tiles.decode(codes, tables, scales, index, cut, dtype)
-            gpu.decode_gradients(rows, codes, tables, scales, index, cut, (True, scaled))
-    assert set(seen) == {n for m in (gpu_tiles, gpu_products) for n in vars(m) if n.endswith("_kernel")}
+            rows = tiles.decode(codes, tables, scales, index, cut, dtype)
+            backend.decode_gradients(rows, codes, tables, scales, index, cut, (True, scaled))
+    assert set(seen) == {n for m in (tiles, products) for n in vars(m) if n.endswith("_kernel")}
     assert any("mma" in text for text in seen["dot_kernel"])  # tensor cores
     assert "assertfail" in "".join(seen["decode_kernel"])  # rows outside an embedding are noticed
     assert "ld.global.v4" in seen["decode_kernel"][0]  # codewords come as vectors

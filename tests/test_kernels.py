@@ -10,11 +10,16 @@ from torch import nn
 from torch.nn import functional as F
 
 import rpq_convert as rpq
-from rpq_convert.kernels import linear as kernels
-from rpq_convert.kernels import plain, single, team, tiles, vectors
-from rpq_convert.kernels.cut import Cut
-from rpq_convert.kernels.decode import decode, decode_rows, tiled_linear
-from rpq_convert.kernels.linear import cost, decoded_linear, linear, ready
+from rpq_convert.core.layout import Cut
+from rpq_convert.kernels import reference
+from rpq_convert.kernels.cpu import cost as costs
+from rpq_convert.kernels.cpu import linear as kernels
+from rpq_convert.kernels.cpu import one_token
+from rpq_convert.kernels.cpu.cost import cost
+from rpq_convert.kernels.cpu.decode import decode, decode_rows, tiled_linear
+from rpq_convert.kernels.cpu.linear import decoded_linear, linear
+from rpq_convert.kernels.cpu.prepared import ready
+from rpq_convert.kernels.jit import amx, vectors
 
 # axis, n, length, dim, books, stages, codes stored by rows
 CASES = {
@@ -40,12 +45,17 @@ def make(axis, n, length, dim, books, stages, by_rows, dtype=torch.float32):
 
 
 def plain_weight(codes, books, scales, cut):
-    return plain.decode(codes, books, scales, cut, torch.float32)
+    return reference.decode(codes, books, scales, cut, torch.float32)
 
 
 def close(a, b, limit=2e-6):
     a, b = a.detach(), b.detach()
     return float((a - b).norm()) <= limit * float(b.norm())
+
+
+def set_tile_time(monkeypatch, time):
+    for module in (costs, kernels):
+        monkeypatch.setattr(module, "tile_time", time)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 8, 9, 40, 100])
@@ -59,7 +69,7 @@ def test_linear_and_its_gradients(case, axis, tokens, monkeypatch):
     gradient = torch.randn_like(expected)
     wanted = torch.autograd.grad(expected, inputs, gradient)
     for function, by_tiles in ((linear, math.inf), (decoded_linear, math.inf), (linear, 0)):
-        monkeypatch.setattr(kernels, "tile_time", lambda *_, time=by_tiles: time if tiles.allowed() else math.inf)
+        set_tile_time(monkeypatch, lambda *_, time=by_tiles: time if amx.allowed() else math.inf)
         out = function(x, codes, books, scales, bias, cut)
         assert close(out, expected)
         for found, want in zip(torch.autograd.grad(out, inputs, gradient), wanted):
@@ -137,7 +147,7 @@ def test_whole_numbers_are_as_good_as_floats(case, outlier):
     assert error < 2e-6  # one ordinary product in float32 is off by 4e-7
     call = kernels.call_of(cut.axis == "in", codes, books, cut)
     assert (call.turns, call.digits is not None) == (case.startswith("entries"), case == "digits")  # each by its own way
-    assert sorted(single.NATURAL) == list(range(64))
+    assert sorted(one_token.NATURAL) == list(range(64))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -171,7 +181,7 @@ def test_bits_do_not_depend_on_threads(cutting, axis, tokens, monkeypatch):
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             found.append(run())
-        monkeypatch.setattr(team, "_openmp", lambda: None)  # the fallback: Python's threads
+        monkeypatch.setattr(threads, "_openmp", lambda: None)  # the fallback: Python's threads
         found.append(run())
     finally:
         torch.set_num_threads(before)
@@ -354,7 +364,7 @@ def test_decoded_keeps_weights_for_a_block():
 def test_cost_prefers_codes_where_they_win(monkeypatch):
     wide = Cut("in", 4096, 4096, 8, 512, 1)
     assert max(cost(wide, t) for t in (1, 8, 64, 512)) < 1
-    monkeypatch.setattr(kernels, "tile_time", lambda *_: math.inf)
+    set_tile_time(monkeypatch, lambda *_: math.inf)
     assert cost(Cut("out", 4096, 4096, 1, 1, 1), 512) > 1
 
 

@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
 import rpq_convert as rpq
-from rpq_convert.calibration import CalibrationError
-from rpq_convert.inputs import read_inputs
+from rpq_convert.errors import CalibrationError
+from rpq_convert.inputs.files import read_inputs
 
 SIZE = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 MODELS = {

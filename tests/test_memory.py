@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 
-from rpq_convert.planning import header
+from rpq_convert.core.safetensors import header
 
 ALLOWED = 96 * 2**20
 SIDE, LAYERS = 1024, 193  # weights of 4 MiB
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import nn
 import rpq_convert as rpq
-from rpq_convert.source import open_folder
+from rpq_convert.storage.reader import open_folder
 
 source, out, action = sys.argv[1:4]
 allowed, layers = map(int, sys.argv[4:])

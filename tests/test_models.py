@@ -10,8 +10,8 @@ from vit_pytorch import ViT
 
 import rpq_convert as rpq
 from rpq_convert import models
-from rpq_convert.empty import parameters_on_meta
-from rpq_convert.layers import layers_of
+from rpq_convert.layers.surgery import layers_of
+from rpq_convert.running.meta import parameters_on_meta
 
 COMMON = {"num_classes": 1000, "dropout": 0.1, "emb_dropout": 0.1}
 GIANT = {"image_size": 336, "patch_size": 14, "dim": 1280, "depth": 32, "heads": 16, "mlp_dim": 5120, **COMMON}

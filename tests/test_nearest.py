@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rpq_convert.fit import fit_kmeans
-from rpq_convert.fit import kmeans as fitting
-from rpq_convert.kernels import nearest as search
-from rpq_convert.kernels.nearest import nearest
+from rpq_convert.fit import problem as fitting
+from rpq_convert.fit.loops import nearest as search
+from rpq_convert.fit.loops.nearest import nearest
 
 FORMS = ["vectors", pytest.param("tiles", marks=pytest.mark.skipif(not search.allowed(), reason="no tile registers"))]
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 import rpq_convert as rpq
-from rpq_convert.layers import layers_of
+from rpq_convert.layers.surgery import layers_of
 
 SHARE = 0.05
 

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from transformers import AutoModelForCausalLM
 
 import rpq_convert as rpq
-from rpq_convert import layers
+from rpq_convert.layers import surgery
 
 CASES = [
     ("Llama", "all-linear", {}),
@@ -110,7 +110,7 @@ def test_merge_adapter_encodes_again_with_a_stated_error(adapted):
     assert {r.name.removesuffix(".weight") for r in rows} == names
     assert all(0 < r.error < 0.05 for r in rows)
     assert not any("lora" in n for n, _ in merged.named_modules())
-    assert set(layers.layers_of(merged)) >= {f"{n}.weight" for n in names}
+    assert set(surgery.layers_of(merged)) >= {f"{n}.weight" for n in names}
     assert all(torch.equal(t, merged.state_dict()[k]) for k, t in others.items())
     moved, missed = (first(merged) - before).norm(), (first(merged) - wanted).norm()
     assert missed < 0.5 * moved

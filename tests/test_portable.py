@@ -57,7 +57,7 @@ def run(before: str, after: str, check: str, **environment: str) -> None:
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names a processor of another kind")
 def test_a_processor_without_avx_computes_the_same(tmp_path):
     run(
-        "from rpq_convert.kernels import vectors\nassert not vectors.HAS_PICK and not vectors.HAS_HALF", "",
+        "from rpq_convert.kernels.jit import vectors\nassert not vectors.HAS_PICK and not vectors.HAS_HALF", "",
         "assert kernels.face('cpu').__name__.endswith('cpu')",
         NUMBA_CPU_NAME="x86-64", NUMBA_CPU_FEATURES="+sse2", NUMBA_CACHE_DIR=str(tmp_path),
     )  # fmt: skip
@@ -65,6 +65,6 @@ def test_a_processor_without_avx_computes_the_same(tmp_path):
 
 def test_without_numba_torch_alone_computes_the_same():
     run(
-        "", "sys.modules['rpq_convert.kernels.cpu'] = None\nkernels.face.cache_clear()",
+        "", "sys.modules['rpq_convert.kernels.cpu.backend'] = None\nkernels.face.cache_clear()",
         "assert kernels.face('cpu').__name__.endswith('plain')",
     )  # fmt: skip

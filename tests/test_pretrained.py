@@ -12,7 +12,7 @@ from architectures import ARCHITECTURES, inputs, outputs
 from PIL import Image
 
 import rpq_convert as rpq
-from rpq_convert.layers import layers_of
+from rpq_convert.layers.surgery import layers_of
 
 AGAIN = """
 import sys, torch
@@ -200,7 +200,7 @@ LOADING = """
 import sys, threading, time
 from pathlib import Path
 import rpq_convert as rpq
-from rpq_convert.integrations import torchvision
+from rpq_convert.hf import torchvision
 torchvision.mend()
 from transformers import AutoModel
 

@@ -10,11 +10,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import rpq_convert as rpq
-from rpq_convert.kernels import cpu
-from rpq_convert.layers import layers_of
-from rpq_convert.rotation import _steps, fitting, matrix, rotate
-from rpq_convert.spec import Spec
-from rpq_convert.view import WeightView
+from rpq_convert.core.axes import WeightView
+from rpq_convert.core.rotation import _steps, fitting, matrix, rotate
+from rpq_convert.core.spec import Spec
+from rpq_convert.kernels.cpu import backend
+from rpq_convert.layers.surgery import layers_of
 
 
 class Tied(nn.Module):
@@ -59,7 +59,7 @@ def test_the_transform_is_orthogonal_and_a_compiler_gets_the_same():
     x = torch.randn(3, 5, 192, dtype=torch.float64)
     for size in (8, 16, 32, 64):
         turn = matrix(size, torch.float64, x.device)
-        torch.testing.assert_close(cpu.rotate(x.float(), size), rotate(x, size).float())
+        torch.testing.assert_close(backend.rotate(x.float(), size), rotate(x, size).float())
         torch.testing.assert_close(turn @ turn.T, torch.eye(size, dtype=torch.float64))
         assert set((turn * size**0.5).round(decimals=9).flatten().tolist()) == {1.0, -1.0}
         blocks = torch.cat([part @ turn.T for part in x.split(size, -1)], -1)  # by the definition

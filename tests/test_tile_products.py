@@ -5,11 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rpq_convert.kernels import linear as kernels
-from rpq_convert.kernels import plain, tile_products, tiles
-from rpq_convert.kernels.cut import Cut
+from rpq_convert.core.layout import Cut
+from rpq_convert.kernels import reference
+from rpq_convert.kernels.cpu import amx_products, cost, linear
+from rpq_convert.kernels.jit import amx
 
-pytestmark = pytest.mark.skipif(not tiles.allowed(), reason="this processor has no tile registers")
+pytestmark = pytest.mark.skipif(not amx.allowed(), reason="this processor has no tile registers")
 
 
 def make(axis, n, length, dim, books, stages, dtype=torch.float16):
@@ -22,13 +23,13 @@ def make(axis, n, length, dim, books, stages, dtype=torch.float16):
 def multiplied(x, codes, books, cut, scales=None, bias=None):
     """x [images, tokens, inputs] of any strides."""
     out = torch.full((*x.shape[:2], cut.outputs), torch.nan)
-    kernels._by_tiles(cut.axis == "in", x, x.dtype, codes, books, cut, None, scales, bias, out)
+    linear._by_tiles(cut.axis == "in", x, x.dtype, codes, books, cut, None, scales, bias, out)
     return out
 
 
 def error(out, x, codes, books, cut, scales=None, bias=None):
     """Return the largest error, relative to the sum of the sizes of the terms."""
-    weight = plain.decode(codes, books, scales, cut, torch.float32).double().T
+    weight = reference.decode(codes, books, scales, cut, torch.float32).double().T
     bias = torch.zeros(cut.outputs) if bias is None else bias
     sizes = x.double().abs() @ weight.abs() + bias.abs()
     return float(((out - x.double() @ weight - bias).abs() / sizes).max())
@@ -58,10 +59,10 @@ def test_many_tokens_are_served_in_slabs(monkeypatch):
     cut, codes, tables = make("in", 40, 96, 8, 0, 1)
     x = torch.randn(3, 300, cut.inputs)
     whole = multiplied(x, codes, tables, cut)
-    monkeypatch.setattr(tile_products, "LEAST", 64)
-    monkeypatch.setattr(tile_products, "SLAB", 64)
+    monkeypatch.setattr(amx_products, "LEAST", 64)
+    monkeypatch.setattr(amx_products, "SLAB", 64)
     assert torch.equal(multiplied(x, codes, tables, cut), whole)
-    monkeypatch.setattr(tile_products, "HELD", 1 << 10)  # what holds the tokens' parts is not kept then
+    monkeypatch.setattr(amx_products, "HELD", 1 << 10)  # what holds the tokens' parts is not kept then
     assert torch.equal(multiplied(x, codes, tables, cut), whole)
     small = x[:, :20]
     assert torch.equal(multiplied(small, codes, tables, cut), whole[:, :20])
@@ -106,9 +107,9 @@ def test_numbers_that_are_none_stay_in_their_token():
 
 def test_layers_choose_them_where_they_are_faster():
     cut, codes, tables = make("in", 1024, 1024, 2, 0, 1)
-    assert kernels.tile_time(True, cut, 512, torch.float32) < kernels.lookup_time(True, cut, 512)
+    assert cost.tile_time(True, cut, 512, torch.float32) < cost.lookup_time(True, cut, 512)
     x = torch.randn(512, 1024)
-    assert torch.equal(kernels.linear(x, codes, tables, None, None, cut), multiplied(x[None], codes, tables, cut)[0])
+    assert torch.equal(linear.linear(x, codes, tables, None, None, cut), multiplied(x[None], codes, tables, cut)[0])
     images = torch.randn(2, 1024, 300)
     by_tiles = multiplied(images.transpose(1, 2), codes, tables, cut).transpose(1, 2)
-    assert torch.equal(kernels.pointwise(images, codes, tables, None, None, cut), by_tiles)
+    assert torch.equal(linear.pointwise(images, codes, tables, None, None, cut), by_tiles)

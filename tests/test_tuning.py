@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import rpq_convert as rpq
-from rpq_convert import recoding
-from rpq_convert.layers import layers_of
-from rpq_convert.recoding import Recoding
+from rpq_convert.layers.surgery import layers_of
+from rpq_convert.tuning import codes
+from rpq_convert.tuning.codes import Recoding
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_tuning_helps_on_text_that_was_not_seen(pair):
 
 def test_codes_that_follow_the_gradient_help_more_than_codebooks_alone(monkeypatch):
     """From random codes: what codebooks can do about them is little, what codes can do is nearly all."""
-    monkeypatch.setattr(recoding, "RATE", 0.05)  # so that pulls grow long in few steps
+    monkeypatch.setattr(codes, "RATE", 0.05)  # so that pulls grow long in few steps
     torch.manual_seed(0)
     dense = nn.Sequential(nn.Linear(48, 64), nn.Tanh(), nn.Linear(64, 16))
     data = [torch.randn(64, 48) for _ in range(20)]
@@ -143,7 +143,7 @@ def test_steps_that_are_too_long_become_shorter(pair):
 
 @pytest.mark.parametrize("recode, rate", [(0.0, 2e-3), (0.01, 2e-3), (0.01, 2.0)])
 def test_a_killed_run_goes_on_to_the_same_bits(pair, tmp_path, recode, rate, monkeypatch):
-    monkeypatch.setattr(recoding, "RATE", 0.1)
+    monkeypatch.setattr(codes, "RATE", 0.1)
     dense, data = pair[0], pair[2][:10]
     whole, parts = copy.deepcopy(pair[1]), copy.deepcopy(pair[1])
     file = tmp_path / "tune.safetensors"
@@ -236,7 +236,7 @@ def test_blocks_are_tuned_one_after_another(monkeypatch):
     assert done["1"].after < done["1"].before and all(d.after <= d.before for d in done.values())
     assert rpq.evaluate(base, model, held).metrics["relative_error"] < before
     codes = {k: t.clone() for k, t in model.state_dict().items() if t.dtype == torch.uint8}
-    monkeypatch.setattr(recoding, "RATE", 0.1)
+    monkeypatch.setattr(codes, "RATE", 0.1)
     done = rpq.tune_blocks(model, base, data, steps=40, every=10, recode=0.02)
     changed = {k.partition(".")[0] for k, t in codes.items() if not torch.equal(t, model.state_dict()[k])}
     assert "1" in changed <= {path for path, d in done.items() if d.best}

@@ -20,10 +20,11 @@ from torch import nn
 from torch.func import functional_call
 
 import rpq_convert as rpq
-from rpq_convert.computed import ComputedWeight
-from rpq_convert.layers import LAYERS, RPQLayer, layers_of
-from rpq_convert.view import WeightView
-from rpq_convert.weight import RPQWeight
+from rpq_convert.core.axes import WeightView
+from rpq_convert.layers.lazy_weight import ComputedWeight
+from rpq_convert.layers.surgery import RPQLayer, layers_of
+from rpq_convert.layers.weight import RPQWeight
+from rpq_convert.planning.layer_types import LAYERS
 
 DIM = 3  # divides few of the widths
 LAYOUTS = {

@@ -80,7 +80,7 @@ class LanguageModel:
         return [{"input_ids": part, "use_cache": False} for part in _data(folder)["fit"].view(-1, 256).split(4)]
 
     def measure(self, model: nn.Module, folder: Path) -> Metrics:
-        from rpq_convert.evaluation import evaluate
+        from rpq_convert.evaluation.evaluate import evaluate
 
         test = _data(folder)["test"]
         base = _Recorded(test, load_file(folder / "base.safetensors")["logits"])

@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.quality.language import Encoder, LanguageModel
 from benchmarks.quality.pictures import Classifier, Pretrained, efficientnet, resnet, vit
-from rpq_convert.integrations import torchvision
+from rpq_convert.hf import torchvision
 
 torchvision.mend()  # or transformers does not import beside a CPU build of torch
 

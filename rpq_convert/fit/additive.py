@@ -13,22 +13,12 @@ inside a sub-vector, and nothing promises LAPACK's bits at every thread count). 
 import numpy as np
 import torch
 
-from rpq_convert.fit.kmeans import (
-    ITERATIONS,
-    Group,
-    Importance,
-    Problem,
-    collect,
-    few,
-    fit_kmeans,
-    fit_points,
-    generator,
-    pose,
-    round_codebooks,
-)
-from rpq_convert.fit.random import Fitted, count_dead
-from rpq_convert.kernels.kmeans import accumulate, encode_sum, shift
-from rpq_convert.kernels.nearest import CODEWORDS
+from rpq_convert.fit.kmeans import ITERATIONS, fit_kmeans, fit_points
+from rpq_convert.fit.loops.beam import encode_sum, shift
+from rpq_convert.fit.loops.kmeans import accumulate
+from rpq_convert.fit.loops.nearest import CODEWORDS
+from rpq_convert.fit.problem import Group, Importance, Problem, collect, few, generator, pose, round_codebooks
+from rpq_convert.fit.result import Fitted, count_dead
 
 SAMPLE = 1 << 16  # points a set of codebooks is fitted on
 ROUNDS = 10  # of re-encoding and refit; Gaussian, 3 x dim 8: 6 rounds .0257, 10 .0253, 20 .0249

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rpq_convert.integrations import torchvision
-from rpq_convert.source import SourceError
+from rpq_convert.errors import SourceError
+from rpq_convert.hf import torchvision
 
 torchvision.mend()
 

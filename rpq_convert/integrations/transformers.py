@@ -1,185 +1,278 @@
-"""transformers checkpoints: build their model empty, read their tensors under the model's names.
+"""RPQ inside transformers: `from_pretrained` and `save_pretrained` of converted models.
 
-Checkpoint keys are not module names: prefixes come and go, old names linger, and mixture-of-experts files keep one tensor
-per expert where the model has one fused parameter. transformers knows all of it (`get_model_conversion_mapping`); here its
-own rename and conversion steps run for one parameter at a time, so that nothing larger is in memory. No code of a
-checkpoint is ever run: classes come from transformers itself.
+A converted folder loads through any Auto class as soon as `rpq_convert` is imported: before weights are read, the empty
+model gets empty RPQ weights in the places that config.json lists, and transformers fills them like any parameter. A dense
+checkpoint with `quantization_config=RPQConfig(bits=4)` is converted while it is loaded, a parameter at a time. Nothing here runs code that a
+checkpoint names.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from copy import deepcopy
-from functools import partial
-from pathlib import Path
+import copy
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from rpq_convert.empty import parameters_on_meta
-from rpq_convert.integrations import torchvision
-from rpq_convert.source import SourceError
+from rpq_convert.calibration.sensitivity import asks
+from rpq_convert.checkpoint.described import plan_of
+from rpq_convert.checkpoint.metadata import quantization_config
+from rpq_convert.checkpoint.opening import Opened
+from rpq_convert.conversion.memory import convert, finish, swap
+from rpq_convert.conversion.plans import plan_opened
+from rpq_convert.conversion.restore_model import restore
+from rpq_convert.core.spec import dtype_of
+from rpq_convert.encoding.encode import encode
+from rpq_convert.errors import SourceError
+from rpq_convert.hf import torchvision
+from rpq_convert.layers import surgery
+from rpq_convert.layers.surgery import AFTER, put_everywhere
+from rpq_convert.layers.weight import RPQWeight
+from rpq_convert.planning.plan import FORMAT_VERSION, Job, Plan
+from rpq_convert.storage.reader import read_header
 
-torchvision.mend()
+torchvision.mend()  # transformers imports it with the first model
 
-import transformers  # noqa: E402
-from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: E402
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key  # noqa: E402
-from transformers.utils.loading_report import LoadStateDictInfo  # noqa: E402
-
-SMALL = (
-    "generation_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template*", "*.model",
-    "spiece.model", "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json",
-    "LICENSE*", "README.base.md",
-)  # fmt: skip
-
-
-def load_config(folder: str | Path) -> Any:
-    """Return a folder's config; one that needs code of the checkpoint is refused."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise SourceError(f"{path} does not exist")
-    try:
-        raw = json.loads(path.read_text("utf8"))
-    except ValueError as e:
-        raise SourceError(f"{path} is not JSON: {e}") from None
-    if not isinstance(raw, dict):
-        raise SourceError(f"{path} is no JSON object")
-    kind = raw.get("model_type")
-    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
-        hint = (
-            "it needs code from the checkpoint, which is never run" if "auto_map" in raw else "unknown to transformers"
-        )
-        raise SourceError(f"{path}: model type {kind!r}: {hint}; for your own model give factory=package:callable")
-    try:
-        return transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    except Exception as e:  # its validators raise many kinds
-        raise SourceError(f"{path}: transformers {transformers.__version__} refuses it: {e}") from e
+METHOD = "rpq"
+STORED = ("modules", "tied", "guard", "plan_sha256", "version")
 
 
-def model_class(config: Any) -> Any:
-    """Return the class that `config.architectures` names, from transformers itself."""
-    for name in config.architectures or ():
-        found = getattr(transformers, name, None)
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-            return found
-        raise SourceError(f"transformers {transformers.__version__} has no model class {name!r}")
-    try:
-        found = transformers.MODEL_MAPPING[type(config)]
-        return found[0] if isinstance(found, tuple) else found
-    except KeyError:
-        raise SourceError(f"config {type(config).__name__} names no architecture") from None
-
-
-def build_empty(config: Any, dtype: torch.dtype | None = None) -> Any:
-    """Return the model with its parameters on meta and its buffers real, in eval mode."""
-    try:
-        kind: Any = model_class(config)
-        wanted = dtype or getattr(config, "dtype", None) or torch.float32
-        with parameters_on_meta():
-            model = kind._from_config(config, dtype=wanted)
-        model.tie_weights()
-    except SourceError:
-        raise
-    except Exception as e:  # a model's constructor finds what the config's validators did not
-        raise SourceError(f"transformers cannot build the model of this {type(config).__name__}: {e}") from e
-    return model.eval()
-
-
-class ModuleSource(Mapping[str, Tensor]):
-    """A checkpoint's tensors under the names of the model's state dict, renamed and converted one parameter at a time.
+class RPQConfig(QuantizationConfigMixin):
+    """What transformers keeps as `model.config.quantization_config`.
 
     Args:
-        model: the empty model.
-        source: checkpoint key -> tensor.
+        format_version, modules, tied, guard, plan_sha256, version: as in docs/checkpoint-format.md; written, not typed.
+        options: those of `rpq.plan` (bits, preset, codebooks, rules, …), to convert a dense model on load.
+
+    Example:
+        >>> AutoModelForCausalLM.from_pretrained("gpt2", quantization_config=RPQConfig(bits=4))
     """
 
-    def __init__(self, model: Any, source: Mapping[str, Tensor]) -> None:
-        self.model, self.source = model, source
-        state = model.state_dict()
-        transforms = get_model_conversion_mapping(model)
-        renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-        converters = [t for t in transforms if isinstance(t, WeightConverter)]
-        by_pattern = {p: c for c in converters for p in c.source_patterns}
-        prefix = model.base_model_prefix
-        groups: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
-        self.unused: list[str] = []
-        for key in sorted(source, key=dot_natural_key):
-            name, pattern = rename_source_key(key, renamings, converters, prefix, state)
-            if name not in state and key in state:
-                name, pattern = rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=state)
-            if name not in state:
-                self.unused.append(key)
-            elif pattern is not None:
-                groups.setdefault(name, (by_pattern[pattern], []))[1].append((key, pattern))
-            else:
-                groups.setdefault(name, (WeightRenaming(key, name), []))[1].append((key, key))
-        self.plans: dict[str, tuple[str, Any, list[tuple[str, str]]]] = {}
-        for first, (transform, parts) in groups.items():
-            names = (
-                [first] if type(transform) is WeightRenaming else list(self._run(first, transform, parts, shapes=True))
-            )
-            self.plans |= {n: (first, transform, parts) for n in names if n in state}
-        for names in self._tied():
-            home = next((n for n in names if n in self.plans), None)
-            if home:
-                self.plans |= {
-                    n: self.plans[home] if n == home else ("", home, []) for n in names if n not in self.plans
-                }
-        self.unresolved = [n for n in state if n not in self.plans]
+    def __init__(self, format_version: int = FORMAT_VERSION, **options: Any) -> None:
+        options.pop("quant_method", None)
+        self.quant_method: Any = METHOD
+        self.format_version = format_version
+        self.stored = {name: options.pop(name, None) for name in STORED}
+        self.options = options
 
-    def _tied(self) -> list[list[str]]:
-        groups: dict[int, list[str]] = {}
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            groups.setdefault(id(parameter), []).append(name)
-        return [g for g in groups.values() if len(g) > 1]
+    def to_dict(self) -> dict[str, Any]:
+        base = {"quant_method": METHOD, "format_version": self.format_version}
+        return base | (self.stored if self.stored["modules"] else self.options)
 
-    def _run(self, first: str, transform: Any, parts: list[tuple[str, str]], *, shapes: bool) -> dict[str, Any]:
-        """Run one conversion; with `shapes` on meta tensors, which tells its names."""
-        transform = deepcopy(transform)
-        for key, pattern in parts:
-            transform.add_tensor(first, key, pattern, partial(self._meta if shapes else self.source.__getitem__, key))
-        info = LoadStateDictInfo(
-            missing_keys=set(), unexpected_keys=set(), mismatched_keys=set(), conversion_errors={}, error_msgs=[],
-            skipped_pp_keys=set(),
-        )  # fmt: skip
-        out = transform.convert(first, model=self.model, config=self.model.config, loading_info=info)
-        if info.conversion_errors:
-            raise SourceError(f"{first}: {next(iter(info.conversion_errors.values()))}")
-        return {n: v[0] if isinstance(v, list) else v for n, v in out.items()}
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
 
-    def _meta(self, key: str) -> Tensor:
-        info = self.source.infos[key]  # type: ignore[attr-defined]
-        return torch.empty(info.shape, dtype=info.dtype, device="meta")
 
-    def check(self) -> None:
-        """Raise before the first tensor is read if the checkpoint does not fill the model."""
-        if self.unresolved:
+class Encode(ConversionOps):
+    """A step of transformers' loading: a dense parameter comes in, its codes go into the model, nothing comes out."""
+
+    def __init__(self, jobs: Mapping[str, Job]) -> None:
+        self.jobs = jobs
+
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], model: Any, missing_keys: set[str], **_: Any
+    ) -> dict[str, Any]:
+        for name, value in input_dict.items():
+            job, tensor = self.jobs[name], value[0] if isinstance(value, list) else value
+            if _computed(model, job.name):
+                continue  # a tied one that the checkpoint holds twice
+            swap(model, job, encode(job, tensor.to(dtype_of(job.dtype))))
+            module, parameter = surgery.find(model, job.name)
+            rpq: Any = module._modules[parameter + surgery.SUFFIX]
+            rpq.to(tensor.device)
+            for part in rpq.parameters():
+                part._is_hf_initialized = True
+            missing_keys.difference_update((job.name, *job.aliases))
+        return {}
+
+
+class RPQQuantizer(HfQuantizer):
+    """Puts RPQ weights in their places when transformers loads a model."""
+
+    requires_calibration = False
+    quantization_config: Any
+    plan: Plan | None = None  # of a conversion on load
+    jobs: Mapping[str, Job] = {}
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        config = self.quantization_config
+        if self.pre_quantized and config.format_version != FORMAT_VERSION:
             raise SourceError(
-                f"the checkpoint has no tensor for {len(self.unresolved)} of {type(self.model).__name__}'s: "
-                f"{', '.join(self.unresolved[:4])}; convert the architecture that the checkpoint was saved from"
+                f"the checkpoint has format version {config.format_version!r}, this rpq-convert reads {FORMAT_VERSION}"
             )
 
-    def __len__(self) -> int:
-        return len(self.plans)
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if not self.pre_quantized:
+            self._plan(model)
+            return model
+        stored = self.quantization_config.stored
+        tied: dict[str, list[str]] = {}
+        for alias, name in stored["tied"].items():
+            tied.setdefault(name, []).append(alias)
+        placed: dict[str, list[str]] = {}
+        for name, description in stored["modules"].items():
+            if (home := _path(model, name)) is None:
+                continue  # a head that a base model does not have
+            paths = [home, *(p for n in tied.get(name, []) if (p := _path(model, n)) is not None)]
+            module, parameter = surgery.find(model, paths[0])
+            given = module._parameters[parameter]
+            assert given is not None
+            rpq = RPQWeight.from_config(description | {"dtype": str(given.dtype).removeprefix("torch.")}, "meta")
+            if rpq.shape != tuple(given.shape):
+                raise SourceError(f"{name}: the checkpoint describes {list(rpq.shape)}, the model {list(given.shape)}")
+            put_everywhere(model, paths, rpq)
+            placed[paths[0]] = paths[1:]
+        if stored["modules"] and not placed:
+            raise SourceError(f"no weight of the checkpoint has a place in {type(model).__name__}")
+        ties = {k: v for k, v in model.all_tied_weights_keys.items() if not _computed(model, k)}
+        files = kwargs.get("checkpoint_files") or ()
+        for alias in [a for a, source in ties.items() if source in placed]:
+            source = ties.pop(alias)
+            if not any(alias in read_header(f) for f in files):  # else a head that was restored, and is its own now
+                put_everywhere(model, [alias], surgery.layers_of(model)[source])
+                placed[source].append(alias)
+        for name, others in placed.items():
+            parts = [p for p, _ in surgery.layers_of(model)[name].named_parameters()]
+            ties |= {f"{other}_rpq.{p}": f"{name}_rpq.{p}" for other in others for p in parts}
+        model.all_tied_weights_keys = ties
+        guard = stored["guard"]
+        if guard:
+            ignored = {rf"^(.*\.)?{guard.replace('.', chr(92) + '.')}$"}
+            model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
+        return model
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.plans)
+    def _plan(self, model: Any) -> None:
+        """Plan a conversion on load; one whose sizes depend on the weights waits until they are there."""
+        options = self.quantization_config.options
+        if asks(options):
+            return
+        tied = copy.deepcopy(model)  # on meta; transformers ties weights when they are loaded
+        for alias, name in model.all_tied_weights_keys.items():
+            module, parameter = surgery.find(tied, alias)
+            source, known = surgery.find(tied, name)
+            module._parameters[parameter] = source._parameters[known]
+        self.plan = plan_opened(Opened(tied, None), **options)
+        self.jobs = {name: job for job in self.plan.jobs for name in (job.name, *job.aliases)}
+        model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if k not in self.jobs}
 
-    def __contains__(self, name: object) -> bool:
-        return name in self.plans
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        return param_name in self.jobs
 
-    def __getitem__(self, name: str) -> Tensor:
-        first, transform, parts = self.plans[name]
-        if not first:
-            return self[transform]
-        return self._run(first, transform, parts, shapes=False)[name]
+    def get_quantize_ops(self) -> Encode:
+        return Encode(self.jobs)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self.plan is not None:
+            new = dict(model.named_parameters(remove_duplicate=False))  # a head that the checkpoint does not have
+            for job in self.plan.jobs:
+                if job.name in new:
+                    swap(model, job, encode(job, new[job.name].detach()))
+            finish(model, self.plan)
+        elif not self.pre_quantized:
+            convert(model, **self.quantization_config.options)
+        for weight in surgery.layers_of(model).values():
+            weight._probe = torch.empty(0, dtype=weight.dtype, device=weight.codes.device)
+            weight.codes.requires_grad_(False)
+        attach(model)
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        return restore(model).to(dtype)
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
+        """Return what `save_pretrained` writes: the state and the guard; and describe the model as it stands now."""
+        config = model.config.quantization_config = describe(model)
+        found = surgery.layers_of(model)
+        stored = {id(w): w.stored() for w in found.values()}  # one tensor for all names, or it would be written twice
+        parts = {f"{path}_rpq.{k}": t for path, w in found.items() for k, t in stored[id(w)].items()}
+        return model.state_dict() | parts | {config.stored["guard"]: torch.empty(0)}, {}
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
 
 
-def extra_files(folder: str | Path) -> list[Path]:
-    """Return the small files that belong beside the weights: tokenizer, generation settings, processors. Never code."""
-    found = {p for pattern in SMALL for p in Path(folder).glob(pattern) if p.is_file()}
-    return sorted(p for p in found if p.suffix != ".py" and "safetensors" not in p.name)
+def describe(model: nn.Module) -> RPQConfig:
+    """Return the config of a converted model as it stands now."""
+    zero_rows = {name: {"zero_row": w.zero_row} for name, w in surgery.layers_of(model).items()}
+    return RPQConfig(**quantization_config(plan_of(model), zero_rows))
+
+
+def attach(model: Any) -> None:
+    """Make a transformers model say that it is converted, so that `save_pretrained` writes it; or no longer is."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return
+    converted: Any = model
+    if not surgery.layers_of(model):
+        if model.__dict__.get("quantization_method") == METHOD:
+            converted.hf_quantizer.remove_quantization_config(model)
+        return
+    _mend_dtype()
+    config = describe(model)
+    converted.hf_quantizer = RPQQuantizer(config, pre_quantized=True)
+    converted.is_quantized = True
+    model.config.quantization_config = config
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.quantization_method = METHOD  # type: ignore[assignment]
+
+
+@functools.cache
+def _mend_dtype() -> None:
+    """Let `model.dtype` be what weights expand to, where the first parameter is a codebook."""
+    from transformers.modeling_utils import ModuleUtilsMixin
+
+    plain: Any = ModuleUtilsMixin.dtype
+
+    def dtype(self: Any) -> torch.dtype:
+        if self.__dict__.get("quantization_method") != METHOD:
+            return plain.fget(self)
+        weight = next((m for m in self.modules() if isinstance(m, RPQWeight)), None)
+        return plain.fget(self) if weight is None else weight.dtype
+
+    ModuleUtilsMixin.dtype = property(dtype, doc=plain.__doc__)  # type: ignore[assignment, method-assign]
+
+
+def _computed(model: nn.Module, path: str) -> bool:
+    try:
+        module, name = surgery.find(model, path)
+    except AttributeError:
+        return False
+    return isinstance(module, surgery.RPQLayer) and name in module._rpq_names
+
+
+def _path(model: Any, name: str) -> str | None:
+    """Return where a parameter of the checkpoint lies in this model: with the base model's prefix, or without it."""
+    prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+    for candidate in (name, name.removeprefix(prefix), prefix + name):
+        try:
+            module, parameter = surgery.find(model, candidate)
+        except AttributeError:
+            continue
+        if parameter in module._parameters:
+            return candidate
+    return None
+
+
+AFTER.append(attach)
+AUTO_QUANTIZER_MAPPING[METHOD] = RPQQuantizer
+AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = RPQConfig

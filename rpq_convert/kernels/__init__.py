@@ -21,18 +21,18 @@ def face(device: str) -> ModuleType:
     """Return the fastest face for tensors on this type of device; what compiles it is imported on first use."""
     if device == "cpu":
         try:
-            from rpq_convert.kernels import cpu
+            from rpq_convert.kernels.cpu import backend as cpu
         except ImportError:  # no numba for this machine
             pass
         else:
             return cpu
     if device == "cuda" and _has_triton():
-        from rpq_convert.kernels import gpu
+        from rpq_convert.kernels.gpu import backend as gpu
 
         return gpu
-    from rpq_convert.kernels import plain
+    from rpq_convert.kernels import reference
 
-    return plain
+    return reference
 
 
 def _has_triton() -> bool:

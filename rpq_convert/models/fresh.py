@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from rpq_convert import layers
-from rpq_convert.conversion import convert
-from rpq_convert.empty import parameters_on_meta
-from rpq_convert.weight import RPQWeight
+from rpq_convert.conversion.memory import convert
+from rpq_convert.layers import surgery
+from rpq_convert.layers.weight import RPQWeight
+from rpq_convert.planning import layer_types
+from rpq_convert.running.meta import parameters_on_meta
 
 
 def draw_seed(generator: torch.Generator | None = None) -> int:
@@ -86,7 +87,7 @@ def _twin(module: nn.Module, names: list[str]) -> nn.Module:
 
     So that the layer's own initialiser runs as it was written: on meta it writes nothing and reads shapes alone.
     """
-    twin = object.__new__(layers.original_class(module))
+    twin = object.__new__(layer_types.original_class(module))
     twin.__dict__.update(module.__dict__)
     twin._parameters = {
         n: p if n in names or p is None else nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
@@ -94,8 +95,8 @@ def _twin(module: nn.Module, names: list[str]) -> nn.Module:
     }
     twin._buffers = {n: None if b is None else b.to("meta") for n, b in module._buffers.items()}
     twin._modules = dict(module._modules)
-    if isinstance(module, layers.RPQLayer):
+    if isinstance(module, surgery.RPQLayer):
         for name, rpq in module.rpq_weights().items():
             twin._parameters[name] = nn.Parameter(torch.empty(rpq.shape, dtype=rpq.dtype, device="meta"))
-            del twin._modules[name + layers.SUFFIX]
+            del twin._modules[name + surgery.SUFFIX]
     return twin

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rpq_convert.integrations import torchvision
+from rpq_convert.hf import torchvision
 from rpq_convert.models.fresh import fresh
 
 torchvision.mend()

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from rpq_convert.integrations import torchvision
+from rpq_convert.hf import torchvision
 from rpq_convert.models.fresh import fresh
 
 torchvision.mend()

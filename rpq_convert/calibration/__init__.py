@@ -1,0 +1,1 @@
+"""Statistics of inputs, layer by layer, and what errors cost."""

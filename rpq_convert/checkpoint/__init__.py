@@ -1,0 +1,1 @@
+"""A converted folder: opened, written, loaded, verified, restored, published."""

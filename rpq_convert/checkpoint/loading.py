@@ -1,0 +1,143 @@
+"""Load a converted folder. docs/checkpoint-format.md describes the files.
+
+`config.json` holds `quantization_config`: the format's version and, for every RPQ weight, the description from which an
+empty `RPQWeight` is rebuilt. No field names code: a transformers model is rebuilt through its own config and
+transformers' own classes, any other through a factory that the caller gives.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rpq_convert.checkpoint.opening import Factory, compute_buffers, empty_from_factory
+from rpq_convert.errors import SourceError
+from rpq_convert.hf import hub
+from rpq_convert.layers import surgery
+from rpq_convert.layers.surgery import AFTER, put_everywhere
+from rpq_convert.layers.weight import RPQWeight
+from rpq_convert.planning.plan import FORMAT_VERSION
+from rpq_convert.storage.reader import open_folder
+from rpq_convert.storage.writer import CONFIG
+
+
+def load(
+    path: str | Path,
+    *,
+    factory: str | Factory | None = None,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> nn.Module:
+    """Rebuild a converted model from its folder, in eval mode.
+
+    Args:
+        path: the folder, or the id of a repository on the hub.
+        factory: builds the dense model where it is not transformers'; its weights are never allocated.
+        device: where to put it.
+        revision, token, local_files_only: of a repository, as for `convert_checkpoint`.
+
+    Raises:
+        SourceError: not an RPQ folder, a newer format, missing or unexpected tensors.
+    """
+    folder, repository = Path(path), None
+    if hub.is_name(path):
+        where: dict[str, Any] = {"revision": revision, "token": token, "local_files_only": local_files_only}
+        repository = hub.find(path, (CONFIG,), **where)
+        folder = repository.folder
+    config = read_config(folder)
+    if repository is not None:
+        repository.fetch_weights()
+    if factory is not None:
+        model = empty_from_factory(factory)
+    elif "model_type" in config:
+        from rpq_convert.hf import loading
+
+        plain = loading.load_config(folder)
+        if hasattr(plain, "quantization_config"):
+            del plain.quantization_config
+        model = loading.build_empty(plain)
+    else:
+        raise SourceError(
+            f"{folder} is not a transformers model: pass factory=, the function that builds the dense model"
+        )
+    fill(model, config["quantization_config"], open_folder(folder))
+    compute_buffers(model, factory)
+    for act in AFTER:
+        act(model)
+    return model.to(device) if device is not None else model
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return config.json of an RPQ folder, checked."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise SourceError(f"{path} does not exist: not a checkpoint folder")
+    try:
+        config = json.loads(path.read_text("utf8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise SourceError(f"{path} is not JSON: {e}") from None
+    rpq = config.get("quantization_config") if isinstance(config, dict) else None
+    if not isinstance(rpq, dict) or rpq.get("quant_method") != "rpq":
+        raise SourceError(
+            f"{folder} is not an RPQ checkpoint: its config.json has no quantization_config of method rpq"
+        )
+    if rpq.get("format_version") != FORMAT_VERSION:
+        raise SourceError(
+            f"{folder} has format version {rpq.get('format_version')!r}, this rpq-convert reads {FORMAT_VERSION}"
+        )
+    absent = [k for k in ("modules", "tied", "guard") if k not in rpq]
+    if absent:
+        raise SourceError(f"{path}: its quantization_config has no {', '.join(absent)}")
+    return config
+
+
+def fill(model: nn.Module, config: Mapping[str, Any], source: Any) -> None:
+    """Give an empty model its RPQ weights and dense tensors."""
+    tied: dict[str, list[str]] = {}
+    for alias, name in config["tied"].items():
+        tied.setdefault(name, []).append(alias)
+    used = {config.get("guard")}
+    for name, description in config["modules"].items():
+        try:
+            rpq = RPQWeight.from_config(description, device="meta")
+            surgery.find(model, name)
+        except (ValueError, TypeError, KeyError, AttributeError) as e:
+            raise SourceError(f"{name}: its description does not fit this model or version: {e}") from None
+        put_everywhere(model, (name, *tied.get(name, [])), rpq)
+    homes: dict[int, tuple[Tensor, list[tuple[nn.Module, str, bool]], str]] = {}
+    for path, module in model.named_modules():
+        for table, is_buffer in ((module._parameters, False), (module._buffers, True)):
+            for key, value in table.items():
+                if value is not None and not (is_buffer and key in module._non_persistent_buffers_set):
+                    full = f"{path}.{key}".lstrip(".")
+                    homes.setdefault(id(value), (value, [], full))[1].append((module, key, is_buffer))
+    missing = []
+    for value, places, full in homes.values():
+        names = [full, config["tied"].get(full, full), *tied.get(full, [])]
+        name = next((n for n in names if n in source), None)
+        if name is None:
+            missing.append(full)
+            continue
+        used.add(name)
+        tensor = source[name]
+        if tuple(tensor.shape) != tuple(value.shape):
+            raise SourceError(f"{name}: the file has {list(tensor.shape)}, the model {list(value.shape)}")
+        filled = tensor if places[0][2] else nn.Parameter(tensor, requires_grad=value.requires_grad)
+        for module, key, is_buffer in places:
+            (module._buffers if is_buffer else module._parameters)[key] = filled
+    unused = [k for k in source if k not in used]
+    if missing or unused:
+        raise SourceError(
+            f"the checkpoint does not fit the model: {len(missing)} missing ({', '.join(missing[:3])}), "
+            f"{len(unused)} unexpected ({', '.join(unused[:3])})"
+        )
+    for module in model.modules():
+        if isinstance(module, RPQWeight):
+            module._probe = torch.empty(0, dtype=module.dtype, device=module.codes.device)

@@ -1,0 +1,121 @@
+"""Record: what lies beside the weights of an RPQ folder: config.json, report, model card.
+
+`config.json` carries everything from which the model is rebuilt, and never a name of code to run. The report's bytes are
+those of the files as written.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rpq_convert.core.results import Evaluation
+from rpq_convert.hf.model_card import BASE_CARD, Base, model_card, with_quality
+from rpq_convert.planning.plan import FORMAT_VERSION, Plan
+from rpq_convert.report.schema import FileRow, Report
+from rpq_convert.storage.writer import CARD, CONFIG, REPORT, Folder, amend
+from rpq_convert.version import __version__
+
+FACTS = ("error", "dead", "seconds", "inputs")  # what a fit measures
+
+
+def make_report(
+    plan: Plan, facts: Mapping[str, Mapping[str, Any]], title: str, files: Iterable[FileRow] = ()
+) -> Report:
+    """Join the plan's rows with what the fits measured."""
+    rows = []
+    for row in plan.rows():
+        measured: dict[str, Any] = {k: facts[row.name].get(k) for k in FACTS} if row.name in facts else {}
+        rows.append(replace(row, **measured))
+    report = replace(plan.report(title), rows=tuple(rows), files=tuple(files))
+    return replace(report, warnings=(*report.warnings, *_calibrated(plan, report)))
+
+
+def _calibrated(plan: Plan, report: Report) -> list[str]:
+    """Say where calibration fell short."""
+    seen = {row.name: row.inputs for row in report.rows if row.inputs}
+    if not seen:
+        return []
+    said = []
+    unseen = [j.name for j in plan.jobs if j.name not in seen and j.fit != "random" and "Embedding" not in j.layer]
+    if unseen:
+        names = ", ".join(unseen[:3]) + (f" and {len(unseen) - 3} more" if len(unseen) > 3 else "")
+        said.append(f"calibration saw nothing multiplied by {names}: fitted to the weights alone")
+    channels = {j.name: j.weight_view.matrix_shape(j.shape, "in")[1] for j in plan.jobs}
+    few = [name for name, inputs in seen.items() if inputs < channels[name]]
+    if few:
+        worst = min(few, key=lambda name: seen[name] / channels[name])
+        said.append(
+            f"{len(few)} layers saw fewer inputs than they have input channels ({worst}: {seen[worst]} for "
+            f"{channels[worst]}); give more calibration samples"
+        )
+    return said
+
+
+def quantization_config(plan: Plan, facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the part of config.json from which the model is rebuilt."""
+    modules = {
+        j.name: {
+            **j.spec.to_dict(), "view": j.view, "shape": list(j.shape), "dtype": j.dtype,
+            "zero_row": facts[j.name].get("zero_row"),
+        }
+        for j in plan.jobs
+    }  # fmt: skip
+    return {
+        "quant_method": "rpq",
+        "format_version": FORMAT_VERSION,
+        "modules": modules,
+        "tied": {a: x.name for items in (plan.jobs, plan.skips) for x in items for a in x.aliases},
+        "guard": plan.jobs[0].name if plan.jobs else None,
+        "plan_sha256": plan.sha256,
+        "version": __version__,
+    }
+
+
+def write_rest(
+    folder: Folder,
+    config: Mapping[str, Any] | None,
+    facts: Mapping[str, Mapping[str, Any]],
+    title: str,
+    base: Base | None = None,
+) -> Report:
+    """Write config, report and model card beside the weights, and finish the folder."""
+    plan = folder.plan
+    merged: dict[str, Any] = dict(config) if config is not None else {"library_name": "rpq-convert"}
+    merged["quantization_config"] = quantization_config(plan, facts)
+    if plan.options.get("dtype") and config is not None:
+        merged["dtype"] = plan.options["dtype"]
+        merged.pop("torch_dtype", None)
+    elif config is not None and not (merged.get("dtype") or merged.get("torch_dtype")):
+        merged["dtype"] = plan.jobs[0].dtype  # transformers would take the first tensor's, which is a codebook's
+    folder.write(CONFIG, json.dumps(merged, indent=1))
+    report = make_report(plan, facts, title)
+    if base is not None and base.card is not None:
+        shutil.copyfile(base.card, folder.work / BASE_CARD)
+    files = {p.name for p in folder.work.iterdir()}
+    folder.write(CARD, model_card(report, config, folder.out.name, files, base))
+    sizes = tuple(
+        FileRow(p.name, p.stat().st_size) for p in sorted(folder.work.iterdir()) if p.is_file() and p.name != REPORT
+    )
+    report = make_report(plan, facts, title, sizes)
+    folder.write(REPORT, report.to_json())
+    folder.finish()
+    return report
+
+
+def add_evaluation(folder: Path, on: str, found: Evaluation) -> None:
+    """Write what was measured into a folder's report and model card; it takes the place of an earlier one on the same data.
+
+    Args:
+        on: the name of what was measured on, such as a file's.
+    """
+    report = Report.from_json((folder / REPORT).read_text("utf8"))
+    others = [e for e in report.evaluations if (e["on"], e["kind"]) != (on, found.kind)]
+    entry = {"on": on, "kind": found.kind, "samples": found.samples, "metrics": dict(found.metrics)}
+    report = replace(report, evaluations=(*others, entry))
+    card = folder / CARD
+    amend(folder, {REPORT: report.to_json(), CARD: with_quality(card.read_text("utf8"), report)})

@@ -1,0 +1,223 @@
+"""Opened: a checkpoint that was found, paired with the empty model that it fills.
+
+Three kinds: a transformers checkpoint, whose config builds the model; weights and a factory, for every other model; and
+bare headers, from which a size can be planned but nothing converted. Each is a folder, a repository of the hub, or a file.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rpq_convert.errors import SourceError
+from rpq_convert.hf import hub
+from rpq_convert.hf.model_card import Base, base_in
+from rpq_convert.layers import surgery
+from rpq_convert.planning.slots import Slot, walk, walk_headers
+from rpq_convert.running.meta import parameters_on_meta
+from rpq_convert.storage.reader import open_folder, weight_files
+from rpq_convert.storage.writer import CARD, CONFIG
+
+Factory = Callable[[], nn.Module]
+
+
+class Opened:
+    """A checkpoint that was found.
+
+    Args:
+        model: its empty model; None where only headers are known.
+        source: its tensors; None where a plan was made from the config alone.
+        config: its config.json. files: what belongs beside the weights.
+        base: what a model card tells of it.
+        notes: for the plan to say.
+        factory: what built the model, if it is not transformers'.
+    """
+
+    def __init__(
+        self, model: nn.Module | None, source: Any, config: Mapping[str, Any] | None = None, files: Sequence[Path] = (),
+        base: Base | None = None, notes: Sequence[str] = (), factory: str | Factory | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.source, self.config, self.files = model, source, config, files
+        self.base, self.notes, self.factory = base, notes, factory
+
+    @property
+    def origin(self) -> str:
+        """What the weights come from, as text: the name, size and time of every file."""
+        infos = getattr(self.source, "infos", None) or self.source.source.infos
+        files = sorted({i.file for i in infos.values()})
+        facts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        return json.dumps(facts, indent=1)
+
+    def slots(self) -> tuple[Slot, ...]:
+        """Return its parameters and buffers: the model's, or what tensor names and shapes suggest."""
+        if self.model is not None:
+            return walk(self.model)
+        return walk_headers((i.name, i.dtype, i.shape) for i in self.source.infos.values())
+
+    def filled(self) -> nn.Module:
+        """Return the model with its weights; without a source it is as it came, perhaps on meta."""
+        assert self.model is not None
+        if self.source is None:
+            return self.model
+        return compute_buffers(fill(copy.deepcopy(self.model), self.source), self.factory)
+
+
+def fill(model: nn.Module, source: Mapping[str, Tensor]) -> nn.Module:
+    """Give an empty model the weights of its checkpoint, in place."""
+    for slot in walk(model):
+        tensor = either(source, (slot.name, *slot.aliases))
+        filled: Any = tensor if slot.buffer else nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+        for path in (slot.name, *slot.aliases):
+            module, name = surgery.find(model, path)
+            (module._buffers if slot.buffer else module._parameters)[name] = filled
+    return model
+
+
+def either(source: Mapping[str, Tensor], names: tuple[str, ...]) -> Tensor:
+    """Return the tensor that a source has under one of these names."""
+    return source[next((n for n in names if n in source), names[0])]
+
+
+def open_checkpoint(
+    src: str | Path,
+    *,
+    factory: str | Factory | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    allow_pickle: bool = False,
+    need: Literal["config", "headers", "weights"] = "weights",
+) -> Opened:
+    """Find a checkpoint and pair it with its empty model.
+
+    Args:
+        src: a folder, a file or a hub id. revision, token, local_files_only: as for `hub.find`.
+        factory: builds a model that is not transformers'.
+        need: what for. `"headers"` is for a plan: a local config suffices, of a repository the headers are checked too.
+
+    Raises:
+        SourceError: nothing found, a broken file, keys that do not fit the model, an already quantized checkpoint.
+    """
+    folder, repository = Path(src), None
+    if hub.is_name(src):
+        wanted: tuple[str, ...] = (CONFIG,)
+        if need == "weights":
+            wanted = (CONFIG, CARD, *(() if factory else _small()))
+        repository = hub.find(src, wanted, revision=revision, token=token, local_files_only=local_files_only)
+        folder = repository.folder
+    base = base_in(folder, repository, factory)
+
+    def tensors() -> Any:
+        seen = _look(repository, allow_pickle)[0] if need == "headers" else None
+        if seen is None and repository is not None:
+            repository.fetch_weights(allow_pickle=allow_pickle)
+        return open_folder(folder, allow_pickle=allow_pickle) if seen is None else seen
+
+    if factory is not None:
+        model = empty_from_factory(factory)
+        return Opened(model, _checked(model, tensors()), base=base, factory=factory)
+    if not (folder / CONFIG).is_file() and (repository or folder.is_dir() or folder.suffix == ".safetensors"):
+        return Opened(None, tensors(), base=base)
+    if not folder.is_dir():
+        what = (
+            "is a file; give its folder, or a factory for a bare weight file" if folder.exists() else "does not exist"
+        )
+        raise SourceError(f"{src} {what}")
+    from rpq_convert.hf import loading
+
+    config = loading.load_config(folder)
+    raw = json.loads((folder / CONFIG).read_text("utf8"))
+    method = (raw.get("quantization_config") or {}).get("quant_method")
+    if method:
+        raise SourceError(f"{src} is quantized already ({method}); start from the original weights")
+    model = loading.build_empty(config)
+    found, notes = (
+        (tensors(), []) if need == "weights" else _look(repository if need == "headers" else None, allow_pickle)
+    )
+    if found is not None:
+        found = loading.ModuleSource(model, found)
+        found.check()
+    return Opened(model, found, raw, loading.extra_files(folder), base, notes)
+
+
+def _look(repository: hub.Repository | None, allow_pickle: bool) -> tuple[Any, list[str]]:
+    """Return a repository's headers, where it has some that can be read from afar; and what will be in the way."""
+    if repository is None or repository.offline:
+        return None, []
+    try:
+        chosen = weight_files(repository.files, repository.name, allow_pickle=allow_pickle)
+    except SourceError as e:
+        return None, [str(e)]
+    return (repository.headers() if "safetensors" in chosen[0] else None), []
+
+
+def _small() -> tuple[str, ...]:
+    from rpq_convert.hf.loading import SMALL
+
+    return SMALL
+
+
+def empty_from_factory(factory: str | Factory) -> nn.Module:
+    """Build a model with parameters on meta and real buffers, from a callable or `"package.module:callable"`.
+
+    Of a model that the factory converts itself (`RPQViT`) the dense one is returned.
+    """
+    build = _callable(factory)
+    with parameters_on_meta():
+        model = build()
+    if not isinstance(model, nn.Module):
+        raise SourceError(f"factory {factory!r} returned {type(model).__name__}, not a module")
+    dense: dict[int, nn.Parameter] = {}
+    for path, weight in surgery.layers_of(model).items():
+        empty = nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype, device="meta"))
+        surgery.take(*surgery.find(model, path), dense.setdefault(id(weight), empty))
+    return model.eval()
+
+
+def compute_buffers(model: nn.Module, factory: str | Factory | None) -> nn.Module:
+    """Give a model the buffers that no checkpoint holds and its empty twin could not compute, in place.
+
+    timm's Swin computes its masks on the device of a parameter, which is meta in an empty model. A real one is built for
+    them, once, and thrown away: only then do its dense weights take memory.
+    """
+    empty = [n for n, b in model.named_buffers() if b.is_meta]
+    if empty and factory is not None:
+        real = dict(_callable(factory)().named_buffers())
+        for path in empty:
+            module, name = surgery.find(model, path)
+            module._buffers[name] = real[path]
+    return model
+
+
+def _callable(factory: str | Factory) -> Factory:
+    told = factory
+    if isinstance(factory, str):
+        module, _, name = factory.partition(":")
+        try:
+            factory = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError, TypeError) as e:
+            raise SourceError(f"factory {factory!r}: {e}; write it as package.module:callable") from None
+    if not callable(factory):
+        raise SourceError(f"factory {told!r} is not callable; write it as package.module:callable")
+    return factory
+
+
+def _checked(model: nn.Module, source: Any) -> Any:
+    """Refuse a source whose names are not the model's."""
+    slots = walk(model)
+    known = {n for s in slots for n in (s.name, *s.aliases)}
+    missing = [s.name for s in slots if not any(n in source for n in (s.name, *s.aliases))]
+    unused = [k for k in source if k not in known]
+    if missing or unused:
+        raise SourceError(
+            f"the checkpoint does not fit the model: {len(missing)} missing ({', '.join(missing[:3])}), "
+            f"{len(unused)} unknown ({', '.join(unused[:3])})"
+        )
+    return source

@@ -1,0 +1,57 @@
+"""Write a dense checkpoint from a converted folder, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rpq_convert.checkpoint.loading import read_config
+from rpq_convert.layers.weight import RPQWeight
+from rpq_convert.planning.plan import Plan, Skip
+from rpq_convert.storage.reader import open_folder
+from rpq_convert.storage.writer import CARD, CONFIG, MANIFEST, REPORT, Folder
+
+
+def restore_checkpoint(
+    path: str | Path, out: str | Path, *, overwrite: bool = False, max_shard_size: str | int = "5GB"
+) -> Plan:
+    """Write a plain dense checkpoint from an RPQ folder, one tensor in memory at a time (plus one weight file)."""
+    from rpq_convert.core.safetensors import parse_size
+
+    folder, config = Path(path), read_config(Path(path))
+    rpq, source = config.pop("quantization_config"), open_folder(path)
+    kept = {k: source.infos[k] for k in source if k != rpq["guard"] and not _part_of(k, rpq["modules"])}
+    skips = [Skip(k, (), "", i.shape, str(i.dtype).removeprefix("torch."), "dense") for k, i in kept.items()]
+    skips += [Skip(n, (), "", tuple(d["shape"]), d["dtype"], "decoded") for n, d in rpq["modules"].items()]
+    plan = Plan((), tuple(skips), {}, parse_size(max_shard_size))
+    target = Folder(out, plan, overwrite=overwrite)
+
+    def dense(name: str) -> Tensor:
+        if name in kept:
+            return source[name]
+        module = RPQWeight.from_config(rpq["modules"][name], device="meta")
+        for part, _ in list(module.named_parameters()):
+            tensor = source[f"{name}_rpq.{part}"]
+            module.register_parameter(part, nn.Parameter(tensor, requires_grad=False))
+        module._probe = torch.empty(0, dtype=module.dtype)
+        with torch.no_grad():
+            return module()
+
+    target.write_weights(dense)
+    if "model_type" in config:
+        target.write(CONFIG, json.dumps(config, indent=1))
+    names = {CONFIG, CARD, REPORT, MANIFEST, "rpq_plan.json"}
+    target.copy([p for p in folder.iterdir() if p.is_file() and p.name not in names and "safetensors" not in p.name])
+    (target.work / "rpq_plan.json").unlink()
+    target.finish()
+    return plan
+
+
+def _part_of(key: str, modules: Mapping[str, Any]) -> bool:
+    name, found, _ = key.rpartition("_rpq.")
+    return bool(found) and name in modules

@@ -1,0 +1,84 @@
+"""Save a converted model to a folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from rpq_convert.checkpoint.described import plan_of
+from rpq_convert.checkpoint.metadata import write_rest
+from rpq_convert.core.results import Encoded
+from rpq_convert.errors import SourceError
+from rpq_convert.hf.model_card import Base, base_of
+from rpq_convert.layers import surgery
+from rpq_convert.planning import layer_types
+from rpq_convert.report.schema import Report
+from rpq_convert.storage.writer import Folder
+
+
+def save(
+    model: nn.Module,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    max_shard_size: str | int | None = None,
+    files: Sequence[Path] = (),
+    base: Base | None = None,
+) -> Report:
+    """Write a converted model to a folder; the same bytes as the streaming conversion would write.
+
+    Args:
+        out: the folder to make.
+        overwrite: replace `out`.
+        max_shard_size: of a weight file, e.g. `"5GB"`.
+        files: to copy beside the weights: tokenizer, generation settings.
+        base: what the model card says that the model was converted from; by default what transformers knows.
+
+    Raises:
+        SourceError: the model has no RPQ weight. FolderError: the folder exists.
+    """
+    plan = plan_of(model, max_shard_size)
+    if not plan.jobs:
+        raise SourceError(f"{type(model).__name__} has no RPQ weight; convert it first")
+    found = surgery.layers_of(model)
+    folder = Folder(out, plan, overwrite=overwrite)
+    facts = {}
+    for job in plan.jobs:
+        rpq = found[job.name]
+        facts[job.name] = {**getattr(rpq, "record", {}), "zero_row": rpq.zero_row}
+        tensors = {k: t.cpu().contiguous() for k, t in rpq.stored().items()}
+        record = facts[job.name]
+        folder.put(
+            Encoded(
+                job.name,
+                tensors,
+                record.get("error"),
+                record.get("dead", 0),
+                record.get("seconds", 0.0),
+                rpq.zero_row,
+                record.get("inputs"),
+            )
+        )
+    state = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    folder.write_weights(lambda name: state[name])
+    folder.copy([*files])
+    config = _config_of(model)
+    if base is None and config is not None:
+        base = base_of(str(getattr(model, "name_or_path", "")))
+    return write_rest(folder, config, facts, type(model).__name__, base)
+
+
+def _config_of(model: nn.Module) -> dict[str, Any] | None:
+    """Return a transformers model's config as JSON values, or None for another model."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "to_json_string"):
+        return None
+    data = json.loads(config.to_json_string(use_diff=True))
+    return data | {"architectures": [layer_types.original_class(model).__name__]}

@@ -1,0 +1,1 @@
+"""Conversions: of a model in memory, of a checkpoint as a stream."""

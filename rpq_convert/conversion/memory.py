@@ -1,0 +1,165 @@
+"""Convert a model in memory, in place. Whatever fails, the model is as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rpq_convert.calibration.sequential import calibrate
+from rpq_convert.checkpoint.described import report_of
+from rpq_convert.checkpoint.opening import Opened
+from rpq_convert.conversion.jobs import run_jobs
+from rpq_convert.conversion.plans import plan_opened
+from rpq_convert.core.results import Encoded, Statistics
+from rpq_convert.encoding.encode import build
+from rpq_convert.errors import PlanError
+from rpq_convert.layers import surgery
+from rpq_convert.layers.surgery import AFTER, put_everywhere
+from rpq_convert.planning.plan import Job, Plan
+from rpq_convert.report.schema import Report
+from rpq_convert.running.data import Calibration, inputs_of
+from rpq_convert.running.digest import describe
+
+Progress = Callable[[Job, Encoded | None], None]
+
+
+def convert(
+    model: nn.Module,
+    *,
+    executor: str = "threads",
+    workers: int | None = None,
+    progress: Progress | None = None,
+    plan: Plan | None = None,
+    calibration: Calibration | None = None,
+    **options: Any,
+) -> Report:
+    """Convert a model in place.
+
+    Args:
+        model: any module; on meta with `fit="random"` it stays on meta but for codes and codebooks.
+        plan: a plan made before; otherwise one is made from the options.
+        calibration: inputs such as the model will see, each a tensor, a tuple or a dict of keyword arguments: layers are
+            then fitted in the order of execution to what they are given (calibration.py), which keeps far more quality
+            from 2 to 5 bits and takes some forward passes over them. Or a function of the dense model that returns such
+            inputs (`rpq.own_inputs`).
+        options: those of `rpq.plan`: preset, bits, dim, codebooks, rules, include, exclude, fit, seed, …
+
+    Returns:
+        The size-audit report, with the measured error of every layer.
+
+    Raises:
+        PlanError: what was asked cannot be planned. EncodeError: NaN or infinite weights; the model is then unchanged.
+
+    Example:
+        >>> report = rpq.convert(model, bits=4); print(report)
+    """
+    data = inputs_of(calibration, model)
+    plan = plan or plan_opened(Opened(model, None), data=data, **options)
+    source = {n: p.detach() for n, p in model.named_parameters(remove_duplicate=False)}
+    unknown = [j.name for j in plan.jobs if j.name not in source]
+    if unknown:
+        raise PlanError(f"the plan is for another model: it has no parameter {unknown[0]}")
+    config = getattr(model, "config", None)  # OPT and a few others call it init_std
+    std = next((v for n in ("initializer_range", "init_std") if (v := getattr(config, n, None))), None)
+    how: dict[str, Any] = {"executor": executor, "workers": workers}
+    if data is not None:
+        plan = replace(plan, options={**plan.options, "calibration": describe(data)})
+        convert_calibrated(model, plan, source, data, progress, how)
+    else:
+        results: dict[str, Encoded] = {}
+        by_name = {j.name: j for j in plan.jobs}
+        for encoded in run_jobs(plan.jobs, source, std=std if _on_meta(source) else None, **how):
+            results[encoded.name] = encoded
+            if progress:
+                progress(by_name[encoded.name], encoded)
+        source.clear()
+        for job in plan.jobs:
+            swap(model, job, results.pop(job.name))
+    return finish(model, plan)
+
+
+def finish(model: nn.Module, plan: Plan) -> Report:
+    """Do what follows when every job of a model in memory is done; return the report."""
+    dtype = plan.options.get("dtype")
+    if dtype:
+        _cast_rest(model, getattr(torch, dtype))
+    model._rpq_options = dict(plan.options)  # type: ignore[assignment]
+    report = report_of(model, plan)
+    for act in AFTER:
+        act(model)
+    return report
+
+
+def convert_calibrated(
+    model: nn.Module,
+    plan: Plan,
+    source: Mapping[str, Tensor],
+    data: Sequence[Any],
+    progress: Progress | None,
+    how: Mapping[str, Any],
+    stored: Callable[[Job], Encoded | None] = lambda job: None,
+) -> None:
+    """Fit and swap layer by layer, but for what an earlier run has `stored`; whatever fails, the model is as it was."""
+    if _on_meta(source):
+        raise PlanError("a model on meta has no outputs to calibrate; convert it with fit='random' or load its weights")
+    by_name = {job.name: job for job in plan.jobs}
+    dense: dict[str, Any] = {n: surgery.find(model, n)[0]._parameters[surgery.find(model, n)[1]] for n in by_name}
+
+    def fit(known: Mapping[str, Statistics | None]) -> None:
+        found = {name: stored(by_name[name]) for name in known}
+        for name, encoded in found.items():
+            if encoded is not None:
+                swap(model, by_name[name], encoded)
+                if progress:
+                    progress(by_name[name], None)
+        waiting = [by_name[name] for name, encoded in found.items() if encoded is None]
+        for encoded in run_jobs(waiting, source, statistics=known, **how):
+            swap(model, by_name[encoded.name], encoded)
+            if progress:
+                progress(by_name[encoded.name], encoded)
+
+    try:
+        calibrate(model, plan.jobs, data, fit)
+    except BaseException:
+        for job in plan.jobs:
+            for path in (job.name, *job.aliases):
+                module, name = surgery.find(model, path)
+                if name in getattr(module, "_rpq_names", ()):
+                    surgery.take(module, name, dense[job.name])
+        raise
+
+
+def _on_meta(source: Mapping[str, Tensor]) -> bool:
+    return any(t.is_meta for t in source.values())
+
+
+def _cast_rest(model: nn.Module, dtype: torch.dtype) -> None:
+    inside = {id(t) for r in surgery.layers_of(model).values() for t in r.parameters()}
+    for module in model.modules():
+        for p in module._parameters.values():
+            if p is not None and id(p) not in inside and p.is_floating_point():
+                p.data = p.data.to(dtype)
+        for name, b in module._buffers.items():
+            if b is not None and b.is_floating_point() and name not in module._non_persistent_buffers_set:
+                module._buffers[name] = b.to(dtype)
+
+
+def swap(model: nn.Module, job: Job, encoded: Encoded) -> None:
+    """Put one result in the place of its parameter, under every name it has."""
+    module, name = surgery.find(model, job.name)
+    old = getattr(module, name)
+    device = old.device if not old.is_meta else torch.device("cpu")
+    rpq = build(job, {k: t.to(device) for k, t in encoded.tensors.items()}, encoded.zero_row)
+    rpq.record = {  # type: ignore[assignment]
+        "layer": job.layer, "fit": job.fit, "seed": job.seed, "rule": job.rule, "padding_idx": job.padding_idx,
+        "error": encoded.error, "dead": encoded.dead, "seconds": encoded.seconds, "inputs": encoded.inputs,
+    }  # fmt: skip
+    for parameter in rpq.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(old.requires_grad)
+    rpq.train(module.training)
+    put_everywhere(model, (job.name, *job.aliases), rpq)

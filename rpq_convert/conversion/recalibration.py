@@ -1,0 +1,87 @@
+"""Recalibration: a converted model fitted to inputs later, from the codebooks and codes that it has.
+
+The walk is that of a calibrated conversion: every layer is dense until its turn comes. It keeps its encoding where nothing
+better is found, so under the inputs that it is given no layer gets worse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from rpq_convert.checkpoint.described import plan_of
+from rpq_convert.conversion.memory import Progress, convert_calibrated, finish
+from rpq_convert.errors import CalibrationError
+from rpq_convert.layers import surgery
+from rpq_convert.layers.surgery import put_everywhere
+from rpq_convert.report.schema import Report
+from rpq_convert.running.digest import describe
+
+
+def recalibrate(
+    model: nn.Module,
+    base: nn.Module,
+    data: Iterable[Any],
+    *,
+    executor: str = "threads",
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Fit a converted model's layers to what they are given, in place, starting from their codebooks and codes.
+
+    Args:
+        model, base: the converted model and the dense one that it was made from.
+        data: inputs as for `convert(calibration=)`.
+        executor, workers, progress: as for `convert`.
+
+    Returns:
+        The size-audit report: sizes as before, errors as they are now.
+
+    Raises:
+        CalibrationError: no data, no RPQ layer, or a base that lacks its weight; the model is then as it was.
+
+    Example:
+        >>> rpq.convert(model, bits=4); rpq.recalibrate(model, base, batches)
+    """
+    items, plan = list(data), plan_of(model)
+    # a loaded model does not know how it was fitted, and it does not matter: every fit has a start
+    jobs = tuple(replace(j, fit="additive" if j.spec.stages > 1 else "kmeans") for j in plan.jobs)
+    if not jobs:
+        raise CalibrationError(f"{type(model).__name__} has no RPQ layer; convert it first")
+    dense = {job.name: _dense(base, job.name, job.shape) for job in jobs}
+    found = surgery.layers_of(model)
+    before = {job.name: found[job.name] for job in jobs}
+    start = {name: {k: t.detach().cpu() for k, t in rpq.stored().items()} for name, rpq in before.items()}
+    try:
+        for job in jobs:
+            _each(model, (job.name, *job.aliases), dense[job.name])
+        how: dict[str, Any] = {"executor": executor, "workers": workers, "start": start}
+        source = {name: p.detach() for name, p in dense.items()}
+        convert_calibrated(model, replace(plan, jobs=jobs), source, items, progress, how)
+    except BaseException:
+        for job in jobs:
+            put_everywhere(model, (job.name, *job.aliases), before[job.name])
+        raise
+    return finish(model, replace(plan, jobs=jobs, options={**plan.options, "calibration": describe(items)}))
+
+
+def _dense(base: nn.Module, name: str, shape: tuple[int, ...]) -> nn.Parameter:
+    try:
+        module, key = surgery.find(base, name)
+        parameter = module._parameters[key]
+    except (AttributeError, KeyError):
+        parameter = None
+    if parameter is None or tuple(parameter.shape) != shape:
+        raise CalibrationError(f"{name} {list(shape)} is no dense parameter of the base; give the model it was made from")
+    return parameter
+
+
+def _each(model: nn.Module, paths: Iterable[str], parameter: nn.Parameter) -> None:
+    """Make a parameter dense again under all of its names."""
+    for path in paths:
+        module, key = surgery.find(model, path)
+        if key in getattr(module, "_rpq_names", ()):
+            surgery.take(module, key, parameter)

@@ -1,0 +1,31 @@
+"""Turn a converted model in memory back into a dense one."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from rpq_convert.layers import surgery
+from rpq_convert.layers.surgery import AFTER
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Turn a converted model back into a dense one, in place: every class and parameter as before conversion."""
+    done: dict[int, nn.Parameter] = {}
+    for path, rpq in surgery.layers_of(model).items():
+        module, name = surgery.find(model, path)
+        if not isinstance(module, surgery.RPQLayer) or name not in module._rpq_names:
+            continue  # a shared module, restored under its other path
+        if id(rpq) not in done:
+            with torch.no_grad():
+                done[id(rpq)] = nn.Parameter(rpq(), requires_grad=rpq.trainable)
+        surgery.take(module, name, done[id(rpq)])
+    for act in AFTER:
+        act(model)
+    return model
+
+
+def model_size(model: nn.Module) -> float:
+    """Return the size of parameters and buffers in MB (2**20 bytes), shared tensors once, as RPQ-pytorch counts it."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values()) / 2**20

@@ -1,0 +1,28 @@
+"""The standard deviation that torch's own initialisation would give a layer's weight."""
+
+from __future__ import annotations
+
+import math
+
+from rpq_convert.planning.plan import Job
+
+GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}  # matrices of a recurrent layer, stacked in one weight
+
+
+def default_std(job: Job) -> float:
+    """Return the standard deviation that torch's own initialisation of this layer would give its weight."""
+    view = job.weight_view
+    if "Embedding" in job.layer:
+        return 1.0
+    inputs = [s for s, a in zip(job.shape, view.axes) if a not in ("out", "expert")]
+    if job.layer == "Conv1D":  # transformers draws it at 0.02, whatever its size
+        return 0.02
+    if job.layer == "Bilinear":
+        return 1 / math.sqrt(3 * job.shape[1])
+    if job.layer == "MultiheadAttention":  # xavier_uniform
+        return math.sqrt(2 / sum(job.shape))
+    if job.layer.removesuffix("Cell") in GATES and "_hr" not in job.name:  # drawn by the hidden width, stored per gate
+        return math.sqrt(GATES[job.layer.removesuffix("Cell")] / (3 * job.shape[0]))
+    if view.axes[0] == "in":  # transposed convolutions: torch counts the second stored axis as fan-in
+        return 1 / math.sqrt(3 * math.prod(job.shape[1:]))
+    return 1 / math.sqrt(3 * math.prod(inputs))

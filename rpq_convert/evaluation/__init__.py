@@ -1,0 +1,1 @@
+"""What a converted model still knows, measured against its base."""

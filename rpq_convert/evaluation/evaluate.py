@@ -1,0 +1,139 @@
+"""Evaluate: what a converted model still knows, measured against the model that it was made from.
+
+Language models: perplexity of both, the divergence of their predictions, how often they agree on the next token. Any other
+module: cosine and relative error of its outputs, agreement of the largest output where there are classes, and accuracy where
+labels are given. Any module: the error that each converted layer adds to the base's own inputs, so that errors of layers do
+not mix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rpq_convert.core.results import Evaluation
+from rpq_convert.errors import EvaluateError
+from rpq_convert.running.call import call, counted, first_tensor
+
+Progress = Callable[[int], None]
+IGNORED = -100  # the label of an output that has none, as in torch's losses
+
+
+@torch.inference_mode()
+def evaluate(
+    base: nn.Module,
+    model: nn.Module,
+    data: Tensor | Iterable[Any],
+    *,
+    window: int = 512,
+    batch: int = 4,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Compare a converted model with its base.
+
+    Args:
+        base, model: both in eval mode.
+        data: token ids [n] int64, for language models; else an iterable of inputs: a tensor, a tuple, or a dict of
+            keyword arguments, in which `labels` [outputs] int64 are what a classifier should say: the models do not see them.
+        window, batch: tokens of one window, each predicted on its own, and windows at a time.
+        progress: called with the number of windows or inputs done.
+
+    Returns:
+        For ids: `perplexity`, `base_perplexity`, `ratio`, `kl` (nats per token, base to model), `top1_agreement`.
+        Else: `cosine` (mean over outputs' last axis), `relative_error` (squared), and `top1_agreement`; with labels,
+        `accuracy` and `base_accuracy` as well. Tokens that an `attention_mask` leaves out do not count.
+
+    Raises:
+        EvaluateError: no data, outputs of different shapes, or labels that do not fit them.
+
+    Example:
+        >>> rpq.evaluate(base, model, tokenizer(text, return_tensors="pt").input_ids[0]).metrics["kl"]
+    """
+    if isinstance(data, Tensor) and data.ndim == 1 and not data.is_floating_point():
+        return _language(base, model, data, window, batch, progress)
+    return _outputs(base, model, data, progress)
+
+
+def _language(
+    base: nn.Module, model: nn.Module, ids: Tensor, window: int, batch: int, progress: Progress | None
+) -> Evaluation:
+    if len(ids) < 2:
+        raise EvaluateError(f"{len(ids)} tokens are nothing to predict; give a longer text")
+    window = min(window, len(ids))
+    windows = ids[: len(ids) // window * window].view(-1, window)
+    sums = dict.fromkeys(("base", "model", "kl", "agree"), 0.0)
+    count = 0
+    for start in range(0, len(windows), batch):
+        part = windows[start : start + batch]
+        logits, other = (m(input_ids=part, use_cache=False).logits[:, :-1].float() for m in (base, model))
+        if logits.shape != other.shape:
+            raise EvaluateError(f"the base predicts {list(logits.shape)}, the model {list(other.shape)}")
+        wanted = part[:, 1:].flatten()
+        p, q = (F.log_softmax(x.flatten(0, 1), -1) for x in (logits, other))
+        sums["base"] += F.nll_loss(p, wanted, reduction="sum").item()
+        sums["model"] += F.nll_loss(q, wanted, reduction="sum").item()
+        sums["kl"] += F.kl_div(q, p, log_target=True, reduction="sum").item()
+        sums["agree"] += (p.argmax(-1) == q.argmax(-1)).sum().item()
+        count += wanted.numel()
+        if progress:
+            progress(min(start + batch, len(windows)))
+    before, after = math.exp(sums["base"] / count), math.exp(min(700.0, sums["model"] / count))
+    metrics = {
+        "perplexity": after, "base_perplexity": before, "ratio": after / before, "kl": sums["kl"] / count,
+        "top1_agreement": sums["agree"] / count,
+    }  # fmt: skip
+    return Evaluation("language model", metrics, count)
+
+
+def _outputs(base: nn.Module, model: nn.Module, data: Iterable[Any], progress: Progress | None) -> Evaluation:
+    cosine = rest = power = agree = 0.0
+    count = labelled = 0
+    right = [0, 0]  # answers of the base, of the model
+    for done, item in enumerate(data, 1):
+        labels = item["labels"] if isinstance(item, Mapping) and "labels" in item else None
+        item = item if labels is None else {k: v for k, v in item.items() if k != "labels"}
+        a, b = (main_output(call(m, item)).float() for m in (base, model))
+        if a.shape != b.shape:
+            raise EvaluateError(f"the base's output is {list(a.shape)}, the model's {list(b.shape)}")
+        rows = counted(item, a)
+        a, b = (_vectors(t, rows) for t in (a, b))
+        cosine += F.cosine_similarity(a, b, dim=-1).sum().item()
+        agree += (a.argmax(-1) == b.argmax(-1)).sum().item()
+        rest += float((a - b).double().square().sum())
+        power += float(a.double().square().sum())
+        count += len(a)
+        if labels is not None:
+            labels = labels.flatten().to(a.device)
+            labels = labels if rows is None or len(labels) != len(rows) else labels[rows]
+            if len(labels) != len(a):
+                raise EvaluateError(f"{len(labels)} labels for {len(a)} outputs")
+            known = labels != IGNORED
+            labelled += int(known.sum())
+            for i, answers in enumerate((a, b)):
+                right[i] += int((answers.argmax(-1) == labels)[known].sum())
+        if progress:
+            progress(done)
+    if not count:
+        raise EvaluateError("no data to compare outputs on")
+    error = rest / power if power else (math.inf if rest else 0.0)
+    metrics = {"cosine": cosine / count, "relative_error": error, "top1_agreement": agree / count}
+    if labelled:
+        metrics |= {"accuracy": right[1] / labelled, "base_accuracy": right[0] / labelled}
+    return Evaluation("outputs", metrics, count)
+
+
+def _vectors(output: Tensor, rows: Tensor | None) -> Tensor:
+    """Return an output's vectors [n, width], without those of padding."""
+    return output.reshape(-1, output.shape[-1]) if rows is None else output.flatten(0, 1)[rows].flatten(0, -2)
+
+
+def main_output(output: Any) -> Tensor:
+    found = first_tensor(output)
+    if found is None:
+        raise EvaluateError(f"{type(output).__name__} holds no tensor to compare")
+    return found

@@ -1,0 +1,1 @@
+"""What is known of transformers and the hub."""

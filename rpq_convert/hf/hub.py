@@ -1,0 +1,181 @@
+"""The hub: which files of a repository are needed, and no others.
+
+A plan costs the config and the headers of the weight files, read by range requests; a conversion the chosen weight files
+once, in huggingface_hub's own cache, which also mends broken transfers. All of one run comes from one commit. Whatever
+the hub refuses becomes a `HubError` that says what to do.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rpq_convert.errors import HubError, SourceError
+from rpq_convert.storage.reader import SafetensorsSource, TensorInfo, read_index, tensor_infos, weight_files
+from rpq_convert.version import __version__
+
+LOGIN = "log in with `hf auth login`, or give a token (HF_TOKEN)"
+REFUSALS = {  # an error of huggingface_hub, or its nearest ancestor here -> what it means, and what to do
+    "HFValidationError": "is neither a folder nor a hub id such as facebook/opt-125m",
+    "GatedRepoError": f"is gated: accept its terms on its page on the hub, then {LOGIN} of the same account",
+    "RevisionNotFoundError": "has no such revision on the hub; give a branch, tag or commit that it has",
+    "RepositoryNotFoundError": f"is no local folder, and the hub shows no such repository. If it is private, {LOGIN}",
+    "LocalTokenNotFoundError": f"needs a login: {LOGIN}",
+    "LocalEntryNotFoundError": "is not whole in the local cache, and the hub was not reached",
+    "OfflineModeIsEnabled": "would be asked from the hub, but HF_HUB_OFFLINE forbids it",
+    "HfHubHTTPError": "was refused by the hub",
+    "HTTPError": "was asked from the hub, but the connection failed; repeat the command to go on",
+    "SafetensorsParsingError": "has a broken safetensors file",
+    "OSError": "could not be had from the hub",
+    "ValueError": "has something that the hub does not take",
+}
+ADDING = ("LocalEntryNotFoundError", "HfHubHTTPError", "HTTPError", "SafetensorsParsingError", "OSError", "ValueError")
+
+
+def is_name(src: str | Path) -> bool:
+    """Return whether a source can only be a repository's name: nothing local is called so, and it is written like one."""
+    text = str(src)
+    return (
+        not Path(src).exists()
+        and not Path(src).is_absolute()
+        and not text.startswith((".", "~"))
+        and text.count("/") <= 1
+        and not text.endswith((".safetensors", ".bin", ".json"))
+    )
+
+
+@contextmanager
+def asking(name: str) -> Iterator[None]:
+    """Turn what huggingface_hub raises over a repository into a `HubError`."""
+    try:
+        yield
+    except SourceError:
+        raise
+    except Exception as e:
+        known = next((c.__name__ for c in type(e).__mro__ if c.__name__ in REFUSALS), None)
+        if known is None:
+            raise
+        status = getattr(getattr(e, "response", None), "status_code", None)
+        said = f"{name} {REFUSALS[known]}"
+        if known == "HfHubHTTPError" and status in (401, 403):
+            said += f": the token may not do this; {LOGIN} that may"
+        elif known in ADDING:
+            said += f": {_first(e)}"
+        raise HubError(said) from e
+
+
+def _first(error: BaseException) -> str:
+    """Return an error's first sentence; the hub's list of mistakes in a card stands below it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines if lines[0].startswith("Invalid metadata") else lines[:1])
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository at one commit.
+
+    Args:
+        name: its id.
+        folder: its commit's folder in the local cache, with what was fetched so far.
+        files: its files' names and sizes.
+        token: the access token that was given.
+        offline: why only the cache is used; empty where the hub answered.
+    """
+
+    name: str
+    folder: Path
+    files: Mapping[str, int | None]
+    token: str | bool | None = None
+    offline: str = ""
+
+    @property
+    def commit(self) -> str:
+        return self.folder.name
+
+    def fetch(self, names: Sequence[str]) -> Path:
+        """Return the folder with these files in it; what the cache has is not fetched again."""
+        absent = [n for n in names if not (self.folder / n).is_file()]
+        if absent and self.offline:
+            raise HubError(f"{self.name}: {absent[0]} is not in the local cache, and {self.offline}")
+        if absent:
+            patterns = [glob.escape(n) for n in absent]
+            _download(self.name, patterns, revision=self.commit, token=self.token)
+        return self.folder
+
+    def fetch_weights(self, *, allow_pickle: bool = False) -> Path:
+        """Return the folder with its weights, each tensor in one file."""
+        chosen = weight_files(self.files, self.name, allow_pickle=allow_pickle)
+        self.fetch(chosen)
+        if chosen[0].endswith(".json"):
+            self.fetch(sorted(set(read_index(self.folder / chosen[0]).values())))
+        return self.folder
+
+    def headers(self) -> SafetensorsSource:
+        """Return the tensors' names, types and shapes; their weights stay where they are.
+
+        Raises:
+            HubError: what the hub refuses. SourceError: no safetensors files, or broken ones.
+        """
+        chosen = weight_files(self.files, self.name)
+        index = None
+        if chosen[0].endswith(".json"):
+            index = read_index(self.fetch(chosen) / chosen[0])
+            chosen = sorted(set(index.values()))
+        with asking(self.name), ThreadPoolExecutor(8) as pool:
+            return SafetensorsSource(pool.map(self._header, chosen), index, self.name)
+
+    def _header(self, file: str) -> dict[str, TensorInfo]:
+        found = client(self.token).parse_safetensors_file_metadata(self.name, file, revision=self.commit)
+        return tensor_infos({k: asdict(t) for k, t in found.tensors.items()}, Path(self.name, file), 0)
+
+
+def find(
+    src: str | Path,
+    wanted: Sequence[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> Repository:
+    """Look a repository up, and fetch its small files.
+
+    Args:
+        src: its id.
+        wanted: patterns of the small files.
+        revision: branch, tag or commit. token: instead of the stored one. local_files_only: ask the cache alone.
+
+    Raises:
+        HubError: it cannot be had, and why.
+    """
+    from huggingface_hub.errors import HTTPError
+
+    name = str(src)
+    folder = _download(name, wanted, revision=revision, token=token, local_files_only=local_files_only)
+    offline = "the hub was not to be asked"
+    if not local_files_only:
+        try:
+            info = client(token).model_info(name, revision=folder.name, files_metadata=True)
+            return Repository(name, folder, {f.rfilename: f.size for f in info.siblings or ()}, token)
+        except (HTTPError, OSError) as e:  # the cache had it, or nothing would have been found above
+            offline = f"the hub was not reached: {_first(e)}"
+    cached = {p.name: p.stat().st_size for p in folder.glob("*") if p.is_file()}
+    return Repository(name, folder, cached, token, offline)
+
+
+def _download(name: str, patterns: Sequence[str], **options: Any) -> Path:
+    from huggingface_hub import snapshot_download
+
+    with asking(name):
+        return Path(snapshot_download(name, allow_patterns=[*patterns], ignore_patterns=["*/*", "*.py"], **options))
+
+
+def client(token: str | bool | None) -> Any:
+    """Return huggingface_hub's client."""
+    from huggingface_hub import HfApi
+
+    return HfApi(token=token, library_name="rpq-convert", library_version=__version__)

@@ -1,0 +1,185 @@
+"""transformers checkpoints: build their model empty, read their tensors under the model's names.
+
+Checkpoint keys are not module names: prefixes come and go, old names linger, and mixture-of-experts files keep one tensor
+per expert where the model has one fused parameter. transformers knows all of it (`get_model_conversion_mapping`); here its
+own rename and conversion steps run for one parameter at a time, so that nothing larger is in memory. No code of a
+checkpoint is ever run: classes come from transformers itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rpq_convert.errors import SourceError
+from rpq_convert.hf import torchvision
+from rpq_convert.running.meta import parameters_on_meta
+
+torchvision.mend()
+
+import transformers  # noqa: E402
+from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: E402
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key  # noqa: E402
+from transformers.utils.loading_report import LoadStateDictInfo  # noqa: E402
+
+SMALL = (
+    "generation_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template*", "*.model",
+    "spiece.model", "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json",
+    "LICENSE*", "README.base.md",
+)  # fmt: skip
+
+
+def load_config(folder: str | Path) -> Any:
+    """Return a folder's config; one that needs code of the checkpoint is refused."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise SourceError(f"{path} does not exist")
+    try:
+        raw = json.loads(path.read_text("utf8"))
+    except ValueError as e:
+        raise SourceError(f"{path} is not JSON: {e}") from None
+    if not isinstance(raw, dict):
+        raise SourceError(f"{path} is no JSON object")
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
+        hint = (
+            "it needs code from the checkpoint, which is never run" if "auto_map" in raw else "unknown to transformers"
+        )
+        raise SourceError(f"{path}: model type {kind!r}: {hint}; for your own model give factory=package:callable")
+    try:
+        return transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as e:  # its validators raise many kinds
+        raise SourceError(f"{path}: transformers {transformers.__version__} refuses it: {e}") from e
+
+
+def model_class(config: Any) -> Any:
+    """Return the class that `config.architectures` names, from transformers itself."""
+    for name in config.architectures or ():
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
+        raise SourceError(f"transformers {transformers.__version__} has no model class {name!r}")
+    try:
+        found = transformers.MODEL_MAPPING[type(config)]
+        return found[0] if isinstance(found, tuple) else found
+    except KeyError:
+        raise SourceError(f"config {type(config).__name__} names no architecture") from None
+
+
+def build_empty(config: Any, dtype: torch.dtype | None = None) -> Any:
+    """Return the model with its parameters on meta and its buffers real, in eval mode."""
+    try:
+        kind: Any = model_class(config)
+        wanted = dtype or getattr(config, "dtype", None) or torch.float32
+        with parameters_on_meta():
+            model = kind._from_config(config, dtype=wanted)
+        model.tie_weights()
+    except SourceError:
+        raise
+    except Exception as e:  # a model's constructor finds what the config's validators did not
+        raise SourceError(f"transformers cannot build the model of this {type(config).__name__}: {e}") from e
+    return model.eval()
+
+
+class ModuleSource(Mapping[str, Tensor]):
+    """A checkpoint's tensors under the names of the model's state dict, renamed and converted one parameter at a time.
+
+    Args:
+        model: the empty model.
+        source: checkpoint key -> tensor.
+    """
+
+    def __init__(self, model: Any, source: Mapping[str, Tensor]) -> None:
+        self.model, self.source = model, source
+        state = model.state_dict()
+        transforms = get_model_conversion_mapping(model)
+        renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        by_pattern = {p: c for c in converters for p in c.source_patterns}
+        prefix = model.base_model_prefix
+        groups: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
+        self.unused: list[str] = []
+        for key in sorted(source, key=dot_natural_key):
+            name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+            if name not in state and key in state:
+                name, pattern = rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=state)
+            if name not in state:
+                self.unused.append(key)
+            elif pattern is not None:
+                groups.setdefault(name, (by_pattern[pattern], []))[1].append((key, pattern))
+            else:
+                groups.setdefault(name, (WeightRenaming(key, name), []))[1].append((key, key))
+        self.plans: dict[str, tuple[str, Any, list[tuple[str, str]]]] = {}
+        for first, (transform, parts) in groups.items():
+            names = (
+                [first] if type(transform) is WeightRenaming else list(self._run(first, transform, parts, shapes=True))
+            )
+            self.plans |= {n: (first, transform, parts) for n in names if n in state}
+        for names in self._tied():
+            home = next((n for n in names if n in self.plans), None)
+            if home:
+                self.plans |= {
+                    n: self.plans[home] if n == home else ("", home, []) for n in names if n not in self.plans
+                }
+        self.unresolved = [n for n in state if n not in self.plans]
+
+    def _tied(self) -> list[list[str]]:
+        groups: dict[int, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            groups.setdefault(id(parameter), []).append(name)
+        return [g for g in groups.values() if len(g) > 1]
+
+    def _run(self, first: str, transform: Any, parts: list[tuple[str, str]], *, shapes: bool) -> dict[str, Any]:
+        """Run one conversion; with `shapes` on meta tensors, which tells its names."""
+        transform = deepcopy(transform)
+        for key, pattern in parts:
+            transform.add_tensor(first, key, pattern, partial(self._meta if shapes else self.source.__getitem__, key))
+        info = LoadStateDictInfo(
+            missing_keys=set(), unexpected_keys=set(), mismatched_keys=set(), conversion_errors={}, error_msgs=[],
+            skipped_pp_keys=set(),
+        )  # fmt: skip
+        out = transform.convert(first, model=self.model, config=self.model.config, loading_info=info)
+        if info.conversion_errors:
+            raise SourceError(f"{first}: {next(iter(info.conversion_errors.values()))}")
+        return {n: v[0] if isinstance(v, list) else v for n, v in out.items()}
+
+    def _meta(self, key: str) -> Tensor:
+        info = self.source.infos[key]  # type: ignore[attr-defined]
+        return torch.empty(info.shape, dtype=info.dtype, device="meta")
+
+    def check(self) -> None:
+        """Raise before the first tensor is read if the checkpoint does not fill the model."""
+        if self.unresolved:
+            raise SourceError(
+                f"the checkpoint has no tensor for {len(self.unresolved)} of {type(self.model).__name__}'s: "
+                f"{', '.join(self.unresolved[:4])}; convert the architecture that the checkpoint was saved from"
+            )
+
+    def __len__(self) -> int:
+        return len(self.plans)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.plans)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.plans
+
+    def __getitem__(self, name: str) -> Tensor:
+        first, transform, parts = self.plans[name]
+        if not first:
+            return self[transform]
+        return self._run(first, transform, parts, shapes=False)[name]
+
+
+def extra_files(folder: str | Path) -> list[Path]:
+    """Return the small files that belong beside the weights: tokenizer, generation settings, processors. Never code."""
+    found = {p for pattern in SMALL for p in Path(folder).glob(pattern) if p.is_file()}
+    return sorted(p for p in found if p.suffix != ".py" and "safetensors" not in p.name)

@@ -1,0 +1,240 @@
+"""Model card: the README.md of an output folder, as the hub renders it.
+
+Its metadata tie the model to its base and carry over the base's licence; its text says how to load exactly this kind of
+model, what every tensor weighs and the command that made it. The base's own card stays readable: the card links to it, or,
+where the base was no repository of the hub, it lies beside as README.base.md.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rpq_convert.hf.hub import Repository
+from rpq_convert.report.schema import Report
+from rpq_convert.report.text import number
+from rpq_convert.storage.writer import CARD
+from rpq_convert.version import __version__
+
+BASE_CARD = "README.base.md"
+TAGS = ["rpq", "quantization", "product-quantization"]
+KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")  # of the base's metadata
+TRANSFORMERS = """\
+import rpq_convert  # teaches transformers to read RPQ weights
+from transformers import {names}
+
+model = {auto}.from_pretrained("{place}")
+"""
+PLAIN = """\
+import rpq_convert as rpq
+
+# factory: the function that builds the dense model; its weights are never allocated
+model = rpq.load("{place}", factory={factory})
+"""
+# A file in the folder -> the class that reads it.
+COMPANIONS = {
+    "processor_config.json": "AutoProcessor",
+    "preprocessor_config.json": "AutoImageProcessor",
+    "tokenizer_config.json": "AutoTokenizer",
+    "tokenizer.json": "AutoTokenizer",
+}
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a model was converted from, as far as its card may tell.
+
+    Args:
+        name, commit: of a repository of the hub.
+        source: as the command that converts names it; empty for a model in memory.
+        factory: that builds the model, where one was given.
+        card: the README.md of a folder that is no repository.
+        metadata: what is kept of the base's.
+    """
+
+    name: str = ""
+    commit: str = ""
+    source: str = ""
+    factory: str = ""
+    card: Path | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+def base_in(
+    folder: Path, repository: Repository | None = None, factory: str | Callable[..., Any] | None = None
+) -> Base:
+    """Return what a checkpoint's folder tells of it; a converted folder tells of its own base."""
+    found, card = _read(folder / CARD), folder / CARD
+    kept = {k: found[k] for k in KEPT if k in found}
+    if "rpq" in found.get("tags", ()):
+        return Base(name=str(found.get("base_model", "")), metadata=kept)
+    named = factory if isinstance(factory, str) else f"{factory.__module__}:{factory.__qualname__}" if factory else ""
+    if repository is not None:
+        return Base(repository.name, repository.commit, repository.name, named, metadata=kept)
+    return Base("", "", folder.resolve().name, named, card if card.is_file() else None, kept)
+
+
+def base_of(name: str) -> Base:
+    """Return the base of a model in memory, where the hub's cache shows that it came from the repository of this name."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        file = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        return Base()
+    if not isinstance(file, str):
+        return Base()
+    folder = Path(file).parent
+    return replace(base_in(folder, Repository(name, folder, {})), source="")
+
+
+def _read(card: Path) -> dict[str, Any]:
+    """Return the texts and lists of texts in a card's YAML block; nothing of a card that cannot be read."""
+    from huggingface_hub import metadata_load
+
+    if not card.is_file():
+        return {}
+    try:
+        found = metadata_load(card) or {}
+    except Exception:  # YAML's errors are of many kinds, and a base's broken card is no reason to stop
+        return {}
+    return {k: v for k, v in found.items() if isinstance(v, str) or _texts(v)}
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(v, str) for v in value)
+
+
+def model_card(
+    report: Report,
+    config: Mapping[str, Any] | None,
+    place: str,
+    files: Collection[str] = (),
+    base: Base | None = None,
+) -> str:
+    """Return the README.md of an output folder.
+
+    Args:
+        report: its size audit.
+        config: the config.json of a transformers model; None for any other.
+        place: what the loading code names: the folder, later the repository.
+        files: what lies in the folder.
+        base: what was converted.
+    """
+    from huggingface_hub import ModelCardData
+
+    base = base or Base()
+    auto, task = "", None
+    if config is not None:
+        from rpq_convert.hf.tasks import task_of
+
+        auto, task = task_of(config)
+    facts = {"pipeline_tag": task, **base.metadata}
+    if base.name:
+        facts |= {"base_model": base.name, "base_model_relation": "quantized"}
+    header = ModelCardData(library_name="transformers" if auto else "rpq-convert", tags=TAGS, **facts).to_yaml()
+    parts = [
+        f"---\n{header}\n---",
+        f"# {report.title}, product-quantized",
+        f"{_origin(base)} Its weights are uint8 codes and small codebooks (rpq-convert), expanded when used or computed on.",
+        f"```python\n{loading(auto, place, files, base)}```",
+        SIZE,
+        report.to_markdown(),
+        "## How it was made",
+        *_made(report, place, base),
+        f"Made with rpq-convert {__version__}, torch {version('torch')}"
+        + (f", transformers {version('transformers')}." if auto else "."),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+QUALITY, SIZE = "## Quality", "## Size"  # headings
+
+
+def with_quality(card: str, report: Report) -> str:
+    """Return a card that shows the report's evaluations before its size table, in the place of those it showed."""
+    rows = [
+        f"| {e['on']} | {e['kind']}, {e['samples']:,} | {name.replace('_', ' ')} | {value:.4f} |"
+        for e in report.evaluations
+        for name, value in e["metrics"].items()
+    ]
+    table = ["| measured on | what | metric | value |", "|---|---|---|---:|", *rows]
+    section = "\n".join([QUALITY, "", *table])
+    before, found, rest = card.partition(f"\n{QUALITY}\n")
+    if found:
+        _, heading, after = rest.partition("\n## ")
+        return f"{before}\n{section}\n{heading}{after}"
+    before, found, rest = card.partition(f"\n{SIZE}\n")
+    return f"{before}\n{section}\n{found}{rest}" if found else f"{card.rstrip()}\n\n{section}\n"
+
+
+def _origin(base: Base) -> str:
+    if base.name:
+        url = f"https://huggingface.co/{base.name}"
+        at = f", commit [{base.commit[:12]}]({url}/tree/{base.commit})" if base.commit else ""
+        return f"Converted from [{base.name}]({url}){at}: see there for what it is meant for and how it was trained."
+    if base.card:
+        return f"Converted from {base.source}, whose own card is [{BASE_CARD}]({BASE_CARD})."
+    return f"Converted from {base.source}." if base.source else ""
+
+
+def loading(auto: str, place: str, files: Collection[str], base: Base) -> str:
+    """Return the code that loads the folder, by the Auto class of a transformers model or by a factory."""
+    if not auto:
+        return PLAIN.format(place=place, factory=f'"{base.factory}"' if base.factory else "build_model")
+    beside = dict.fromkeys(reader for file, reader in COMPANIONS.items() if file in files)
+    if "AutoProcessor" in beside:  # it holds the others
+        beside = {"AutoProcessor": None}
+    code = TRANSFORMERS.format(names=", ".join((auto, *beside)), auto=auto, place=place)
+    return code + "".join(f'{_variable(r)} = {r}.from_pretrained("{place}")\n' for r in beside)
+
+
+def _variable(reader: str) -> str:
+    return "tokenizer" if reader == "AutoTokenizer" else "processor"
+
+
+def _made(report: Report, place: str, base: Base) -> list[str]:
+    """Return the command, or the call for a model in memory, and what it measured."""
+    given = {k: v for k, v in report.options.items() if v not in (None, False, [], ()) and (k, v) != ("seed", 0)}
+    calibration, tuning = given.pop("calibration", None), given.pop("tuning", None)
+    said = []
+    if base.source:
+        said.append(f"```\n{command(base, given, place)}\n```")
+    elif given:
+        said.append(f"```python\nrpq.convert(model, {', '.join(f'{k}={v!r}' for k, v in given.items())})\n```")
+    if calibration:
+        said.append(f"Calibrated on {calibration['items']} inputs (sha256 {calibration['sha256']}).")
+    if tuning:
+        loss = f"held-out loss {tuning['before']:.4g} before, {tuning['after']:.4g} after"
+        said.append(f"Tuned against the dense model, {tuning['steps']} steps: {loss}.")
+    if report.error is not None:
+        said.append(f"Mean relative squared error of the converted weights: {number(report.error)}.")
+    return said
+
+
+def command(base: Base, options: Mapping[str, Any], place: str) -> str:
+    """Return the shell command of a conversion; it names no path of the machine that ran it."""
+    words = ["rpq", "convert", base.source]
+    for key, value in options.items():
+        flag = "--rule" if key == "rules" else f"--{key.replace('_', '-')}"
+        if key == "rules":
+            words += [w for rule in value for w in (flag, _rule(rule))]
+        elif isinstance(value, (list, tuple)):
+            words += [w for v in value for w in (flag, str(v))]
+        elif value is True:
+            words.append(flag)
+        else:
+            words += [flag, Path(value).name if str(value).endswith(".toml") else str(value)]
+    words += ["--factory", base.factory] if base.factory else []
+    words += ["--revision", base.commit] if base.commit else []
+    return shlex.join([*words, "--out", place])
+
+
+def _rule(rule: Mapping[str, Any]) -> str:
+    settings = (f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in rule.items() if k != "match")
+    return f"{rule['match']}:{','.join(settings)}"

@@ -1,0 +1,1 @@
+"""Data for calibration and evaluation: from files, or synthetic."""

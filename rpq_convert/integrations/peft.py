@@ -1,0 +1,72 @@
+"""Adapters: PEFT runs on RPQ layers as it is, since they are what they were and their `weight` reads like a tensor.
+
+What it cannot do is add an adapter to codes: that write raises, and nothing is lost. `merge_adapter` does it: the adapted
+layers become dense, PEFT merges, and they are encoded again as they were, each with its own error in the report.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from rpq_convert.checkpoint.described import plan_of
+from rpq_convert.conversion.memory import convert
+from rpq_convert.layers import surgery
+from rpq_convert.layers.surgery import put_everywhere
+from rpq_convert.planning.plan import Plan
+from rpq_convert.report.schema import Report
+
+WRAPPED = ".base_layer"  # what PEFT calls the layer inside an adapted one
+
+
+def merge_adapter(model: Any, *, adapters: list[str] | None = None) -> tuple[nn.Module, Report]:
+    """Merge a PEFT model's adapters into its RPQ layers and unload them.
+
+    Args:
+        model: a `PeftModel` over a converted model; it is used up, as by `merge_and_unload`. If PEFT refuses, it is as it was.
+        adapters: which to merge, the active ones by default.
+
+    Returns:
+        The plain converted model, and a report with the relative squared error of every layer that was encoded again.
+
+    Raises:
+        ValueError: no adapted layer of this model is an RPQ layer; call `merge_and_unload` itself.
+
+    Example:
+        >>> model, report = rpq.merge_adapter(peft_model)
+    """
+    base = model.get_base_model()
+    plan = plan_of(base)
+    jobs = [j for j in plan.jobs if any(WRAPPED in name for name in (j.name, *j.aliases))]
+    if not jobs:
+        raise ValueError(f"{type(base).__name__} has no RPQ layer with an adapter; use merge_and_unload()")
+    found = surgery.layers_of(base)
+    codes = {j.name: found[j.name] for j in jobs}
+    for job in jobs:
+        parameter = nn.Parameter(codes[job.name]().detach(), requires_grad=False)
+        for path in (job.name, *job.aliases):
+            module, name = surgery.find(base, path)
+            if isinstance(module, surgery.RPQLayer) and name in module._rpq_names:
+                surgery.take(module, name, parameter)
+    try:
+        merged = model.merge_and_unload(adapter_names=adapters)
+    except Exception:
+        for job in jobs:
+            put_everywhere(base, (job.name, *job.aliases), codes[job.name])
+        raise
+    again = tuple(
+        replace(
+            j, name=_plain(j.name), aliases=tuple(map(_plain, j.aliases)), fit="kmeans" if j.fit == "random" else j.fit
+        )
+        for j in jobs
+    )
+    names = {j.name for j in again}
+    options = getattr(merged, "_rpq_options", {})
+    skips = tuple(s for s in plan_of(merged).skips if s.name not in names)
+    return merged, convert(merged, plan=Plan(again, skips, options, plan.max_shard_size))
+
+
+def _plain(name: str) -> str:
+    return name.replace(WRAPPED, "")

@@ -1,0 +1,1 @@
+"""The CPU backend: numba kernels and the choice between them."""

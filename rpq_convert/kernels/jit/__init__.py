@@ -1,0 +1,1 @@
+"""What numba lacks: vectors, AMX tiles, byte tables, torch's threads."""

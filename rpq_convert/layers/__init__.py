@@ -1,0 +1,1 @@
+"""Layers whose weight is computed: surgery on modules, the weight, its operations."""

@@ -1,0 +1,187 @@
+"""Surgery on modules: change the parameter, inherit the layer.
+
+A converted module stays the object that it was. Its parameter `weight` becomes a child module `weight_rpq`, and its class
+becomes a generated `RPQ<Name>(RPQLayer, <its class>)` that differs in one thing: `weight` is a read-only property that
+returns a `ComputedWeight`. Forward, hooks, aliases and attributes are inherited.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from rpq_convert.layers.lazy_weight import ComputedWeight, DecodedView, refuse
+from rpq_convert.layers.traced_weight import TracedWeight
+from rpq_convert.layers.weight import RPQWeight
+from rpq_convert.planning.layer_types import original_class
+
+AFTER: list[Callable[[nn.Module], None]] = []  # called with every model whose layers were converted, loaded or restored
+
+
+def put_everywhere(model: nn.Module, paths: Iterable[str], rpq: nn.Module) -> None:
+    """Install one RPQWeight under several paths, which may lead to one module."""
+    for path in paths:
+        module, name = find(model, path)
+        if name in module._parameters:
+            put(module, name, rpq)  # type: ignore[arg-type]
+
+
+SUFFIX = "_rpq"
+
+
+class RPQLayer:
+    """Mixed into the class of a converted module; the weights it names are computed, not stored."""
+
+    _rpq_names: tuple[str, ...] = ()
+    _rpq_original: Any  # the class it had
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Make an ordinary layer: code that builds another one with `type(layer)(…)`, as PEFT does, means that."""
+        return cls._rpq_original(*args, **kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self._rpq_names:
+            return super().__setattr__(name, value)
+        if isinstance(value, ComputedWeight):  # tying: share the module, which is where the weight lives
+            self._modules[name + SUFFIX] = object.__getattribute__(value, "_rpq")  # type: ignore[attr-defined]
+            return None
+        raise refuse("assigning to it", f"{type(self).__name__}.{name}")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Pass over a checkpoint's guard, so that its weight files load by `load_state_dict` too (Trainer resumes so)."""
+        for key in [prefix + name for name in self._rpq_names]:
+            if key in state_dict and state_dict[key].shape == (0,):
+                del state_dict[key]
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _blank, (self._rpq_original, self._rpq_names), self.__getstate__()
+
+    def rpq_weights(self) -> dict[str, RPQWeight]:
+        """Return parameter name -> its RPQWeight."""
+        return {n: self._modules[n + SUFFIX] for n in self._rpq_names}  # type: ignore[attr-defined]
+
+
+def _blank(original: Any, names: tuple[str, ...]) -> nn.Module:
+    return object.__new__(rpq_class(original, names))
+
+
+def _computed(name: str) -> property:
+    def read(self: nn.Module) -> torch.Tensor:
+        rpq: Any = self._modules[name + SUFFIX]
+        compiling = torch.compiler.is_compiling()
+        if rpq.kept is not None and rpq.kept.requires_grad:
+            return rpq.kept
+        if rpq.kept is not None and not (torch.is_grad_enabled() and rpq.trainable):
+            return rpq.kept if compiling else rpq.guarded
+        if compiling and isinstance(self, nn.utils.parametrize.ParametrizationList):
+            return rpq()  # torch's own functions that compute a weight from it take tensors alone
+        if compiling:
+            return TracedWeight(rpq, f"{type(self).__name__}.{name}")  # type: ignore[return-value]
+        kind = (rpq._probe.dtype, rpq.stored_tensor("codes").device, type(self), name)
+        lazy = rpq.__dict__.get("_lazy")  # a tensor without memory takes 2 microseconds to make
+        if lazy is None or lazy[0] != kind:
+            with torch.inference_mode(False):  # kept, and so used where gradients are recorded
+                lazy = (kind, ComputedWeight(rpq, f"{type(self).__name__}.{name}"))
+            if torch._C._get_tracing_state() is None:
+                rpq.__dict__["_lazy"] = lazy
+        return lazy[1]
+
+    return property(read, doc=f"The expanded {name}; read-only.")
+
+
+def _flat(self: Any) -> list[Any]:
+    """Return a recurrent layer's weights in the order in which torch's C++ takes them."""
+    return [getattr(self, name, None) for name in self._flat_weights_names]
+
+
+def _refuse_inverse(self: Any, value: Any) -> None:
+    raise refuse("assigning to it", type(self).__name__)
+
+
+# What a generated class needs besides its computed parameters.
+EXTRAS: dict[type, dict[str, Any]] = {
+    nn.RNNBase: {"_flat_weights": property(_flat, lambda self, value: None), "flatten_parameters": lambda self: None},
+    nn.utils.parametrize.ParametrizationList: {"right_inverse": _refuse_inverse},  # how `layer.weight = x` ends
+}
+
+
+@functools.cache
+def rpq_class(original: Any, names: tuple[str, ...]) -> type[nn.Module]:
+    """Return the class `RPQ<original>` in which these parameters are computed; the same class for the same question."""
+    space: dict[str, Any] = {name: _computed(name) for name in names}
+    space |= {
+        "_rpq_names": names,
+        "_rpq_original": original,
+        "__module__": original.__module__,
+        "__doc__": original.__doc__,
+    }
+    for kind, more in EXTRAS.items():
+        space |= more if issubclass(original, kind) else {}
+    return type(f"RPQ{original.__name__}", (RPQLayer, original), space)
+
+
+def put(module: nn.Module, name: str, rpq: RPQWeight) -> None:
+    """Replace the parameter `name` of this module by an RPQWeight, in place."""
+    names = (*module._rpq_names, name) if isinstance(module, RPQLayer) else (name,)
+    kind = rpq_class(original_class(module), names)
+    del module._parameters[name]
+    module.__class__ = kind
+    module.__dict__.pop("_flat_weights", None)  # a recurrent layer's list, which would keep the dense weight alive
+    module.add_module(name + SUFFIX, rpq)
+
+
+def take(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Undo `put`: give the module an ordinary parameter again."""
+    assert isinstance(module, RPQLayer)
+    names = tuple(n for n in module._rpq_names if n != name)
+    original = module._rpq_original
+    del module._modules[name + SUFFIX]  # type: ignore[attr-defined]
+    module.__class__ = rpq_class(original, names) if names else original  # type: ignore[assignment]
+    module.register_parameter(name, parameter)  # type: ignore[attr-defined]
+    if isinstance(module, nn.RNNBase) and not names:
+        module._init_flat_weights()
+
+
+@contextmanager
+def decoded(model: nn.Module) -> Iterator[nn.Module]:
+    """Keep a converted model's weights expanded within the block, for code that reads them again and again.
+
+    Takes the memory of the dense model meanwhile. For inference: where gradients must reach codebooks, they are decoded as
+    ever. Codebooks that change within the block are not seen.
+
+    Example:
+        >>> with torch.no_grad(), rpq.decoded(model):
+        ...     model(x)
+    """
+    weights = {id(w): w for w in layers_of(model).values()}.values()
+    try:
+        with torch.no_grad():
+            for weight in weights:
+                weight.kept = weight()
+                weight.guarded = weight.kept.as_subclass(DecodedView)
+        yield model
+    finally:
+        for weight in weights:
+            weight.kept = weight.guarded = None
+
+
+def find(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """Return (module, parameter name) of a dotted parameter path."""
+    parent, _, name = path.rpartition(".")
+    return model.get_submodule(parent), name
+
+
+def layers_of(model: nn.Module) -> dict[str, RPQWeight]:
+    """Return every dotted parameter path under RPQ -> its RPQWeight, tied ones under each of their names."""
+    return {
+        f"{path}.{name}".lstrip("."): rpq
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, RPQLayer)
+        for name, rpq in module.rpq_weights().items()
+    }

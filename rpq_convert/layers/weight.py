@@ -1,0 +1,285 @@
+"""RPQWeight: the module that owns codebooks, codes and scales, and expands them to a dense parameter.
+
+What a layer sees of it is a `ComputedWeight` (computed.py), which decodes when its values are used, or never, where an
+operation can work on the codes (operations.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rpq_convert import kernels
+from rpq_convert.core.axes import WeightView
+from rpq_convert.core.layout import Cut
+from rpq_convert.core.rotation import rotate
+from rpq_convert.core.spec import Spec, dtype_name, dtype_of
+from rpq_convert.kernels import reference, torch_ops
+
+NARROW = (torch.float16, torch.float8_e4m3fn)  # too narrow for an optimizer's steps
+
+
+def _transformed() -> bool:
+    """Whether torch.func rewrites operations just now: it looks through ordinary ones only."""
+    # isinstance, as the compiler takes `is not None` for true here
+    return isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter)
+
+
+class RPQWeight(nn.Module):
+    """One parameter as codewords.
+
+    Args:
+        spec: how it is stored.
+        view: the parameter's axes.
+        shape: the parameter's shape.
+        dtype: dtype of the expanded weight (the codebooks may be narrower).
+        zero_row: a row of an embedding that expands to zeros, whatever its codes say (an untrained padding row).
+
+    Shape:
+        codebooks [books, 256, dim], codes uint8 [blocks, n] or [n, blocks], scales [out]; with several stages,
+        codebooks and codes have a leading stage axis; outliers and positions (numbers of inputs) [out, outliers].
+    """
+
+    is_rpq_weight = True  # for code that must not import this file
+    codebooks: nn.Parameter
+    codes: nn.Parameter
+    scales: nn.Parameter | None
+    outliers: nn.Parameter | None  # added to what the codes give, at `positions`
+    positions: nn.Parameter | None
+    kept: Tensor | None = None  # the expanded weight, inside a block of `rpq_convert.decoded`
+    guarded: Tensor | None = None  # the same memory, as eager code gets it
+
+    def __init__(
+        self,
+        spec: Spec,
+        view: WeightView,
+        shape: tuple[int, ...],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        zero_row: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec, self.view, self.shape, self.zero_row = spec, view, tuple(shape), zero_row
+        n, length = view.matrix_shape(self.shape, spec.axis)
+        self.cut = Cut(spec.axis, n, length, spec.dim, spec.books, spec.stages)  # the coded matrix, as kernels see it
+        self._probe = torch.empty(0, dtype=dtype, device=device)  # follows .to() and remembers the expanded dtype
+        for name, (kind, size) in spec.tensors(view, self.shape).items():
+            empty = torch.zeros(size, dtype=kind, device=device)
+            self.register_parameter(name, nn.Parameter(empty, requires_grad=kind.is_floating_point))
+        for name in ("scales", "outliers", "positions"):
+            if name not in self._parameters:
+                self.register_parameter(name, None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the expanded weight."""
+        return self._probe.dtype
+
+    @property
+    def trainable(self) -> bool:
+        return any(p is not None and p.requires_grad for p in (self.codebooks, self.scales, self.outliers))
+
+    @property
+    def face(self) -> ModuleType:
+        """What computes on the codes: compiled kernels, for real tensors and with nothing that watches torch's operations.
+
+        A compiler gets operators, an exporter to ONNX, a tracer and everything else plain torch operations.
+        """
+        if torch.compiler.is_compiling():
+            return reference if torch.onnx.is_in_onnx_export() or _transformed() else torch_ops
+        codes = self.stored_tensor("codes")
+        real = (
+            type(codes) in (nn.Parameter, Tensor)
+            and self._probe.dtype in kernels.SERVED
+            and torch._C._len_torch_dispatch_stack() == 0
+            and not _transformed()
+            and torch._C._get_tracing_state() is None
+        )
+        return kernels.face("cpu" if codes.is_cpu else codes.device.type) if real else reference
+
+    def stored_tensor(self, name: str) -> Any:
+        """Return `self.<name>`, half a microsecond sooner than nn.Module looks it up."""
+        return self._parameters[name] if name in self._parameters else getattr(self, name)
+
+    def stages_codes(self) -> Tensor:
+        """Return the codes as [stages, blocks, n], a view."""
+        codes = self.stored_tensor("codes")
+        codes = codes if self.spec.stages > 1 else codes.unsqueeze(0)
+        return codes if self.spec.layout == "blocks" else codes.transpose(1, 2)
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return (codes [stages, blocks, n], codebooks, scales) for compiled kernels; the view is kept for the next call."""
+        stored = self.stored_tensor("codes")
+        seen = self.__dict__.get("_seen")
+        if seen is None or seen[0] is not stored or seen[1] != stored.data_ptr():
+            with torch.inference_mode(False):  # kept, and so used where gradients are recorded
+                seen = (stored, stored.data_ptr(), self.stages_codes().detach())
+            self.__dict__["_seen"] = seen
+        return seen[2], self.stored_tensor("codebooks"), self.stored_tensor("scales")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_seen", "_lazy")}  # what calls keep for the next
+
+    def forward(self) -> Tensor:
+        """Expand to the dense parameter, in its stored shape, contiguous, differentiable."""
+        decode, codes, axes = self.face.decode, self.stages_codes(), self.view.axes
+        if axes[0] == "out" and "expert" not in axes:
+            weight = decode(codes, self.codebooks, self.scales, self.cut, self.dtype)
+            return self._finish(rotate(weight, self.spec.rotation, back=True).view(self.shape), scaled=True)
+        weight = rotate(decode(codes, self.codebooks, None, self.cut, self.dtype), self.spec.rotation, back=True)
+        matrix = weight if self.spec.axis == "in" else weight.T
+        return self._finish(self.view.from_matrix(matrix, self.shape, self.spec.axis))
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Expand the rows `index [r]` of a two-axis parameter cut along its input axis: [r, L]."""
+        face = self.face
+        slow = face is reference or face is torch_ops
+        parts = (self.stages_codes(), self.codebooks, self.scales) if slow else self.parts()
+        rows = face.decode_rows(*parts, index, self.cut, self._probe.dtype)
+        rows = rotate(rows, self.spec.rotation, back=True)
+        return rows if self.zero_row is None and not self.spec.outliers else self._finish(rows, index, scaled=True)
+
+    def part(self, expert: int) -> RPQWeight:
+        """Return one of the matrices of a parameter whose first axis is `expert`; it shares this one's tensors."""
+        part = RPQWeight.__new__(RPQWeight)
+        nn.Module.__init__(part)
+        part.spec, part.view, part.shape, part.zero_row = self.spec, self.view.inner, self.shape[1:], None
+        part._probe = self._probe
+        rows = self.cut.n // self.shape[0]
+        part.cut = dataclasses.replace(self.cut, n=rows)
+        part.__dict__["codebooks"] = self.codebooks
+        part.__dict__["codes"] = self.codes[..., expert * rows : (expert + 1) * rows]
+        part.__dict__["scales"] = None if self.scales is None else self.scales[expert]
+        part.__dict__["outliers"] = part.__dict__["positions"] = None
+        return part
+
+    def scale_matrix(self) -> Tensor | None:
+        """Return what each value of the matrix [n, L] that the codes describe is multiplied by, a view; None for nothing."""
+        if self.scales is None:
+            return None
+        return self.view.to_matrix(self.view.spread_scales(self.scales.detach()).expand(self.shape), self.spec.axis)
+
+    @torch.no_grad()
+    def matrix_rows(self, start: int, stop: int) -> Tensor:
+        """Expand rows `start` to `stop` of the matrix that the codes describe, rotated: [stop - start, L], not differentiable."""
+        codes = self.stages_codes()[:, :, start:stop]
+        part = reference.matrix(codes, self.codebooks, self.cut, self.dtype)
+        scales = self.scale_matrix()
+        if scales is not None:
+            part = part * scales[start:stop].to(self.dtype)
+        if (apart := self._apart(self.dtype)) is not None:
+            at, values = apart
+            if self.spec.axis == "in":
+                part = part.scatter_add(1, at[start:stop], values[start:stop])
+            else:
+                outputs, places = ((at >= start) & (at < stop)).nonzero(as_tuple=True)
+                part = part.index_put((at[outputs, places] - start, outputs), values[outputs, places], accumulate=True)
+        if self.zero_row is not None and self.spec.axis == "out":
+            part[:, self.zero_row] = 0
+        elif self.zero_row is not None and start <= self.zero_row < stop:
+            part[self.zero_row - start] = 0
+        return part
+
+    def _apart(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """Return outliers as (numbers of inputs, values), both [outputs, outliers]; None for none."""
+        if self.outliers is None or self.positions is None:
+            return None
+        return self.positions.long(), self.outliers.to(dtype)
+
+    def outlier_product(self, x: Tensor) -> Tensor | None:
+        """Return what outliers add to the product with inputs [tokens, inputs]: [tokens, outputs]; None for nothing."""
+        if (apart := self._apart(x.dtype)) is None:
+            return None
+        at, values = apart
+        return F.embedding_bag(at, x.T.contiguous(), per_sample_weights=values, mode="sum").T
+
+    @property
+    def rows_are_entries(self) -> bool:
+        """Whether one row of the stored parameter is one row of `M`, so that `rows` serves lookups."""
+        return self.spec.axis == "in" and self.view.axes == ("out", "in")
+
+    def _finish(self, weight: Tensor, index: Tensor | None = None, *, scaled: bool = False) -> Tensor:
+        """Apply row scales, outliers and the zero row to a stored-shape weight, or to the rows `index` of it."""
+        if self.scales is not None and not scaled:
+            scales = self.scales if index is None else self.scales[index]
+            weight = weight * self.view.spread_scales(scales.to(self.dtype))
+        if (apart := self._apart(weight.dtype)) is not None:
+            at, values = apart
+            if index is None:
+                matrix = self.view.to_matrix(weight, "in").scatter_add(1, at, values)
+                weight = self.view.from_matrix(matrix, self.shape, "in").contiguous()
+            else:
+                weight = weight.scatter_add(1, at[index], values[index])
+        if self.zero_row is not None:
+            at = torch.arange(self.shape[0], device=weight.device) if index is None else index
+            weight = weight.masked_fill((at == self.zero_row)[:, None], 0)
+        return weight
+
+    def stored(self) -> dict[str, Tensor]:
+        """Return the tensors as a file keeps them: what training made wider is narrow again where that is exact."""
+        kept = {}
+        for name, (dtype, _) in self.spec.tensors(self.view, self.shape).items():
+            tensor = getattr(self, name).detach()
+            if tensor.dtype == torch.float32 and dtype in NARROW and not tensor.is_meta:
+                narrow = tensor.to(dtype)
+                tensor = narrow if torch.equal(narrow.float(), tensor) else tensor
+            kept[name] = tensor
+        return kept
+
+    def train(self, mode: bool = True) -> RPQWeight:
+        """Set the mode. For training, codebooks and scales narrower than the weight become float32.
+
+        The squares of gradients that Adam keeps underflow in float16, and its first step divides by zero.
+        """
+        super().train(mode)
+        if mode:
+            for parameter in self.parameters():
+                if parameter.requires_grad and parameter.dtype in NARROW and parameter.dtype != self.dtype:
+                    parameter.data = parameter.data.float()
+        elif not mode:
+            for name, tensor in self.stored().items():
+                parameter = getattr(self, name)
+                if tensor.dtype != parameter.dtype:
+                    parameter.data = tensor
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take codebooks and scales in float32 where a checkpoint of a training has them so, and its optimizer's state."""
+        for name, parameter in self.named_parameters():
+            tensor = state_dict.get(prefix + name)
+            if tensor is not None and parameter.dtype in NARROW and tensor.dtype == torch.float32:
+                parameter.data = parameter.data.float()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RPQWeight:
+        super()._apply(fn, recurse)
+        self._probe = fn(self._probe)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.shape)}, {self.spec.describe()}, {dtype_name(self.dtype)}"
+
+    def to_config(self) -> dict[str, Any]:
+        """Return the JSON-able description from which `from_config` rebuilds the module, empty."""
+        return {
+            **self.spec.to_dict(),
+            "view": self.view.names,
+            "shape": list(self.shape),
+            "dtype": dtype_name(self.dtype),
+            "zero_row": self.zero_row,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], device: torch.device | str | None = None) -> RPQWeight:
+        """Rebuild an empty module from `to_config`'s dict."""
+        rest = dict(config)
+        view = WeightView(rest.pop("view"))
+        shape, dtype, zero_row = tuple(rest.pop("shape")), dtype_of(rest.pop("dtype")), rest.pop("zero_row")
+        return cls(Spec(**rest), view, shape, dtype=dtype, device=device, zero_row=zero_row)

@@ -1,0 +1,1 @@
+"""What happens to every parameter, decided before a weight is read."""

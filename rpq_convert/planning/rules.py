@@ -1,0 +1,156 @@
+"""Rules: which settings a parameter gets. First match wins; a rule that matched nothing is an error.
+
+A rule's pattern is an exact name (`layers.0.fc1`, with or without `.weight`), a glob (`*.fc1`), `re:` and a regular
+expression that must match the whole name, or `type:` and a class name (`type:Linear`, subclasses included). Presets are
+TOML files in `configs/`: settings for everything, then rules.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from rpq_convert.errors import PlanError
+from rpq_convert.planning.slots import Slot
+
+# What a rule or a preset may set.
+SETTINGS = {
+    "bits": "code bits per weight; chooses dim and stages",
+    "dim": "length of a sub-vector",
+    "stages": "codewords summed for one sub-vector",
+    "books": "codebooks: a number shared by the blocks, or 'blocks' for one each",
+    "num_codebooks": "the seed's argument: one codebook for each of this many equal blocks; the cut length must divide",
+    "axis": "cut axis, 'out' or 'in'",
+    "codebook_dtype": "float32, float16, bfloat16, or float8_e4m3fn: one byte, for 2 bits and less, with scales",
+    "scales": "dtype of one scale per output row, or 'none'",
+    "rotation": "block-Hadamard rotation of the inputs: its size, or the largest power of two below that divides them",
+    "outliers": "share of each output's weights, the largest, that is kept apart in 32 bits each: 0.005",
+    "fit": "kmeans, additive or random",
+    "grow": "convert even where the layer would grow",
+    "skip": "leave it dense",
+    "view": "axis names of a raw parameter, e.g. 'expert out in'",
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Settings for the parameters that a pattern matches.
+
+    Example:
+        >>> Rule("type:Embedding", {"bits": 8})
+    """
+
+    match: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.settings) - set(SETTINGS))
+        if unknown:
+            raise PlanError(f"rule {self.match!r} sets {', '.join(unknown)}; known settings: {', '.join(SETTINGS)}")
+        for key in ("skip", "grow"):
+            if not isinstance(self.settings.get(key, False), bool):
+                raise PlanError(f"rule {self.match!r}: {key} must be true or false, not {self.settings[key]!r}")
+        if self.match.startswith("re:"):
+            try:
+                re.compile(self.match[3:])
+            except re.error as e:
+                raise PlanError(f"rule {self.match!r} is no regular expression: {e}") from None
+
+    def matches(self, slot: Slot) -> bool:
+        if self.match.startswith("type:"):
+            wanted = self.match[5:]
+            return any(k == wanted or k.rpartition(".")[2] == wanted for k in slot.kinds)
+        names = [n for full in (slot.name, *slot.aliases) for n in (full, full.rpartition(".")[0])]
+        if self.match.startswith("re:"):
+            return any(re.fullmatch(self.match[3:], n) for n in names)
+        if any(c in self.match for c in "*?["):
+            return any(fnmatch.fnmatchcase(n, self.match) for n in names)
+        return self.match in names
+
+
+@dataclass(frozen=True)
+class Preset:
+    name: str
+    description: str
+    settings: Mapping[str, Any]
+    rules: tuple[Rule, ...] = ()
+
+
+def as_rule(rule: Rule | Mapping[str, Any]) -> Rule:
+    """Accept a Rule or a mapping with `match` and settings."""
+    if isinstance(rule, Rule):
+        return rule
+    rest = dict(rule)
+    if "match" not in rest:
+        raise PlanError(f"rule {dict(rule)!r} has no 'match'")
+    return Rule(rest.pop("match"), rest)
+
+
+def preset_names() -> list[str]:
+    files = resources.files("rpq_convert.configs").iterdir()
+    return sorted(f.name.removesuffix(".toml") for f in files if f.name.endswith(".toml"))
+
+
+def load_preset(name: str) -> Preset:
+    """Read a preset by its name in `configs/`, or a TOML file by its path."""
+    if name.endswith(".toml"):
+        path: Any = Path(name)
+        if not path.is_file():
+            raise PlanError(f"preset file {name} does not exist")
+    elif name in preset_names():
+        path = resources.files("rpq_convert.configs") / f"{name}.toml"
+    else:
+        raise PlanError(f"unknown preset {name!r}; presets: {', '.join(preset_names())}, or the path of a .toml file")
+    try:
+        data = tomllib.loads(path.read_text("utf8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise PlanError(f"preset {name} is not valid TOML: {e}") from None
+    unknown = sorted(set(data) - {"description", "settings", "rules"})
+    if unknown:
+        raise PlanError(f"preset {name} has unknown tables {', '.join(unknown)}; use description, settings, rules")
+    settings, rules = data.get("settings", {}), data.get("rules", [])
+    tables = isinstance(settings, dict) and isinstance(rules, list) and all(isinstance(r, dict) for r in rules)
+    if not tables or not all(isinstance(r.get("match", ""), str) for r in rules):
+        raise PlanError(f"preset {name}: [settings] must be a table and [[rules]] tables whose match is text")
+    base = Rule("*", settings).settings  # checks the settings' names
+    return Preset(name, data.get("description", ""), base, tuple(as_rule(r) for r in rules))
+
+
+def settings_for(slot: Slot, base: Mapping[str, Any], rules: Iterable[Rule]) -> tuple[dict[str, Any], Rule | None]:
+    """Return the settings of a slot: the base, overlaid by the first rule that matches; and that rule."""
+    for rule in rules:
+        if rule.matches(slot):
+            return overlay(base, rule.settings), rule
+    return dict(base), None
+
+
+SIZES = ("bits", "dim", "num_codebooks")
+
+
+def overlay(base: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay settings over others; a new size (bits, dim or num_codebooks) replaces the old one whole."""
+    merged = dict(base)
+    if any(k in new for k in SIZES):
+        for k in (*SIZES, "stages"):
+            merged.pop(k, None)
+    return merged | dict(new)
+
+
+def split_bits(bits: float) -> tuple[int, int]:
+    """Return (dim, stages) with the most code bits per weight that do not exceed `bits`; fewer stages first.
+
+    Three stages at dim 8 are 3 bits; what one codebook gives exactly (8, 4, 2, 1, 0.5) gets one.
+    """
+    if isinstance(bits, bool) or not isinstance(bits, (int, float)) or not 0.05 <= bits <= 8:
+        raise PlanError(f"bits must be a number between 0.05 and 8, not {bits!r}")
+    options = [(8 * s / d, -s, d) for s in (1, 2, 3) for d in (*range(1, 17), 32, 64, 128) if s == 1 or d <= 8]
+    best = max((o for o in options if o[0] <= bits + 1e-9), default=None)
+    if best is None:
+        return round(8 / bits), 1
+    return best[2], -best[1]

@@ -1,0 +1,148 @@
+"""The module walker: every parameter and buffer of a model as a `Slot`, none left out.
+
+A slot is one parameter *identity*: a module registered twice, or a tensor tied under several names, is one slot with
+aliases. A slot that cannot be converted says why, so that the plan never skips in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rpq_convert.core.axes import WeightView
+from rpq_convert.planning.layer_types import class_names, find_view, is_rpq, original_class
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One parameter or persistent buffer.
+
+    Args:
+        name: its dotted path; the first one where several names share it.
+        aliases: the other paths of the same tensor.
+        layer: class name of the module that owns it.
+        kinds: dotted names of that class and its ancestors, for rules that match a type.
+        shape, dtype: as stored.
+        view: its axes, where the layer table knows them.
+        reason: why it cannot be converted; empty where it can.
+        buffer: whether it is a buffer.
+        padding_idx: the padding row of an embedding.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    layer: str
+    kinds: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    view: WeightView | None = None
+    reason: str = ""
+    buffer: bool = False
+    padding_idx: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+    @property
+    def looked_up(self) -> bool:
+        """Say whether it is a table that no head shares: nothing is multiplied by it."""
+        return any("Embedding" in k for k in self.kinds) and not any(k.endswith(".Linear") for k in self.kinds)
+
+
+def _reason(module: nn.Module, name: str, tensor: Tensor) -> str:
+    """Return why this parameter cannot be converted, or an empty text."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "inside a ScriptModule, whose class is compiled"
+    if isinstance(module, nn.utils.parametrize.ParametrizationList):
+        return "parametrized: a factor of the weight that is computed from it"
+    if name.endswith(("_g", "_v", "_orig")) and isinstance(getattr(module, name.rpartition("_")[0], None), Tensor):
+        return "old-style weight_norm or spectral_norm: a hook computes the weight from it"
+    if not tensor.is_floating_point():
+        return f"{str(tensor.dtype).removeprefix('torch.')}: not a floating-point parameter"
+    if isinstance(tensor, nn.parameter.UninitializedParameter):
+        return "lazy: its shape is not known before the first forward"
+    if tensor.ndim < 2:
+        return "one axis: nothing to cut"
+    return ""
+
+
+def walk(model: nn.Module) -> tuple[Slot, ...]:
+    """Return the slots of a model, in the order of its state dict; the model may be on meta."""
+    found: dict[int, list[tuple[str, nn.Module, str, Tensor, bool]]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, tensor in module._parameters.items():
+            if tensor is not None:
+                full = f"{path}.{name}".lstrip(".")
+                found.setdefault(id(tensor), []).append((full, *_home(model, path, module, name), tensor, False))
+        for name, tensor in module._buffers.items():
+            if tensor is not None and name not in module._non_persistent_buffers_set:
+                found.setdefault(id(tensor), []).append((f"{path}.{name}".lstrip("."), module, name, tensor, True))
+    return tuple(_slot(places) for places in found.values())
+
+
+def _home(model: nn.Module, path: str, module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return the layer and weight that a parameter stands for: its own, or those that torch's parametrizations compute.
+
+    `weight_norm`, `spectral_norm` and the like keep a tensor as large as the weight, read along the same axes.
+    """
+    if not isinstance(module, nn.utils.parametrize.ParametrizationList) or is_rpq(module):
+        return module, name
+    largest = max(module._parameters, key=lambda n: module._parameters[n].numel())  # type: ignore[union-attr]
+    owner, _, weight = f".{path}".rpartition(".parametrizations.")
+    return (model.get_submodule(owner.lstrip(".")), weight) if name == largest else (module, name)
+
+
+def _slot(places: list[tuple[str, nn.Module, str, Tensor, bool]]) -> Slot:
+    # a tensor shared by an embedding and a head is read by rows: the embedding's view serves both
+    best = next((p for p in places if isinstance(p[1], (nn.Embedding, nn.EmbeddingBag))), places[0])
+    _, module, name, tensor, is_buffer = best
+    shape = () if isinstance(tensor, nn.parameter.UninitializedParameter) else tuple(tensor.shape)
+    reason = "buffer" if is_buffer else _reason(module, name, tensor)
+    if getattr(module, "is_rpq_weight", False):
+        reason = "part of an RPQ weight already"
+    reason = reason or next((r for _, m, n, t, b in places if not b and (r := _reason(m, n, t))), "")
+    view = None if reason else find_view(module, name)
+    if view is not None and len(view.axes) != len(shape):
+        reason = f"stored with {len(shape)} axes where {original_class(module).__name__} has {len(view.axes)}"
+        view = None
+    names = tuple(dict.fromkeys(p[0] for p in places))
+    return Slot(
+        name=names[0],
+        aliases=names[1:],
+        layer=original_class(module).__name__,
+        kinds=tuple(dict.fromkeys(k for p in places for k in class_names(type(p[1])))),
+        shape=shape,
+        dtype=tensor.dtype,
+        view=view,
+        reason=reason,
+        buffer=is_buffer,
+        padding_idx=getattr(module, "padding_idx", None) if view is not None and view.axis == "in" else None,
+    )
+
+
+HINTS = (("embed", "in"), ("wte", "in"), ("wpe", "in"), ("embeddings", "in"))
+
+
+def walk_headers(infos: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> tuple[Slot, ...]:
+    """Return slots guessed from tensor names and shapes alone, for a checkpoint whose model is not known.
+
+    Two axes are read as a Linear's, or an Embedding's where the name says so; three to five as a convolution's. Good
+    for a size; a conversion needs the model, which knows.
+    """
+    slots = []
+    for name, dtype, shape in infos:
+        view, reason = None, ""
+        if not dtype.is_floating_point or len(shape) < 2:
+            reason = "one axis: nothing to cut" if dtype.is_floating_point else "not a floating-point parameter"
+        elif len(shape) == 2:
+            view = WeightView("out in", "in" if any(h in name.lower() for h, _ in HINTS) else "out")
+        elif name.endswith("weight") and len(shape) <= 5:
+            view = WeightView(" ".join(["out", "in", "k1", "k2", "k3"][: len(shape)]))
+        elif len(shape) == 3:
+            view = WeightView("expert out in")
+        slots.append(Slot(name, (), "tensor", ("tensor",), tuple(shape), dtype, view, reason))
+    return tuple(slots)

@@ -1,0 +1,1 @@
+"""How any model is called and watched: blocks, weight reads, models without weights."""

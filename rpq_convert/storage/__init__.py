@@ -1,0 +1,1 @@
+"""Files of weights: read lazily, written whole or not at all."""

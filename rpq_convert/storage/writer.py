@@ -1,0 +1,211 @@
+"""The output folder: written beside its final place, renamed when whole, resumable when not.
+
+Everything goes to `<out>.partial/`. Finished jobs lie in its `pieces/`, one small safetensors file each, written to a
+temporary name, synced and renamed, so that a killed run goes on after its last finished job. Weight files are then
+assembled from the pieces, one in memory at a time, and at the very end the folder gets its real name. A folder without
+`.partial` is therefore always whole. Rejected: writing shards directly, which loses up to a shard's work to a kill.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rpq_convert.core.results import Encoded
+from rpq_convert.errors import FolderError
+from rpq_convert.planning.plan import Job, Plan
+
+PLAN, REPORT, MANIFEST, CONFIG, CARD = (
+    "rpq_plan.json",
+    "rpq_report.json",
+    "rpq_manifest.json",
+    "config.json",
+    "README.md",
+)
+INDEX = "model.safetensors.index.json"
+ORIGIN = "rpq_source.json"  # only in unfinished folders
+
+
+class Folder:
+    """One output folder in the making.
+
+    Args:
+        out: the final path.
+        plan: what will be written; an unfinished run with another plan is never continued.
+        origin: what the source is (names, sizes, times); nor is one whose source has changed since.
+        overwrite: replace an existing folder (once the new one is whole) and discard an unfinished run.
+
+    Raises:
+        FolderError: `out` exists, or an unfinished run of another plan does.
+    """
+
+    def __init__(self, out: str | Path, plan: Plan, *, overwrite: bool = False, origin: str = "") -> None:
+        self.out, self.plan, self.overwrite = Path(out), plan, overwrite
+        self.work = self.out.with_name(self.out.name + ".partial")
+        if self.out.exists() and not overwrite:
+            raise FolderError(f"{self.out} exists; choose another folder or pass --overwrite")
+        stored = self.work / PLAN
+        self.origin = self.work / ORIGIN
+        early = {f"{ORIGIN}.partial", f"{PLAN}.partial", ORIGIN}
+        if self.work.exists() and any(p.name not in early for p in self.work.iterdir()):
+            same = stored.is_file() and stored.read_text("utf8") == plan.to_json()
+            fresh = self.origin.is_file() and self.origin.read_text("utf8") == origin
+            if not (same and fresh) and not overwrite:
+                what = "of a source that has changed since" if same else "with other settings; repeat them to go on"
+                raise FolderError(f"{self.work} holds an unfinished run {what}; delete it, or pass --overwrite")
+            if not (same and fresh):
+                shutil.rmtree(self.work)
+        self.pieces = self.work / "pieces"
+        self.work.mkdir(parents=True, exist_ok=True)
+        write_text(self.origin, origin)
+        write_text(stored, plan.to_json())
+        self.pieces.mkdir(exist_ok=True)
+
+    def _piece(self, name: str) -> Path:
+        return self.pieces / (hashlib.sha256(name.encode()).hexdigest()[:32] + ".safetensors")
+
+    def put(self, encoded: Encoded) -> None:
+        """Store a finished job; it is there whole or not at all."""
+        facts = {k: getattr(encoded, k) for k in ("name", "error", "dead", "seconds", "zero_row", "inputs")}
+        write_tensors(self._piece(encoded.name), dict(encoded.tensors), {"rpq": json.dumps(facts)})
+
+    def get(self, job: Job) -> Encoded | None:
+        """Return a finished job of this or an earlier run, or None."""
+        path = self._piece(job.name)
+        if not path.is_file():
+            return None
+        facts = self.facts(job)
+        return Encoded(tensors=load_file(path), **facts)
+
+    def facts(self, job: Job) -> dict[str, Any]:
+        """Return what a finished job measured, without reading its tensors."""
+        with safe_open(self._piece(job.name), "pt") as f:
+            return json.loads(f.metadata()["rpq"])
+
+    def done(self, job: Job) -> bool:
+        return self._piece(job.name).is_file()
+
+    def _tensor(self, key: str) -> Tensor:
+        name, _, part = key.rpartition("_rpq.")
+        with safe_open(self._piece(name), "pt") as f:
+            return f.get_tensor(part)
+
+    def write_weights(self, dense: Callable[[str], Tensor], progress: Callable[[str], None] | None = None) -> None:
+        """Assemble the weight files; `dense(name)` gives what stays dense."""
+        plan = self.plan
+        computed = {f"{j.name}_rpq.{p}" for j in plan.jobs for p in j.nbytes}
+        kept = {s.name for s in plan.skips}
+
+        def tensor(key: str) -> Tensor:
+            if key in computed:
+                return self._tensor(key)
+            dtype, shape = plan.entries[key]
+            if key not in kept:
+                return torch.empty(shape, dtype=dtype)  # the guard
+            value = dense(key).detach().to("cpu", dtype)
+            if tuple(value.shape) != shape:
+                raise FolderError(f"{key}: the plan says {list(shape)}, the source has {list(value.shape)}")
+            return value.contiguous()
+
+        for name, keys in plan.shards:
+            path = self.work / name
+            if path.is_file() and path.stat().st_size == plan.files[name]:
+                continue
+            write_tensors(path, {k: tensor(k) for k in keys})
+            if path.stat().st_size != plan.files[name]:
+                raise FolderError(f"{path} has {path.stat().st_size} bytes where the plan says {plan.files[name]}")
+            if progress:
+                progress(name)
+        if len(plan.shards) > 1:
+            index = {
+                "metadata": {"total_size": plan.tensor_bytes},
+                "weight_map": {k: n for n, ks in plan.shards for k in ks},
+            }
+            write_text(self.work / INDEX, json.dumps(index, indent=1))
+
+    def write(self, name: str, text: str) -> None:
+        write_text(self.work / name, text)
+
+    def copy(self, files: Iterable[Path]) -> None:
+        for file in files:
+            shutil.copyfile(file, self.work / file.name)
+
+    def finish(self) -> Path:
+        """Write the manifest, drop the pieces (late: hashing takes minutes, in which a run may be killed), rename."""
+        names = sorted(p.name for p in self.work.iterdir() if p.name not in (MANIFEST, ORIGIN) and p.is_file())
+        files = {n: {"bytes": (self.work / n).stat().st_size, "sha256": sha256(self.work / n)} for n in names}
+        write_text(self.work / MANIFEST, json.dumps({"files": files}, indent=1))
+        shutil.rmtree(self.pieces)
+        self.origin.unlink()
+        old = self.out.with_name(self.out.name + ".old.partial")
+        if self.out.exists():
+            _remove(old)  # of a run that was killed right here
+            os.replace(self.out, old)
+        os.replace(self.work, self.out)
+        _remove(old)
+        _sync(self.out.parent)
+        return self.out
+
+
+def amend(folder: Path, texts: Mapping[str, str]) -> None:
+    """Rewrite text files of a finished folder, and what its manifest says of them."""
+    manifest = json.loads((folder / MANIFEST).read_text("utf8"))
+    for name, text in texts.items():
+        write_text(folder / name, text)
+        manifest["files"][name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        save_file(dict(tensors), partial, metadata={"format": "pt", **(metadata or {})})
+    except SafetensorError as e:  # the library wraps the operating system's errors in its own
+        partial.unlink(missing_ok=True)
+        raise FolderError(f"cannot write {path}: {e}") from e
+    _replace(partial, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text, "utf8")
+    except OSError as e:  # a failed write does not know its file
+        raise FolderError(e.errno, f"cannot write {path}: {e.strerror}") from e
+    _replace(partial, path)
+
+
+def _replace(partial: Path, path: Path) -> None:
+    _sync(partial)
+    os.replace(partial, path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

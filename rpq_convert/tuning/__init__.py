@@ -1,0 +1,1 @@
+"""Training a converted model against its dense base."""

@@ -1,0 +1,91 @@
+"""Tuning block by block: each block learns to give what the dense one gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rpq_convert.errors import TuneError
+from rpq_convert.layers import surgery
+from rpq_convert.running.blocks import Arrival, arrivals, chains
+from rpq_convert.running.call import call
+from rpq_convert.running.modes import quiet
+from rpq_convert.tuning.tune import Tuning, tune
+
+
+def tune_blocks(
+    model: nn.Module, base: nn.Module, data: Iterable[Any], *, steps: int = 50, seed: int = 0, **options: Any
+) -> dict[str, Tuning]:
+    """Tune block after block, each to give what the dense one gives: from what the tuned blocks before it give.
+
+    A step costs one block, not the model, and nothing of the others is kept for its backward pass. What blocks lose together
+    it does not see: `tune` afterwards.
+
+    Args:
+        model, base, data, steps, seed: as for `tune`, for every block.
+        options: others of `tune`, but loss and checkpoint.
+
+    Returns:
+        What tuning did, by the path of the block.
+
+    Raises:
+        TuneError: as `tune`; a model in which no block's output is the next one's input.
+
+    Example:
+        >>> rpq.tune_blocks(model, base, batches); rpq.tune(model, base, batches)
+    """
+    items = list(data)
+    if len(items) < 2:
+        raise TuneError("too little data: at least one batch to train on and one to judge on are needed")
+    found: dict[str, Tuning] = {}
+    with quiet(model), quiet(base):
+        with torch.no_grad():
+            known = chains(model, items[0])
+        if not known:
+            raise TuneError(f"{type(model).__name__} has no chain of blocks; use tune alone")
+        for chain in known:
+            with torch.no_grad():
+                wanted = arrivals(base, chain, [partial(call, base, item) for item in items])
+                samples = arrivals(model, chain, [partial(call, model, item) for item in items], wanted)
+            for path in chain:
+                block, dense = model.get_submodule(path), base.get_submodule(path)
+                _advance(wanted, path, dense)
+                if surgery.layers_of(block):
+                    numbers = [(torch.tensor(i),) for i in range(len(items))]
+                    found[path] = tune(
+                        _Block(block, path, samples), _Recorded(wanted), numbers, loss="mse", steps=steps, seed=seed, **options
+                    )  # fmt: skip
+                _advance(samples, path, block)
+    return found
+
+
+@torch.no_grad()
+def _advance(samples: list[Arrival], path: str, block: nn.Module) -> None:
+    for sample in samples:
+        sample.hidden = sample.run(path, block)
+
+
+class _Block(nn.Module):
+    """One block on the sample of a number."""
+
+    def __init__(self, block: nn.Module, path: str, samples: list[Arrival]) -> None:
+        super().__init__()
+        self.block, self.path, self.samples = block, path, samples
+
+    def forward(self, number: Tensor) -> Tensor:
+        return self.samples[int(number)].run(self.path, self.block)
+
+
+class _Recorded(nn.Module):
+    """What the dense block gave for the sample of a number."""
+
+    def __init__(self, samples: list[Arrival]) -> None:
+        super().__init__()
+        self.samples = samples
+
+    def forward(self, number: Tensor) -> Tensor:
+        return self.samples[int(number)].hidden

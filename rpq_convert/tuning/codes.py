@@ -1,0 +1,127 @@
+"""Recoding: codes that follow the gradient while codebooks are tuned, a few at a time.
+
+A code cannot take a small step. So every weight gathers its own steps (RMSprop's, on the gradient of the expanded weight) as a
+pull away from its codeword, and where a pull has grown so long that another codeword is nearer to its end, the code may
+change; what the change gives is taken off the pull. Only the longest pulls change at a time (PV-tuning, Malinovskii et al. 2024,
+arXiv:2405.14852): codes that change together do not know of each other, and 1 % of them at once undo what they gain, where
+0.05 % every fourth step take MiniLM at 2 bits from a relative error of 0.206 to 0.183 in 150 steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rpq_convert.core.rotation import rotate
+from rpq_convert.core.spec import CODEWORDS
+from rpq_convert.layers.weight import RPQWeight
+
+RATE = 1e-2  # of a weight's step, relative to the root mean square of its layer
+EVERY = 4  # steps between two changes of codes
+LOOK = 16  # times as many pulls are looked at as may change a code: not every long one ends nearer to another
+MEMORY, EPSILON = 0.95, 1e-12
+
+
+class Recoding:
+    """What the weights of some layers have gathered.
+
+    Args:
+        weights: by name; those whose expanded weight has no gradient in a step keep their codes in it.
+        share: of a layer's codes that may change at a time.
+    """
+
+    def __init__(self, weights: Mapping[str, RPQWeight], share: float) -> None:
+        self.weights, self.share = dict(weights), share
+        with torch.no_grad():
+            self.sizes = {name: float(rpq().float().square().mean().sqrt()) for name, rpq in weights.items()}
+        self.pulls: dict[str, Tensor] = {}  # [n, L], as the codes see the weight
+        self.squares: dict[str, Tensor] = {}  # running mean of the gradient's square, likewise
+        self.steps: dict[str, Tensor] = {}  # how many gradients that is the mean of
+
+    @property
+    def codes(self) -> dict[str, Tensor]:
+        """The codes as they are now."""
+        return {name: rpq.codes.detach() for name, rpq in self.weights.items()}
+
+    @contextmanager
+    def expanded(self) -> Iterator[list[Tensor]]:
+        """Let layers multiply by expanded weights, and return those, as long as the block lasts: they get gradients."""
+        try:
+            for rpq in self.weights.values():
+                rpq.kept = rpq()
+            yield [rpq.kept for rpq in self.weights.values()]  # type: ignore[misc]
+        finally:
+            for rpq in self.weights.values():
+                rpq.kept = None
+
+    @torch.no_grad()
+    def pull(self, gradients: Sequence[Tensor | None], factor: float) -> None:
+        """Add a step down these gradients of the expanded weights, in the order of `expanded`; `factor` is of its rate."""
+        for (name, rpq), gradient in zip(self.weights.items(), gradients, strict=True):
+            if gradient is None:
+                continue
+            g = _coded(rpq, gradient.float())
+            pull = self.pulls.setdefault(name, torch.zeros_like(g))
+            square = self.squares.setdefault(name, torch.zeros_like(g)).lerp_(g.square(), 1 - MEMORY)
+            steps = self.steps.setdefault(name, torch.zeros((), dtype=torch.int64)).add_(1)
+            scale = (square / (1 - MEMORY ** int(steps))).sqrt_().add_(EPSILON)
+            pull.addcdiv_(g, scale, value=-factor * RATE * self.sizes[name])
+
+    @torch.no_grad()
+    def change(self) -> int:
+        """Change the codes of the longest pulls; return how many."""
+        return sum(self._change(self.weights[name], pull) for name, pull in self.pulls.items())
+
+    def _change(self, rpq: RPQWeight, pull: Tensor) -> int:
+        cut, codes = rpq.cut, rpq.stages_codes()
+        tables = rpq.codebooks.float().view(cut.stages, cut.books, CODEWORDS, cut.dim)
+        pad = (0, cut.blocks * cut.dim - cut.length)
+        length = F.pad(pull.square(), pad).view(cut.n, cut.blocks, cut.dim).sum(-1).flatten()
+        limit = math.ceil(self.share * len(length))
+        long = length.topk(min(LOOK * limit, len(length))).indices  # sub-vectors, longest pull first
+        row, block = long // cut.blocks, long % cut.blocks
+        columns = block[:, None] * cut.dim + torch.arange(cut.dim, device=pull.device)
+        inside = columns < cut.length
+        columns = columns.clamp_max(cut.length - 1)
+        scales = rpq.scale_matrix()
+        scale = torch.ones(()) if scales is None else scales[row[:, None], columns].float()
+        end = torch.where(inside & (scale != 0), pull[row[:, None], columns] / scale, 0.0)  # [sub-vectors, dim]
+        book = block * cut.books // cut.blocks
+        changed = 0
+        for stage in range(cut.stages):
+            old = codes[stage][block, row]
+            own = tables[stage, book, old.long()]
+            new = _nearest(own + end, tables[stage], book)
+            some = (new != old).nonzero().flatten()[:limit]
+            codes[stage][block[some], row[some]] = new[some]
+            end[some] -= tables[stage, book[some], new[some].long()] - own[some]
+            changed += len(some)
+        kept = torch.where(inside & (scale != 0), end * scale, 0.0)
+        pull[row[:, None].expand_as(columns)[inside], columns[inside]] = kept[inside]
+        return changed
+
+
+def _coded(rpq: RPQWeight, weight: Tensor) -> Tensor:
+    """Return a tensor shaped like the weight as the matrix [n, L] that the codes describe."""
+    if rpq.spec.rotation:
+        turned = rotate(rpq.view.to_matrix(weight, "in"), rpq.spec.rotation)
+        weight = rpq.view.from_matrix(turned, rpq.shape, "in")
+    return rpq.view.to_matrix(weight, rpq.spec.axis).contiguous()
+
+
+def _nearest(points: Tensor, tables: Tensor, book: Tensor) -> Tensor:
+    """Return the codes of points [N, dim], each under its book of tables [books, 256, dim]."""
+    from rpq_convert.fit.loops.nearest import nearest  # numba: imported on use
+
+    codes = torch.empty(len(points), dtype=torch.uint8, device=points.device)
+    for one in book.unique().tolist():
+        at = (book == one).nonzero().flatten()
+        columns = np.ascontiguousarray(points[at].T.cpu().numpy())
+        codes[at] = torch.from_numpy(nearest(columns, None, tables[one].cpu().numpy())).to(codes.device)
+    return codes

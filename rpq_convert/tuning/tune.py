@@ -1,0 +1,338 @@
+"""Tuning: codebooks, scales, norms and biases trained against the dense model, and codes if asked (recoding.py).
+
+What layers lose together, no fit of single layers gives back; a few hundred steps of distillation do, as every codeword is
+shared by thousands of weights and follows the sum of their gradients. Adam steps are relative to the size of each tensor,
+so one rate serves codebooks, scales and norms. What is kept is judged on held-out data, at the precision that is stored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from rpq_convert.errors import TuneError
+from rpq_convert.layers import surgery
+from rpq_convert.layers.weight import RPQWeight
+from rpq_convert.running.blocks import recomputed
+from rpq_convert.running.call import call, without_padding
+from rpq_convert.running.digest import describe
+from rpq_convert.running.modes import quiet
+from rpq_convert.storage.writer import write_tensors
+from rpq_convert.tuning.codes import EVERY, Recoding
+from rpq_convert.tuning.losses import LOSSES, Loss, _main
+
+BETAS, EPSILON = (0.9, 0.99), 1e-12
+FLOOR = 1e-2  # size that a step on an all but zero tensor is relative to
+WARM = 0.05  # share of the steps in which the rate grows
+LAST = 0.1  # of the rate, at the last step
+BACK = 0.25  # of the rate is left where steps help no more, or have made it worse (depthwise convolutions bear a tenth of others')
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What tuning did.
+
+    Args:
+        before, after: held-out loss, of the model as it came and as it is now; never more than before.
+        best: the step that is kept; 0 where no step was better than none.
+        steps: how many were run.
+        history: (step, held-out loss) of every evaluation.
+    """
+
+    before: float
+    after: float
+    best: int
+    steps: int
+    history: tuple[tuple[int, float], ...]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    def __str__(self) -> str:
+        return f"held-out loss {self.before:.4g} -> {self.after:.4g} (best of {self.steps} steps: {self.best})"
+
+
+def tune(
+    model: nn.Module,
+    base: nn.Module,
+    data: Iterable[Any],
+    *,
+    held_out: Iterable[Any] | None = None,
+    loss: str | Loss | None = None,
+    steps: int = 200,
+    rate: float = 2e-3,
+    every: int | None = None,
+    patience: int = 5,
+    seed: int = 0,
+    autocast: torch.dtype | None = None,
+    recompute: bool = False,
+    recode: float = 0.0,
+    checkpoint: str | Path | None = None,
+    progress: Callable[[int, float], None] | None = None,
+) -> Tuning:
+    """Train a converted model's codebooks, scales, norms and biases, in place, to give what its base gives.
+
+    Args:
+        model, base: the converted model and the dense one; both run in evaluation mode.
+        data: inputs as for `convert(calibration=)`, a batch each; steps take them in an order drawn from `seed`.
+        held_out: inputs to judge on; by default every tenth of `data`, which is then not trained on.
+        loss: `"kl"` (of the predicted distributions), `"mse"` (of the outputs, relative), or a function of (model's
+            output, base's output); by default `"kl"` where outputs have logits.
+        steps: at most so many, one batch each.
+        rate: size of a step, relative to the root mean square of the tensor it changes. Where an evaluation finds the model
+            worse than it came, tuning goes back to the best step and on with a quarter of it.
+        every, patience: steps between two evaluations (by default a 25th of all, at least 20: the rate falls as slowly), and
+            how many of them may pass without a new best before tuning goes back to it and on with a quarter of the rate, or,
+            where it has done so, ends.
+        autocast: dtype to multiply in, e.g. `torch.bfloat16`; required by models of half precision.
+        recompute: keep only what blocks are given for the backward pass, and run each once more in it: less memory, more time.
+        recode: share of each layer's codes that may change at a time, e.g. 5e-4; 0 keeps them all. Takes more memory: the dense
+            weights, their gradients and two more numbers for each.
+        checkpoint: a file that is written at every evaluation; a killed run goes on from it, and it is removed at the end.
+        progress: called with the step and its loss.
+
+    Returns:
+        Losses on held-out data; the model keeps the best step, which may be none of them.
+
+    Raises:
+        TuneError: no RPQ layer, too little data, a loss that is not finite at the start, or a checkpoint of another run.
+
+    Example:
+        >>> print(rpq.tune(model, base, batches, steps=100))
+    """
+    batches, judged = list(data), None if held_out is None else list(held_out)
+    if judged is None:
+        judged, batches = batches[::10], [b for i, b in enumerate(batches) if i % 10]
+    if not batches or not judged:
+        raise TuneError("too little data: at least one batch to train on and one to judge on are needed")
+    if not surgery.layers_of(model):
+        raise TuneError(f"{type(model).__name__} has no RPQ layer to tune; convert it first")
+    if not 0 <= recode <= 1:
+        raise TuneError(f"recode={recode}: a share of the codes lies between 0 and 1")
+    with quiet(model), quiet(base), recomputed(model) if recompute else nullcontext():
+        return _Run(
+            model, base, batches, judged, loss, steps, rate, every or max(20, steps // 25), patience, seed, autocast, recode,
+            checkpoint, progress,
+        ).run()  # fmt: skip
+
+
+class _Run:
+    def __init__(
+        self, model: nn.Module, base: nn.Module, batches: Sequence[Any], judged: Sequence[Any], loss: str | Loss | None,
+        steps: int, rate: float, every: int, patience: int, seed: int, autocast: torch.dtype | None, recode: float,
+        checkpoint: str | Path | None, progress: Callable[[int, float], None] | None,
+    ) -> None:  # fmt: skip
+        self.model, self.base, self.batches, self.judged = model, base, batches, judged
+        self.steps, self.rate, self.every, self.patience, self.seed = steps, rate, every, patience, seed
+        self.autocast, self.progress = autocast, progress
+        self.checkpoint = Path(checkpoint) if checkpoint else None
+        self.values = _trained(model)
+        self.stored = {name: p.dtype for name, p in self.values.items()}
+        self.recoding = Recoding(_coded(model), recode) if recode else None
+        self.loss = LOSSES[loss] if isinstance(loss, str) else loss
+        facts = [describe(batches), describe(judged), str(loss), steps, rate, every, seed, str(autocast), recode, BACK, patience]
+        shapes = {name: [str(p.dtype), *p.shape] for name, p in self.values.items()}
+        begins = {**self.values, **(self.recoding.codes if self.recoding else {})}
+        start = {n: hashlib.sha256(p.detach().cpu().float().numpy().tobytes()).hexdigest() for n, p in begins.items()}
+        self.mark = hashlib.sha256(json.dumps([facts, shapes, start]).encode()).hexdigest()
+
+    def run(self) -> Tuning:
+        with _training(self.model, self.values):
+            sizes = {n: max(float(p.detach().square().mean().sqrt()), FLOOR) for n, p in self.values.items()}
+            state = self._resume() or _State(self._copy(), {}, {}, 0, 0, [])
+            if not state.history:
+                state.history.append((0, before := self._judge()))
+                if not math.isfinite(before):
+                    raise TuneError(f"the loss of the model as it came is {before}")
+                state.best = self._copy()
+            while state.step < self.steps and state.since < self.patience:
+                found = self._step(state, sizes)
+                state.step += 1
+                if self.progress:
+                    self.progress(state.step, found)
+                if state.step % self.every == 0 or state.step == self.steps:
+                    judged = self._judge()
+                    state.since += 1
+                    if judged < min(value for _, value in state.history):
+                        state.best, state.best_step, state.since = self._copy(), state.step, 0
+                    elif not judged <= state.history[0][1] or state.since >= self.patience:
+                        if state.since >= self.patience and state.share == 1:
+                            state.since = 0
+                        self._go_back(state)
+                    state.history.append((state.step, judged))
+                    self._save(state)
+            self._put(state.best)
+        if self.checkpoint:
+            self.checkpoint.unlink(missing_ok=True)
+        after = min(value for _, value in state.history)
+        return Tuning(state.history[0][1], after, state.best_step, state.step, tuple(state.history))
+
+    def _all(self) -> dict[str, Tensor]:
+        """Return everything that tuning changes."""
+        return {**self.values, **(self.recoding.codes if self.recoding else {})}
+
+    def _copy(self) -> dict[str, Tensor]:
+        """Return what is tuned as it would be stored."""
+        return {n: p.detach().to(self.stored.get(n, p.dtype)).to(p.dtype, copy=True) for n, p in self._all().items()}
+
+    @torch.no_grad()
+    def _put(self, values: dict[str, Tensor]) -> None:
+        for name, p in self._all().items():
+            p.copy_(values[name])
+
+    def _go_back(self, state: _State) -> None:
+        """Return to the best step, with nothing gathered and a smaller rate."""
+        self._put(state.best)
+        for gathered in (state.mean, state.square, *self._gathered().values()):
+            gathered.clear()
+        state.share, state.began = state.share * BACK, state.step
+
+    def _order(self, step: int) -> int:
+        """Return the batch of a step: an order of its own for every pass over the data."""
+        turn, at = divmod(step, len(self.batches))
+        g = torch.Generator().manual_seed(self.seed * 1_000_003 + turn)
+        return int(torch.randperm(len(self.batches), generator=g)[at])
+
+    def _compare(self, item: Any) -> Tensor:
+        device = next(iter(self.values.values())).device.type
+        with torch.autocast(device, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+            with torch.no_grad():
+                wanted = call(self.base, item)
+            output = call(self.model, item)
+        if self.loss is None:
+            self.loss = LOSSES["kl" if getattr(output, "logits", None) is not None else "mse"]
+        if self.loss in LOSSES.values():
+            output, wanted = (without_padding(item, _main(x)) for x in (output, wanted))
+        return self.loss(output, wanted)
+
+    def _step(self, state: _State, sizes: dict[str, float]) -> float:
+        expanded: AbstractContextManager[list[Tensor]] = self.recoding.expanded() if self.recoding else nullcontext([])
+        with expanded as weights:
+            loss = self._compare(self.batches[self._order(state.step)])
+            gradients = torch.autograd.grad(loss, [*self.values.values(), *weights], allow_unused=True)
+        found = dict(zip(self.values, gradients))
+        if not all(bool(torch.isfinite(g).all()) for g in gradients if g is not None):
+            return float(loss.detach())  # a batch that overflows teaches nothing
+        warm = max(1, round(WARM * self.steps))
+        left = max(0.0, (state.step - warm) / max(1, self.steps - warm))
+        factor = state.share * min((state.step + 1) / warm, LAST + (1 - LAST) * (1 + math.cos(math.pi * left)) / 2)
+        with torch.no_grad():
+            for name, g in found.items():
+                if g is None:
+                    continue
+                mean = state.mean.setdefault(name, torch.zeros_like(g)).lerp_(g, 1 - BETAS[0])
+                square = state.square.setdefault(name, torch.zeros_like(g)).lerp_(g.square(), 1 - BETAS[1])
+                t = state.step + 1 - state.began
+                step = mean / (1 - BETAS[0] ** t) / ((square / (1 - BETAS[1] ** t)).sqrt() + EPSILON)
+                self.values[name].sub_(step, alpha=self.rate * factor * sizes[name])
+        if self.recoding:
+            self.recoding.pull(gradients[len(self.values) :], factor)
+            if (state.step + 1) % EVERY == 0:
+                self.recoding.change()
+        return float(loss.detach())
+
+    @torch.no_grad()
+    def _judge(self) -> float:
+        """Return the held-out loss at the precision that is stored."""
+        exact = {n: p.detach().clone() for n, p in self.values.items()}
+        for name, p in self.values.items():
+            p.copy_(p.to(self.stored[name]))
+        try:
+            return sum(float(self._compare(item)) for item in self.judged) / len(self.judged)
+        finally:
+            for name, value in exact.items():
+                self.values[name].copy_(value)
+
+    def _save(self, state: _State) -> None:
+        if self.checkpoint is None:
+            return
+        now = {n: p.detach() for n, p in self._all().items()}
+        groups = {"now": now, "best": state.best, "mean": state.mean, "square": state.square, **self._gathered()}
+        tensors = {f"{g}/{n}": t.contiguous() for g, found in groups.items() for n, t in found.items()}
+        plain = ("step", "best_step", "history", "since", "share", "began")
+        facts = {"mark": self.mark, **{name: getattr(state, name) for name in plain}}
+        write_tensors(self.checkpoint, tensors, {"rpq_tune": json.dumps(facts)})
+
+    def _gathered(self) -> dict[str, dict[str, Tensor]]:
+        r = self.recoding
+        return {"pull": r.pulls, "pull_square": r.squares, "pull_steps": r.steps} if r else {}
+
+    def _resume(self) -> _State | None:
+        if self.checkpoint is None or not self.checkpoint.is_file():
+            return None
+        with safe_open(self.checkpoint, "pt") as f:
+            facts = json.loads((f.metadata() or {}).get("rpq_tune", "{}"))
+        if facts.get("mark") != self.mark:
+            raise TuneError(
+                f"{self.checkpoint} is of another run (model, data or settings differ); remove it to start anew"
+            )
+        groups: dict[str, dict[str, Tensor]] = {"now": {}, "best": {}, "mean": {}, "square": {}, **self._gathered()}
+        everything = self._all()
+        for key, tensor in load_file(self.checkpoint).items():
+            group, _, name = key.partition("/")
+            groups[group][name] = tensor.to(everything[name].device)
+        with torch.no_grad():
+            for name, value in groups["now"].items():
+                everything[name].copy_(value)
+        history = [(int(step), float(value)) for step, value in facts["history"]]
+        gathered = groups["best"], groups["mean"], groups["square"]
+        return _State(*gathered, facts["step"], facts["best_step"], history, facts["since"], facts["share"], facts["began"])
+
+
+@dataclass
+class _State:
+    best: dict[str, Tensor]
+    mean: dict[str, Tensor]
+    square: dict[str, Tensor]
+    step: int
+    best_step: int
+    history: list[tuple[int, float]]
+    since: int = 0  # evaluations without a new best
+    share: float = 1.0  # of the rate
+    began: int = 0  # the step from which mean and square gather
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what is trained: codebooks and scales, and every vector (norms, biases) beside them."""
+    inside = {id(p) for rpq in surgery.layers_of(model).values() for p in rpq.parameters()}
+    return {
+        name: p
+        for name, p in model.named_parameters()
+        if p.is_floating_point() and (id(p) in inside or p.ndim <= 1) and not p.is_meta
+    }
+
+
+def _coded(model: nn.Module) -> dict[str, RPQWeight]:
+    """Return every RPQWeight once, under the name of its codes."""
+    found = {id(rpq): rpq for rpq in surgery.layers_of(model).values()}
+    return {f"{path}.codes": found[id(m)] for path, m in model.named_modules() if id(m) in found}
+
+
+@contextmanager
+def _training(model: nn.Module, values: dict[str, nn.Parameter]) -> Iterator[None]:
+    """Gradients for these values alone, and those in fp32, as long as the block lasts."""
+    asked = {p: p.requires_grad for p in model.parameters()}
+    stored = {p: p.dtype for p in values.values()}
+    try:
+        for p in asked:
+            p.requires_grad_(False)
+        for p in values.values():
+            p.data = p.data.float()
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p, dtype in stored.items():
+            p.data = p.data.to(dtype)
+        for p, wanted in asked.items():
+            p.requires_grad_(wanted)
