@@ -52,7 +52,9 @@ def with_torch(matrix: torch.Tensor, dim: int) -> torch.Tensor:
         if not last:
             index = codes[..., None].expand_as(points)
             sums = torch.zeros_like(codebooks).scatter_add_(1, index, points)
-            counts = torch.zeros(codebooks.shape[:2]).scatter_add_(1, codes, torch.ones_like(codes, dtype=torch.float32))
+            counts = torch.zeros(codebooks.shape[:2]).scatter_add_(
+                1, codes, torch.ones_like(codes, dtype=torch.float32)
+            )
             codebooks = torch.where(counts[..., None] > 0, sums / counts.clamp(min=1)[..., None], codebooks)
     return codebooks.gather(1, codes[..., None].expand_as(points)).transpose(0, 1).reshape(matrix.shape)
 

@@ -60,7 +60,13 @@ def llama() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(2)
-    sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 320}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 320,
+    }
     return LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=64)).eval()
 
 
@@ -127,7 +133,9 @@ def digest(model: nn.Module) -> str:
         rpq.save(model, Path(folder) / "out")
         found = hashlib.sha256((Path(folder) / "out" / "model.safetensors").read_bytes())
         described = json.loads((Path(folder) / "out" / "config.json").read_text())["quantization_config"]
-        found.update(json.dumps({k: described[k] for k in ("modules", "tied", "guard", "plan_sha256")}, sort_keys=True).encode())
+        found.update(
+            json.dumps({k: described[k] for k in ("modules", "tied", "guard", "plan_sha256")}, sort_keys=True).encode()
+        )
     return found.hexdigest()
 
 
@@ -135,9 +143,14 @@ def processor() -> str:
     """Name the features of this processor by which fits choose their instructions."""
     flags = set()
     if Path("/proc/cpuinfo").is_file():
-        line = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith(("flags", "Features"))), "")
+        line = next(
+            (x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith(("flags", "Features"))), ""
+        )
         flags = set(line.split())
-    return " ".join(f for f in ("avx2", "avx512f", "avx512_vnni", "avx512vbmi", "avx512_bf16", "amx_tile") if f in flags) or "other"
+    return (
+        " ".join(f for f in ("avx2", "avx512f", "avx512_vnni", "avx512vbmi", "avx512_bf16", "amx_tile") if f in flags)
+        or "other"
+    )
 
 
 def main() -> None:
@@ -150,7 +163,9 @@ def main() -> None:
     kind, wrong = f"{processor()}, torch {torch.__version__.partition('+')[0]}", []
     known = records.get(kind, {})
     if not known and not args.record:
-        sys.exit(f"no record for this processor ({kind}): check out a commit that is known to be right and run --record")
+        sys.exit(
+            f"no record for this processor ({kind}): check out a commit that is known to be right and run --record"
+        )
     for name, make in cases().items():
         if args.only not in name:
             continue

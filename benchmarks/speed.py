@@ -64,7 +64,11 @@ def line(label: str, contenders: Contenders, **options: int) -> list[str]:
     """Return the cells of one row: the first contender in milliseconds, the rest as multiples of it."""
     found = measure(contenders, **options)
     first, *rest = found.values()
-    return [label, f"{first[0] * 1e3:.3g} ± {first[1] * 1e3:.2g} ms", *(f"{m / first[0]:.3f} ± {s / first[0]:.2g}" for m, s in rest)]
+    return [
+        label,
+        f"{first[0] * 1e3:.3g} ± {first[1] * 1e3:.2g} ms",
+        *(f"{m / first[0]:.3f} ± {s / first[0]:.2g}" for m, s in rest),
+    ]
 
 
 def table(title: str, head: list[str], rows: list[list[str]]) -> None:
@@ -346,8 +350,18 @@ def cost() -> None:
             start = time.perf_counter()
             rpq.convert(model, preset=f"{bits}bit")
             seconds = time.perf_counter() - start
-            rows.append([label, str(bits), f"{weights / 1e6:.1f} M", f"{seconds:.1f} s", f"{seconds / weights * 1e9 / 60:.1f} min"])
-    table("Cost of a conversion, wall time", ["model", "bits", "parameters", "measured", "per billion parameters"], rows)
+            rows.append(
+                [
+                    label,
+                    str(bits),
+                    f"{weights / 1e6:.1f} M",
+                    f"{seconds:.1f} s",
+                    f"{seconds / weights * 1e9 / 60:.1f} min",
+                ]
+            )
+    table(
+        "Cost of a conversion, wall time", ["model", "bits", "parameters", "measured", "per billion parameters"], rows
+    )
 
 
 TABLES = {f.__name__: f for f in (linear, rotation, stack, small, embedding, conv, training, models, kmeans, cost)}
@@ -408,8 +422,14 @@ def main(names: list[str]) -> None:
         torch.set_num_threads(1)
         clock, names = time.thread_time, names[1:]
     info = Path("/proc/cpuinfo").read_text()
-    cpu = next((c.split(":")[1].strip() for c in info.splitlines() if c.startswith("model name")), "an unknown processor")
-    has = [name for name in ("avx2", "avx512f", "avx512_vbmi", "avx512_bf16", "amx_bf16", "avx512_fp16") if f" {name}" in info]
+    cpu = next(
+        (c.split(":")[1].strip() for c in info.splitlines() if c.startswith("model name")), "an unknown processor"
+    )
+    has = [
+        name
+        for name in ("avx2", "avx512f", "avx512_vbmi", "avx512_bf16", "amx_bf16", "avx512_fp16")
+        if f" {name}" in info
+    ]
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30
     print(
         f"# Speed\n\nPrinted by `python benchmarks/speed.py > docs/benchmarks.md`: {torch.get_num_threads()} threads of {cpu} "

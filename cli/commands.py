@@ -112,7 +112,8 @@ def convert(
     if calibrate is not None:
         if factory is not None and not calibrate.endswith(".safetensors"):
             raise typer.BadParameter(
-                "a factory's model has no tokenizer; give a .safetensors file of its arguments", param_hint="--calibrate"
+                "a factory's model has no tokenizer; give a .safetensors file of its arguments",
+                param_hint="--calibrate",
             )
         from rpq_convert.inputs.files import read_inputs
         from rpq_convert.inputs.synthetic import own_inputs
@@ -353,16 +354,20 @@ def tune(
     rate: Annotated[float, Option(min=0, help="Size of a step, relative to what it changes.")] = 2e-3,
     loss: Annotated[
         Literal["kl", "mse"] | None,
-        Option(help="Divergence of predictions, or relative square of outputs; by default kl where outputs are logits."),
+        Option(
+            help="Divergence of predictions, or relative square of outputs; by default kl where outputs are logits."
+        ),
     ] = None,
-    recompute: Annotated[
-        bool, Option("--recompute", help="Gradient checkpointing: less memory, more time.")
-    ] = False,
+    recompute: Annotated[bool, Option("--recompute", help="Gradient checkpointing: less memory, more time.")] = False,
     recode: Annotated[
         float,
-        Option(min=0, max=1, help="Share of each layer's codes that may change at a time, e.g. 0.0005; takes more memory."),
+        Option(
+            min=0, max=1, help="Share of each layer's codes that may change at a time, e.g. 0.0005; takes more memory."
+        ),
     ] = 0.0,
-    bfloat16: Annotated[bool, Option("--bfloat16", help="Multiply in bfloat16: faster where the processor has it.")] = False,
+    bfloat16: Annotated[
+        bool, Option("--bfloat16", help="Multiply in bfloat16: faster where the processor has it.")
+    ] = False,
     window: Annotated[int, Option(min=2, help="Tokens of one window.")] = 256,
     samples: Annotated[int, Option(min=2, help="Windows, lines or pictures.")] = 512,
     factory: o.Factory = None,

@@ -106,7 +106,20 @@ AllowPickle = Annotated[
     bool, Option("--allow-pickle", help="Read pickled weights, tensors only.", rich_help_panel=WHERE)
 ]
 
-PLAN = ("preset", "bits", "target_size", "max_error", "dim", "axis", "rotation", "outliers", "fit", "grow", "seed", "dtype")
+PLAN = (
+    "preset",
+    "bits",
+    "target_size",
+    "max_error",
+    "dim",
+    "axis",
+    "rotation",
+    "outliers",
+    "fit",
+    "grow",
+    "seed",
+    "dtype",
+)
 OPEN = ("factory", "revision", "token", "local_files_only", "allow_pickle")
 
 

@@ -68,7 +68,9 @@ def evaluate_folder(
         words = tokenizer_of(base)
         ids = words(read_text(text), return_tensors="pt", add_special_tokens=False).input_ids[0]
         ids = ids[: windows * window] if windows else ids
-        found = evaluate(dense, converted, ids, window=window, progress=progress_lines(say, "windows", len(ids) // window))
+        found = evaluate(
+            dense, converted, ids, window=window, progress=progress_lines(say, "windows", len(ids) // window)
+        )
         batches: list[Any] = [{"input_ids": part[None]} for part in ids[: 4 * window].split(window)]
     elif pairs is not None:
         found, batches = evaluate_pairs(dense, converted, base, pairs, window, windows, say)

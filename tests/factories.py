@@ -19,4 +19,6 @@ class _Classifier(nn.Sequential):
 
 def classifier() -> nn.Module:
     """Takes its input by a name."""
-    return _Classifier(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.Flatten(), nn.Linear(32 * 16, 10)).eval()
+    return _Classifier(
+        nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.Flatten(), nn.Linear(32 * 16, 10)
+    ).eval()

@@ -525,7 +525,13 @@ def test_data_that_was_made_in_inference_mode_serves():
 def test_padding_is_not_counted(tokens):
     """A batch with padding gives the statistics of its sentences alone: the first layer's are the same to the bit."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 256}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "vocab_size": 256,
+    }
     dense = BertModel(BertConfig(**sizes)).eval()
     ids = torch.randint(5, 200, (1, 9))
     short = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]

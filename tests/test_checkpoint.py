@@ -27,7 +27,9 @@ def source(tmp_path):
     return tmp_path / "model.safetensors", model
 
 
-@pytest.mark.parametrize("executor, codebooks", [("serial", "float16"), ("threads", "float16"), ("serial", "float8_e4m3fn")])
+@pytest.mark.parametrize(
+    "executor, codebooks", [("serial", "float16"), ("threads", "float16"), ("serial", "float8_e4m3fn")]
+)
 def test_streaming_equals_memory_and_plan_equals_disk(source, tmp_path, executor, codebooks):
     file, model = source
     options = {"bits": 4, "rules": [{"match": "*", "codebook_dtype": codebooks}]}

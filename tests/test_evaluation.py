@@ -80,7 +80,9 @@ def test_what_cannot_be_compared(pair):
 
 def test_padding_does_not_count():
     torch.manual_seed(0)
-    config = tf.BertConfig(vocab_size=90, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    config = tf.BertConfig(
+        vocab_size=90, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
     base = tf.BertModel(config).eval()
     model = copy.deepcopy(base)
     rpq.convert(model, bits=4, grow=True)

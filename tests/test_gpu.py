@@ -49,7 +49,13 @@ def compile_for(capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kinds = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.int64: "*i64"}
+    kinds = {
+        torch.float32: "*fp32",
+        torch.float16: "*fp16",
+        torch.bfloat16: "*bf16",
+        torch.uint8: "*u8",
+        torch.int64: "*i64",
+    }
     seen = {}
 
     def launch(kernel, programs, on, *arguments, **constants):
@@ -60,7 +66,9 @@ def compile_for(capability):
             if value is None or (isinstance(value, int) and value == 1 and special):
                 fixed[name] = value
                 continue
-            signature[name] = kinds[value.dtype] if isinstance(value, torch.Tensor) else "i32" if value < 1 << 31 else "i64"
+            signature[name] = (
+                kinds[value.dtype] if isinstance(value, torch.Tensor) else "i32" if value < 1 << 31 else "i64"
+            )
             if special and (value.data_ptr() if isinstance(value, torch.Tensor) else value) % 16 == 0:
                 attributes[(place,)] = [["tt.divisibility", 16]]
         signature = {p.name: signature.get(p.name, "constexpr") for p in kernel.params}
@@ -85,7 +93,10 @@ def test_all_kernels_compile_for_real_devices(capability, monkeypatch):
         ("in", 64, 1, 1, torch.float32, torch.float32, True),
     ):
         cut = Cut(axis, 2048, 256, dim, books, stages)
-        codes, tables = torch.zeros(stages, cut.blocks, 2048, dtype=torch.uint8), torch.zeros(stages, books, 256, dim).to(kind)
+        codes, tables = (
+            torch.zeros(stages, cut.blocks, 2048, dtype=torch.uint8),
+            torch.zeros(stages, books, 256, dim).to(kind),
+        )
         scales = torch.ones(cut.outputs).to(kind) if scaled else None
         bias = torch.zeros(cut.outputs) if scaled else None
         for tokens in (1, 3, 64) if capability == 80 or dim == 8 else (1, 3):

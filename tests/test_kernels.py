@@ -146,7 +146,10 @@ def test_whole_numbers_are_as_good_as_floats(case, outlier):
     error = float((linear(x, codes, books, None, None, cut) - exact).norm() / exact.norm())
     assert error < 2e-6  # one ordinary product in float32 is off by 4e-7
     call = kernels.call_of(cut.axis == "in", codes, books, cut)
-    assert (call.turns, call.digits is not None) == (case.startswith("entries"), case == "digits")  # each by its own way
+    assert (call.turns, call.digits is not None) == (
+        case.startswith("entries"),
+        case == "digits",
+    )  # each by its own way
     assert sorted(one_token.NATURAL) == list(range(64))
 
 
@@ -165,7 +168,9 @@ def test_nan_and_infinity_do_not_come_out_as_numbers(case, axis, bad):
 
 @pytest.mark.parametrize("axis", ["in", "out"])
 @pytest.mark.parametrize("tokens", [1, 8, 100])
-@pytest.mark.parametrize("cutting", [(1500, 1024, 8, 128, 1, False), (1500, 512, 2, 1, 1, False), (2500, 256, 2, 1, 1, True)])
+@pytest.mark.parametrize(
+    "cutting", [(1500, 1024, 8, 128, 1, False), (1500, 512, 2, 1, 1, False), (2500, 256, 2, 1, 1, True)]
+)
 def test_bits_do_not_depend_on_threads(cutting, axis, tokens, monkeypatch):
     cut, codes, books = make(axis, *cutting)
     x = torch.randn(tokens, cut.inputs, requires_grad=True)

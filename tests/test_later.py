@@ -109,7 +109,9 @@ def test_calibrate_on_inputs_of_its_own(spoken, tmp_path):
     report = json.loads(run(*asked).stdout)
     assert torch.equal(torch.random.get_rng_state(), before)
     if kind == "outputs":  # an encoder: as many random tokens, up to a whole batch
-        assert all(8 * 128 <= row["inputs"] < 8 * (128 + 25) for row in report["rows"] if row["name"].endswith("query.weight"))
+        assert all(
+            8 * 128 <= row["inputs"] < 8 * (128 + 25) for row in report["rows"] if row["name"].endswith("query.weight")
+        )
         return
     assert {row["inputs"] for row in report["rows"] if row["layer"] == "Linear"} == {8 * 128}
     model = tf.AutoModelForCausalLM.from_pretrained(base)
@@ -125,7 +127,9 @@ def test_calibrate_on_inputs_of_its_own(spoken, tmp_path):
 
 def test_pictures_are_made_up():
     torch.manual_seed(0)
-    vit = tf.ViTModel(tf.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=(32, 48), num_channels=1))
+    vit = tf.ViTModel(
+        tf.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=(32, 48), num_channels=1)
+    )
     resnet = tf.ResNetModel(tf.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]))  # any size: 224 pixels
     found = [torch.cat([b["pixel_values"] for b in rpq.own_inputs(model, samples=20)]) for model in (vit, resnet)]
     assert [list(f.shape) for f in found] == [[20, 1, 32, 48], [20, 3, 224, 224]]
@@ -135,15 +139,27 @@ def test_pictures_are_made_up():
     again = torch.cat([b["pixel_values"] for b in rpq.own_inputs(resnet, samples=20)])
     other = torch.cat([b["pixel_values"] for b in rpq.own_inputs(resnet, samples=20, seed=1)])
     assert torch.equal(found[1], again) and not torch.equal(again, other)
-    clip = tf.CLIPModel(tf.CLIPConfig(text_config=SIZE, vision_config={"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}))
-    for model in (clip, torch.nn.Linear(4, 4), tf.T5ForConditionalGeneration(tf.T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=1))):
+    clip = tf.CLIPModel(
+        tf.CLIPConfig(
+            text_config=SIZE, vision_config={"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+        )
+    )
+    for model in (
+        clip,
+        torch.nn.Linear(4, 4),
+        tf.T5ForConditionalGeneration(tf.T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=1)),
+    ):
         with pytest.raises(CalibrationError, match=f"{type(model).__name__} cannot be made up"):
             rpq.own_inputs(model)
 
 
 def test_a_model_of_texts_and_pictures_writes_texts():
-    vision = tf.CLIPVisionConfig(hidden_size=32, intermediate_size=32, num_attention_heads=2, num_hidden_layers=1, image_size=28, patch_size=14)
-    model = tf.LlavaForConditionalGeneration(tf.LlavaConfig(text_config=tf.LlamaConfig(**SIZE), vision_config=vision, image_token_index=299))
+    vision = tf.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=32, num_attention_heads=2, num_hidden_layers=1, image_size=28, patch_size=14
+    )
+    model = tf.LlavaForConditionalGeneration(
+        tf.LlavaConfig(text_config=tf.LlamaConfig(**SIZE), vision_config=vision, image_token_index=299)
+    )
     found = rpq.own_inputs(model, samples=2, window=5)
     assert [list(b["input_ids"].shape) for b in found] == [[2, 5]]
 
@@ -269,7 +285,20 @@ def test_a_classifier_of_any_kind(tmp_path, monkeypatch):
     assert set(found["layers"]) == {"0.weight", "2.weight", "4.weight"}
     options = (*how, "--data", on, "--steps", 8, "--blocks", 4, "--recompute", "-q")
     run("tune", source, out, *options, "--out", tmp_path / "tuned")
-    told = run("tune", source, out, *options, "--recode", 0.01, "--bfloat16", "--loss", "mse", "--json", "--out", tmp_path / "coded")
+    told = run(
+        "tune",
+        source,
+        out,
+        *options,
+        "--recode",
+        0.01,
+        "--bfloat16",
+        "--loss",
+        "mse",
+        "--json",
+        "--out",
+        tmp_path / "coded",
+    )
     tuned = json.loads(told.stdout)
     assert tuned["after"] <= tuned["before"]
     run("verify", tmp_path / "coded")
@@ -278,7 +307,9 @@ def test_a_classifier_of_any_kind(tmp_path, monkeypatch):
     assert after["metrics"]["relative_error"] < found["metrics"]["relative_error"]
     save_file({"picture": x, "labels": labels[:5]}, on)
     assert "different numbers" in run("eval", source, out, *evaluated, code=4).stderr
-    assert "no tokenizer" in run("convert", source, *how, "--out", tmp_path / "no", "--calibrate", "self", code=2).stderr
+    assert (
+        "no tokenizer" in run("convert", source, *how, "--out", tmp_path / "no", "--calibrate", "self", code=2).stderr
+    )
 
 
 def test_a_folder_of_texts_and_one_of_pictures(spoken, tmp_path):
@@ -305,8 +336,23 @@ def test_a_folder_of_texts_and_one_of_pictures(spoken, tmp_path):
     for i in range(5):
         noise = torch.randint(256, (20, 24, 3), dtype=torch.uint8).numpy()
         Image.fromarray(noise).save(tmp_path / "pictures" / f"{i}.png")
-    run("convert", tmp_path / "vit", "--out", tmp_path / "out", "--bits", 2, "--grow", "--calibrate", tmp_path / "pictures")
-    found = json.loads(run("eval", tmp_path / "vit", tmp_path / "out", "--inputs", tmp_path / "pictures", "--json").stdout)
+    run(
+        "convert",
+        tmp_path / "vit",
+        "--out",
+        tmp_path / "out",
+        "--bits",
+        2,
+        "--grow",
+        "--calibrate",
+        tmp_path / "pictures",
+    )
+    found = json.loads(
+        run("eval", tmp_path / "vit", tmp_path / "out", "--inputs", tmp_path / "pictures", "--json").stdout
+    )
     assert found["samples"] == 5
     (tmp_path / "pictures" / "0.png").write_bytes(b"no picture")
-    assert "cannot be read" in run("eval", tmp_path / "vit", tmp_path / "out", "--inputs", tmp_path / "pictures", code=4).stderr
+    assert (
+        "cannot be read"
+        in run("eval", tmp_path / "vit", tmp_path / "out", "--inputs", tmp_path / "pictures", code=4).stderr
+    )

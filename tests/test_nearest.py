@@ -59,7 +59,9 @@ def test_quick_scores_are_near_the_best(form, r, total):
 def test_points_too_near_each_other_for_quick_scores(form, monkeypatch, dim):
     generator = torch.Generator().manual_seed(0)
     centres = 10 * torch.randn(8, dim, generator=generator)
-    matrix = centres[torch.randint(8, (4000,), generator=generator)] + 0.003 * torch.randn(4000, dim, generator=generator)
+    matrix = centres[torch.randint(8, (4000,), generator=generator)] + 0.003 * torch.randn(
+        4000, dim, generator=generator
+    )
 
     def error() -> float:
         fitted = fit_kmeans(matrix, dim=dim, books=1, seed=0)

@@ -120,7 +120,13 @@ def test_both_conversions_agree(tmp_path):
     import transformers as tf
 
     torch.manual_seed(0)
-    size = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    size = {
+        "vocab_size": 300,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 96,
+    }
     base = heavy(tf.LlamaForCausalLM(tf.LlamaConfig(**size, tie_word_embeddings=True)))
     base.save_pretrained(tmp_path / "base")
     asked = ["convert", tmp_path / "base", "--out", tmp_path / "out", "--bits", 4, "--outliers", SHARE, "--grow"]

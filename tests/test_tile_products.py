@@ -43,7 +43,11 @@ def error(out, x, codes, books, cut, scales=None, bias=None):
 )  # fmt: skip
 def test_as_exact_as_float32(axis, n, length, dim, books, stages, tokens, images, dtype):
     cut, codes, tables = make(axis, n, length, dim, books, stages, dtype)
-    x = torch.randn(images, cut.inputs, tokens).transpose(1, 2) if images == 2 else torch.randn(images, tokens, cut.inputs)
+    x = (
+        torch.randn(images, cut.inputs, tokens).transpose(1, 2)
+        if images == 2
+        else torch.randn(images, tokens, cut.inputs)
+    )
     scales, bias = torch.rand(cut.outputs) + 0.5, torch.randn(cut.outputs)
     assert error(multiplied(x, codes, tables, cut, scales, bias), x, codes, tables, cut, scales, bias) < 1e-6
 

@@ -143,7 +143,12 @@ class _Walk:
             dense, left = self._reading(names[0], twin, i) if twin else None, set(names)
 
             def see(
-                name: str, reading: Reading, part: int, item: Any = item, dense: Reading | None = dense, left: set[str] = left
+                name: str,
+                reading: Reading,
+                part: int,
+                item: Any = item,
+                dense: Reading | None = dense,
+                left: set[str] = left,
             ) -> None:
                 if reading.input is None:
                     return

@@ -113,7 +113,9 @@ def _known(opened: Opened) -> dict[str, Any]:
     """Return what a plan takes from the checkpoint beside its slots."""
     if opened.model is not None:
         return {"head_rules": head_rules(opened.model), "warnings": opened.notes}
-    return {"warnings": ["planned from tensor names and shapes alone: layer types are guesses; give a factory to convert"]}
+    return {
+        "warnings": ["planned from tensor names and shapes alone: layer types are guesses; give a factory to convert"]
+    }
 
 
 def _measured(opened: Opened, options: Mapping[str, Any], data: Calibration | None) -> dict[str, Any]:

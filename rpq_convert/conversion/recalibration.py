@@ -75,7 +75,9 @@ def _dense(base: nn.Module, name: str, shape: tuple[int, ...]) -> nn.Parameter:
     except (AttributeError, KeyError):
         parameter = None
     if parameter is None or tuple(parameter.shape) != shape:
-        raise CalibrationError(f"{name} {list(shape)} is no dense parameter of the base; give the model it was made from")
+        raise CalibrationError(
+            f"{name} {list(shape)} is no dense parameter of the base; give the model it was made from"
+        )
     return parameter
 
 

@@ -76,7 +76,9 @@ class Spec:
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, not {self.layout!r}")
         if self.rotation not in ROTATIONS:
-            raise ValueError(f"rotation must be 0 or a power of two from {ROTATIONS[1]} to {ROTATIONS[-1]}, not {self.rotation!r}")
+            raise ValueError(
+                f"rotation must be 0 or a power of two from {ROTATIONS[1]} to {ROTATIONS[-1]}, not {self.rotation!r}"
+            )
         if not isinstance(self.outliers, int) or isinstance(self.outliers, bool) or self.outliers < 0:
             raise ValueError(f"outliers must be a whole number, 0 for none, not {self.outliers!r}")
         if self.outliers and self.rotation:
@@ -110,7 +112,9 @@ class Spec:
         if self.outliers:
             outputs = view.matrix_shape(shape, "in")[0]
             if "expert" in view.axes or self.outliers > inputs // 2:
-                raise ValueError(f"{self.outliers} outliers of {inputs} inputs of {view.names!r}; at most half, and none of experts")
+                raise ValueError(
+                    f"{self.outliers} outliers of {inputs} inputs of {view.names!r}; at most half, and none of experts"
+                )
             stored["outliers"] = (DTYPES[self.outlier_dtype], (outputs, self.outliers))
             stored["positions"] = (torch.int16 if inputs <= 1 << 15 else torch.int32, (outputs, self.outliers))
         return stored

@@ -170,7 +170,9 @@ def _making_up(matrix: Tensor, statistics: Statistics) -> Tensor:
     damped.diagonal().add_(max(DAMP * float(moments.diagonal().mean()), 1e-30))
     right = (cross - moments).mT @ matrix.double().mT
     factor, fails = torch.linalg.cholesky_ex(damped)
-    move = (torch.linalg.solve(damped, right) if int(fails) else torch.cholesky_solve(right, factor)).mT  # W (C - H) H^-1
+    move = (
+        torch.linalg.solve(damped, right) if int(fails) else torch.cholesky_solve(right, factor)
+    ).mT  # W (C - H) H^-1
     return matrix + (MAKE_UP * move).to(matrix.dtype)
 
 

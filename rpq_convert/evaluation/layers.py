@@ -34,7 +34,10 @@ def layer_errors(base: nn.Module, model: nn.Module, data: Iterable[Any]) -> dict
 
     def watch(home: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            wanted, found = main_output(output).double(), main_output(model.get_submodule(home)(*args, **kwargs)).double()
+            wanted, found = (
+                main_output(output).double(),
+                main_output(model.get_submodule(home)(*args, **kwargs)).double(),
+            )
             wanted, found = (without_padding(current, x) for x in (wanted, found))
             sums[home][0] += float((found - wanted).square().sum())
             sums[home][1] += float(wanted.square().sum())

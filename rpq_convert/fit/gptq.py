@@ -214,7 +214,9 @@ class _Part:
         inputs, outputs = self.dense.shape
         work = self.dense[self.order].clone()  # [inputs, outputs], in order
         near = torch.empty_like(work)
-        rest = torch.empty(min(LAZY + self.dim, inputs), outputs)  # of one lazy block: errors over the factor's diagonal
+        rest = torch.empty(
+            min(LAZY + self.dim, inputs), outputs
+        )  # of one lazy block: errors over the factor's diagonal
         codes = np.empty((len(codebooks), self.blocks, inputs if self.axis == "out" else outputs), np.uint8)
         serve = self._one_stage if len(codebooks) == 1 else self._stages
         start = 0

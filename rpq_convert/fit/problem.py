@@ -182,7 +182,9 @@ def collect(problem: Problem, book: int, *, full: int, sample: int, rng: np.rand
     rate = 1.0 if n * (high - low) <= full else sample / (n * (high - low))
     centre = 0.0
     if rate < 1:
-        rows = problem.matrix[:, low * problem.dim : high * problem.dim].mean(1)  # fp64 means of fp32 rows: no wide copy
+        rows = problem.matrix[:, low * problem.dim : high * problem.dim].mean(
+            1
+        )  # fp64 means of fp32 rows: no wide copy
         centre = float(rows.mean(dtype=torch.float64)) * problem.scale
     parts: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}  # r -> [(columns, weights)]
     far: dict[int, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}  # r -> [(columns, weights, distances)]

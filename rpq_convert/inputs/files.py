@@ -24,7 +24,13 @@ LABELS = "labels"  # of a file: what a classifier should say; only an evaluation
 
 
 def read_inputs(
-    file: str | Path, src: str | Path, *, window: int = 512, samples: int | None = 128, labels: bool = False, **where: Any
+    file: str | Path,
+    src: str | Path,
+    *,
+    window: int = 512,
+    samples: int | None = 128,
+    labels: bool = False,
+    **where: Any,
 ) -> list[Any]:
     """Return what a file or folder holds as batches for a model.
 
@@ -110,11 +116,15 @@ def text_inputs(
     where: dict[str, Any] = {"revision": revision, "token": token, "local_files_only": local_files_only}
     model: Any = open_checkpoint(src, need="config", **where).model
     if model is None:
-        raise SourceError(f"{src} has no config.json, and so no tokenizer for a text; give tensors in a .safetensors file")
+        raise SourceError(
+            f"{src} has no config.json, and so no tokenizer for a text; give tensors in a .safetensors file"
+        )
     words = tokenizer_of(src, **where)
     window = min(window, getattr(model.config.get_text_config(), "max_position_embeddings", None) or window)
     if not model.can_generate() or model.config.is_encoder_decoder:
-        lines = sorted([line for line in text.splitlines() if line.strip()][:samples], key=len)  # so that few are padded much
+        lines = sorted(
+            [line for line in text.splitlines() if line.strip()][:samples], key=len
+        )  # so that few are padded much
         batches = [dict(batch) for batch in tokenized(words, lines, window)]
         if model.config.is_encoder_decoder:
             batches = [{**batch, "decoder_input_ids": batch["input_ids"]} for batch in batches]

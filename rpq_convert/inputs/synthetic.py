@@ -42,7 +42,9 @@ def own_inputs(
     config: Any = getattr(model, "config", None)
     kind = getattr(model, "main_input_name", None)
     decodes = getattr(config, "is_encoder_decoder", False)
-    mixed = decodes or (hasattr(config, "text_config") and hasattr(config, "vision_config"))  # takes several kinds of inputs
+    mixed = decodes or (
+        hasattr(config, "text_config") and hasattr(config, "vision_config")
+    )  # takes several kinds of inputs
     if not isinstance(kind, str):
         shape = shape or (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
     elif kind == "pixel_values":
@@ -79,8 +81,12 @@ def _written(model: Any, samples: int, window: int, batch: int, g: torch.Generat
             while ids.shape[1] < window:  # by hand: `generate` draws from the global generator
                 out = model(input_ids=ids if past is None else ids[:, -1:], past_key_values=past, use_cache=True)
                 past = getattr(out, "past_key_values", None)
-                summed = out.logits[:, -1].cpu().double().softmax(-1).cumsum(-1)  # torch.multinomial takes ten times as long
-                drawn = torch.searchsorted(summed, torch.rand(size, 1, generator=g, dtype=summed.dtype) * summed[:, -1:])
+                summed = (
+                    out.logits[:, -1].cpu().double().softmax(-1).cumsum(-1)
+                )  # torch.multinomial takes ten times as long
+                drawn = torch.searchsorted(
+                    summed, torch.rand(size, 1, generator=g, dtype=summed.dtype) * summed[:, -1:]
+                )
                 ids = torch.cat([ids, drawn.clamp_max(words - 1).to(ids.device)], 1)
             found += [{"input_ids": part} for part in ids.split(OWN_ROWS)]
     finally:
@@ -106,7 +112,9 @@ def _noise(samples: int, shape: tuple[int, int, int], g: torch.Generator) -> Ten
     """
     channels, height, width = shape
     powers = torch.linspace(1, 3, samples)[torch.randperm(samples, generator=g)].view(-1, 1, 1, 1)
-    frequency = (torch.fft.fftfreq(height)[:, None].square() + torch.fft.rfftfreq(width).square()).sqrt() * max(height, width)
+    frequency = (torch.fft.fftfreq(height)[:, None].square() + torch.fft.rfftfreq(width).square()).sqrt() * max(
+        height, width
+    )
     frequency[0, 0] = torch.inf  # no mean
     white = torch.randn(samples, channels, height, width, generator=g)
     smooth = torch.fft.irfft2(torch.fft.rfft2(white) * frequency**-powers, s=(height, width))

@@ -155,7 +155,9 @@ def _embedding(
 ) -> Any:
     if isinstance(weight, ComputedWeight) and max_norm is None and not scale_grad_by_freq:
         rpq = rpq_of(weight)
-        served = rpq.rows_are_entries and rpq.face is not reference and input.device == rpq.stored_tensor("codes").device
+        served = (
+            rpq.rows_are_entries and rpq.face is not reference and input.device == rpq.stored_tensor("codes").device
+        )
         if served and input.numel():
             return rows_of(rpq, input, padding_idx)
     found = _looked_up(input, weight, padding_idx)

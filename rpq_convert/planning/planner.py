@@ -251,7 +251,9 @@ def resolve(name: str, shape: tuple[int, ...], view: WeightView, settings: Mappi
             rotation=fitting(rotation, inputs),
             outliers=0 if "expert" in view.axes else round(share * inputs),
         )
-        if by_bits and stages > 1:  # codebooks of a small parameter outweigh its codes: one stage may be more bits in fewer bytes
+        if (
+            by_bits and stages > 1
+        ):  # codebooks of a small parameter outweigh its codes: one stage may be more bits in fewer bytes
             one = resolve(name, shape, view, overlay(settings, {"dim": int(8 // settings["bits"])}))
             if sum(one.nbytes(view, shape).values()) <= sum(spec.nbytes(view, shape).values()):
                 return one

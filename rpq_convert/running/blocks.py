@@ -134,7 +134,9 @@ def recomputed(model: nn.Module) -> Iterator[None]:
     from torch.utils.checkpoint import checkpoint
 
     known = lists(model)
-    outer = [b for path, blocks in known.items() if not any(inside(path, other) for other in known.values()) for b in blocks]
+    outer = [
+        b for path, blocks in known.items() if not any(inside(path, other) for other in known.values()) for b in blocks
+    ]
     changed = [model.get_submodule(path) for path in outer]
     try:
         for module in changed:

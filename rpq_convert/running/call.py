@@ -26,7 +26,13 @@ def first_tensor(value: Any) -> Tensor | None:
 def counted(item: Any, value: Tensor | None) -> Tensor | None:
     """Return which vectors of a tensor [batch, tokens, …] an input's attention mask counts, bool [batch * tokens]; None for all."""
     mask = item.get("attention_mask") if isinstance(item, Mapping) else None
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or value is None or value.ndim < 3 or value.shape[:2] != mask.shape:
+    if (
+        not isinstance(mask, Tensor)
+        or mask.ndim != 2
+        or value is None
+        or value.ndim < 3
+        or value.shape[:2] != mask.shape
+    ):
         return None
     return None if bool(mask.all()) else mask.flatten().bool()
 

@@ -141,7 +141,19 @@ class _Run:
         self.stored = {name: p.dtype for name, p in self.values.items()}
         self.recoding = Recoding(_coded(model), recode) if recode else None
         self.loss = LOSSES[loss] if isinstance(loss, str) else loss
-        facts = [describe(batches), describe(judged), str(loss), steps, rate, every, seed, str(autocast), recode, BACK, patience]
+        facts = [
+            describe(batches),
+            describe(judged),
+            str(loss),
+            steps,
+            rate,
+            every,
+            seed,
+            str(autocast),
+            recode,
+            BACK,
+            patience,
+        ]
         shapes = {name: [str(p.dtype), *p.shape] for name, p in self.values.items()}
         begins = {**self.values, **(self.recoding.codes if self.recoding else {})}
         start = {n: hashlib.sha256(p.detach().cpu().float().numpy().tobytes()).hexdigest() for n, p in begins.items()}
@@ -287,7 +299,9 @@ class _Run:
                 everything[name].copy_(value)
         history = [(int(step), float(value)) for step, value in facts["history"]]
         gathered = groups["best"], groups["mean"], groups["square"]
-        return _State(*gathered, facts["step"], facts["best_step"], history, facts["since"], facts["share"], facts["began"])
+        return _State(
+            *gathered, facts["step"], facts["best_step"], history, facts["since"], facts["share"], facts["began"]
+        )
 
 
 @dataclass

@@ -13,7 +13,9 @@ TITLE, ENVIRONMENT = "rpq-convert", None
 _BITS = (8, 6, 5, 4, 3, 2)
 _FREE = [{"bits": b} for b in _BITS]
 _CALIBRATED = [{"bits": b, "calibrated": True} for b in _BITS[2:]]
-_OWN = [{"bits": b, "own": True} for b in (4, 3, 2)]  # no data: to text that the model writes itself, random tokens, noise
+_OWN = [
+    {"bits": b, "own": True} for b in (4, 3, 2)
+]  # no data: to text that the model writes itself, random tokens, noise
 _OUTLIERS = [{"bits": 4, "outliers": 0.005, **how} for how in ({}, {"own": True}, {"calibrated": True})]
 _FINE = [{"bits": b, "calibrated": True} for b in (8, 6, 2.67)]  # against others' 8 bits, Q5_K_M, GPTQ's 3 bits
 _SIZED = {  # in the bytes of 2 bits for every weight

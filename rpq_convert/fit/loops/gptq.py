@@ -50,7 +50,9 @@ def code_inputs(work, near, upper, order, start, far, lazy, tables, gains, codes
             size = min(dim, inputs - here)
             block = here // dim
             book = block * books // len(codes)
-            turn = np.zeros((size, size))  # the inverse of the factor's triangle here: the cost of errors e is |e turn|^2
+            turn = np.zeros(
+                (size, size)
+            )  # the inverse of the factor's triangle here: the cost of errors e is |e turn|^2
             for j in range(size):
                 turn[j, j] = 1.0 / upper[at + j, at + j]
                 for i in range(j):
@@ -148,4 +150,3 @@ def code_outputs(work, near, upper, order, start, far, lazy, tables, costs, flat
             _pass_on(work, upper, rest, start, at, 1, far, left, right)
         first = last
     return stop
-

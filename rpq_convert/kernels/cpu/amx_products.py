@@ -207,11 +207,19 @@ def _serve(a, mine, low, high, scratch):
         x = a[ENTERED] + by_group * groups * (first // a[TERMS])
         for group in range(0, groups, 2):
             for tile in range(0, rows // 16, 2):
-                for line in range(tile * ask, (tile + 2) * ask, 64):  # the next tokens, by the time that they are needed
+                for line in range(
+                    tile * ask, (tile + 2) * ask, 64
+                ):  # the next tokens, by the time that they are needed
                     prefetch(x + by_group * (group + 2) + line)
                 at = y + 64 * rows * group + TILE * tile
                 _multiply(
-                    w + TILE * a[PARTS] * steps * tile, x + by_group * group, steps, a[PARTS], a[X_PARTS], at, at + 64 * rows
+                    w + TILE * a[PARTS] * steps * tile,
+                    x + by_group * group,
+                    steps,
+                    a[PARTS],
+                    a[X_PARTS],
+                    at,
+                    at + 64 * rows,
                 )
     scales = a[ROW_SCALES] + 4 * low if a[ROW_SCALES] != 0 else 0
     bias = a[BIAS] + 4 * low if a[BIAS] != 0 else 0
@@ -220,7 +228,18 @@ def _serve(a, mine, low, high, scratch):
         out = a[RESULT] + 4 * (image * a[BY_IMAGE_OUT] + start * a[BY_TOKEN_OUT] + low * a[BY_COLUMN_OUT])
         tokens = min(16, a[TOKENS] - start)
         k.leave(
-            SIXTEEN, y + 64 * rows * group, 1, 0, 0, high - low, scales, bias, out, a[BY_TOKEN_OUT], a[BY_COLUMN_OUT], tokens
+            SIXTEEN,
+            y + 64 * rows * group,
+            1,
+            0,
+            0,
+            high - low,
+            scales,
+            bias,
+            out,
+            a[BY_TOKEN_OUT],
+            a[BY_COLUMN_OUT],
+            tokens,
         )
 
 

@@ -43,7 +43,13 @@ class Call:
     """One product with a coded matrix: the arguments of its tasks, and how its work is shared out."""
 
     def __init__(
-        self, looks: bool, cut: Cut, codes: Tensor, books: Tensor, norms: Tensor, digits: tuple[Tensor, Tensor] | None = None
+        self,
+        looks: bool,
+        cut: Cut,
+        codes: Tensor,
+        books: Tensor,
+        norms: Tensor,
+        digits: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self.looks, self.cut, self.norms, self.digits = looks, cut, norms.data_ptr(), digits
         self.kept = books, norms

@@ -144,7 +144,9 @@ def row_dot(row, count, book, x):
     m0, m1, m2, m3 = load_table(book + 256)
     h0, h1, h2, h3 = load_table(book + 512)
     top, following_a, third_a, last_a = start(x, length)
-    following_b = third_b = third_c = last_b = no_ints()  # each product adds to its own: one after another they would wait
+    following_b = third_b = third_c = last_b = (
+        no_ints()
+    )  # each product adds to its own: one after another they would wait
     for i in range(0, count, 64):
         k = codes_at(row, i, count)
         low, middle, high = pick(k, l0, l1, l2, l3), pick(k, m0, m1, m2, m3), pick(k, h0, h1, h2, h3)

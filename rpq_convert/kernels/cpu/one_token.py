@@ -42,7 +42,9 @@ from rpq_convert.kernels.jit.vectors import (
 
 NATURAL = np.array([natural(i) for i in range(64)], np.int64)
 TURNED = 1024  # entries whose codes are turned around at a time
-TURNED_LINE = TURNED + 64  # bytes of a block's codes then: blocks a power of two apart would share their place in the cache
+TURNED_LINE = (
+    TURNED + 64
+)  # bytes of a block's codes then: blocks a power of two apart would share their place in the cache
 PLANES = 768  # bytes of a table's three byte tables
 
 

@@ -137,7 +137,9 @@ def turn(context, address, by, rows, columns, to, by_to):
             row = builder.select(builder.icmp_signed("<", number, rows), number, last)
             vectors.append(_load_first(builder, builder.add(address, builder.mul(row, by)), columns))
         for _ in range(4):
-            vectors = [_interleave(builder, vectors[i], vectors[i + 8], high) for i in range(8) for high in (False, True)]
+            vectors = [
+                _interleave(builder, vectors[i], vectors[i + 8], high) for i in range(8) for high in (False, True)
+            ]
         for i, v in enumerate(vectors):
             for lane in range(4):
                 part = _shuffle(builder, v, v, list(range(16 * lane, 16 * lane + 16)))
