@@ -15,41 +15,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rpq_convert.checkpoint.opening import Factory, compute_buffers, empty_from_factory
+from rpq_convert.checkpoint.opening import compute_buffers, empty_from_factory
+from rpq_convert.core.options import take
 from rpq_convert.errors import SourceError
 from rpq_convert.hf import hub
 from rpq_convert.layers import surgery
 from rpq_convert.layers.surgery import AFTER, put_everywhere
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning.plan import FORMAT_VERSION
+from rpq_convert.storage.options import SourceOptions
 from rpq_convert.storage.reader import open_folder
 from rpq_convert.storage.writer import CONFIG
 
 
-def load(
-    path: str | Path,
-    *,
-    factory: str | Factory | None = None,
-    device: str | torch.device | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    local_files_only: bool = False,
-) -> nn.Module:
+def load(path: str | Path, *, device: str | torch.device | None = None, **source: Any) -> nn.Module:
     """Rebuild a converted model from its folder, in eval mode.
 
     Args:
         path: the folder, or the id of a repository on the hub.
-        factory: builds the dense model where it is not transformers'; its weights are never allocated.
         device: where to put it.
-        revision, token, local_files_only: of a repository, as for `convert_checkpoint`.
+        source: fields of `SourceOptions`: `factory` builds the dense model where it is not transformers', and its weights are
+            never allocated; `revision`, `token`, `local_files_only` are for a repository.
 
     Raises:
         SourceError: not an RPQ folder, a newer format, missing or unexpected tensors.
     """
+    (options,) = take(source, SourceOptions)
+    factory = options.factory
     folder, repository = Path(path), None
     if hub.is_name(path):
-        where: dict[str, Any] = {"revision": revision, "token": token, "local_files_only": local_files_only}
-        repository = hub.find(path, (CONFIG,), **where)
+        repository = hub.find(path, (CONFIG,), options)
         folder = repository.folder
     config = read_config(folder)
     if repository is not None:

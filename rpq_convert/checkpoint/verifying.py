@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 from rpq_convert.checkpoint.loading import read_config
+from rpq_convert.core.options import take
 from rpq_convert.errors import SourceError, VerifyError
 from rpq_convert.hf import hub
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.report.schema import FileRow, Report
+from rpq_convert.storage.options import HubOptions
 from rpq_convert.storage.reader import open_folder
 from rpq_convert.storage.writer import CONFIG, MANIFEST, REPORT, sha256
 
@@ -84,23 +86,17 @@ def verify(
     return sorted(files)
 
 
-def audit(
-    path: str | Path,
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    local_files_only: bool = False,
-) -> Report:
+def audit(path: str | Path, **source: Any) -> Report:
     """Return the report of an RPQ folder, with the sizes that its files have; of a repository, no weight is fetched.
 
     Args:
         path: the folder, or the id of a repository on the hub.
-        revision, token, local_files_only: of a repository, as for `convert_checkpoint`.
+        source: of a repository: `revision`, `token`, `local_files_only`, the fields of `HubOptions`.
     """
+    (options,) = take(source, HubOptions)
     folder = Path(path)
     if hub.is_name(path):
-        where: dict[str, Any] = {"revision": revision, "token": token, "local_files_only": local_files_only}
-        repository = hub.find(path, (CONFIG, REPORT), **where)
+        repository = hub.find(path, (CONFIG, REPORT), options)
         folder, files = repository.folder, dict(repository.files)
     else:
         files = {p.name: p.stat().st_size for p in folder.glob("*") if p.is_file()}

@@ -27,6 +27,7 @@ from rpq_convert.checkpoint.opening import Opened
 from rpq_convert.conversion.memory import convert, finish, swap
 from rpq_convert.conversion.plans import plan_opened
 from rpq_convert.conversion.restore_model import restore
+from rpq_convert.core.options import take
 from rpq_convert.core.spec import dtype_of
 from rpq_convert.encoding.encode import encode
 from rpq_convert.errors import SourceError
@@ -34,6 +35,7 @@ from rpq_convert.hf import torchvision
 from rpq_convert.layers import surgery
 from rpq_convert.layers.surgery import AFTER, put_everywhere
 from rpq_convert.layers.weight import RPQWeight
+from rpq_convert.planning.options import PlanOptions
 from rpq_convert.planning.plan import FORMAT_VERSION, Job, Plan
 from rpq_convert.storage.reader import read_header
 
@@ -149,7 +151,7 @@ class RPQQuantizer(HfQuantizer):
 
     def _plan(self, model: Any) -> None:
         """Plan a conversion on load; one whose sizes depend on the weights waits until they are there."""
-        options = self.quantization_config.options
+        (options,) = take(self.quantization_config.options, PlanOptions)
         if asks(options):
             return
         tied = copy.deepcopy(model)  # on meta; transformers ties weights when they are loaded
@@ -157,7 +159,7 @@ class RPQQuantizer(HfQuantizer):
             module, parameter = surgery.find(tied, alias)
             source, known = surgery.find(tied, name)
             module._parameters[parameter] = source._parameters[known]
-        self.plan = plan_opened(Opened(tied, None), **options)
+        self.plan = plan_opened(Opened(tied, None), options)
         self.jobs = {name: job for job in self.plan.jobs for name in (job.name, *job.aliases)}
         model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if k not in self.jobs}
 
