@@ -11,6 +11,7 @@ from typer import Argument, Option
 
 from rpq_convert.errors import FolderError, SourceError
 from rpq_convert.planning.options import PlanOptions
+from rpq_convert.showing import printable
 from rpq_convert.storage.options import HubOptions, SourceOptions
 from rpq_convert.tuning.options import TuneOptions
 
@@ -199,7 +200,7 @@ def plan(
     made = plan_opened(open_target(src, source, measured=asks(options)), options)
     warn(made.warnings)
     if explain is not None:
-        text = made.explain(explain)
+        text = printable(made.explain(explain), lines=True)
         print(jsonlib.dumps({"name": explain, "explanation": text}) if json else text)
     elif json:
         print(made.to_json())
@@ -261,7 +262,7 @@ def diff(
     from rpq_convert.checkpoint.verifying import audit as read
     from rpq_convert.report.text import diff as compare
 
-    print(compare(read(a), read(b)))
+    print(printable(compare(read(a), read(b)), lines=True))
 
 
 @group.command(
@@ -304,7 +305,7 @@ def eval(
         base, folder, text=text, pairs=pairs, inputs=inputs, factory=factory, window=window, windows=windows,
         layers=layers, keep=save, say=None if quiet else say,
     )  # fmt: skip
-    print(found.to_json() if json else found)
+    print(found.to_json() if json else printable(str(found), lines=True))
 
 
 @group.command(epilog=examples("rpq tune opt-125m/ opt-125m-rpq --data wikitext-train.txt --out opt-125m-tuned"))
@@ -338,7 +339,7 @@ def tune(
         base, folder, out, data, options, factory=factory, window=window, samples=samples, blocks=blocks, overwrite=overwrite,
         say=None if quiet else say,
     )  # fmt: skip
-    print(found.to_json() if json else found)
+    print(found.to_json() if json else printable(str(found), lines=True))
 
 
 @group.command(
@@ -381,7 +382,7 @@ def verify(folder: o.OutputFolder, json: o.Json = False) -> None:
     print(
         jsonlib.dumps({"folder": str(folder), "files": files})
         if json
-        else f"{folder} is whole: {len(files)} files checked"
+        else printable(f"{folder} is whole: {len(files)} files checked")
     )
 
 

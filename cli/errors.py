@@ -17,6 +17,7 @@ from typing import Any
 import typer
 
 from rpq_convert import errors
+from rpq_convert.showing import one_line
 
 CODES: dict[type[BaseException], int] = {
     errors.PlanError: 3,
@@ -44,7 +45,7 @@ def sentence(error: BaseException) -> str:
         return f"interrupted; {RESUMABLE}"
     if isinstance(error, BrokenProcessPool):
         return f"error: a worker process died, perhaps for want of memory; {RESUMABLE}"
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(str(error)) or type(error).__name__
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in text:
         return f"error: disk full: {text}; free some space and {RESUMABLE}"
     return f"error: {text}"

@@ -23,6 +23,7 @@ from rpq_convert.inputs.files import read_inputs, read_text, tokenizer_of
 from rpq_convert.inputs.synthetic import own_inputs
 from rpq_convert.report.schema import Report
 from rpq_convert.storage.options import SourceOptions
+from rpq_convert.storage.reader import refuse_links
 from rpq_convert.storage.writer import REPORT
 from rpq_convert.tuning.blocks import tune_blocks_with
 from rpq_convert.tuning.options import TuneOptions
@@ -96,8 +97,9 @@ def _both(base: str | Path, folder: str | Path, factory: str | Factory | None) -
         converted._rpq_options = dict(audit(folder).options)  # for the next report and card
     if factory is not None:
         return open_checkpoint(base, SourceOptions(factory=factory)).filled().eval(), converted
+    refuse_links(base)
     try:
-        return type(converted).from_pretrained(base).eval(), converted
+        return type(converted).from_pretrained(base, trust_remote_code=False).eval(), converted
     except (OSError, ValueError) as e:
         raise SourceError(f"{base}: {str(e).strip().splitlines()[0]}") from None
 

@@ -24,7 +24,7 @@ from rpq_convert.layers import surgery
 from rpq_convert.planning.slots import Slot, walk, walk_headers
 from rpq_convert.running.meta import parameters_on_meta
 from rpq_convert.storage.options import SourceOptions
-from rpq_convert.storage.reader import open_folder, weight_files
+from rpq_convert.storage.reader import open_folder, refuse_links, weight_files
 from rpq_convert.storage.writer import CARD, CONFIG
 
 Factory = Callable[[], nn.Module]
@@ -130,6 +130,7 @@ def open_checkpoint(
         wanted = (CONFIG,) if need != "weights" else (CONFIG, CARD, *(() if options.factory else _small()))
         repository = hub.find(src, wanted, options)
         folder, options = repository.folder, replace(options, revision=repository.commit)
+    refuse_links(folder)
     base = base_in(folder, repository, options.factory)
     opened = Opened(model, None, src, options, base=base)
     has_config = (folder / CONFIG).is_file()

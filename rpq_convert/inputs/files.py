@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from rpq_convert.errors import CalibrationError, SourceError
+from rpq_convert.storage.reader import refuse_links
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 TEXTS = (".txt", ".md", ".rst")
@@ -143,10 +144,16 @@ def tokenizer_of(src: str | Path, **where: Any) -> Any:
 
 
 def _companion(reader: Any, src: str | Path, **options: Any) -> Any:
+    """Return a checkpoint's tokenizer or processor; one that needs code of the checkpoint is refused."""
+    refuse_links(src)
     try:
-        return reader.from_pretrained(src, **options)
-    except (OSError, ValueError, ImportError) as e:
-        raise SourceError(f"{src}: {str(e).strip().splitlines()[0]}") from None
+        return reader.from_pretrained(src, trust_remote_code=False, **options)
+    except Exception as e:  # readers of broken files raise many kinds
+        if "trust_remote_code" in str(e):
+            raise SourceError(
+                f"{src}: its {reader.__name__[4:].lower()} needs code of the checkpoint, which is never run"
+            ) from None
+        raise SourceError(f"{src}: {(str(e).strip() or repr(e)).splitlines()[0]}") from None
 
 
 def tokenized(words: Any, lines: list[str], window: int) -> Iterable[Any]:
