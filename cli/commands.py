@@ -133,7 +133,7 @@ def _calibration(where: str, opened: "Opened", samples: int | None, seed: int) -
     from rpq_convert.inputs.files import read_inputs
     from rpq_convert.inputs.synthetic import own_inputs
 
-    if opened.options.factory is not None and where != "self" and not where.endswith(".safetensors"):
+    if opened.options.factory is not None and not where.endswith(".safetensors"):
         raise typer.BadParameter(
             "a factory's model has no tokenizer; give a .safetensors file of its arguments", param_hint="--calibrate"
         )
