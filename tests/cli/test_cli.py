@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers as tf
 from factories import deep, small
+from paths import SUPPORT
 from rpq_convert.cli import group, main
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -22,7 +23,7 @@ from typer.testing import CliRunner
 import rpq_convert
 
 VARYING = {"rpq_report.json", "README.md", "rpq_manifest.json"}  # they tell seconds
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "COLUMNS": "100", "NO_COLOR": "1"}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(SUPPORT), "COLUMNS": "100", "NO_COLOR": "1"}
 
 
 def rpq(*args, code=0, command=group, charset="utf-8"):
@@ -92,7 +93,7 @@ def copy(bert, tmp_path):
 @pytest.fixture
 def bare(tmp_path, monkeypatch):
     """A weight file without a config, and its factory within reach."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.syspath_prepend(str(SUPPORT))
     torch.manual_seed(0)
     save_file(small().state_dict(), tmp_path / "small.safetensors")
     return tmp_path / "small.safetensors"
@@ -629,7 +630,7 @@ def interrupted(tmp_path_factory):
     torch.manual_seed(0)
     save_file(deep().state_dict(), folder / "deep.safetensors")
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).parent))
+        patch.syspath_prepend(str(SUPPORT))
         rpq("convert", folder / "deep.safetensors", "--out", folder / "whole", *DEEP, "-q")
     return folder / "deep.safetensors", folder / "whole"
 

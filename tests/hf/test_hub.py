@@ -4,18 +4,16 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import transformers as tf
 from hub import COMMIT, TOKEN, Hub, Repository, copied
 from huggingface_hub import metadata_load
+from paths import ROOT
 from safetensors.torch import load_file
 
 import rpq_convert as rpq
-
-ROOT = Path(__file__).parent.parent
 
 
 def run(hub, cache, code, *arguments, token=None):

@@ -4,19 +4,17 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from openai import APIConnectionError, OpenAI
+from paths import ROOT
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import rpq_convert as rpq
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
