@@ -32,7 +32,7 @@ def execute(name: str, folder: Path) -> nbformat.NotebookNode:
     work = folder / "work"
     work.mkdir()
     notebook = read(name)
-    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": work}})
+    client = NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": work}})
     with mock.patch.dict(os.environ, JUPYTER_PATH=str(folder / "jupyter")):
         client.execute()
     return notebook

@@ -27,7 +27,7 @@ def fresh(code, *arguments, where, words=("-c",)):
     path = os.pathsep.join(map(str, (ROOT, SUPPORT, where)))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, *words, code, *map(str, arguments)], capture_output=True, text=True, timeout=300, cwd=where,
+        [sys.executable, *words, code, *map(str, arguments)], capture_output=True, text=True, cwd=where,
         env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

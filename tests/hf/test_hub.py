@@ -27,7 +27,7 @@ def run(hub, cache, code, *arguments, token=None):
         environment["HF_TOKEN"] = token
     code = "import json, sys\nimport rpq_convert as rpq\nout = {}\n" + code + "\nprint(json.dumps(out))"
     done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=300, env=environment
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
