@@ -15,10 +15,10 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
+from rpq_convert.cli import group, main
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rpq_convert
-from rpq_convert.cli import group, main
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
