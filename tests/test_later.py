@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
 import rpq_convert as rpq
+from rpq_convert.checkpoint.opening import open_checkpoint
 from rpq_convert.errors import CalibrationError
 from rpq_convert.inputs.files import read_inputs
 
@@ -320,7 +321,8 @@ def test_a_folder_of_texts_and_one_of_pictures(spoken, tmp_path):
     (tmp_path / "texts" / "more").mkdir(parents=True)
     (tmp_path / "texts" / "a.txt").write_text("\n".join(lines[:20]))
     (tmp_path / "texts" / "more" / "b.md").write_text("\n".join(lines[20:]))
-    one, many = (read_inputs(path, base, samples=9) for path in (text, tmp_path / "texts"))
+    model = open_checkpoint(base, need="config").model
+    one, many = (read_inputs(path, base, model=model, samples=9) for path in (text, tmp_path / "texts"))
     assert len(one) == len(many) == 3
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(one, many))
     (tmp_path / "empty").mkdir()

@@ -19,6 +19,7 @@ LEVELS = [
     ["planning", "kernels"],
     ["core"],
     ["errors", "version", "report", "running"],
+    ["showing"],
 ][::-1]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
 # Who may import what is slow to import or optional.
