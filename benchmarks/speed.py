@@ -3,6 +3,8 @@
     pip install -e .[bench]
     python benchmarks/speed.py > docs/benchmarks.md           # all tables
     python benchmarks/speed.py [--one-thread] [linear|rotation|stack|small|embedding|conv|training|models|kmeans|cost …]
+    python benchmarks/speed.py --record [TABLE …]             # adds the figures to docs/speed.jsonl
+    python benchmarks/speed.py --compare [TABLE …]            # says which figures moved since the last ones of this processor
 
 Every table gives times as multiples of the first column's. Below 1 is faster. Times are medians over rounds in which the
 contenders take turns. Each runs some times in a row, the first not counted: "same layer" means warm caches, `stack` runs 16
@@ -12,6 +14,7 @@ different layers in a row. `±` is half the distance between the quartiles: mill
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import statistics
@@ -31,12 +34,14 @@ from rpq_convert.hf import torchvision
 from rpq_convert.nn import RPQLinear
 
 torchvision.mend()
-from rpq.nn import RPQLinear as SeedLinear  # noqa: E402 - the package RPQ-pytorch
+from figures import Figure, append, compared, read, stamped  # noqa: E402
 
 TOKENS = (1, 8, 64, 512)
 clock = time.perf_counter
 LONG = 0.02  # seconds from which on a call is timed once a round
 Contenders = dict[str, Callable[[], object]]
+measured: list[tuple[str, str, float, str]] = []  # rows, columns, values and units of the table that is being made
+figures: list[Figure] = []  # of all tables
 
 
 def measure(contenders: Contenders, *, rounds: int = 7, burst: int = 3) -> dict[str, tuple[float, float]]:
@@ -64,6 +69,10 @@ def line(label: str, contenders: Contenders, **options: int) -> list[str]:
     """Return the cells of one row: the first contender in milliseconds, the rest as multiples of it."""
     found = measure(contenders, **options)
     first, *rest = found.values()
+    measured.extend(
+        (label, name, m / first[0] if i else 1e3 * m, f"of {next(iter(found))}" if i else "ms")
+        for i, (name, (m, _)) in enumerate(found.items())
+    )
     return [
         label,
         f"{first[0] * 1e3:.3g} ± {first[1] * 1e3:.2g} ms",
@@ -72,6 +81,8 @@ def line(label: str, contenders: Contenders, **options: int) -> list[str]:
 
 
 def table(title: str, head: list[str], rows: list[list[str]]) -> None:
+    figures.extend({"case": f"{title} | {row} | {name}", "value": v, "unit": unit} for row, name, v, unit in measured)
+    measured.clear()
     print(f"\n## {title}\n\n| " + " | ".join(head) + " |")
     print("|" + "---|" * len(head))
     for row in rows:
@@ -123,6 +134,8 @@ def coded(outputs: int, inputs: int, dim: int, axis: str) -> nn.Module:
 
 @torch.no_grad()
 def linear() -> None:
+    from rpq.nn import RPQLinear as SeedLinear  # the package RPQ-pytorch
+
     dims = [(d, a) for d in (2, 4, 8, 16, 64, 128) for a in ("in", "out")]
     for outputs, inputs in ((1024, 1024), (4096, 4096), (16384, 4096)):
         weight, rows = torch.randn(outputs, inputs), []
@@ -367,13 +380,22 @@ def cost() -> None:
 TABLES = {f.__name__: f for f in (linear, rotation, stack, small, embedding, conv, training, models, kmeans, cost)}
 
 
-def main(names: list[str]) -> None:
+def main() -> None:
     global clock
-    if names[:1] == ["--peak"]:
-        return peak(names[1])
-    if names[:1] == ["--one-thread"]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"{', '.join(TABLES)}; all by default")
+    parser.add_argument("--one-thread", action="store_true", help="CPU time of one thread instead of wall time of all")
+    parser.add_argument("--record", action="store_true", help="add the figures to docs/speed.jsonl")
+    parser.add_argument("--compare", action="store_true", help="say what moved since this processor's last figures")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)  # a process of its own for a table's memory
+    asked = parser.parse_args()
+    if unknown := [name for name in asked.tables if name not in TABLES]:
+        parser.error(f"no table {', '.join(unknown)}; tables: {', '.join(TABLES)}")
+    if asked.peak:
+        return peak(asked.peak)
+    if asked.one_thread:
         torch.set_num_threads(1)
-        clock, names = time.thread_time, names[1:]
+        clock = time.thread_time
     info = Path("/proc/cpuinfo").read_text()
     cpu = next(
         (c.split(":")[1].strip() for c in info.splitlines() if c.startswith("model name")), "an unknown processor"
@@ -387,12 +409,18 @@ def main(names: list[str]) -> None:
     print(
         f"# Speed\n\nPrinted by `python benchmarks/speed.py > docs/benchmarks.md`: {torch.get_num_threads()} threads of {cpu} "
         f"({', '.join(has)}), {memory} GiB, Python {platform.python_version()}, torch {torch.__version__}. "
-        + __doc__.split("…]\n", 1)[1].strip()
+        + __doc__.split("processor\n\n", 1)[1].strip()
         + "\n\n[What limits speed](speed-limits.md) explains the figures."
     )
-    for name in names or TABLES:
+    for name in asked.tables or TABLES:
         TABLES[name]()
+    threads = "CPU time of one" if asked.one_thread else str(torch.get_num_threads())
+    found = stamped(figures, cpu, threads)
+    if asked.compare:
+        print("\n## Since the last figures of this processor\n", *compared(found, read()), sep="\n")
+    if asked.record:
+        append(found)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks import figures
 from benchmarks.quality.drawing import frontier
 from benchmarks.quality.peers import by_matrix, packed, rounding
 from benchmarks.quality.shuffle import shuffle_channels
@@ -118,3 +119,28 @@ def test_sentences_are_the_texts_own_and_wordnets_examples_and_glosses(tmp_path)
     ]  # fmt: skip
     with pytest.raises(SystemExit, match="--wordnet"):
         Sources(fit=tmp_path / "text").sentences()
+
+
+def test_speed_figures_are_compared_with_the_last_ones_of_the_same_processor(tmp_path):
+    def figure(value, processor="A", case="Small layers | 768 x 768 | dim 4 in"):
+        return {
+            "case": case,
+            "value": value,
+            "unit": "ms",
+            "processor": processor,
+            "threads": "2",
+            "date": "2026-01-01",
+            "commit": "c",
+        }
+
+    file = tmp_path / "speed.jsonl"
+    assert figures.read(file) == []
+    figures.append([figure(9.0), figure(1.0)], file)
+    figures.append([figure(5.0, "B")], file)
+    before = figures.read(file)
+    assert figures.compared([figure(1.05)], before)[0].startswith("0 of 1 figures moved by more than 10%; 0 have")
+    slower, summary = figures.compared([figure(1.3), figure(2.0, case="new")], before)
+    assert slower.startswith("+30%  Small layers") and "1 ms (2026-01-01, c), now 1.3" in slower
+    assert summary.startswith("1 of 1") and summary.endswith("1 have no figure before")
+    (stamped,) = figures.stamped([{"case": "x", "value": 1.0, "unit": "ms"}], "A", "2")
+    assert stamped.keys() == figure(1.0).keys()

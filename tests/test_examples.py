@@ -42,22 +42,8 @@ def printed(notebook: nbformat.NotebookNode) -> str:
     return "".join(o.text for c in notebook.cells for o in c.get("outputs", ()) if o.get("name") == "stdout")
 
 
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory):
-    """Return a function: name -> the executed notebook and the folder that it worked in, run once."""
-    done = {}
-
-    def run(name):
-        if name not in done:
-            folder = tmp_path_factory.mktemp(name)
-            done[name] = execute(name, folder), folder / "work"
-        return done[name]
-
-    return run
-
-
-def test_a_transformer_keeps_its_quality_and_its_planned_size(ran):
-    notebook, work = ran("quickstart")
+def check_quickstart(notebook: nbformat.NotebookNode, work: Path) -> None:
+    """A transformer keeps its quality and has its planned size."""
     text = printed(notebook)
     assert float(text.split("mean cosine to the original: ")[1].split()[0]) > 0.99
     assert "reload is exact: True" in text
@@ -70,8 +56,9 @@ def test_a_transformer_keeps_its_quality_and_its_planned_size(ran):
     assert len(drawn) == 1 and "encoder.layer.{0…5}.attention.self.query.weight" in drawn[0]
 
 
-def test_a_vit_and_a_convnet_keep_their_accuracy(ran):
-    text = printed(ran("vision")[0])
+def check_vision(notebook: nbformat.NotebookNode, work: Path) -> None:
+    """A ViT and a convnet keep their accuracy."""
+    text = printed(notebook)
     for name in ("vit", "convnet"):
         dense = float(re.search(rf"{name}: [\d,]+ parameters, accuracy ([\d.]+)", text)[1])
         small = re.findall(rf"{name}, \d bits, [\w-]+: accuracy ([\d.]+)", text)
@@ -79,20 +66,29 @@ def test_a_vit_and_a_convnet_keep_their_accuracy(ran):
         assert re.search(rf"{name}: [\d,]+ bytes on disk, reload is exact: True", text)
 
 
-def test_random_codes_train_as_well_as_dense_weights(ran):
-    text = printed(ran("training")[0])
+def check_training(notebook: nbformat.NotebookNode, work: Path) -> None:
+    """Random codes train as well as dense weights."""
+    text = printed(notebook)
     dense, small = map(float, re.search(r"after: dense ([\d.]+), random codes ([\d.]+)", text).groups())
     assert dense > 0.85 and small > dense - 0.05
     assert "codes as they were drawn: True" in text
     assert float(text.split("accuracy of the reload ")[1].split()[0]) == small
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_stored_outputs_are_of_this_code(name, ran):
-    """Sizes are exact: what differs in them was stored before a change."""
-    stored = read(name)
+CHECKS = {"quickstart": check_quickstart, "vision": check_vision, "training": check_training}
+
+
+def test_every_notebook_is_run():
+    assert set(NAMES) == set(CHECKS)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_notebook(name, tmp_path):
+    """It says what it promises, and what was stored is of this code: sizes are exact, and change with a file's content."""
+    notebook, stored = execute(name, tmp_path), read(name)
+    CHECKS[name](notebook, tmp_path / "work")
     sizes = re.compile(r"[\d,]+ bytes")
-    assert sizes.findall(printed(stored)) == sizes.findall(printed(ran(name)[0]))
+    assert sizes.findall(printed(stored)) == sizes.findall(printed(notebook))
     assert all(c.execution_count for c in stored.cells if c.cell_type == "code")
     assert not re.search(r"/(home|tmp|Users|site-packages)/", nbformat.writes(stored))
     assert not any(o.get("name") == "stderr" for c in stored.cells for o in c.get("outputs", ()))

@@ -1,27 +1,15 @@
-"""The shape of the code: imports run one way, foreign libraries stay in their files."""
+"""The shape of the code: foreign libraries stay in their files, the wheel is whole. `lint-imports` holds the order of imports."""
 
 import ast
+import shutil
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 from paths import ROOT
 
-# Rooms. Each line may import the lines below it.
-LEVELS = [
-    ["nn", "cli"],
-    ["folders", "integrations", "models"],
-    ["conversion", "evaluation"],
-    ["calibration"],
-    ["inputs"],
-    ["checkpoint"],
-    ["hf", "encoding", "tuning"],
-    ["storage", "layers", "fit"],
-    ["planning", "kernels"],
-    ["core"],
-    ["errors", "version", "report", "running"],
-    ["showing"],
-][::-1]
-LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
 # Who may import what is slow to import or optional.
 HOMES = {
     "transformers": {
@@ -58,19 +46,47 @@ def place(file: Path) -> str:
 
 
 @pytest.mark.parametrize("file", FILES, ids=place)
-def test_imports_run_one_way(file):
-    own = place(file).removesuffix(".py").split("/")[0]
-    if own == "__init__":
-        return  # the public names, by text
-    assert own in LEVEL, f"{place(file)} has no line in LEVELS"
+def test_slow_and_optional_libraries_stay_in_their_files(file):
     for name in imports(file):
-        parts = name.split(".")
-        if parts[0] == "rpq_convert":
-            up = LEVEL[parts[1]] >= LEVEL[own] and parts[1] != own
-            assert not up, f"{place(file)} imports {name}, which stands above it or beside it"
-        elif parts[0] in HOMES:
-            homes = HOMES[parts[0]]
-            assert any(place(file).startswith(home) for home in homes), f"{place(file)} imports {parts[0]}"
+        homes = HOMES.get(name.partition(".")[0])
+        assert homes is None or any(place(file).startswith(home) for home in homes), f"{place(file)} imports {name}"
+
+
+def test_nothing_imports_the_command_line():
+    assert not [
+        place(f)
+        for f in FILES
+        if not place(f).startswith("cli/") and any(n.startswith("rpq_convert.cli") for n in imports(f))
+    ]
+
+
+def test_a_wheel_holds_types_commands_and_presets(tmp_path):
+    """From a copy, as a build leaves files behind."""
+    source = tmp_path / "source"
+    skipped = shutil.ignore_patterns(
+        ".*", "*.egg-info", "build", "demo-out", "__pycache__", "docs", "tests", "benchmarks"
+    )
+    shutil.copytree(ROOT, source, ignore=skipped)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        str(source),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (wheel,) = tmp_path.glob("*.whl")
+    held = set(zipfile.ZipFile(wheel).namelist())
+    packages = {f"rpq_convert/{place(f)}" for f in FILES}
+    presets = {f"rpq_convert/configs/{p.name}" for p in (ROOT / "configs").glob("*.toml")}
+    assert presets and packages | presets | {"rpq_convert/py.typed"} <= held
+    assert not [name for name in held if name.startswith(("cli/", "configs/", "tests/"))]
 
 
 def test_every_folder_is_a_package():

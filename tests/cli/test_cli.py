@@ -244,9 +244,10 @@ def test_rules_shards_dtype_and_executors(bert, tmp_path):
     dry = rpq("convert", bert, "--out", tmp_path / "none", *options, "--dry-run", "--json")
     assert len(weights) > 2 and sum(p.stat().st_size for p in weights) == json.loads(dry.stdout)["predicted_bytes"]
     rpq("verify", tmp_path / "threads")
-    for executor in ("serial", "processes"):
-        rpq("convert", bert, "--out", tmp_path / executor, *options, "--workers", 2, "--executor", executor, "-q")
-        assert fixed(tmp_path / executor) == fixed(tmp_path / "threads")
+    rpq(
+        "convert", bert, "--out", tmp_path / "serial", *options, "--executor", "serial", "-q"
+    )  # processes: see interrupted runs
+    assert fixed(tmp_path / "serial") == fixed(tmp_path / "threads")
     rpq("convert", bert, "--out", tmp_path / "other", *options[:-1], 4, "-q")
     assert fixed(tmp_path / "other") != fixed(tmp_path / "threads")
 
@@ -655,7 +656,7 @@ def test_an_interrupted_run_goes_on(how, executor, interrupted, tmp_path):
     pipes = {"cwd": tmp_path, "env": ENVIRONMENT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, start_new_session=True, **pipes)
     for line in process.stderr:
-        if line.startswith("[1/40]"):
+        if line.startswith("[1/24]"):
             os.killpg(process.pid, how)
             break
     stdout, rest = process.communicate()
@@ -664,7 +665,7 @@ def test_an_interrupted_run_goes_on(how, executor, interrupted, tmp_path):
         assert rest.endswith("interrupted; run the same command again to go on\n") and "Traceback" not in rest
     assert stdout == "" and (tmp_path / "out.partial").is_dir() and not (tmp_path / "out").exists()
     done = list((tmp_path / "out.partial" / "pieces").glob("*.safetensors"))
-    assert 1 <= len(done) < 40
+    assert 1 <= len(done) < 24
     again = subprocess.run(command, **pipes)
     assert again.returncode == 0 and again.stderr.count("done before") == len(done), again.stderr
     assert fixed(tmp_path / "out") == fixed(whole) and fixed(whole)

@@ -275,13 +275,19 @@ def test_a_language_model_is_one_graph():
     assert calls(program).count("rpq.linear.default") == 8 and calls(program).count("rpq.decode.default") == 1
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler for inductor")
-def test_inductor(small):
+NEEDS_COMPILER = pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler, and none is here"
+)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager_decomp_partition", pytest.param("inductor", marks=NEEDS_COMPILER)])
+def test_the_compilers_own_decompositions_and_code(small, backend):
+    """The first backend runs inductor's decompositions and its split into forward and backward without generated code."""
     x = torch.randint(0, 300, (3, 7))
     expected = small(x)
     expected.sum().backward()
     wanted = gradients(small)
-    out = torch.compile(small, fullgraph=True)(x)
+    out = torch.compile(small, backend=backend, fullgraph=True)(x)
     out.sum().backward()
     close(out, expected)
     for name, found in gradients(small).items():

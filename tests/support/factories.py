@@ -9,7 +9,7 @@ def small() -> nn.Module:
 
 def deep() -> nn.Module:
     """Enough fits to interrupt between two of them."""
-    return nn.Sequential(*(nn.Linear(128, 128) for _ in range(40)))
+    return nn.Sequential(*(nn.Linear(128, 128) for _ in range(24)))
 
 
 class _Classifier(nn.Sequential):
