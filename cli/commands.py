@@ -194,8 +194,9 @@ def plan(
     """
     if sweep or sweep_out is not None:
         return _sweep(src, sweep_out, json, options, source)
+    from rpq_convert.calibration.sensitivity import asks
     from rpq_convert.checkpoint.metadata import make_report
-    from rpq_convert.conversion.plans import asks, open_target, plan_opened
+    from rpq_convert.conversion.plans import open_target, plan_opened
 
     made = plan_opened(open_target(src, source, measured=asks(options)), options)
     warn(made.warnings)
