@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rpq_convert.hf import torchvision
 
-torchvision.mend()
+torchvision.fix()
 
 import torch
 from torch.nn import functional as F

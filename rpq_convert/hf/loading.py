@@ -22,7 +22,7 @@ from rpq_convert.errors import SourceError
 from rpq_convert.hf import torchvision
 from rpq_convert.running.meta import parameters_on_meta
 
-torchvision.mend()
+torchvision.fix()
 
 import transformers  # noqa: E402
 from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: E402

@@ -11,7 +11,7 @@ from pathlib import Path
 from rpq_convert.errors import SourceError
 from rpq_convert.hf import torchvision
 
-torchvision.mend()
+torchvision.fix()
 
 from transformers.utils.import_utils import is_serve_available  # noqa: E402
 
