@@ -434,7 +434,7 @@ def presets(name: Annotated[str | None, Argument(metavar="[NAME]", help="Print t
 @group.command(epilog=examples("rpq env"))
 @catching
 def env(json: o.Json = False) -> None:
-    """Show versions and the machine, and say how to mend a torchvision that does not fit torch."""
+    """Show versions and the machine, and say how to fix a torchvision that does not fit torch."""
     from .environment import facts
 
     found = facts()
