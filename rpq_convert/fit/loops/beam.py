@@ -5,10 +5,10 @@ from __future__ import annotations
 from functools import cache
 
 import numpy as np
-from numba import njit
 
 from rpq_convert.fit.loops.kmeans import FUSE, LARGE, REORDER
 from rpq_convert.fit.loops.nearest import NONE
+from rpq_convert.kernels.jit.cache import njit
 
 
 @cache

@@ -7,10 +7,10 @@ outputs at a time, so that the weights that errors are passed on to stay in the 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from rpq_convert.fit.loops.kmeans import FUSE
 from rpq_convert.fit.loops.nearest import NONE, search_by
+from rpq_convert.kernels.jit.cache import njit
 
 OUTPUTS = 512  # at a time
 _difference, _weighted = search_by("difference"), search_by("weighted")

@@ -9,8 +9,8 @@ Not used: `fastmath=True` (it reorders sums that need not be).
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from rpq_convert.kernels.jit.cache import njit
 from rpq_convert.kernels.jit.vectors import (
     add,
     load,

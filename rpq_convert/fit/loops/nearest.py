@@ -22,7 +22,6 @@ from __future__ import annotations
 from functools import cache
 
 import numpy as np
-from numba import njit
 
 from rpq_convert.kernels.jit.amx import (
     TILE,
@@ -40,6 +39,7 @@ from rpq_convert.kernels.jit.amx import (
     write_pair,
     write_upper,
 )
+from rpq_convert.kernels.jit.cache import njit
 from rpq_convert.kernels.jit.vectors import (
     FEATURES,
     LANES,

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from numba import carray, njit
+from numba import carray
 from torch import Tensor
 
 from rpq_convert.core.layout import Cut
@@ -37,6 +37,7 @@ from rpq_convert.kernels.jit.amx import (
     write_pair,
     write_upper,
 )
+from rpq_convert.kernels.jit.cache import njit
 from rpq_convert.kernels.jit.threads import COUNT, NEXT, SCRATCH, SCRATCH_BYTES, SLOT, run
 from rpq_convert.kernels.jit.vectors import address_of, load, prefetch, take_number
 

@@ -8,8 +8,9 @@ array beside the result exists at any time. The arithmetic is that of torch's pl
 from __future__ import annotations
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 
+from rpq_convert.kernels.jit.cache import njit
 from rpq_convert.kernels.jit.threads import COUNT, FIRST, NEXT
 from rpq_convert.kernels.jit.vectors import (
     LANES,

@@ -12,7 +12,6 @@ the lowest digits, which is left out, is 2^-32 of the highest: the result is as 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from rpq_convert.kernels.cpu.lookup import ZERO
 from rpq_convert.kernels.cpu.one_token import load_table
@@ -29,6 +28,7 @@ from rpq_convert.kernels.jit.byte_tables import (
     to_floats,
     write_digits,
 )
+from rpq_convert.kernels.jit.cache import njit
 from rpq_convert.kernels.jit.vectors import (
     AHEAD,
     absolute,

@@ -19,8 +19,8 @@ dim, n, half).
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from rpq_convert.kernels.jit.cache import njit
 from rpq_convert.kernels.jit.vectors import (
     add,
     fold,

@@ -14,7 +14,6 @@ Addresses, codebooks and shapes as in `lookup`. Not used: 8-bit tables (1 % erro
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from rpq_convert.kernels.cpu.lookup import TOGETHER, ZERO, clear, fetch
 from rpq_convert.kernels.jit.byte_tables import (
@@ -26,6 +25,7 @@ from rpq_convert.kernels.jit.byte_tables import (
     turn,
     write_planes,
 )
+from rpq_convert.kernels.jit.cache import njit
 from rpq_convert.kernels.jit.vectors import (
     AHEAD,
     load,

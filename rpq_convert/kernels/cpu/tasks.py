@@ -7,11 +7,12 @@ lanes, as plain C functions take no type.
 from __future__ import annotations
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 
 from rpq_convert.kernels.cpu import few_tokens as d
 from rpq_convert.kernels.cpu import lookup as k
 from rpq_convert.kernels.cpu import one_token as t
+from rpq_convert.kernels.jit.cache import njit
 from rpq_convert.kernels.jit.threads import COUNT, FIRST, NEXT, SCRATCH, SCRATCH_BYTES, SLOT
 from rpq_convert.kernels.jit.vectors import address_of, take_number, write_float
 

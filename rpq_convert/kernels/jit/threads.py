@@ -22,7 +22,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import cfunc, types
+from numba import types
+
+from rpq_convert.kernels.jit.cache import cfunc
 
 SIGNATURE = types.void(types.CPointer(types.int64))
 NEXT, COUNT, SLOT, SCRATCH, SCRATCH_BYTES = range(5)  # the first fields of every task's array
@@ -45,7 +47,7 @@ if hasattr(os, "register_at_fork"):
 @cache
 def compiled(task: Callable[..., None]) -> tuple[Any, Any]:
     """Compile a task (or read it from numba's cache on disk); return it as a function of an address, and its own address."""
-    function: Any = cfunc(SIGNATURE, cache=True)(task)
+    function: Any = cfunc(SIGNATURE, task)
     _keep.append(function)
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function.address), function.address
 
