@@ -120,7 +120,7 @@ class _Locator(_CacheLocator):  # type: ignore[misc]
 
 
 class _Impl(CompileResultCacheImpl):  # type: ignore[misc]
-    _locator_classes: ClassVar = [_Locator]
+    _locator_classes: ClassVar[list[Any]] = [_Locator]
 
 
 class _Cache(FunctionCache):  # type: ignore[misc]
@@ -139,9 +139,9 @@ def njit(*, cache: bool = False, **options: Any) -> Callable[[Callable[..., Any]
     return decorate
 
 
-def cfunc(signature: Any, function: Callable[..., Any]) -> CFunc:
+def cfunc(signature: Any, function: Callable[..., Any]) -> Any:
     """Return a function compiled to be called from C, read from `folder()` where it is there."""
-    compiled = CFunc(function, normalize_signature(signature), locals={}, options={})
+    compiled: Any = CFunc(function, normalize_signature(signature), locals={}, options={})
     if folder():
         compiled._cache = _Cache(function)
     compiled.compile()
