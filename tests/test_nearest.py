@@ -11,7 +11,10 @@ from rpq_convert.fit import problem as fitting
 from rpq_convert.fit.loops import nearest as search
 from rpq_convert.fit.loops.nearest import nearest
 
-FORMS = ["vectors", pytest.param("tiles", marks=pytest.mark.skipif(not search.allowed(), reason="no tile registers"))]
+FORMS = [
+    "vectors",
+    pytest.param("tiles", marks=pytest.mark.skipif(not search.amx_allowed(), reason="no tile registers")),
+]
 
 
 @pytest.fixture(params=FORMS)
@@ -72,7 +75,7 @@ def test_points_too_near_each_other_for_quick_scores(form, monkeypatch, dim):
     assert found < 1.01 * error()
 
 
-@pytest.mark.skipif(not search.allowed(), reason="no tile registers")
+@pytest.mark.skipif(not search.amx_allowed(), reason="no tile registers")
 def test_a_fit_with_tiles_is_as_good_and_other_kernels_keep_theirs(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     matrix, a = torch.randn(2048, 64, generator=generator), torch.randn(256, 256, generator=generator).bfloat16()

@@ -73,7 +73,7 @@ def verify(
                     f"{key} is {list(info.shape)} {info.dtype}, its description says {list(shape)} {dtype}"
                 )
         if rpq.spec.outliers:
-            key, inputs = f"{name}_rpq.positions", rpq.cut.inputs
+            key, inputs = f"{name}_rpq.positions", rpq.layout.inputs
             low, high = source[key].aminmax()
             if int(low) < 0 or int(high) >= inputs:
                 raise VerifyError(f"{key} names inputs {int(low)} to {int(high)}, of {inputs}")

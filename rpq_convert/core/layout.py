@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Cut:
+class Layout:
     """A coded matrix M [n, length]: rows in `blocks` sub-vectors of `dim`, `books` codebooks, `stages` summed.
 
     `axis` "in": M's rows are outputs, its columns inputs; "out": the other way round.
@@ -42,7 +42,7 @@ class Cut:
         return 256 * self.dim
 
     @functools.cached_property
-    def works(self) -> tuple[float, float]:
+    def one_token_times(self) -> tuple[float, float]:
         """The time of one token by (bins, lookups) over that of a dense product, roughly, where memory limits neither.
 
         In multiply-adds of a dense product a lookup counts 1.5, a bin 2.6, a table entry 1.2 (from benchmarks/speed.py, two

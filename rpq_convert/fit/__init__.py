@@ -7,12 +7,12 @@ Every fitter has the signature
 from collections.abc import Callable
 
 from rpq_convert.fit.additive import fit_additive
-from rpq_convert.fit.gptq import fit_feedback
+from rpq_convert.fit.gptq import fit_gptq
 from rpq_convert.fit.kmeans import fit_kmeans
 from rpq_convert.fit.random import fit_random
 from rpq_convert.fit.result import Fitted, count_dead
 
-__all__ = ["FITTERS", "Fitted", "count_dead", "fit_additive", "fit_feedback", "fit_kmeans", "fit_random"]
+__all__ = ["FITTERS", "Fitted", "count_dead", "fit_additive", "fit_gptq", "fit_kmeans", "fit_random"]
 
 FITTERS: dict[str, Callable[..., Fitted]] = {
     "random": fit_random,

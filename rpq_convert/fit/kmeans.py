@@ -20,8 +20,9 @@ import numpy as np
 import torch
 
 from rpq_convert.fit.line import fit_line
-from rpq_convert.fit.loops.kmeans import errors_of, move_to_means, neighbours, regroup, seed_plus_plus
+from rpq_convert.fit.loops.kmeans import errors_of, move_to_means, neighbours, regroup
 from rpq_convert.fit.loops.nearest import CODEWORDS
+from rpq_convert.fit.loops.seeding import seed_plus_plus
 from rpq_convert.fit.problem import (
     EXTREMES,
     ONE,
@@ -29,9 +30,9 @@ from rpq_convert.fit.problem import (
     Importance,
     Problem,
     collect,
-    few,
+    fit_distinct,
     generator,
-    pose,
+    make_problem,
     round_codebooks,
 )
 from rpq_convert.fit.result import Fitted, count_dead
@@ -180,12 +181,12 @@ def fit_kmeans(
     """
     if stages != 1:
         raise ValueError(f"kmeans fits one stage, got stages={stages}; the fitter 'additive' fits several")
-    problem = pose(matrix, importance, dim=dim, books=books, stages=stages)
+    problem = make_problem(matrix, importance, dim=dim, books=books, stages=stages)
     rounded = torch.empty(books, CODEWORDS, dim, dtype=codebook_dtype)
     codes = np.empty((problem.blocks, problem.matrix.shape[0]), np.uint8)
     for book in range(books):
         parts: Iterator[tuple[int, int, Group]] = iter(())
-        codebook = few(problem, book, codes)
+        codebook = fit_distinct(problem, book, codes)
         if codebook is None:  # else each point has its own codeword, and rounding keeps it the nearest
             codebook, parts = fit_book(problem, book, generator(seed, book))
         rounded[book], near = round_codebooks(codebook, problem, codebook_dtype)

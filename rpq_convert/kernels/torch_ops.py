@@ -15,20 +15,22 @@ import torch
 from torch import Tensor
 
 from rpq_convert import kernels
-from rpq_convert.core.layout import Cut
+from rpq_convert.core.layout import Layout
 from rpq_convert.kernels import reference
 
 
-def _cut(codes: Tensor, codebooks: Tensor, axis: str, length: int, make: Callable[..., Cut] = Cut) -> Cut:
+def _layout(codes: Tensor, codebooks: Tensor, axis: str, length: int, make: Callable[..., Layout] = Layout) -> Layout:
     stages, _, n = codes.shape
     return make(axis, n, length, codebooks.shape[-1], codebooks.shape[-3], stages)
 
 
-_known = functools.lru_cache(4096)(Cut)  # for real tensors, whose sizes are numbers: what a cut works out once it keeps
+_known = functools.lru_cache(4096)(
+    Layout
+)  # for real tensors, whose sizes are numbers: what a cut works out once it keeps
 
 
-def _face(codes: Tensor, dtype: torch.dtype) -> Any:
-    return kernels.face(codes.device.type) if dtype in kernels.SERVED else reference
+def _backend(codes: Tensor, dtype: torch.dtype) -> Any:
+    return kernels.backend_for(codes.device.type) if dtype in kernels.SERVED else reference
 
 
 def _given(grads: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:
@@ -44,15 +46,15 @@ def _wanted(grads: tuple[Tensor, ...], needs: list[bool]) -> tuple[Tensor | None
 def _linear(
     x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, bias: Tensor | None, axis: str, length: int
 ) -> Tensor:
-    cut = _cut(codes, codebooks, axis, length, _known)
+    layout = _layout(codes, codebooks, axis, length, _known)
     if not x.numel():
-        return x.new_zeros(x.shape[0], cut.outputs)
-    return _face(codes, x.dtype).linear(x, codes, codebooks, scales, bias, cut)
+        return x.new_zeros(x.shape[0], layout.outputs)
+    return _backend(codes, x.dtype).linear(x, codes, codebooks, scales, bias, layout)
 
 
 @_linear.register_fake
 def _(x, codes, codebooks, scales, bias, axis, length):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape[0], _cut(codes, codebooks, axis, length).outputs)
+    return x.new_empty(x.shape[0], _layout(codes, codebooks, axis, length).outputs)
 
 
 @torch.library.custom_op("rpq::linear_backward", mutates_args=())
@@ -60,9 +62,9 @@ def _linear_backward(
     gradient: Tensor, x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, axis: str, length: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    cut = _cut(codes, codebooks, axis, length, _known)
-    face = _face(codes, x.dtype) if x.numel() else reference
-    grads = face.linear_gradients(gradient.contiguous(), x, codes, codebooks, scales, cut, tuple(needs))
+    layout = _layout(codes, codebooks, axis, length, _known)
+    backend = _backend(codes, x.dtype) if x.numel() else reference
+    grads = backend.linear_gradients(gradient.contiguous(), x, codes, codebooks, scales, layout, tuple(needs))
     return _given(grads, x)  # type: ignore[return-value]
 
 
@@ -81,16 +83,16 @@ def _shapes(tensors: tuple[Tensor | None, ...], needs: list[bool], like: Tensor)
 def _decode(
     codes: Tensor, codebooks: Tensor, scales: Tensor | None, index: Tensor | None, axis: str, length: int, dtype: torch.dtype
 ) -> Tensor:  # fmt: skip
-    cut, face = _cut(codes, codebooks, axis, length, _known), _face(codes, dtype)
+    layout, backend = _layout(codes, codebooks, axis, length, _known), _backend(codes, dtype)
     if index is None:
-        return face.decode(codes, codebooks, scales, cut, dtype)
-    return face.decode_rows(codes, codebooks, scales, index, cut, dtype)
+        return backend.decode(codes, codebooks, scales, layout, dtype)
+    return backend.decode_rows(codes, codebooks, scales, index, layout, dtype)
 
 
 @_decode.register_fake
 def _(codes, codebooks, scales, index, axis, length, dtype):  # type: ignore[no-untyped-def]
-    cut = _cut(codes, codebooks, axis, length)
-    return codebooks.new_empty(cut.outputs if index is None else index.shape[0], cut.inputs, dtype=dtype)
+    layout = _layout(codes, codebooks, axis, length)
+    return codebooks.new_empty(layout.outputs if index is None else index.shape[0], layout.inputs, dtype=dtype)
 
 
 @torch.library.custom_op("rpq::decode_backward", mutates_args=())
@@ -98,8 +100,8 @@ def _decode_backward(
     gradient: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, index: Tensor | None, axis: str, length: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    cut, face = _cut(codes, codebooks, axis, length, _known), _face(codes, gradient.dtype)
-    grads = face.decode_gradients(gradient.contiguous(), codes, codebooks, scales, index, cut, tuple(needs))
+    layout, backend = _layout(codes, codebooks, axis, length, _known), _backend(codes, gradient.dtype)
+    grads = backend.decode_gradients(gradient.contiguous(), codes, codebooks, scales, index, layout, tuple(needs))
     return _given(grads, codebooks)  # type: ignore[return-value]
 
 
@@ -138,21 +140,23 @@ _linear.register_autograd(_linear_gradients, setup_context=_keep_linear)
 _decode.register_autograd(_decode_gradients, setup_context=_keep_decode)
 
 
-def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, bias: Tensor | None, cut: Cut) -> Tensor:
+def linear(
+    x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, bias: Tensor | None, layout: Layout
+) -> Tensor:
     """Return `x W^T + bias`, x [tokens, inputs]."""
-    return _linear(x, codes, codebooks, scales, bias, cut.axis, cut.length)
+    return _linear(x, codes, codebooks, scales, bias, layout.axis, layout.length)
 
 
-def decode(codes: Tensor, codebooks: Tensor, scales: Tensor | None, cut: Cut, dtype: torch.dtype) -> Tensor:
+def decode(codes: Tensor, codebooks: Tensor, scales: Tensor | None, layout: Layout, dtype: torch.dtype) -> Tensor:
     """Return the weight [outputs, inputs], contiguous, in `dtype`."""
-    return _decode(codes, codebooks, scales, None, cut.axis, cut.length, dtype)
+    return _decode(codes, codebooks, scales, None, layout.axis, layout.length, dtype)
 
 
 def decode_rows(
-    codes: Tensor, codebooks: Tensor, scales: Tensor | None, index: Tensor, cut: Cut, dtype: torch.dtype
+    codes: Tensor, codebooks: Tensor, scales: Tensor | None, index: Tensor, layout: Layout, dtype: torch.dtype
 ) -> Tensor:
     """Return rows `index` [k] of a weight cut along its inputs: [k, inputs]."""
-    return _decode(codes, codebooks, scales, index, cut.axis, cut.length, dtype)
+    return _decode(codes, codebooks, scales, index, layout.axis, layout.length, dtype)
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
@@ -166,12 +170,12 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     """
 
     def product(x, codes, codebooks, scales, bias, axis, length):  # type: ignore[no-untyped-def]
-        return reference.linear(x, codes, codebooks, scales, bias, _cut(codes, codebooks, axis, length))
+        return reference.linear(x, codes, codebooks, scales, bias, _layout(codes, codebooks, axis, length))
 
     def weight(codes, codebooks, scales, index, axis, length, dtype):  # type: ignore[no-untyped-def]
-        cut = _cut(codes, codebooks, axis, length)
+        layout = _layout(codes, codebooks, axis, length)
         if index is None:
-            return reference.decode(codes, codebooks, scales, cut, dtype)
-        return reference.decode_rows(codes, codebooks, scales, index, cut, dtype)
+            return reference.decode(codes, codebooks, scales, layout, dtype)
+        return reference.decode_rows(codes, codebooks, scales, index, layout, dtype)
 
     return {torch.ops.rpq.linear.default: product, torch.ops.rpq.decode.default: weight}

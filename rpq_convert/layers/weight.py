@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from rpq_convert import kernels
 from rpq_convert.core.axes import WeightView
-from rpq_convert.core.layout import Cut
+from rpq_convert.core.layout import Layout
 from rpq_convert.core.rotation import rotate
 from rpq_convert.core.spec import Spec, dtype_name, dtype_of
 from rpq_convert.kernels import reference, torch_ops
@@ -68,7 +68,9 @@ class RPQWeight(nn.Module):
         super().__init__()
         self.spec, self.view, self.shape, self.zero_row = spec, view, tuple(shape), zero_row
         n, length = view.matrix_shape(self.shape, spec.axis)
-        self.cut = Cut(spec.axis, n, length, spec.dim, spec.books, spec.stages)  # the coded matrix, as kernels see it
+        self.layout = Layout(
+            spec.axis, n, length, spec.dim, spec.books, spec.stages
+        )  # the coded matrix, as kernels see it
         self._probe = torch.empty(0, dtype=dtype, device=device)  # follows .to() and remembers the expanded dtype
         for name, (kind, size) in spec.tensors(view, self.shape).items():
             empty = torch.zeros(size, dtype=kind, device=device)
@@ -87,7 +89,7 @@ class RPQWeight(nn.Module):
         return any(p is not None and p.requires_grad for p in (self.codebooks, self.scales, self.outliers))
 
     @property
-    def face(self) -> ModuleType:
+    def backend(self) -> ModuleType:
         """What computes on the codes: compiled kernels, for real tensors and with nothing that watches torch's operations.
 
         A compiler gets operators, an exporter to ONNX, a tracer and everything else plain torch operations.
@@ -102,7 +104,7 @@ class RPQWeight(nn.Module):
             and not _transformed()
             and torch._C._get_tracing_state() is None
         )
-        return kernels.face("cpu" if codes.is_cpu else codes.device.type) if real else reference
+        return kernels.backend_for("cpu" if codes.is_cpu else codes.device.type) if real else reference
 
     def stored_tensor(self, name: str) -> Any:
         """Return `self.<name>`, half a microsecond sooner than nn.Module looks it up."""
@@ -129,20 +131,20 @@ class RPQWeight(nn.Module):
 
     def forward(self) -> Tensor:
         """Expand to the dense parameter, in its stored shape, contiguous, differentiable."""
-        decode, codes, axes = self.face.decode, self.stages_codes(), self.view.axes
+        decode, codes, axes = self.backend.decode, self.stages_codes(), self.view.axes
         if axes[0] == "out" and "expert" not in axes:
-            weight = decode(codes, self.codebooks, self.scales, self.cut, self.dtype)
+            weight = decode(codes, self.codebooks, self.scales, self.layout, self.dtype)
             return self._finish(rotate(weight, self.spec.rotation, back=True).view(self.shape), scaled=True)
-        weight = rotate(decode(codes, self.codebooks, None, self.cut, self.dtype), self.spec.rotation, back=True)
+        weight = rotate(decode(codes, self.codebooks, None, self.layout, self.dtype), self.spec.rotation, back=True)
         matrix = weight if self.spec.axis == "in" else weight.T
         return self._finish(self.view.from_matrix(matrix, self.shape, self.spec.axis))
 
     def rows(self, index: Tensor) -> Tensor:
         """Expand the rows `index [r]` of a two-axis parameter cut along its input axis: [r, L]."""
-        face = self.face
-        slow = face is reference or face is torch_ops
+        backend = self.backend
+        slow = backend is reference or backend is torch_ops
         parts = (self.stages_codes(), self.codebooks, self.scales) if slow else self.parts()
-        rows = face.decode_rows(*parts, index, self.cut, self._probe.dtype)
+        rows = backend.decode_rows(*parts, index, self.layout, self._probe.dtype)
         rows = rotate(rows, self.spec.rotation, back=True)
         return rows if self.zero_row is None and not self.spec.outliers else self._finish(rows, index, scaled=True)
 
@@ -152,8 +154,8 @@ class RPQWeight(nn.Module):
         nn.Module.__init__(part)
         part.spec, part.view, part.shape, part.zero_row = self.spec, self.view.inner, self.shape[1:], None
         part._probe = self._probe
-        rows = self.cut.n // self.shape[0]
-        part.cut = dataclasses.replace(self.cut, n=rows)
+        rows = self.layout.n // self.shape[0]
+        part.layout = dataclasses.replace(self.layout, n=rows)
         part.__dict__["codebooks"] = self.codebooks
         part.__dict__["codes"] = self.codes[..., expert * rows : (expert + 1) * rows]
         part.__dict__["scales"] = None if self.scales is None else self.scales[expert]
@@ -170,7 +172,7 @@ class RPQWeight(nn.Module):
     def matrix_rows(self, start: int, stop: int) -> Tensor:
         """Expand rows `start` to `stop` of the matrix that the codes describe, rotated: [stop - start, L], not differentiable."""
         codes = self.stages_codes()[:, :, start:stop]
-        part = reference.matrix(codes, self.codebooks, self.cut, self.dtype)
+        part = reference.matrix(codes, self.codebooks, self.layout, self.dtype)
         scales = self.scale_matrix()
         if scales is not None:
             part = part * scales[start:stop].to(self.dtype)

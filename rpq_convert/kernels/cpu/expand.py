@@ -11,23 +11,18 @@ import numpy as np
 from numba import carray
 
 from rpq_convert.kernels.jit.cache import njit
-from rpq_convert.kernels.jit.threads import COUNT, FIRST, NEXT
-from rpq_convert.kernels.jit.vectors import (
-    LANES,
+from rpq_convert.kernels.jit.memory import (
     address_of,
-    load,
-    multiply,
+    fetch_add,
     read_byte,
     read_float,
     read_long,
     read_short,
-    spread,
-    store,
-    take_number,
-    width,
     write_float,
     write_short,
 )
+from rpq_convert.kernels.jit.threads import COUNT, FIRST, NEXT
+from rpq_convert.kernels.jit.vectors import LANES, load, multiply, spread, store, width
 
 TOTAL = 32
 (
@@ -235,7 +230,7 @@ def _gradient_columns(a, low, high, grad):
 def rows(data):
     a, base = carray(data, TOTAL), address_of(data)
     while True:
-        part = take_number(base + 8 * NEXT)
+        part = fetch_add(base + 8 * NEXT)
         if part >= a[COUNT]:
             return
         high = min((part + 1) * a[STEP], a[ROWS])
@@ -246,7 +241,7 @@ def rows(data):
 def columns(data):
     a, base = carray(data, TOTAL), address_of(data)
     while True:
-        block = take_number(base + 8 * NEXT)
+        block = fetch_add(base + 8 * NEXT)
         if block >= a[COUNT]:
             return
         _columns(a, block)
@@ -255,7 +250,7 @@ def columns(data):
 def rows_short(data):
     a, base = carray(data, TOTAL), address_of(data)
     while True:
-        part = take_number(base + 8 * NEXT)
+        part = fetch_add(base + 8 * NEXT)
         if part >= a[COUNT]:
             return
         high = min((part + 1) * a[STEP], a[ROWS])
@@ -266,7 +261,7 @@ def rows_short(data):
 def columns_short(data):
     a, base = carray(data, TOTAL), address_of(data)
     while True:
-        block = take_number(base + 8 * NEXT)
+        block = fetch_add(base + 8 * NEXT)
         if block >= a[COUNT]:
             return
         _columns_short(a, block)
@@ -275,7 +270,7 @@ def columns_short(data):
 def gradient_rows(data):
     a, base = carray(data, TOTAL), address_of(data)
     while True:
-        part = take_number(base + 8 * NEXT)
+        part = fetch_add(base + 8 * NEXT)
         if part >= a[COUNT]:
             return
         _gradient_rows(a, part * a[STEP], min((part + 1) * a[STEP], a[ROWS]), a[GRAD] + part * a[GRAD_BYTES])
@@ -284,7 +279,7 @@ def gradient_rows(data):
 def gradient_columns(data):
     a, base = carray(data, TOTAL), address_of(data)
     while True:
-        part = take_number(base + 8 * NEXT)
+        part = fetch_add(base + 8 * NEXT)
         if part >= a[COUNT]:
             return
         _gradient_columns(a, part * a[STEP], min((part + 1) * a[STEP], a[BLOCKS]), a[GRAD] + part * a[GRAD_BYTES])

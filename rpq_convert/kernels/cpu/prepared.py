@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rpq_convert.kernels.cpu.few_tokens import TOP
-from rpq_convert.kernels.jit.vectors import HAS_HALF
+from rpq_convert.kernels.jit.vectors import HAS_FLOAT16
 
 SMALL = 1 << 16  # codebooks of fewer numbers are kept wide
 # id(codebooks) -> (weak reference, version, address, shape, sample, its values, {kind: tensors}); torch's dictionary of
@@ -18,7 +18,7 @@ SMALL = 1 << 16  # codebooks of fewer numbers are kept wide
 _READY: dict[int, tuple[Any, ...]] = {}
 
 
-def ready(codebooks: Tensor, kind: Any, make: Callable[[], Any] | None = None) -> Any:
+def prepared(codebooks: Tensor, kind: Any, make: Callable[[], Any] | None = None) -> Any:
     """Return codebooks [stages, books, 256, dim] as a kernel reads them.
 
     Kind "lookup": (as [stages, books, dim, 256], norms of the longest codewords [stages, books]); float32, or float16 where
@@ -60,7 +60,7 @@ def _forget(name: int, gone: Any) -> None:
 def _prepare(codebooks: Tensor, kind: str) -> Any:
     if kind == "lookup":
         wide = codebooks.float()
-        keep_half = codebooks.dtype == torch.float16 and codebooks.numel() > SMALL and HAS_HALF
+        keep_half = codebooks.dtype == torch.float16 and codebooks.numel() > SMALL and HAS_FLOAT16
         kept = codebooks if keep_half else wide
         return kept.transpose(-1, -2).contiguous(), torch.linalg.vector_norm(wide, dim=-1).amax(-1).contiguous()
     if kind == "digits":
@@ -74,16 +74,16 @@ def _prepare(codebooks: Tensor, kind: str) -> Any:
     return (kept.transpose(-1, -2) if down else kept).contiguous()
 
 
-def plain_float(t: Tensor | None) -> Tensor | None:
+def contiguous_float32(t: Tensor | None) -> Tensor | None:
     """Return a tensor whose address kernels can use; mostly the tensor itself."""
     if t is None or (t.dtype == torch.float32 and t.is_contiguous()):
         return t
     return t.detach().float().contiguous()
 
 
-def kept_float(scales: Tensor | None) -> Tensor | None:
+def cached_float32(scales: Tensor | None) -> Tensor | None:
     """Return scales as float32, kept for the next call where they are narrower."""
-    return scales if scales is None or scales.dtype == torch.float32 else ready(scales, "float32")
+    return scales if scales is None or scales.dtype == torch.float32 else prepared(scales, "float32")
 
 
 def pointer(t: Tensor | None) -> int:

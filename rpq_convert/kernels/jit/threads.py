@@ -71,7 +71,7 @@ class Work:
     """A task with its own fields, to be run again and again: what does not change is laid out once, as microseconds count."""
 
     def __init__(self, task: Callable[..., None], fields: Any) -> None:
-        self.call, self.address = compiled(task)
+        self.function, self.address = compiled(task)
         self.kind = ctypes.c_int64 * (FIRST + len(fields))
         self.fields = self.kind(0, 0, 0, 0, 0, *fields)
 
@@ -94,9 +94,9 @@ class Work:
             data[SCRATCH], data[SCRATCH_BYTES] = _scratch(line * threads), 4 * line
         at = ctypes.addressof(data)
         if threads == 1:
-            self.call(at)
+            self.function(at)
         else:
-            _together(self.call, self.address, at, threads)
+            _together(self.function, self.address, at, threads)
 
 
 def run(task: Callable[..., None], fields: Any, stop: int, scratch_floats: int = 0, *, first: int = 0) -> None:
@@ -104,7 +104,7 @@ def run(task: Callable[..., None], fields: Any, stop: int, scratch_floats: int =
     Work(task, fields).run(stop, scratch_floats, first=first)
 
 
-def _together(call: Any, address: int, at: int, threads: int) -> None:
+def _together(function: Any, address: int, at: int, threads: int) -> None:
     """Call a task's function on several threads at once."""
     global _pool
     start = _openmp()
@@ -113,8 +113,8 @@ def _together(call: Any, address: int, at: int, threads: int) -> None:
         return
     if _pool is None:
         _pool = ThreadPoolExecutor(max(2, os.cpu_count() or 2), thread_name_prefix="rpq-kernel")
-    others = [_pool.submit(call, at) for _ in range(threads - 1)]
-    call(at)
+    others = [_pool.submit(function, at) for _ in range(threads - 1)]
+    function(at)
     for other in others:
         other.result()
 
