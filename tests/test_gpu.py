@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processor import NO_CUDA
 
 from rpq_convert import kernels
 from rpq_convert.core.layout import Layout
@@ -31,7 +32,7 @@ def test_in_the_interpreter():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.skipif(bool(NO_CUDA), reason=NO_CUDA)
 def test_on_a_device():
     run_cases(TRITON_INTERPRET="0")
 

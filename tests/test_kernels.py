@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from processor import NO_VBMI
 from torch import nn
 from torch.nn import functional as F
 
@@ -19,7 +20,7 @@ from rpq_convert.kernels.cpu.cost import cost
 from rpq_convert.kernels.cpu.decode import decode, decode_rows, tiled_linear
 from rpq_convert.kernels.cpu.linear import decoded_linear, linear
 from rpq_convert.kernels.cpu.prepared import prepared
-from rpq_convert.kernels.jit import amx, threads, vectors
+from rpq_convert.kernels.jit import amx, threads
 
 # axis, n, length, dim, books, stages, codes stored by rows
 CASES = {
@@ -134,11 +135,10 @@ WHOLE = {
 }
 
 
+@pytest.mark.skipif(bool(NO_VBMI), reason=NO_VBMI)
 @pytest.mark.parametrize("case", WHOLE)
 @pytest.mark.parametrize("outlier", [1, 30])
 def test_whole_numbers_are_as_good_as_floats(case, outlier):
-    if not vectors.HAS_VNNI:
-        pytest.skip("this processor has no AVX-512 VBMI and VNNI")
     layout, codes, books = make(*WHOLE[case])
     x = torch.randn(1, layout.inputs)
     x[0, 5] *= outlier
@@ -362,7 +362,7 @@ def test_decoded_keeps_weights_for_a_block():
             assert close(model(x), expected)
             with pytest.raises(RuntimeError, match="would be lost"):
                 model[1].weight.add_(1)
-    assert model[1].weight_rpq.kept is None
+    assert model[1].weight_rpq.caches.expanded is None
     with rpq.decoded(model):
         model(x).sum().backward()  # gradients are not cut off
     assert model[1].weight_rpq.codebooks.grad is not None

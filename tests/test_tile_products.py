@@ -4,13 +4,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processor import NO_AMX
 
 from rpq_convert.core.layout import Layout
 from rpq_convert.kernels import reference
 from rpq_convert.kernels.cpu import amx_products, cost, linear
-from rpq_convert.kernels.jit import amx
 
-pytestmark = pytest.mark.skipif(not amx.amx_allowed(), reason="this processor has no tile registers")
+pytestmark = pytest.mark.skipif(bool(NO_AMX), reason=NO_AMX)
 
 
 def make(axis, n, length, dim, books, stages, dtype=torch.float16):

@@ -87,7 +87,7 @@ def test_a_change_of_codes_goes_where_the_weights_are_pulled_to(layer, options, 
     g = torch.Generator().manual_seed(0)
     with gone.expanded() as (weight,):
         assert weight.requires_grad
-    assert rpq_weight.kept is None
+    assert rpq_weight.caches.expanded is None
     gone.pull([torch.randn(rpq_weight.shape, generator=g)], 1.0)
     gone.pulls["w"].mul_(50)
     before = rpq_weight.matrix_rows(0, rpq_weight.layout.n)

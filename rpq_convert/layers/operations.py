@@ -216,7 +216,11 @@ def _rescale(sign: int) -> Callable[..., Any]:
         if not isinstance(weight, ComputedWeight) or not isinstance(other, (int, float)) or other <= 0:
             return NotImplemented
         rpq = rpq_of(weight)
-        if math.frexp(other)[0] != 0.5 or rpq.kept is not None or (torch.is_grad_enabled() and rpq.trainable):
+        if (
+            math.frexp(other)[0] != 0.5
+            or rpq.caches.expanded is not None
+            or (torch.is_grad_enabled() and rpq.trainable)
+        ):
             return NotImplemented
         held = [rpq.codebooks if rpq.scales is None else rpq.scales, *([] if rpq.outliers is None else [rpq.outliers])]
         scaled = [values.detach() * float(other) ** sign for values in held]

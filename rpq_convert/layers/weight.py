@@ -1,6 +1,6 @@
 """RPQWeight: the module that owns codebooks, codes and scales, and expands them to a dense parameter.
 
-What a layer sees of it is a `ComputedWeight` (computed.py), which decodes when its values are used, or never, where an
+What a layer sees of it is a `ComputedWeight` (lazy_weight.py), which decodes when its values are used, or never, where an
 operation can work on the codes (operations.py).
 """
 
@@ -31,6 +31,31 @@ def _transformed() -> bool:
     return isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter)
 
 
+class Caches:
+    """What one RPQWeight keeps between calls. A copy, a pickle or a file of the weight has none of it.
+
+    What kernels make of a tensor of codebooks or scales (`kernels.cpu.prepared`) is kept with that tensor, not here: a compiled or
+    exported graph calls kernels with tensors alone. It goes when the tensor does, or changes.
+    """
+
+    def __init__(self) -> None:
+        # the stored codes, their address, and the view [stages, blocks, n] of them; made anew when either differs
+        self.codes: tuple[Tensor, int, Tensor] | None = None
+        # what `layer.weight` returns (a tensor without memory takes 2 microseconds to make), and what that depends on
+        self.lazy: tuple[Any, Tensor] | None = None
+        # the expanded weight, from `keep` to `drop`: inside `rpq_convert.decoded`, and while codes are tuned
+        self.expanded: Tensor | None = None
+        self.read_only: Tensor | None = None  # the same memory, as eager code gets it
+
+    def keep(self, expanded: Tensor, read_only: Tensor | None = None) -> None:
+        """Let layers multiply by this expanded weight until `drop`."""
+        self.expanded, self.read_only = expanded, read_only
+
+    def drop(self) -> None:
+        """Go back to codes."""
+        self.expanded = self.read_only = None
+
+
 class RPQWeight(nn.Module):
     """One parameter as codewords.
 
@@ -52,8 +77,6 @@ class RPQWeight(nn.Module):
     scales: nn.Parameter | None
     outliers: nn.Parameter | None  # added to what the codes give, at `positions`
     positions: nn.Parameter | None
-    kept: Tensor | None = None  # the expanded weight, inside a block of `rpq_convert.decoded`
-    guarded: Tensor | None = None  # the same memory, as eager code gets it
 
     def __init__(
         self,
@@ -66,6 +89,7 @@ class RPQWeight(nn.Module):
         zero_row: int | None = None,
     ) -> None:
         super().__init__()
+        self.caches = Caches()
         self.spec, self.view, self.shape, self.zero_row = spec, view, tuple(shape), zero_row
         n, length = view.matrix_shape(self.shape, spec.axis)
         self.layout = Layout(
@@ -117,17 +141,19 @@ class RPQWeight(nn.Module):
         return codes if self.spec.layout == "blocks" else codes.transpose(1, 2)
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return (codes [stages, blocks, n], codebooks, scales) for compiled kernels; the view is kept for the next call."""
-        stored = self.stored_tensor("codes")
-        seen = self.__dict__.get("_seen")
-        if seen is None or seen[0] is not stored or seen[1] != stored.data_ptr():
-            with torch.inference_mode(False):  # kept, and so used where gradients are recorded
-                seen = (stored, stored.data_ptr(), self.stages_codes().detach())
-            self.__dict__["_seen"] = seen
-        return seen[2], self.stored_tensor("codebooks"), self.stored_tensor("scales")
+        """Return (codes [stages, blocks, n], codebooks, scales) for compiled kernels; the view of codes is cached."""
+        stored, cached = self.stored_tensor("codes"), self.caches.codes
+        if cached is None or cached[0] is not stored or cached[1] != stored.data_ptr():
+            with torch.inference_mode(False):  # used later where gradients are recorded
+                cached = self.caches.codes = (stored, stored.data_ptr(), self.stages_codes().detach())
+        return cached[2], self.stored_tensor("codebooks"), self.stored_tensor("scales")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_seen", "_lazy")}  # what calls keep for the next
+        return {k: v for k, v in self.__dict__.items() if k != "caches"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.caches = Caches()
 
     def forward(self) -> Tensor:
         """Expand to the dense parameter, in its stored shape, contiguous, differentiable."""
@@ -152,6 +178,7 @@ class RPQWeight(nn.Module):
         """Return one of the matrices of a parameter whose first axis is `expert`; it shares this one's tensors."""
         part = RPQWeight.__new__(RPQWeight)
         nn.Module.__init__(part)
+        part.caches = Caches()
         part.spec, part.view, part.shape, part.zero_row = self.spec, self.view.inner, self.shape[1:], None
         part._probe = self._probe
         rows = self.layout.n // self.shape[0]

@@ -54,11 +54,11 @@ class Recoding:
         """Let layers multiply by expanded weights, and return those, as long as the block lasts: they get gradients."""
         try:
             for rpq in self.weights.values():
-                rpq.kept = rpq()
-            yield [rpq.kept for rpq in self.weights.values()]  # type: ignore[misc]
+                rpq.caches.keep(rpq())
+            yield [rpq.caches.expanded for rpq in self.weights.values()]  # type: ignore[misc]
         finally:
             for rpq in self.weights.values():
-                rpq.kept = None
+                rpq.caches.drop()
 
     @torch.no_grad()
     def pull(self, gradients: Sequence[Tensor | None], factor: float) -> None:

@@ -122,7 +122,9 @@ def _task(
 ) -> tuple[Any, int, tuple[int, ...], Any]:
     """Return the task that decodes, the output rows of one of its numbers, its fields, and what must stay alive."""
     plain = out.dtype == torch.float32
-    tables = prepared(codebooks, str(out.dtype).removeprefix("torch.") + (" down" if layout.axis == "out" else ""))
+    tables = prepared(
+        codebooks, str(out.dtype).removeprefix("torch.") + (" transposed" if layout.axis == "out" else "")
+    )
     factors = cached_float32(scales) if plain else None
     fields = _fields(codes, tables, factors, index, layout, out, STEP)
     if layout.axis == "in":

@@ -217,7 +217,7 @@ def _by_amx(
     scales: Tensor | None, bias: Tensor | None, out: Tensor,
 ) -> None:  # fmt: skip
     """Write the products of x [images, tokens, columns], which was of `dtype`, to out."""
-    tables = prepared(codebooks, "float32" if lookup else "float32 down")
+    tables = prepared(codebooks, "float32" if lookup else "float32 transposed")
     parts = amx_products.parts_of(dtype, codebooks)
     amx_products.multiply(
         lookup, x, codes, tables, layout, parts, pointer(factors), pointer(scales), pointer(bias), out
