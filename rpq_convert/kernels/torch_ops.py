@@ -24,6 +24,47 @@ def _layout(codes: Tensor, codebooks: Tensor, axis: str, length: int, make: Call
     return make(axis, n, length, codebooks.shape[-1], codebooks.shape[-3], stages)
 
 
+def _real(
+    codes: Tensor, codebooks: Tensor, axis: str, length: int, scales: Tensor | None, *,
+    inputs: Tensor | None = None, outputs: Tensor | None = None, bias: Tensor | None = None,
+) -> Layout:  # fmt: skip
+    """Return the cut of tensors that kernels are about to read.
+
+    Args:
+        inputs, outputs: with one number per input or output along their last axis.
+
+    Raises:
+        ValueError: they do not fit each other.
+    """
+    if (
+        codes.dtype != torch.uint8
+        or codes.ndim != 3
+        or codebooks.ndim not in (3, 4)
+        or not codebooks.is_floating_point()
+    ):
+        raise ValueError(
+            f"torch.ops.rpq: codes {codes.dtype} {list(codes.shape)} and codebooks {codebooks.dtype} {list(codebooks.shape)}"
+        )
+    layout = _layout(codes, codebooks, axis, length, _known)
+    stages = codebooks.shape[0] if codebooks.ndim == 4 else 1
+    fits = axis in ("in", "out") and (stages, codebooks.shape[-2], codes.shape[1]) == (
+        layout.stages,
+        256,
+        layout.blocks,
+    )
+    wanted = ((inputs, layout.inputs), (outputs, layout.outputs), (bias, layout.outputs))
+    if (
+        not fits
+        or layout.books > layout.blocks
+        or (scales is not None and tuple(scales.shape) != (layout.outputs,))
+        or any(t is not None and (t.shape[-1] if t.ndim else -1) != size for t, size in wanted)
+    ):
+        raise ValueError(
+            f"torch.ops.rpq: tensors that do not fit a weight [{layout.outputs}, {layout.inputs}] with {layout}"
+        )
+    return layout
+
+
 _known = functools.lru_cache(4096)(
     Layout
 )  # for real tensors, whose sizes are numbers: what a cut works out once it keeps
@@ -46,7 +87,7 @@ def _wanted(grads: tuple[Tensor, ...], needs: list[bool]) -> tuple[Tensor | None
 def _linear(
     x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, bias: Tensor | None, axis: str, length: int
 ) -> Tensor:
-    layout = _layout(codes, codebooks, axis, length, _known)
+    layout = _real(codes, codebooks, axis, length, scales, inputs=x, bias=bias)
     if not x.numel():
         return x.new_zeros(x.shape[0], layout.outputs)
     return _backend(codes, x.dtype).linear(x, codes, codebooks, scales, bias, layout)
@@ -62,7 +103,7 @@ def _linear_backward(
     gradient: Tensor, x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, axis: str, length: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    layout = _layout(codes, codebooks, axis, length, _known)
+    layout = _real(codes, codebooks, axis, length, scales, inputs=x, outputs=gradient)
     backend = _backend(codes, x.dtype) if x.numel() else reference
     grads = backend.linear_gradients(gradient.contiguous(), x, codes, codebooks, scales, layout, tuple(needs))
     return _given(grads, x)  # type: ignore[return-value]
@@ -83,7 +124,7 @@ def _shapes(tensors: tuple[Tensor | None, ...], needs: list[bool], like: Tensor)
 def _decode(
     codes: Tensor, codebooks: Tensor, scales: Tensor | None, index: Tensor | None, axis: str, length: int, dtype: torch.dtype
 ) -> Tensor:  # fmt: skip
-    layout, backend = _layout(codes, codebooks, axis, length, _known), _backend(codes, dtype)
+    layout, backend = _real(codes, codebooks, axis, length, scales), _backend(codes, dtype)
     if index is None:
         return backend.decode(codes, codebooks, scales, layout, dtype)
     return backend.decode_rows(codes, codebooks, scales, index, layout, dtype)
@@ -100,7 +141,7 @@ def _decode_backward(
     gradient: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, index: Tensor | None, axis: str, length: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    layout, backend = _layout(codes, codebooks, axis, length, _known), _backend(codes, gradient.dtype)
+    layout, backend = _real(codes, codebooks, axis, length, scales, inputs=gradient), _backend(codes, gradient.dtype)
     grads = backend.decode_gradients(gradient.contiguous(), codes, codebooks, scales, index, layout, tuple(needs))
     return _given(grads, codebooks)  # type: ignore[return-value]
 

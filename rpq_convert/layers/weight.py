@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rpq_convert import kernels
+from rpq_convert.core import description
 from rpq_convert.core.axes import WeightView
 from rpq_convert.core.layout import Layout
 from rpq_convert.core.rotation import rotate
-from rpq_convert.core.spec import Spec, dtype_name, dtype_of
+from rpq_convert.core.spec import Spec, dtype_name
 from rpq_convert.kernels import reference, torch_ops
 
 NARROW = (torch.float16, torch.float8_e4m3fn)  # too narrow for an optimizer's steps
@@ -39,8 +40,9 @@ class Caches:
     """
 
     def __init__(self) -> None:
-        # the stored codes, their address, and the view [stages, blocks, n] of them; made anew when either differs
-        self.codes: tuple[Tensor, int, Tensor] | None = None
+        # the stored codes, their address, the shapes of codebooks and scales, and the view [stages, blocks, n] of the codes: made
+        # anew, and checked again, when one of the others differs
+        self.codes: tuple[Tensor, int, torch.Size, torch.Size | None, Tensor] | None = None
         # what `layer.weight` returns (a tensor without memory takes 2 microseconds to make), and what that depends on
         self.lazy: tuple[Any, Tensor] | None = None
         # the expanded weight, from `keep` to `drop`: inside `rpq_convert.decoded`, and while codes are tuned
@@ -142,11 +144,36 @@ class RPQWeight(nn.Module):
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return (codes [stages, blocks, n], codebooks, scales) for compiled kernels; the view of codes is cached."""
-        stored, cached = self.stored_tensor("codes"), self.caches.codes
-        if cached is None or cached[0] is not stored or cached[1] != stored.data_ptr():
+        stored, codebooks, scales = (self.stored_tensor(name) for name in ("codes", "codebooks", "scales"))
+        cached = self.caches.codes
+        if (
+            cached is None
+            or cached[0] is not stored
+            or cached[1] != stored.data_ptr()
+            or cached[2] != codebooks.shape
+            or (scales is not None and cached[3] != scales.shape)
+        ):
+            self.check()
             with torch.inference_mode(False):  # used later where gradients are recorded
-                cached = self.caches.codes = (stored, stored.data_ptr(), self.stages_codes().detach())
-        return cached[2], self.stored_tensor("codebooks"), self.stored_tensor("scales")
+                codes = self.stages_codes().detach()
+            shape = None if scales is None else scales.shape
+            cached = self.caches.codes = (stored, stored.data_ptr(), codebooks.shape, shape, codes)
+        return cached[4], codebooks, scales
+
+    def _parts_for(self, backend: ModuleType) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the same for any backend: ordinary operations and compilers take the parameters as they are."""
+        slow = backend is reference or backend is torch_ops
+        return (self.stages_codes(), self.codebooks, self.scales) if slow else self.parts()
+
+    def check(self) -> None:
+        """Raise a ValueError where the tensors are not what the spec says: compiled code would read beyond them."""
+        if "codes" not in self._parameters:
+            return  # one matrix of several, whose tensors were checked
+        found = {name: tensor for name, tensor in self._parameters.items() if tensor is not None}
+        if wrong := description.misfit(self.spec.tensors(self.view, self.shape), found, exact=False):
+            raise ValueError(f"RPQ weight {tuple(self.shape)}: {wrong}; load or convert it again")
+        if any(not t.is_meta and t.numel() and not t.untyped_storage().nbytes() for t in found.values()):
+            raise ValueError(f"RPQ weight {tuple(self.shape)}: the memory of its tensors was given back")
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "caches"}
@@ -154,28 +181,32 @@ class RPQWeight(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.caches = Caches()
+        if "codes" in self._parameters:
+            n, length = self.view.matrix_shape(self.shape, self.spec.axis)
+            self.layout = Layout(self.spec.axis, n, length, self.spec.dim, self.spec.books, self.spec.stages)
+            self.check()
 
     def forward(self) -> Tensor:
         """Expand to the dense parameter, in its stored shape, contiguous, differentiable."""
-        decode, codes, axes = self.backend.decode, self.stages_codes(), self.view.axes
+        backend, axes = self.backend, self.view.axes
+        codes, codebooks, scales = self._parts_for(backend)
         if axes[0] == "out" and "expert" not in axes:
-            weight = decode(codes, self.codebooks, self.scales, self.layout, self.dtype)
+            weight = backend.decode(codes, codebooks, scales, self.layout, self.dtype)
             return self._finish(rotate(weight, self.spec.rotation, back=True).view(self.shape), scaled=True)
-        weight = rotate(decode(codes, self.codebooks, None, self.layout, self.dtype), self.spec.rotation, back=True)
+        weight = rotate(backend.decode(codes, codebooks, None, self.layout, self.dtype), self.spec.rotation, back=True)
         matrix = weight if self.spec.axis == "in" else weight.T
         return self._finish(self.view.from_matrix(matrix, self.shape, self.spec.axis))
 
     def rows(self, index: Tensor) -> Tensor:
         """Expand the rows `index [r]` of a two-axis parameter cut along its input axis: [r, L]."""
         backend = self.backend
-        slow = backend is reference or backend is torch_ops
-        parts = (self.stages_codes(), self.codebooks, self.scales) if slow else self.parts()
-        rows = backend.decode_rows(*parts, index, self.layout, self._probe.dtype)
+        rows = backend.decode_rows(*self._parts_for(backend), index, self.layout, self._probe.dtype)
         rows = rotate(rows, self.spec.rotation, back=True)
         return rows if self.zero_row is None and not self.spec.outliers else self._finish(rows, index, scaled=True)
 
     def part(self, expert: int) -> RPQWeight:
         """Return one of the matrices of a parameter whose first axis is `expert`; it shares this one's tensors."""
+        self._parts_for(self.backend)  # checked here, for all of them
         part = RPQWeight.__new__(RPQWeight)
         nn.Module.__init__(part)
         part.caches = Caches()
@@ -281,6 +312,13 @@ class RPQWeight(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take codebooks and scales in float32 where a checkpoint of a training has them so, and its optimizer's state."""
+        expected, errors = self.spec.tensors(self.view, self.shape), args[-1]
+        given = {name: state_dict[prefix + name] for name in expected if prefix + name in state_dict}
+        wrong = description.misfit({name: expected[name] for name in given}, given, exact=False)
+        wrong = wrong or description.misplaced(expected, given.get("positions"), self.layout.inputs)
+        if wrong:
+            errors.append(f"{prefix}{wrong}")
+            return
         for name, parameter in self.named_parameters():
             tensor = state_dict.get(prefix + name)
             if tensor is not None and parameter.dtype in NARROW and tensor.dtype == torch.float32:
@@ -308,7 +346,9 @@ class RPQWeight(nn.Module):
     @classmethod
     def from_config(cls, config: dict[str, Any], device: torch.device | str | None = None) -> RPQWeight:
         """Rebuild an empty module from `to_config`'s dict."""
-        rest = dict(config)
-        view = WeightView(rest.pop("view"))
-        shape, dtype, zero_row = tuple(rest.pop("shape")), dtype_of(rest.pop("dtype")), rest.pop("zero_row")
-        return cls(Spec(**rest), view, shape, dtype=dtype, device=device, zero_row=zero_row)
+        return cls.of(description.read(config), device)
+
+    @classmethod
+    def of(cls, what: description.Described, device: torch.device | str | None = None) -> RPQWeight:
+        """Build an empty module from a description that was read."""
+        return cls(what.spec, what.view, what.shape, dtype=what.dtype, device=device, zero_row=what.zero_row)

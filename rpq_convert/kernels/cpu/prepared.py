@@ -91,8 +91,10 @@ def contiguous_float32(t: Tensor | None) -> Tensor | None:
 
 
 def cached_float32(scales: Tensor | None) -> Tensor | None:
-    """Return scales as float32, kept for the next call where they are narrower."""
-    return scales if scales is None or scales.dtype == torch.float32 else prepared(scales, "float32")
+    """Return scales as float32 without gaps, kept for the next call where they are not."""
+    if scales is None or (scales.dtype == torch.float32 and scales.is_contiguous()):
+        return scales
+    return prepared(scales, "float32")  # type: ignore[no-any-return]
 
 
 def pointer(t: Tensor | None) -> int:

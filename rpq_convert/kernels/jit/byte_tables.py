@@ -1,7 +1,7 @@
 """Tables of 256 bytes in four vector registers, and whole numbers in planes of bytes.
 
 A code picks a byte of its table in two permutations, 64 codes at a time; numbers of 24 bits are three such bytes. `pick` needs
-AVX-512 VBMI, `dot_bytes` VNNI: ask `vectors.HAS_PICK` and `HAS_DOT` first.
+AVX-512 VBMI, `dot_bytes` VNNI: ask `vectors.HAS_VBMI` and `HAS_VNNI` first.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def transpose_bytes(context, address, by, rows, columns, to, by_to):
 
 @intrinsic
 def table_lookup(context, codes, t0, t1, t2, t3):
-    """Return table[code] for 64 codes and a table of 256 bytes; nothing of use where `HAS_PICK` is false."""
+    """Return table[code] for 64 codes and a table of 256 bytes; nothing of use where `HAS_VBMI` is false."""
 
     def emit(context, builder, signature, args):
         if not HAS_VBMI:  # compiled with its callers, but not run
@@ -161,7 +161,7 @@ def table_lookup(context, codes, t0, t1, t2, t3):
 
 @intrinsic
 def dot_bytes(context, sums, a, b):
-    """Return sums [16] + the products of a's bytes, without a sign, and b's, with one, four by four; needs `HAS_DOT`."""
+    """Return sums [16] + the products of a's bytes, without a sign, and b's, with one, four by four; needs `HAS_VNNI`."""
 
     def emit(context, builder, signature, args):
         if not HAS_VNNI:  # compiled with its callers, but not run
