@@ -1,7 +1,9 @@
 """Fitters: a matrix -> codebooks and codes. Pure functions of their arguments and of a seed; one line per entry.
 
 Every fitter has the signature
-`fit(matrix, *, dim, books, stages, seed, codebook_dtype=torch.float32, importance=None) -> Fitted`.
+`fit(matrix, *, dim, books, stages, seed, codebook_dtype=torch.float32, importance=None) -> Fitted`:
+matrix [n, L] of any float dtype, codebooks [stages, books, 256, dim], codes uint8 [stages, blocks, n]; ValueError where no fit
+is possible. `fit_gptq` takes the Hessian of calibration inputs besides.
 """
 
 from collections.abc import Callable

@@ -169,7 +169,7 @@ class _Part:
         self, target: torch.Tensor, here: int, own: torch.Tensor, codebooks: np.ndarray, codes: np.ndarray,
         updates: tuple[np.ndarray, np.ndarray] | None,
     ) -> torch.Tensor:  # fmt: skip
-        """Code one input's weights [1, outputs], cut along the outputs; return what the codes decode to."""
+        """Code one input's weights [1, outputs], with sub-vectors along the outputs; return what the codes decode to."""
         outputs, pad = target.shape[1], self.dim - self.tail
         rows = torch.nn.functional.pad(target[0], (0, pad)).view(self.blocks, self.dim).numpy()
         decoded = np.empty_like(rows)

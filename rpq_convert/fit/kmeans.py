@@ -1,12 +1,12 @@
 """k-means: one codeword per sub-vector.
 
-Seeding decides (k-means on a random sample clips the few largest weights, and they are what a language model lives on),
-so: the fit sees every point of a codebook up to FULL of them, else a stratified sample plus the extremes; k-means++ for
-dim <= 8; and after Lloyd's iterations `relocate` moves the cheapest codewords to the worst points as long as the error
-must fall. A line (dim 1) is solved by dynamic programming and refined on the sorted values instead.
+Seeding decides: k-means on a random sample clips the few largest weights, and a language model depends on them. So the fit sees
+every point of a codebook up to FULL of them, else a stratified sample plus the extremes; k-means++ for dim <= 8; and after
+Lloyd's iterations `relocate` moves the cheapest codewords to the worst points as long as the error must fall. A line (dim 1) is
+solved by dynamic programming and refined on the sorted values instead.
 
-Points whose last coordinates are padding are a group of their own with fewer coordinates: they pull, and are judged by,
-the coordinates they have. Values are scaled by a power of two first, so no weight can overflow a square.
+Points whose last coordinates are padding are a group of their own with fewer coordinates: they are compared by, and move codewords in,
+the coordinates that they have. Values are scaled by a power of two first, so no weight can overflow a square.
 
 Not used: a quota of seeds among the largest points (it spends codewords on Gaussian weights, which need no such care).
 Seeding on half of 4096 points was 1.5 % worse where rows differ in size. Not tried: minibatch k-means.
@@ -170,9 +170,9 @@ def fit_kmeans(
 ) -> Fitted:
     """Fit codebooks by k-means so that sum importance (matrix - decoded)^2 is small.
 
-    matrix [n, L]; block b of a row reads codebook b * books // blocks. importance broadcasts to [n, L], or
+    matrix [n, L], any float dtype; sub-vector b of a row reads codebook b * books // blocks. importance broadcasts to [n, L];
     "size" is 1 + the mean square of the sub-vector relative to the matrix's. Codes are the nearest codewords of the
-    codebooks as rounded. At most 256 distinct sub-vectors per codebook are met exactly.
+    codebooks as rounded to `codebook_dtype`. Up to 256 distinct sub-vectors per codebook are represented exactly.
     Raises ValueError for stages != 1, an impossible layout, NaN or infinity, or codewords too large for the dtype.
 
     >>> fitted = fit_kmeans(torch.arange(12.0).reshape(3, 4), dim=2, books=1, stages=1, seed=0)

@@ -43,7 +43,7 @@ class Problem:
         return -(-book * self.blocks // self.books), -(-(book + 1) * self.blocks // self.books)
 
     def spans(self, book: int) -> Iterator[tuple[int, int]]:
-        """Cut the blocks of a book into ranges of about CHUNK points; a tail block is a range of its own."""
+        """Divide the sub-vectors of a codebook into ranges of about CHUNK points; a padded last one is a range of its own."""
         low, high = self.block_range(book)
         tail = high == self.blocks and self.matrix.shape[1] % self.dim != 0
         step = max(1, CHUNK // self.matrix.shape[0])

@@ -1,7 +1,8 @@
-"""Coded weights by ordinary torch operations: right on every device, and the reference that other kernels are held to.
+"""The reference backend: coded weights by ordinary torch operations, on every device; the tests hold other backends to it.
 
-All are differentiable as they stand. The gradients are here once more as functions of their own, for operators, which run
-where autograd does not record.
+All functions are differentiable. The gradients are here once more as functions, for operators, which run where autograd does not
+record. Shapes: codes uint8 [stages, blocks, n], of any strides; codebooks [stages, books, 256, dim], of any float dtype (one
+stage may lack the first axis); scales [outputs]; x [tokens, inputs].
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def decode(codes: Tensor, codebooks: Tensor, scales: Tensor | None, layout: Layo
 def decode_rows(
     codes: Tensor, codebooks: Tensor, scales: Tensor | None, index: Tensor, layout: Layout, dtype: torch.dtype
 ) -> Tensor:
-    """Return rows `index` [k] of a weight cut along its inputs: [k, inputs]."""
+    """Return rows `index` [k] of a weight whose sub-vectors run along its inputs: [k, inputs]."""
     rows = matrix(codes[:, :, index], codebooks, layout, dtype)
     return rows if scales is None else rows * scales[index].to(dtype)[:, None]
 

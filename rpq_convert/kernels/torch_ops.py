@@ -1,8 +1,8 @@
-"""The same face as torch operators, `torch.ops.rpq.*`: what torch.compile and torch.export put into their graphs.
+"""The backend for compilers: torch operators, `torch.ops.rpq.*`, which torch.compile and torch.export put into their graphs.
 
-A compiler cannot look into numba or Triton, and need not: it sees an operator with a shape (its fake kernel) and a gradient
-(one more operator). What an operator runs is chosen when it is called, by device. Eager code does not come here: an operator
-costs more microseconds than a small layer has.
+A compiler cannot look into numba or Triton. It sees an operator with a shape (its fake kernel) and a gradient (a second operator).
+The backend that an operator runs is chosen when it is called, by device. Eager code does not use the operators: the dispatch of one
+takes more microseconds than a small layer.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _real(
     codes: Tensor, codebooks: Tensor, axis: str, length: int, scales: Tensor | None, *,
     inputs: Tensor | None = None, outputs: Tensor | None = None, bias: Tensor | None = None,
 ) -> Layout:  # fmt: skip
-    """Return the cut of tensors that kernels are about to read.
+    """Return the layout of tensors that kernels are about to read.
 
     Args:
         inputs, outputs: with one number per input or output along their last axis.
@@ -67,7 +67,7 @@ def _real(
 
 _known = functools.lru_cache(4096)(
     Layout
-)  # for real tensors, whose sizes are numbers: what a cut works out once it keeps
+)  # for real tensors, whose sizes are numbers; a layout keeps what it has computed
 
 
 def _backend(codes: Tensor, dtype: torch.dtype) -> Any:
@@ -196,7 +196,7 @@ def decode(codes: Tensor, codebooks: Tensor, scales: Tensor | None, layout: Layo
 def decode_rows(
     codes: Tensor, codebooks: Tensor, scales: Tensor | None, index: Tensor, layout: Layout, dtype: torch.dtype
 ) -> Tensor:
-    """Return rows `index` [k] of a weight cut along its inputs: [k, inputs]."""
+    """Return rows `index` [k] of a weight whose sub-vectors run along its inputs: [k, inputs]."""
     return _decode(codes, codebooks, scales, index, layout.axis, layout.length, dtype)
 
 

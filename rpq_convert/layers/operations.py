@@ -195,6 +195,7 @@ def _embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Any:
+    """Handle `F.embedding_bag`, whose signature it has."""
     found = _looked_up(input, weight, padding_idx)
     if found is None and sparse:
         return F.embedding_bag(

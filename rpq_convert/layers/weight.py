@@ -116,9 +116,9 @@ class RPQWeight(nn.Module):
 
     @property
     def backend(self) -> ModuleType:
-        """What computes on the codes: compiled kernels, for real tensors and with nothing that watches torch's operations.
+        """What computes on the codes: compiled kernels for real tensors, where nothing records torch's operations.
 
-        A compiler gets operators, an exporter to ONNX, a tracer and everything else plain torch operations.
+        A compiler gets operators, an exporter to ONNX, a tracer and everything else ordinary torch operations.
         """
         if torch.compiler.is_compiling():
             return reference if torch.onnx.is_in_onnx_export() or _transformed() else torch_ops
@@ -198,7 +198,7 @@ class RPQWeight(nn.Module):
         return self._finish(self.view.from_matrix(matrix, self.shape, self.spec.axis))
 
     def rows(self, index: Tensor) -> Tensor:
-        """Expand the rows `index [r]` of a two-axis parameter cut along its input axis: [r, L]."""
+        """Expand the rows `index [r]` of a two-axis parameter whose sub-vectors run along its inputs: [r, L]."""
         backend = self.backend
         rows = backend.decode_rows(*self._parts_for(backend), index, self.layout, self._probe.dtype)
         rows = rotate(rows, self.spec.rotation, back=True)

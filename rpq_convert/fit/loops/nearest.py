@@ -6,15 +6,15 @@ exists. Three forms of the score, each summed in one order:
 
 * difference: sum (x - c)^2, and sum w (x - c)^2 where each coordinate has a weight: right to the last bits of float32;
 * product: |c|^2 / 2 - x.c, half the work, but what is small beside the points' distance from zero gets lost;
-* product in tiles: the same in Intel's tile registers (`tiles.py`), with 2^-16 |x| |c| of error. Sixteen codewords are a
+* product in AMX tiles: the same in Intel's matrix unit (`kernels/jit/amx.py`), with 2^-16 |x| |c| of error. Sixteen codewords are a
   tile's rows, sixteen points its columns, so its least row says which codeword is the best. 1.7 times as fast as in
   vectors of AVX-512 at 4 coordinates, 2.5 times at 8, 3 times at 64.
 
-The products are for k-means' iterations, where a rare choice of the second best does no harm. What is kept is chosen by
-difference, so that a machine without tiles finds the same codes for the same codebook.
+The products are for k-means' iterations, where a rare choice of the second best does not hurt. What is kept is chosen by
+difference, so that a machine without AMX finds the same codes for the same codebook.
 
 Not used: BLAS products plus an argmin (nothing promises the same bits at every thread count). Not tried: float16
-arithmetic, twice the lanes (the processors that have it have tiles too); bounds that skip distances.
+arithmetic, twice the lanes (the processors that have it have AMX too); bounds that skip distances.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def search_by(form: str):
     return search
 
 
-# ---- in tiles --------------------------------------------------------------------------------------------------------
+# ---- in AMX tiles --------------------------------------------------------------------------------------------------------
 
 POINTS = 32  # at a time: two tiles of them
 

@@ -1,14 +1,14 @@
-"""Products of many tokens with a coded matrix in Intel's tile registers, faster than a dense product in float32.
+"""Products of many tokens with a coded matrix in Intel's AMX tiles, faster than a dense product in float32.
 
-Tiles multiply bfloat16 alone, sixteen times as fast as vector units do float32. A float32 is the sum of three numbers of
-bfloat16, a float16 that of two. So a product is a sum of products of parts, of which those below 2^-24 of the whole are
-left out: six are made of float32 by float32, five by codebooks of float16. `torch.set_float32_matmul_precision("high")`
-leaves out what is below 2^-16, "medium" all but the first, as it may in torch's own products. What is bfloat16 already is
-multiplied once, as in torch.
+AMX multiplies bfloat16 alone, sixteen times as fast as vector units multiply float32. A float32 is the sum of three numbers of
+bfloat16, a float16 of two. A product is then a sum of products of parts. Those below 2^-24 of the whole are left out: six are made of
+float32 by float32, five for codebooks of float16. `torch.set_float32_matmul_precision("high")` leaves out what is below 2^-16, "medium"
+all but the first, as it may in torch's own products. What is bfloat16 already is multiplied once, as in torch.
 
-Where each row of the result is a row of M (a lookup, in the words of `lookup`) its codewords lie along the sum; where it is
-a column they lie across. Either way a piece of 256 rows and 64 terms is expanded, split, and multiplied by all tokens while
-it is in the cache; no more of the matrix is ever expanded. Tiles hold 16 rows of 32 terms; those of tokens 16 pairs of terms.
+With lookups (`lookup`) each row of the result is a row of M, and codewords run along the sum; with bins each row of the result is a
+column of M, and codewords run across the sum. In both cases a piece of 256 rows and 64 terms is expanded, split, and multiplied by all
+tokens while it is in the cache; no more of the matrix is ever expanded. A tile holds 16 rows of 32 terms, or 16 pairs of terms of 16
+tokens.
 """
 
 from __future__ import annotations
@@ -237,7 +237,7 @@ def _serve(a, mine, low, high, scratch):
 
 
 def load_tokens(data):
-    """Bring groups of tokens into tiles."""
+    """Write groups of tokens as tiles."""
     a, base = carray(data, TOTAL), address_of(data)
     room = a[SCRATCH] + fetch_add(base + 8 * SLOT) * a[SCRATCH_BYTES]
     while True:
@@ -279,7 +279,7 @@ def _room(size: int) -> np.ndarray:
 
 
 def supports(layout: Layout) -> bool:
-    """Whether this machine has tiles, and pieces of the matrix are small."""
+    """Whether this machine has AMX, and sub-vectors are short enough."""
     return layout.dim <= WIDEST and amx_allowed()
 
 

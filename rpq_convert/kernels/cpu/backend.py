@@ -1,4 +1,7 @@
-"""The CPU's face: numba kernels, the fastest of them for this shape and number of tokens."""
+"""The CPU backend: numba kernels, the fastest of them for a shape, a number of tokens and a dtype.
+
+Shapes and dtypes are those of `reference`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decoding with gradients: the whole weight, or the rows of an embedding. The torch face of `expand`.
+"""Decoding with gradients: the whole weight, or the rows of an embedding, with the loops of `expand`.
 
 Saved for backward are codes and codebooks, never the weight.
 """
@@ -24,7 +24,7 @@ _local = threading.local()
 
 
 def decode(codes: Tensor, codebooks: Tensor, scales: Tensor | None, layout: Layout, dtype: torch.dtype) -> Tensor:
-    """Return the weight [outputs, inputs], contiguous, in `dtype`: the plain decode's bits.
+    """Return the weight [outputs, inputs], contiguous, in `dtype`, with the bits of `reference.decode`.
 
     Args:
         codes: uint8 [stages, blocks, n], any strides.
@@ -39,7 +39,7 @@ def decode(codes: Tensor, codebooks: Tensor, scales: Tensor | None, layout: Layo
 def decode_rows(
     codes: Tensor, codebooks: Tensor, scales: Tensor | None, index: Tensor, layout: Layout, dtype: torch.dtype
 ) -> Tensor:
-    """Return rows `index` [k] of a weight cut along its inputs: [k, inputs]; an index that is none raises."""
+    """Return rows `index` [k] of a weight whose sub-vectors run along its inputs: [k, inputs]; IndexError for an index out of range."""
     index = index.long().contiguous()
     check_rows(index, layout.n)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (codebooks, scales)):
@@ -121,15 +121,15 @@ def _task(
     codes: Tensor, codebooks: Tensor, scales: Tensor | None, index: Tensor | None, layout: Layout, out: Tensor
 ) -> tuple[Any, int, tuple[int, ...], Any]:
     """Return the task that decodes, the output rows of one of its numbers, its fields, and what must stay alive."""
-    plain = out.dtype == torch.float32
+    wide = out.dtype == torch.float32
     tables = prepared(
         codebooks, str(out.dtype).removeprefix("torch.") + (" transposed" if layout.axis == "out" else "")
     )
-    factors = cached_float32(scales) if plain else None
+    factors = cached_float32(scales) if wide else None
     fields = _fields(codes, tables, factors, index, layout, out, STEP)
     if layout.axis == "in":
-        return e.rows if plain else e.rows_short, STEP, fields, (tables, factors)
-    return e.columns if plain else e.columns_short, layout.dim, fields, (tables, factors)
+        return e.rows if wide else e.rows_short, STEP, fields, (tables, factors)
+    return e.columns if wide else e.columns_short, layout.dim, fields, (tables, factors)
 
 
 # Weights decoded at a time. Smaller tiles stay in the second-level cache, but BLAS loses more (Sapphire Rapids, 4096 x 4096,
@@ -207,15 +207,15 @@ def _gradient(
 ) -> Tensor:
     flat, factors = contiguous_float32(gradient), cached_float32(scales)
     assert flat is not None
-    down = layout.axis == "out"
-    count = layout.blocks if down else flat.shape[0]
+    columns = layout.axis == "out"
+    count = layout.blocks if columns else flat.shape[0]
     step = share(count, layout.stages * flat.numel(), 1)
     pieces = max(1, -(-count // step))
-    own = 1 if down and layout.books == layout.blocks else pieces  # parts that share a codebook sum apart
+    own = 1 if columns and layout.books == layout.blocks else pieces  # parts that share a codebook sum apart
     grads = flat.new_zeros(own, layout.stages * layout.books * 256 * layout.dim)
     fields = _fields(
         codes, codebooks, factors, index, layout, flat, step, grads.data_ptr(), 4 * grads.shape[1] * (own > 1)
     )
-    run(e.gradient_columns if down else e.gradient_rows, fields, pieces)
+    run(e.gradient_columns if columns else e.gradient_rows, fields, pieces)
     total = grads[0] if own == 1 else grads.sum(0)
     return total.reshape(codebooks.shape).to(codebooks.dtype)

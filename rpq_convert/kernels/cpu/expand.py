@@ -1,8 +1,8 @@
-"""Loops that decode: a whole matrix, or some of its rows, and the gradients of both.
+"""Loops that decode a whole matrix, or some of its rows, and the gradients of both.
 
-Codes are addressed as in `lookup`. Tables are [stages, books, 256, dim] where a sub-vector lies in one piece of the result
-(`axis` "in"), [stages, books, dim, 256] where it goes down a column ("out"). No index of eight bytes per weight and no
-array beside the result exists at any time. The arithmetic is that of torch's plain decode, in its order, so are the bits.
+Codes are addressed as in `lookup`. Tables are [stages, books, 256, dim] where a sub-vector is contiguous in the result (`axis` "in"), and
+[stages, books, dim, 256] where it runs along a column of the result ("out"). No index of eight bytes per weight and no array beside the
+result exists at any time. The arithmetic is that of `reference.decode`, in its order, so the bits are the same.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _rows(a, low, high, begin, end):
                     _copy(code, a[BY_BLOCK], _book(a, s, first), by_table, to, count, dim, factor)
                 else:
                     _more(code, a[BY_BLOCK], _book(a, s, first), by_table, to, count, dim, factor)
-    for b in range(max(whole, begin), end):  # a block that the length cuts short, or codebooks shared by some blocks
+    for b in range(max(whole, begin), end):  # a padded last sub-vector, or codebooks shared by some blocks
         for p in range(low, high):
             r = _row(a, p)
             scale = read_float(a[SCALES] + 4 * r) if a[SCALES] != 0 else ONE

@@ -1,12 +1,12 @@
-"""A few tokens times the weight of a layer cut along its outputs, decoded in registers, in whole numbers.
+"""A few tokens times a weight whose sub-vectors run along its outputs: codes are decoded in registers, in integers.
 
-Bins are plain numbers, one code at a time: 2.3e9 a second of a core (Sapphire Rapids). But the codes of a block all have one
-codebook, and a codebook's coordinate is itself a table of 256: a byte table for each of three digits, from which AVX-512
-VBMI picks 64 at a time, and VNNI multiplies them by the digits of x. That takes 5 nanoseconds for 64 codes and coordinate,
-so bins are faster from dim 6 on.
+Bins take one code at a time: 2.3e9 a second of a core (Sapphire Rapids). But the codes of a block all have one codebook, and a
+coordinate of a codebook is itself a table of 256 numbers. It is kept as a byte table for each of three digits. AVX-512 VBMI reads 64
+entries at a time, and VNNI multiplies them by the digits of x. That takes 5 nanoseconds for 64 codes and a coordinate, so bins are
+faster from dim 6 on.
 
-Digits go from -128 to 127 with base 256. x and codewords have 24 bits, sums of whole numbers are exact, and the product of
-the lowest digits, which is left out, is 2^-32 of the highest: the result is as good as one in float32.
+Digits go from -128 to 127 with base 256. x and codewords have 24 bits, integer sums are exact, and the product of the lowest
+digits, which is left out, is 2^-32 of the highest: the result is as good as one in float32.
 """
 
 from __future__ import annotations

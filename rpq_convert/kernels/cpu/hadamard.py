@@ -1,7 +1,7 @@
-"""Rotation of activations: the block-Hadamard transform of `rotation` by sums and differences, in numba.
+"""Rotation of activations: the block-Hadamard transform of `core.rotation` by sums and differences, in numba.
 
-A block of 64 takes 6 additions a number, where a product with the matrix takes 64 multiply-adds; four of the six rounds stay
-within a register of 16 floats.
+A block of 64 takes 6 additions a number, where a product with the matrix takes 64 multiply-adds. Four of the six rounds stay within a
+register of 16 floats.
 """
 
 from __future__ import annotations

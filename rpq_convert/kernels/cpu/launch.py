@@ -1,7 +1,7 @@
-"""Call: one product with a coded matrix, laid out as tasks for threads.
+"""Launch: one product with a coded matrix, divided into tasks for threads.
 
-Work is cut into parts by shape alone: whole groups of 8 or 16 tokens, or some blocks of one where tokens are few. What does
-not change from call to call is laid out once, as a small layer takes microseconds.
+Work is divided by shape alone, never by the number of threads: whole groups of 8 or 16 tokens, or some sub-vectors of one group where
+tokens are few. What stays the same from call to call is prepared once, as a small layer takes microseconds.
 """
 
 from __future__ import annotations
@@ -40,7 +40,14 @@ def share(count: int, work: int, step: int, worth: int = WORTH) -> int:
 
 
 class Launch:
-    """One product with a coded matrix: the arguments of its tasks, and how its work is shared out."""
+    """One product with a coded matrix: the arguments of its tasks, and how its work is divided.
+
+    Args:
+        lookup: `x M^T`, by lookups; else `x M`, by bins.
+        codes: uint8 [stages, blocks, n], of any strides.
+        books, norms: as `prepared(codebooks, "lookup")` gives them.
+        digits: as `prepared(codebooks, "digits")` gives them, where few tokens are to be served by `few_tokens`.
+    """
 
     def __init__(
         self,
@@ -57,7 +64,7 @@ class Launch:
         self.place = (codes.data_ptr(), *codes.stride(), books.data_ptr(), *layout.shape, books.dtype == torch.float16)
         self.integer_tables = HAS_VBMI and lookup and codes.stride(2) == 1
         self.by_rows = HAS_VBMI and lookup and codes.stride(1) == 1 and not self.integer_tables
-        inner = layout.blocks * layout.dim  # the cut side, padded
+        inner = layout.blocks * layout.dim  # the side along which sub-vectors run, padded
         self.padded_in, self.padded_out = (inner, layout.n) if lookup else (layout.n, inner)
         self.width_in, self.width_out = (layout.length, layout.n) if lookup else (layout.n, layout.length)
 
@@ -97,7 +104,7 @@ class Launch:
         count = -(-tokens // lanes)
         to, from_ = out.data_ptr(), x.data_ptr()
         given: tuple[tuple[int, int], ...] = ((a.FACTORS, factors), (a.SCALES, scales), (a.BIAS, bias))
-        if self.by_rows:  # codes that lie row by row: every block's would be read from a line of its own
+        if self.by_rows:  # stored row by row, every block's codes would be read from cache lines of their own
             stages, blocks, n = self.layout.stages, padded(self.layout.blocks), padded(self.layout.n) + 64
             transposed = torch.empty(stages, blocks, n, dtype=torch.uint8)
             self.transposing.run(-(-self.layout.n // ROWS_AT_ONCE), 0, ((a.OUT, transposed.data_ptr()),))
@@ -133,7 +140,7 @@ class Launch:
 
     @functools.cached_property
     def transposing(self) -> Work:
-        """Return the work that turns codes around."""
+        """Return the work that transposes codes which are stored row by row."""
         return Work(transpose, self.fields((a.PADDED_OUT, padded(self.layout.n) + 64)))
 
     def one_token(self, x: Tensor, scales: int, bias: int, out: int) -> None:
@@ -174,7 +181,7 @@ class Launch:
         return Work(one_token, fields), pieces, own * left, 256 * k.TOGETHER + layout.room
 
     def few_tokens(self, x: Tensor, scales: int, bias: int, out: Tensor) -> None:
-        """Serve a few tokens by digits."""
+        """Serve a few tokens x [tokens, n] by digits."""
         tokens = x.shape[0]
         work, part = self.few_tokens_work
         changes = (a.X, x.data_ptr()), (a.OUT, out.data_ptr()), (a.SCALES, scales), (a.BIAS, bias), (a.TOKENS, tokens)

@@ -1,8 +1,8 @@
-"""A linear layer on codes: forward and backward without the weight. The torch face of `lookup`.
+"""A linear layer on codes: forward and backward without the dense weight, with the loops of `lookup`.
 
-Which primitive serves which pass: a layer cut along its inputs is a lookup forward and bins backward, one cut along its
-outputs the reverse. Saved for backward are the input, the codes and the codebooks; no dense weight and no dense gradient
-of one exists at any time. `call` says how the work is shared out.
+A layer whose sub-vectors run along its inputs is a lookup forward and bins backward; one whose sub-vectors run along its outputs is
+the reverse. Saved for backward are the input, the codes and the codebooks. No dense weight and no gradient of one exists at any
+time. `launch` says how the work is divided among threads.
 """
 
 from __future__ import annotations

@@ -1,19 +1,20 @@
-"""Loops of the linear layer that never expands its weight.
+"""Loops of the linear layer that never expands its weight: lookups and bins, for 8 or 16 tokens at a time.
 
-With `M [n, L]` cut along L into blocks, a product with M or its transpose needs two primitives (tokens stand side by side
-in a vector register, "lanes"):
+The rows of `M [n, L]` are cut into sub-vectors ("blocks"). A product with M or its transpose needs two primitives. Tokens stand side
+by side in a vector register, one per lane:
 
 * lookup: `y[row] = sum_b T_b[code[b, row]]`, where `T_b[k] = <x_b, codeword k>` is a table of 256 rows made once per block;
-* bins: `B_b[code[b, row]] += x[row]`, then `y_b = codebook_b^T B_b`, the transpose of it.
+* bins: `B_b[code[b, row]] += x[row]`, then `y_b = codebook_b^T B_b`, its transpose.
 
-A layer cut along its inputs is a lookup forward and bins backward; one cut along its outputs the other way round. Both
-replace `n L` multiply-adds per token by `256 L` and `n L / dim` row additions.
+Sub-vectors along the inputs make a lookup forward and bins backward; along the outputs it is the reverse. Both replace `n L`
+multiply-adds per token by `256 L`, and `n L / dim` additions of rows. `one_token` and `few_tokens` serve fewer tokens.
 
-One token has no lanes: see `single` and `dots`.
-
-Everything is addressed by plain integers: `codes` with strides (stage, block, row) in bytes, codebooks as
-float32 or float16 [stages, books, dim, 256] (codewords side by side), the rest float32; shape is (stages, books, blocks,
-dim, n, half).
+Arguments that loops share, all addresses plain integers:
+    coded: the address of codes, and the bytes from stage to stage, from block to block, and from row to row.
+    books: the address of codebooks, float32 or float16 [stages, books, dim, 256], codewords side by side.
+    shape: (stages, books, blocks, dim, n, whether codebooks are float16).
+    tag: says by its type how many lanes a register has (`vectors.LANES`).
+Everything else is float32.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def clear(address, floats):
 def fetch_codebook(books, shape, stage, block, room):
     """Return the address of a block's codebook as float32 [dim, 256]; float16 ones are widened into `room`.
 
-    It is read front to back here, or asked for in that order, because what follows strides through it.
+    It is read, or prefetched, from front to back here, as later loops read it with a stride.
     """
     _stages, count, blocks, dim, _n, half = shape
     at = stage * count + block * count // blocks

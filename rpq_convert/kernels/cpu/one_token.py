@@ -1,14 +1,13 @@
-"""Loops of the linear layer for one token, which has no lanes: `lookup`'s two primitives on plain numbers.
+"""Loops of the linear layer for one token: the two primitives of `lookup` without lanes.
 
-Its bins are plain numbers. Its tables are kept as whole numbers of 24 bits, three byte tables in vector registers, from
-which AVX-512 VBMI picks 64 at a time. The scale bounds every sum below 2^31, so the integer sums are exact and the result is
-as good as one in float32. Elsewhere it gathers. One core of a Sapphire Rapids makes 10e9 lookups a second: picks, and the
-interleaving that makes numbers of bytes, are 20 instructions for 64 that one port alone can run.
+Bins are single floats. Tables hold integers of 24 bits, as three byte tables in vector registers, from which AVX-512 VBMI reads 64
+entries at a time. The scale keeps every sum below 2^31, so integer sums are exact and the result is as good as one in float32.
+Without VBMI tables are float32 and entries are read one by one. One core of a Sapphire Rapids makes 10e9 lookups a second.
 
-Codes of an embedding lie entry by entry, those of different blocks side by side: 1024 entries at a time are turned around
-in the cache first, which takes two thirds as long as their lookups; gathering takes ten times as long as both.
+The codes of an embedding are stored entry by entry. They are transposed 1024 entries at a time in the cache first, which takes two
+thirds of the time of their lookups; reading them in place takes ten times as long as both.
 
-Addresses, codebooks and shapes as in `lookup`. Not used: 8-bit tables (1 % error) and 16-bit ones (1.6 times as fast, 5e-5).
+Arguments as in `lookup`. Not used: 8-bit tables (1 % error) and 16-bit ones (1.6 times as fast, 5e-5).
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from rpq_convert.kernels.jit.memory import AHEAD, prefetch, read_byte, read_floa
 from rpq_convert.kernels.jit.vectors import load, multiply_add, spread, store, total
 
 POSITIONS = np.array([position_of(i) for i in range(64)], np.int64)
-ROWS_AT_ONCE = 1024  # entries whose codes are turned around at a time
+ROWS_AT_ONCE = 1024  # entries whose codes are transposed at a time
 ROW_STRIDE = (
     ROWS_AT_ONCE + 64
 )  # bytes of a block's codes then: blocks a power of two apart would share their place in the cache
@@ -174,9 +173,9 @@ def transpose_codes(codes, by_row, blocks, low, high, to, by_block):
 
 @njit(cache=True, nogil=True)
 def lookup_rows(codes, by_stage, by_row, shape, low, high, tables, transposed, y):
-    """Write the lookups of rows `low` to `high`, at most `TURNED`, whose codes lie row by row, to y, as `look_up` has it.
+    """Write the lookups of rows `low` to `high`, at most ROWS_AT_ONCE, whose codes lie row by row, to y, as `look_up` has it.
 
-    turned [blocks, padded to 64, TURNED_LINE] bytes is scratch.
+    turned [blocks, padded to 64, ROW_STRIDE] bytes is scratch.
     """
     stages, _count, blocks, _dim, _n, _half = shape
     clear(y, ROWS_AT_ONCE)

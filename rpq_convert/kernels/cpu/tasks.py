@@ -1,7 +1,7 @@
-"""What one thread does of a linear layer: the tasks that `team` runs over the loops of `lookup`.
+"""What one thread does of a linear layer: the tasks that `threads` runs over the loops of `lookup`, `one_token` and `few_tokens`.
 
-A task's array holds its arguments as whole numbers, in the order of `Fields`. Each task is written for one number of
-lanes, as plain C functions take no type.
+A task's array holds its arguments as integers, in the order of the field names below. Each task is written for one number of
+lanes, as C functions cannot take a type.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from rpq_convert.kernels.jit.threads import COUNT, FIRST, NEXT, SCRATCH, SCRATCH
 
 TOTAL = 40
 ZERO = np.float32(0)
-# where the codes lie and their shape; one order for all tasks
+# the codes, the codebooks and their shape: one order for all tasks
 CODES, BY_STAGE, BY_BLOCK, BY_ROW, BOOKS, STAGES, BOOK_COUNT, BLOCKS, DIM, ROWS, HALF = range(FIRST, FIRST + 11)
-# linear: whether tables are looked up, what comes in and goes out, and how the work is cut
+# linear: lookups or bins, input and output, and how the work is divided
 (
     LOOKUP, X, WIDTH_IN, PADDED_IN, FACTORS, TOKENS, OUT, WIDTH_OUT, PADDED_OUT, SCALES, BIAS, PART_BLOCKS, LOADED, SUMS, SUMS_BYTES,
     PARTS, DONE, BY_TOKEN_IN, BY_COLUMN_IN, BY_TOKEN_OUT, BY_COLUMN_OUT, ADD_LATER,
 ) = range(FIRST + 11, FIRST + 33)  # fmt: skip
-# gradient: sides [groups, columns, lanes] that fill and meet the bins
+# gradient: operands [groups, columns, lanes] that fill the bins, and that multiply them
 FILLING, MULTIPLYING, GROUPS, AT_ONCE, GRAD, GRAD_BYTES, INPUT_GRAD = range(FIRST + 11, FIRST + 18)
 
 
@@ -93,7 +93,7 @@ def _groups(tag, a, base):
 def _parts(tag, a, base):
     """Serve ranges of blocks of one group: bins write rows of their own, lookups sums of their own.
 
-    Whoever finishes last adds the sums up and writes the result, unless that is worth a task of its own (LATER).
+    Whoever finishes last adds the sums up and writes the result, unless that is worth a task of its own (ADD_LATER).
     """
     lanes = k.width(tag)
     row, dim = 4 * lanes, a[DIM]
@@ -126,7 +126,7 @@ def _parts(tag, a, base):
             _store_results(tag, a, 0, y, 1, low * dim, min(high * dim, a[WIDTH_OUT]))
 
 
-CHUNK = 1024  # rows of a sum that leave at a time
+CHUNK = 1024  # rows of partial sums that are added at a time
 
 
 @njit(cache=True, nogil=True)
@@ -140,7 +140,7 @@ def _add_parts(tag, a, base):
 
 @njit(cache=True, nogil=True)
 def _load_groups(tag, a, base):
-    """Bring every group of one operand into lanes, for the gradient."""
+    """Write every group of tokens of one operand with tokens as lanes, for the gradient."""
     while True:
         group = fetch_add(base + 8 * NEXT)
         if group >= a[COUNT]:
@@ -206,7 +206,7 @@ def one_token(data):
 
 
 def one_token_rows(data):
-    """Serve a single token of an embedding whose codes lie entry by entry, `TURNED` entries at a time."""
+    """Serve a single token of an embedding whose codes lie entry by entry, ROWS_AT_ONCE entries at a time."""
     a, base = carray(data, TOTAL), address_of(data)
     tables = a[SCRATCH] + fetch_add(base + 8 * SLOT) * a[SCRATCH_BYTES]
     shape = _shape(a)
@@ -224,7 +224,7 @@ def one_token_rows(data):
 
 
 def transpose(data):
-    """Write codes that lie row by row to OUT [stages, blocks padded to 64, LEAVES bytes], `TURNED` rows at a time."""
+    """Write codes that lie row by row to OUT [stages, blocks padded to 64, PADDED_OUT bytes], ROWS_AT_ONCE rows at a time."""
     a, base = carray(data, TOTAL), address_of(data)
     by_stage = a[PADDED_OUT] * d.padded(a[BLOCKS])
     while True:

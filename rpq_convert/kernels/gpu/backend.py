@@ -1,8 +1,9 @@
-"""The GPU's face: Triton kernels, or a decoded weight and torch's product where there are many tokens.
+"""The GPU backend: Triton kernels, or a decoded weight and torch's product where there are many tokens.
 
-Held to `plain` in Triton's interpreter and compiled for real targets by the tests; its speed has not been measured on a device
-yet, so FUSED is an assumption. Saved for backward are inputs, codes and codebooks, never the weight. The gradient of codebooks
-is added up by atomic operations, whose order varies: with `torch.use_deterministic_algorithms(True)` gradients are plain torch's.
+Shapes and dtypes are those of `reference`. The tests hold it to `reference` in Triton's interpreter and compile it for real targets. Its
+speed has not been measured on a device yet, so FUSED is an assumption. Saved for backward are inputs, codes and codebooks, never the
+weight. The gradient of codebooks is added by atomic operations, whose order varies: with `torch.use_deterministic_algorithms(True)`
+gradients are computed by `reference`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def linear(
 
 
 def decode(codes: Tensor, codebooks: Tensor, scales: Tensor | None, layout: Layout, dtype: torch.dtype) -> Tensor:
-    """Return the weight [outputs, inputs], contiguous, in `dtype`: the plain decode's bits."""
+    """Return the weight [outputs, inputs], contiguous, in `dtype`, with the bits of `reference.decode`."""
     if _recorded(codebooks, scales):
         return _Decode.apply(codes, codebooks, scales, None, layout, dtype)
     return tiles.decode(codes, codebooks, scales, None, layout, dtype)
@@ -47,9 +48,9 @@ def decode(codes: Tensor, codebooks: Tensor, scales: Tensor | None, layout: Layo
 def decode_rows(
     codes: Tensor, codebooks: Tensor, scales: Tensor | None, index: Tensor, layout: Layout, dtype: torch.dtype
 ) -> Tensor:
-    """Return rows `index` [k] of a weight cut along its inputs: [k, inputs].
+    """Return rows `index` [k] of a weight whose sub-vectors run along its inputs: [k, inputs].
 
-    An index that is none fails on the device, as in torch's own embeddings: to raise here would wait for the device.
+    An index out of range fails on the device, as in torch's own embeddings: to raise here would wait for the device.
     """
     index = index.long().contiguous()
     if not index.is_cuda and index.numel() and (int(index.min()) < 0 or int(index.max()) >= layout.n):

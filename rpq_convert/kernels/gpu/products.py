@@ -1,9 +1,11 @@
 """Products with a coded matrix on a GPU, in Triton: tiles are decoded into registers and multiplied; the weight is never stored.
 
-With `M [n, length]`, a product sums over M's columns or over its rows: forward or backward, by the axis that is cut. One token
-multiplies and adds; more tokens go to the tensor cores (`tl.dot`), 16 or more at a time. The sum is cut into parts where the
-results alone do not make enough programs; parts are written side by side and added in order, so bits do not depend on
-scheduling. The gradient of codebooks is the one exception: programs add to it as they come (`gpu_tiles.add_tile`).
+With `M [n, length]`, a product sums over M's columns or over its rows: forward or backward, by the axis of the sub-vectors. One
+token multiplies and adds; more tokens go to the tensor cores (`tl.dot`), 16 or more at a time. The sum is divided into parts
+where the results alone do not make enough programs; parts are written side by side and added in order, so bits do not depend on
+scheduling. The gradient of codebooks is the one exception: programs add to it as they come (`tiles.add_tile`). Kernels have
+long signatures: Triton takes every address, stride and size as an argument of its own, and compiles by the constants in
+capitals.
 """
 
 from __future__ import annotations

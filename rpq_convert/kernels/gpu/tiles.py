@@ -7,7 +7,8 @@ of a block stay in the L1 cache, and Triton has no gather from shared memory tha
 
 Positions that are multiplied by a stride are 64 bits wide, since codes and weights may have more than 2^31 elements.
 Arguments that change the machine code are the constants in capitals: few values each, none of them a size of a layer but
-`dim`, so that a model needs few compilations.
+`dim`, so that a model needs few compilations. Signatures are long because Triton takes every address, stride and size as an
+argument of its own.
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ def coded(codes: Tensor, table: Tensor, layout: Layout) -> tuple[Any, ...]:
 
 
 def constants(layout: Layout) -> dict[str, Any]:
-    """Return what a cut fixes at compilation."""
+    """Return the constants that a layout fixes at compilation."""
     share = "one" if layout.books == 1 else "own" if layout.books == layout.blocks else "some"
     piece = min(16, layout.dim & -layout.dim)
     return {"DIM": layout.dim, "PIECE": piece, "STAGES": layout.stages, "SHARE": share}

@@ -1,7 +1,7 @@
-"""One kernel call on several threads: torch's own.
+"""Threads: one kernel on several threads, which are torch's own.
 
-torch multiplies in an OpenMP team whose idle threads spin for milliseconds, so a second pool of threads fights with the
-first for the cores. Here a compiled task runs in that same team, through the OpenMP library that torch has loaded: a
+torch multiplies with OpenMP threads, which spin for milliseconds when idle, so a second pool of threads would compete with
+them for the cores. Here a compiled task runs on those same threads, through the OpenMP library that torch has loaded: a
 dispatch costs 3 microseconds. Where that library is not found, ordinary Python threads run the task.
 
 A task is a C function of one argument, the address of an int64 array; it takes numbers from a counter there until none is
@@ -68,7 +68,7 @@ def _openmp() -> Any:
 
 
 class Work:
-    """A task with its own fields, to be run again and again: what does not change is laid out once, as microseconds count."""
+    """A task with its own fields, to be run many times: its array is prepared once, as microseconds count."""
 
     def __init__(self, task: Callable[..., None], fields: Any) -> None:
         self.function, self.address = compiled(task)

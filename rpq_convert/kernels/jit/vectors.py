@@ -1,7 +1,7 @@
 """Vector registers inside numba: a numba type for `<16 x float>` and its like, and the few operations that kernels use.
 
 LLVM vectorises simple loops by itself, but not "add this row of 16 tokens to that one, chosen by a code": it must be told
-that a row is one register. `load16(address)` and its siblings emit one LLVM instruction each; addresses are plain integers,
+that a row is one register. `load(address, tag)` and its like emit one LLVM instruction each; addresses are plain integers,
 which also makes calls from Python cheap. A vector type that the processor lacks is split by LLVM, so the code runs
 everywhere.
 """
