@@ -18,7 +18,8 @@ LEVELS = [
     ["storage", "layers", "fit"],
     ["planning", "kernels"],
     ["core"],
-    ["errors", "version", "report", "running"],
+    ["report", "running"],
+    ["errors", "version", "schemas"],
 ][::-1]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
 # Who may import what is slow to import or optional.
@@ -34,6 +35,7 @@ HOMES = {
     "vit_pytorch": {"models/vit.py"},
     "torchvision": set(),
     "huggingface_hub": {"hf/hub.py", "hf/model_card.py", "checkpoint/publishing.py", "integrations/serving.py"},
+    "msgspec": {"schemas"},
     "typer": {"cli"},
     "rich": {"cli"},
     "numba": {"kernels", "fit/loops"},

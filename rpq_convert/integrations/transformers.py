@@ -35,6 +35,8 @@ from rpq_convert.layers import surgery
 from rpq_convert.layers.surgery import AFTER, put_everywhere
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning.plan import FORMAT_VERSION, Job, Plan
+from rpq_convert.schemas import kinds
+from rpq_convert.schemas.checking import check
 from rpq_convert.storage.reader import read_header
 
 torchvision.mend()  # transformers imports it with the first model
@@ -112,6 +114,8 @@ class RPQQuantizer(HfQuantizer):
             self._plan(model)
             return model
         stored = self.quantization_config.stored
+        written = {"quant_method": METHOD, "format_version": FORMAT_VERSION, **stored}
+        check(written, kinds.QUANTIZATION, "quantization_config", SourceError)
         tied: dict[str, list[str]] = {}
         for alias, name in stored["tied"].items():
             tied.setdefault(name, []).append(alias)

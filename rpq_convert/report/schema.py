@@ -9,7 +9,12 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+from rpq_convert.errors import SourceError
+from rpq_convert.schemas import kinds
+from rpq_convert.schemas.checking import check, parse_json, read_text
 
 SCHEMA_VERSION = 1
 MANY_DENSE = 0.1  # share of parameters left dense above which a report warns
@@ -155,23 +160,34 @@ class Report:
         return {"schema_version": SCHEMA_VERSION} | asdict(self)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Report:
-        if data.get("schema_version") != SCHEMA_VERSION:
-            raise ValueError(
-                f"report schema {data.get('schema_version')!r} is not {SCHEMA_VERSION}; update rpq-convert"
+    def from_dict(cls, data: Mapping[str, Any], where: str = "the value") -> Report:
+        """Return the report that `to_dict` described.
+
+        Args:
+            where: what holds it, such as a file's path, for messages.
+
+        Raises:
+            SourceError: another version, or a field that is missing, unknown, of the wrong type or out of its range.
+        """
+        version = data.get("schema_version", SCHEMA_VERSION) if isinstance(data, Mapping) else SCHEMA_VERSION
+        if version != SCHEMA_VERSION:
+            raise SourceError(
+                f"{where} is not a report of schema {SCHEMA_VERSION}, but {version!r}; update rpq-convert"
             )
+        check(data, kinds.REPORT, where, SourceError)
         rest = {k: v for k, v in data.items() if k != "schema_version"}
         rows = tuple(Row(**{**r, "shape": tuple(r["shape"]), "aliases": tuple(r["aliases"])}) for r in rest.pop("rows"))
         files = tuple(FileRow(**f) for f in rest.pop("files"))
-        found = tuple(rest.pop("evaluations", ()))  # reports of earlier versions have none
-        return cls(rows=rows, files=files, warnings=tuple(rest.pop("warnings")), evaluations=found, **rest)
+        warnings, found = tuple(rest.pop("warnings")), tuple(rest.pop("evaluations", ()))  # earlier versions have none
+        return cls(rows=rows, files=files, warnings=warnings, evaluations=found, **rest)
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1)
 
     @classmethod
-    def from_json(cls, text: str) -> Report:
-        return cls.from_dict(json.loads(text))
+    def from_json(cls, text: str, where: str = "the text") -> Report:
+        """Return the report that a JSON text describes; see `from_dict`."""
+        return cls.from_dict(parse_json(text, kinds.REPORT, where, SourceError), where)
 
     def to_terminal(self, width: int = 80) -> str:
         from rpq_convert.report.text import terminal
@@ -200,6 +216,15 @@ class Report:
         from rpq_convert.report.html import fragment
 
         return fragment(self)
+
+
+def read_report(path: str | Path) -> Report:
+    """Return the report in a file.
+
+    Raises:
+        SourceError: it holds none.
+    """
+    return Report.from_json(read_text(path, kinds.REPORT, SourceError), str(path))
 
 
 def ratio(before: int, after: int) -> float:
