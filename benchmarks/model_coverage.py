@@ -32,7 +32,7 @@ import rpq_convert as rpq
 from rpq_convert.report.schema import Row
 from rpq_convert.report.text import group
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # the architectures that the tests convert
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))  # the architectures that the tests convert
 import architectures
 import transformers
 import vit_pytorch
@@ -71,7 +71,11 @@ def see(model: Any) -> Tensor:
 
 def entries() -> Iterator[Entry]:
     text = architectures.outputs
-    yield Entry("all-MiniLM-L6-v2", lambda: transformers.AutoModel.from_pretrained(minilm_folder()), text)
+    yield Entry(
+        "all-MiniLM-L6-v2",
+        lambda: transformers.AutoModel.from_pretrained(minilm_folder(), trust_remote_code=False),
+        text,
+    )
     yield Entry("SmolLM2-135M-Instruct", lambda: smollm2()[0], text)
     yield Entry("EfficientNet-Lite0", efficientnet_lite0, see, factory=EfficientNetLite0)
     yield Entry("ResNet-50, torchvision", resnet50, see, False, resnet50)

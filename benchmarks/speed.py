@@ -319,8 +319,8 @@ def models() -> None:
 
     contenders: Contenders = {k: lambda m=m: generate(m) for k, m in versions(model).items()}
     rows.append(line("SmolLM2-135M, 32 tokens greedy", contenders, rounds=3, burst=1))
-    encoder = AutoModel.from_pretrained(minilm_folder()).eval()
-    words = AutoTokenizer.from_pretrained(minilm_folder())
+    encoder = AutoModel.from_pretrained(minilm_folder(), trust_remote_code=False).eval()
+    words = AutoTokenizer.from_pretrained(minilm_folder(), trust_remote_code=False)
     sentences = ["The committee postponed its decision until spring, as nobody had read the report."] * 32
     contenders = {k: lambda m=m: embed(m, words, sentences) for k, m in versions(encoder).items()}
     rows.append(line("MiniLM, 32 sentences", contenders, rounds=5))

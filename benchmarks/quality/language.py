@@ -70,7 +70,7 @@ class LanguageModel:
     def load(self, folder: Path) -> nn.Module:
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=False).eval()
 
     def calibration(self, folder: Path) -> list[Any]:
         return [{"input_ids": part, "use_cache": False} for part in _data(folder)["fit"][:FITTED].split(4)]
@@ -118,12 +118,12 @@ examples and glosses, tuning up to 79,000: no text of STS-B's kind."""
 
         if sources.pairs is None:
             raise SystemExit("MiniLM needs --pairs (STS-B's test part: sentence, sentence, score)")
-        tokenizer = AutoTokenizer.from_pretrained(str(minilm_folder()))
+        tokenizer = AutoTokenizer.from_pretrained(str(minilm_folder()), trust_remote_code=False)
         with sources.pairs.open(newline="", encoding="utf8") as file:
             rows = [(a, b, float(score)) for a, b, score in csv.reader(file)]
         test = tokenizer([s for a, b, _ in rows for s in (a, b)], padding=True, return_tensors="pt")
         fit = tokenizer(sources.sentences(), truncation=True, max_length=64, padding=True, return_tensors="pt")
-        model = AutoModel.from_pretrained(str(minilm_folder()), dtype=torch.float32).eval()
+        model = AutoModel.from_pretrained(str(minilm_folder()), dtype=torch.float32, trust_remote_code=False).eval()
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         data = {
@@ -137,7 +137,7 @@ examples and glosses, tuning up to 79,000: no text of STS-B's kind."""
     def load(self, folder: Path) -> nn.Module:
         from transformers import AutoModel
 
-        return AutoModel.from_pretrained(str(folder), dtype=torch.float32).eval()
+        return AutoModel.from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=False).eval()
 
     def calibration(self, folder: Path) -> list[Any]:
         return self.tuning(folder)[:30]

@@ -83,8 +83,8 @@ class _Walk:
     def __init__(self, model: nn.Module, jobs: Sequence[Job], data: Sequence[Any], fit: Fit) -> None:
         self.model, self.fit = model, fit
         self.items = data
-        self.jobs = {job.name: job for job in jobs if job.fit != "random"}
-        self.random = [job.name for job in jobs if job.fit == "random"]
+        self.jobs = {job.name: job for job in jobs if not job.is_random}
+        self.random = [job.name for job in jobs if job.is_random]
         self.trace, self.chains = self._trace()
         self.dense: dict[str, list[Arrival]] = {}  # what the dense model's runs bring to chains, by first block
 

@@ -57,9 +57,7 @@ def merge_adapter(model: Any, *, adapters: list[str] | None = None) -> tuple[nn.
             put_everywhere(base, (job.name, *job.aliases), codes[job.name])
         raise
     again = tuple(
-        replace(
-            j, name=_plain(j.name), aliases=tuple(map(_plain, j.aliases)), fit="kmeans" if j.fit == "random" else j.fit
-        )
+        replace(j, name=_plain(j.name), aliases=tuple(map(_plain, j.aliases)), fit="kmeans" if j.is_random else j.fit)
         for j in jobs
     )
     names = {j.name for j in again}

@@ -167,7 +167,7 @@ class ModuleEntry(SpecEntry, forbid_unknown_fields=True, kw_only=True):
     """One RPQ weight, from which it is rebuilt empty; unknown fields would change how codes decode, and are refused."""
 
     view: str
-    shape: Annotated[list[Count], Meta(max_length=MAX_AXES)]
+    shape: Annotated[list[Count], Meta(max_length=16)]
     dtype: Float
     zero_row: Size | None = None
 
@@ -175,14 +175,19 @@ class ModuleEntry(SpecEntry, forbid_unknown_fields=True, kw_only=True):
         _check_numbers(self.shape)
 
 
-class Quantization(Struct):
+class Contents(Struct, kw_only=True):
+    """What `quantization_config` says of the weights: every RPQ weight, names of tied ones, and the guard."""
+
+    modules: dict[str, ModuleEntry]
+    tied: dict[str, str]
+    guard: str | None
+
+
+class Quantization(Contents, kw_only=True):
     """`quantization_config` of config.json. Unknown fields beside these are ignored."""
 
     quant_method: Literal["rpq"]
     format_version: Literal[1]
-    modules: dict[str, ModuleEntry]
-    tied: dict[str, str]
-    guard: str | None
     plan_sha256: str | None = None
     version: str | None = None
 
@@ -280,7 +285,7 @@ REPORT = Kind("a report", ReportFile)
 MANIFEST = Kind("a manifest", ManifestFile)
 CONFIG = Kind("the config of a converted folder", ConfigFile)
 DENSE_CONFIG = Kind("the config of a checkpoint", DenseConfigFile)
-QUANTIZATION = Kind("a quantization_config", Quantization)
+CONTENTS = Kind("a description of RPQ weights", Contents)
 MODULE = Kind("a description of an RPQ weight", ModuleEntry)
 PRESET = Kind("a preset", PresetFile, "a table")
 SENSITIVITIES = Kind("a table of sensitivities", Losses)
