@@ -33,7 +33,7 @@ import rpq_convert as rpq
 from rpq_convert.hf import torchvision
 from rpq_convert.nn import RPQLinear
 
-torchvision.mend()
+torchvision.fix()
 from figures import Figure, append, compared, read, stamped  # noqa: E402
 
 TOKENS = (1, 8, 64, 512)

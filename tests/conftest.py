@@ -4,7 +4,7 @@ import torch
 
 from rpq_convert.hf import torchvision
 
-torchvision.mend()
+torchvision.fix()
 torch.set_num_threads(1)  # tests run many small operations; results never depend on it
 
 # What takes longest starts first, so that no worker is left with it at the end.

@@ -23,6 +23,7 @@ HOMES = {
     "vit_pytorch": {"models/vit.py"},
     "torchvision": set(),
     "huggingface_hub": {"hf/hub.py", "hf/model_card.py", "checkpoint/publishing.py", "integrations/serving.py"},
+    "msgspec": {"schemas"},
     "typer": {"cli"},
     "rich": {"cli"},
     "numba": {"kernels", "fit/loops"},
