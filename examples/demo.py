@@ -110,8 +110,8 @@ def main() -> None:
     say("\nTry next:", style="bold")
     for command in (
         f"{tool} audit {OUT}/4bit",
-        f"{tool} convert {source} --bits 2 --calibrate self --output {OUT}/2bit",
-        f"{tool} convert {source} --target-size 10MB --output {OUT}/10MB",
+        f"{tool} convert {source} --bits 2 --calibrate self --out {OUT}/2bit",
+        f"{tool} convert {source} --target-size 10MB --out {OUT}/10MB",
     ):
         say(f"  {command}", soft_wrap=True)
 
