@@ -90,7 +90,7 @@ def convert(
     from rpq_convert.conversion.streaming import convert_opened
 
     if not dry_run and folder.exists() and not overwrite:  # said before a download, not after
-        raise FolderError(f"{folder} exists; choose another folder or pass --overwrite")
+        raise FolderError(f"{folder} already exists; choose another folder or pass --overwrite")
     if push_to and not dry_run:
         from rpq_convert.checkpoint.publishing import check_login
 
