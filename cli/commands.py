@@ -133,7 +133,7 @@ def _calibration(where: str, opened: "Opened", samples: int | None, seed: int) -
     from rpq_convert.inputs.files import read_inputs
     from rpq_convert.inputs.synthetic import own_inputs
 
-    if opened.options.factory is not None and where != "self" and not where.endswith(".safetensors"):
+    if opened.options.factory is not None and not where.endswith(".safetensors"):
         raise typer.BadParameter(
             "a factory's model has no tokenizer; give a .safetensors file of its arguments", param_hint="--calibrate"
         )
@@ -194,8 +194,9 @@ def plan(
     """
     if sweep or sweep_out is not None:
         return _sweep(src, sweep_out, json, options, source)
+    from rpq_convert.calibration.sensitivity import asks
     from rpq_convert.checkpoint.metadata import make_report
-    from rpq_convert.conversion.plans import asks, open_target, plan_opened
+    from rpq_convert.conversion.plans import open_target, plan_opened
 
     made = plan_opened(open_target(src, source, measured=asks(options)), options)
     warn(made.warnings)
@@ -433,7 +434,7 @@ def presets(name: Annotated[str | None, Argument(metavar="[NAME]", help="Print t
 @group.command(epilog=examples("rpq env"))
 @catching
 def env(json: o.Json = False) -> None:
-    """Show versions and the machine, and say how to mend a torchvision that does not fit torch."""
+    """Show versions and the machine, and say how to fix a torchvision that does not fit torch."""
     from .environment import facts
 
     found = facts()

@@ -8,8 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 PACKAGES = ("rpq-convert", "torch", "transformers", "safetensors", "numba")
-MENDED = (
-    "broken: a CUDA build beside a CPU-only torch. rpq-convert mends it for itself on import; to mend it everywhere, "
+BROKEN = (
+    "broken: a CUDA build beside a CPU-only torch. rpq-convert works around it in its own commands; to fix it everywhere, "
     "install the build that fits: pip install --force-reinstall --no-deps torchvision --index-url "
     "https://download.pytorch.org/whl/cpu, or uninstall it"
 )
@@ -43,6 +43,6 @@ def torchvision() -> str:
     if tried.returncode == 0:
         return f"{installed('torchvision')}, works"
     if "torchvision::nms does not exist" in tried.stderr:
-        return f"{installed('torchvision')}, {MENDED}"
+        return f"{installed('torchvision')}, {BROKEN}"
     last = (tried.stderr.strip().splitlines() or ["no message"])[-1]
     return f"{installed('torchvision')}, its import fails: {last}; reinstall it with the build that fits torch"

@@ -10,10 +10,10 @@ import pickle
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from paths import ROOT, SUPPORT
 from rpq_convert.cli import group
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -27,7 +27,6 @@ from rpq_convert.showing import csv_cell, markdown_code, markdown_text, one_line
 from rpq_convert.storage.reader import open_folder, refuse_links
 from rpq_convert.storage.writer import CONFIG, MANIFEST
 
-ROOT = Path(__file__).parent.parent
 REFUSED = (SourceError, VerifyError)
 WEIGHTS = "model.safetensors"
 
@@ -663,7 +662,7 @@ def program(*arguments, **environment):
 @pytest.mark.parametrize("axis", ["in", "out"])
 @pytest.mark.parametrize("side", ["back", "front"])
 def test_no_kernel_touches_the_page_beside_its_tensors(side, axis):
-    done = program(ROOT / "tests/guarded.py", side, axis)
+    done = program(SUPPORT / "guarded.py", side, axis)
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[-2000:]
     assert int(done.stdout.split()[-2]) > 100
 
@@ -671,6 +670,6 @@ def test_no_kernel_touches_the_page_beside_its_tensors(side, axis):
 @pytest.mark.slow
 def test_random_descriptions_end_in_errors_and_never_in_a_signal(tmp_path):
     seconds = os.environ.get("RPQ_FUZZ_SECONDS", "120")
-    done = program(ROOT / "tests/fuzz_safety.py", tmp_path, seconds)
+    done = program(SUPPORT / "fuzz_safety.py", tmp_path, seconds)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     print(done.stdout.splitlines()[-1])

@@ -4,8 +4,8 @@ import ast
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 # Rooms. Each line may import the lines below it.
 LEVELS = [
     ["nn", "cli"],

@@ -23,7 +23,7 @@ from rpq_convert.hf import torchvision
 from rpq_convert.running.meta import parameters_on_meta
 from rpq_convert.storage.reader import refuse_links
 
-torchvision.mend()
+torchvision.fix()
 
 import transformers  # noqa: E402
 from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: E402

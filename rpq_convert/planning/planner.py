@@ -22,7 +22,7 @@ from rpq_convert.core.spec import Spec, dtype_name, dtype_of
 from rpq_convert.errors import PlanError
 from rpq_convert.planning.options import DEFAULT_PRESET, FITS, PlanOptions
 from rpq_convert.planning.plan import Job, Plan, Skip
-from rpq_convert.planning.rules import Rule, Settings, load_preset, overlay, settings_for, split_bits
+from rpq_convert.planning.rules import SETTINGS, SIZES, Rule, Settings, load_preset, overlay, settings_for, split_bits
 from rpq_convert.planning.slots import Slot
 
 # Where an output has no more inputs than this (depthwise kernels, the convolution of a picture's pixels), `bits` means 8 of them:
@@ -78,10 +78,8 @@ def policy_of(options: PlanOptions, head_rules: Sequence[Rule] | None = None) ->
         size = {"dim": options.dim} if options.stages is None else {"dim": options.dim, "stages": options.stages}
         base = overlay(base, size)
         preset_rules = [Rule(r.match, overlay(r.settings, size)) for r in preset_rules]
-    asked = {name: getattr(options, name) for name in ("axis", "rotation", "outliers", "fit")}
-    forced = {name: value for name, value in asked.items() if value is not None} | (
-        {"grow": True} if options.grow else {}
-    )
+    asked = {name: getattr(options, name, None) for name in SETTINGS if name not in (*SIZES, "stages")}
+    forced = {name: value for name, value in asked.items() if value is not None and value is not False}
     only, never = ([Rule(p) for p in patterns] for patterns in (options.include, options.exclude))
     return Policy(base, preset_rules, options.rules, forced, only, never)
 

@@ -2,12 +2,12 @@
 
 import copy
 import json
-from pathlib import Path
 
 import factories
 import pytest
 import torch
 import transformers as tf
+from paths import SUPPORT
 from PIL import Image
 from rpq_convert.cli import group
 from safetensors.torch import save_file
@@ -266,7 +266,7 @@ def test_pairs_are_ranked_and_kept_in_report_and_card(spoken, tmp_path):
 
 def test_a_classifier_of_any_kind(tmp_path, monkeypatch):
     """Convert on given inputs, measure accuracy, tune and fit again; all from files."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.syspath_prepend(str(SUPPORT))
     torch.manual_seed(0)
     model = factories.classifier()
     x = torch.randn(60, 3, 8, 8)
