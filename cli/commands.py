@@ -64,7 +64,7 @@ def convert(
         str | None,
         Option(
             metavar="PATH|self",
-            help=f"Fit each layer to its inputs on {o.DATA}; or 'self': on text that a language model writes, random tokens, noise.",
+            help=f"Fit each layer to its inputs on {o.DATA}; or 'self': on synthetic inputs (text that a language model writes, tokens, noise).",
         ),
     ] = None,
     samples: o.Samples = None,
@@ -90,7 +90,7 @@ def convert(
     from rpq_convert.conversion.streaming import convert_opened
 
     if not dry_run and folder.exists() and not overwrite:  # said before a download, not after
-        raise FolderError(f"{folder} exists; choose another folder or pass --overwrite")
+        raise FolderError(f"{folder} already exists; choose another folder or pass --overwrite")
     if push_to and not dry_run:
         from rpq_convert.checkpoint.publishing import check_login
 
@@ -163,7 +163,7 @@ def push(
         Option(help="Access token of the hub; HF_TOKEN or `hf auth login` keep it out of the shell's history."),
     ] = None,
 ) -> None:
-    """Upload a converted folder to the hub, in one commit, once it is known to be whole; private unless --public."""
+    """Verify a converted folder and upload it to the hub, in one commit; private unless --public."""
     _push(folder, repo, public=public, token=token, revision=revision)
 
 
@@ -188,7 +188,7 @@ def plan(
     ] = None,
     json: o.Json = False,
 ) -> None:
-    """Show what a conversion would do and weigh; a hub id costs kilobytes.
+    """Show what a conversion would do, and the exact sizes; a hub id costs kilobytes.
 
     Weights are read only where they are at hand and sizes are to be chosen: to measure what the model is sensitive to.
     """
@@ -279,7 +279,8 @@ def eval(
     folder: o.OutputFolder,
     text: Annotated[Path | None, Option(metavar="FILE", help="Text to measure on; not what a fit has seen.")] = None,
     pairs: Annotated[
-        Path | None, Option(metavar="FILE.csv", help="Sentence, sentence, score: how well cosines rank as scores do.")
+        Path | None,
+        Option(metavar="FILE.csv", help="Sentence, sentence, score: the rank correlation of cosines and scores."),
     ] = None,
     inputs: Annotated[
         Path | None,
@@ -318,7 +319,9 @@ def tune(
     data: o.Data,
     out: o.OutFolder,
     options: TuneOptions,
-    blocks: Annotated[int, Option(min=0, help="Steps on each block alone, before all are tuned together.")] = 0,
+    blocks: Annotated[
+        int, Option(min=0, help="Steps on each transformer block alone, before all are tuned together.")
+    ] = 0,
     bfloat16: Annotated[
         bool, Option("--bfloat16", help="Multiply in bfloat16: faster where the processor has it.")
     ] = False,
@@ -329,7 +332,7 @@ def tune(
     quiet: o.Quiet = False,
     json: o.Json = False,
 ) -> None:
-    """Train a converted model's codebooks, scales, norms and biases, and codes if asked, against its base."""
+    """Train a converted model's codebooks, scales, norms and biases against its base; with --recode also codes."""
     import torch
 
     o.find_modules(factory)
@@ -362,7 +365,7 @@ def recalibrate(
     quiet: o.Quiet = False,
     json: o.Json = False,
 ) -> None:
-    """Fit a converted model to its inputs, from the codebooks that it has; 'self' as data: inputs that are made up."""
+    """Fit a converted model to its inputs, from the codebooks that it has; 'self' as data: synthetic inputs."""
     o.find_modules(factory)
     from rpq_convert.folders import recalibrate_folder
 

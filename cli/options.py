@@ -14,10 +14,12 @@ from typer import Argument, Option
 
 Source = Annotated[str, Argument(metavar="SRC", help="A hub id, a checkpoint folder, or a safetensors file.")]
 OutputFolder = Annotated[Path, Argument(metavar="FOLDER", help="A folder that rpq-convert wrote.")]
-Public = Annotated[bool, Option("--public", help="Let everybody see a pushed repository; only you by default.")]
+Public = Annotated[bool, Option("--public", help="Make a pushed repository public; private by default.")]
 Json = Annotated[bool, Option("--json", help="Print JSON to stdout, and nothing else there.")]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="No progress; warnings and errors only on stderr.")]
-Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing output folder once the new one is whole.")]
+Overwrite = Annotated[
+    bool, Option("--overwrite", help="Replace an existing output folder once the new one is complete.")
+]
 
 DATA = (
     "a text or a folder of texts or pictures such as the model will see, "

@@ -1,4 +1,4 @@
-"""What is done to a converted folder: it is evaluated, tuned, and recalibrated, each against its dense checkpoint."""
+"""Evaluate, tune and recalibrate a converted folder against its dense checkpoint."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def evaluate_folder(
         base, folder: the dense checkpoint and its conversion.
         text: a causal language model predicts windows of it; of any other text model the mean-pooled embeddings of its lines
             are compared.
-        pairs: csv of sentence, sentence, score: how well the cosine of two embeddings ranks as the score does.
+        pairs: CSV of sentence, sentence, score: the rank correlation of the cosine of two embeddings with the score.
         inputs: .safetensors of named arguments, for any model; with `labels`, the accuracy of a classifier. Or a folder of pictures.
         factory: builds a model that is not transformers'.
         window, windows: tokens of one window, and at most so many windows, lines or samples.
@@ -58,7 +58,8 @@ def evaluate_folder(
         keep: write what was found into the folder's report and model card.
 
     Raises:
-        SourceError: a folder is not what it should be, or the base has no tokenizer. EvaluateError: nothing to measure on.
+        SourceError: a folder cannot be read, or the base has no tokenizer.
+        EvaluateError: nothing to measure on.
     """
     given = {"text": text, "pairs": pairs, "inputs": inputs}
     on = [path for path in given.values() if path is not None]
@@ -125,9 +126,9 @@ def tune_folder(
     Args:
         base, folder, out: the dense checkpoint, its conversion, and the folder to make.
         data, window, samples, factory: as for `read_inputs` and `load`.
-        blocks: steps on each block alone, before all are tuned together; with the same options, but the loss.
+        blocks: steps on each transformer block alone, before all are tuned together; the same options, except the loss.
         overwrite: replace `out`.
-        options: how. A killed run goes on when it is repeated; blocks are tuned again first.
+        options: how to tune. A killed run continues when it is repeated; blocks are then tuned again first.
 
     Raises:
         SourceError, FolderError: as `load` and `save`. CalibrationError: no data. TuneError: as `tune`.
@@ -163,7 +164,7 @@ def recalibrate_folder(
 
     Args:
         base, folder, out, factory, overwrite: as for `tune_folder`.
-        data, window, samples: as for `read_inputs`; no data for inputs that are made up (`own_inputs`).
+        data, window, samples: as for `read_inputs`; None for synthetic inputs (`own_inputs`).
         options: those of `recalibrate`.
     """
     place = _free(out, overwrite)
@@ -177,5 +178,5 @@ def recalibrate_folder(
 def _free(out: str | Path, overwrite: bool) -> Path:
     place = Path(out)
     if place.exists() and not overwrite:
-        raise FolderError(f"{place} exists; choose another folder or pass --overwrite")
+        raise FolderError(f"{place} already exists; choose another folder or pass --overwrite")
     return place

@@ -185,3 +185,47 @@ def recipe(target: str) -> str:
     """Return the recipe of a target of the Makefile."""
     text = (ROOT / "Makefile").read_text("utf8")
     return re.search(rf"^{target}:.*\n((?:\t.*\n)+)", text, re.MULTILINE)[1]
+
+
+def test_files_that_the_docs_name_exist():
+    """As `layers/weight.py` in the package, or from the root: `benchmarks/speed.py`."""
+    named = set()
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]:
+        text = re.sub(r"<!-- structure.*?<!-- end", "", page.read_text("utf8"), flags=re.DOTALL)  # shortened names
+        named |= {(page.name, n) for n in re.findall(r"`([\w./]+\.(?:py|toml|jsonl|ipynb))`", text)}
+    assert len(named) > 30
+    missing = [n for n in named if "/" in n[1] and not any((r / n[1]).exists() for r in (ROOT, ROOT / "rpq_convert"))]
+    assert not missing
+
+
+def test_the_numbers_of_the_architecture_are_counted_from_the_source(tmp_path):
+    """Levels, lines of code and parameters of a small tree; a circle of rooms is an error."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("structure", ROOT / "benchmarks" / "structure.py")
+    sys.modules["structure"] = structure = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(structure)
+    files = {
+        "rpq_convert/__init__.py": "",
+        "rpq_convert/errors.py": "class E(Exception): ...\n",
+        "rpq_convert/core/spec.py": "from rpq_convert.errors import E\n\n\ndef f(a, *, b=1):\n"
+        '    """Said.\n\n    More.\n    """\n\n    # why\n    def g(c, d, e):\n        return c\n\n    return g\n',
+        "rpq_convert/top.py": "import rpq_convert.core.spec\n",
+        "cli/commands.py": "def main(self, **options):\n    from rpq_convert import top\n    return top\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    code = structure.Code(tmp_path)
+    assert code.levels() == {"errors": 1, "core": 2, "top": 3, "cli": 4}
+    everything = code.files
+    assert str(code.longest_file(everything)) == "14 (`core/spec.py`)"
+    assert str(code.longest_function(everything)) == "3 (`cli/commands.py: main`)"
+    assert str(code.widest_signature(everything)) == "3 (`core/spec.py: g`)"
+    assert not code.beyond()
+    assert "| 4 | `cli` | 1 | 3 (`commands.py`)" in structure.tables(code)
+    circle = tmp_path / "circle"
+    shutil.copytree(tmp_path / "rpq_convert", circle / "rpq_convert")
+    (circle / "rpq_convert/errors.py").write_text("from rpq_convert import top\n")
+    with pytest.raises(ValueError, match="circle: core, errors, top"):
+        structure.Code(circle).levels()

@@ -1,4 +1,4 @@
-"""The plan and the report that describe a converted model as it stands."""
+"""The plan and the report of a model that is converted already."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rpq_convert.report.schema import Report
 
 
 def plan_of(model: nn.Module, max_shard_size: str | int | None = None) -> Plan:
-    """Return the plan that describes a converted model as it stands, whoever converted it."""
+    """Return the plan that describes a converted model as it is now, whoever converted it."""
     from rpq_convert.core.safetensors import parse_size
     from rpq_convert.core.spec import dtype_name
     from rpq_convert.planning.options import DEFAULT_SHARD

@@ -1,7 +1,7 @@
-"""Record: what lies beside the weights of an RPQ folder: config.json, report, model card.
+"""What an RPQ folder holds beside its weights: config.json, report, model card.
 
-`config.json` carries everything from which the model is rebuilt, and never a name of code to run. The report's bytes are
-those of the files as written.
+`config.json` holds everything from which the model is rebuilt, and never a name of code to run. The report's bytes are those of
+the files as written.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FACTS = ("error", "dead", "seconds", "inputs")  # what a fit measures
 def make_report(
     plan: Plan, facts: Mapping[str, Mapping[str, Any]], title: str, files: Iterable[FileRow] = ()
 ) -> Report:
-    """Join the plan's rows with what the fits measured."""
+    """Return the plan's report with what the fits measured."""
     rows = []
     for row in plan.rows():
         measured: dict[str, Any] = {k: facts[row.name].get(k) for k in FACTS} if row.name in facts else {}
@@ -36,7 +36,7 @@ def make_report(
 
 
 def _calibrated(plan: Plan, report: Report) -> list[str]:
-    """Say where calibration fell short."""
+    """Return warnings about layers with too few calibration inputs."""
     seen = {row.name: row.inputs for row in report.rows if row.inputs}
     if not seen:
         return []
@@ -44,7 +44,7 @@ def _calibrated(plan: Plan, report: Report) -> list[str]:
     unseen = [j.name for j in plan.jobs if j.name not in seen and not j.is_random and "Embedding" not in j.layer]
     if unseen:
         names = ", ".join(unseen[:3]) + (f" and {len(unseen) - 3} more" if len(unseen) > 3 else "")
-        said.append(f"calibration saw nothing multiplied by {names}: fitted to the weights alone")
+        said.append(f"not reached by calibration, fitted to the weights alone: {names}")
     channels = {j.name: j.weight_view.matrix_shape(j.shape, "in")[1] for j in plan.jobs}
     few = [name for name, inputs in seen.items() if inputs < channels[name]]
     if few:
@@ -108,7 +108,7 @@ def write_rest(
 
 
 def add_evaluation(folder: Path, on: str, found: Evaluation) -> None:
-    """Write what was measured into a folder's report and model card; it takes the place of an earlier one on the same data.
+    """Write what was measured into a folder's report and model card. It replaces an earlier result on the same data.
 
     Args:
         on: the name of what was measured on, such as a file's.

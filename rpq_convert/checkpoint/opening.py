@@ -1,7 +1,7 @@
-"""Opened: a checkpoint that was found, paired with the empty model that it fills.
+"""Opened: a checkpoint that was found, with the empty model that it fills.
 
-Three kinds: a transformers checkpoint, whose config builds the model; weights and a factory, for every other model; and
-bare headers, from which a size can be planned but nothing converted. Each is a folder, a repository of the hub, or a file.
+There are three kinds: a transformers checkpoint, whose config builds the model; weights and a factory, for every other model;
+headers alone, from which a size can be planned but nothing converted. Each is a folder, a repository of the hub, or a file.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Opened:
         source: its tensors; None where a plan was made from the config alone.
         src, options: where it was found.
         config: its config.json. files: what belongs beside the weights.
-        base: what a model card tells of it.
+        base: what a model card says of it.
         notes: for the plan to say.
     """
 
@@ -75,7 +75,7 @@ class Opened:
         return walk_headers((i.name, i.dtype, i.shape) for i in self.source.infos.values())
 
     def fetched(self) -> Opened:
-        """Return it with its weights on this machine; where only its headers were read, they are fetched now."""
+        """Return it with its weights on this machine. They are fetched now if only headers were read before."""
         return self if self.has_weights else open_checkpoint(self.src, self.options, model=self.model)
 
     def filled(self) -> nn.Module:
@@ -178,7 +178,7 @@ def _tensors(folder: Path, repository: hub.Repository | None, options: SourceOpt
 
 
 def _look(repository: hub.Repository | None, allow_pickle: bool) -> tuple[Any, list[str]]:
-    """Return a repository's headers, where it has some that can be read from afar; and what will be in the way."""
+    """Return a repository's headers, if they can be read remotely, and what will prevent a conversion."""
     if repository is None or repository.offline:
         return None, []
     try:
@@ -197,7 +197,7 @@ def _small() -> tuple[str, ...]:
 def empty_from_factory(factory: str | Factory) -> nn.Module:
     """Build a model with parameters on meta and real buffers, from a callable or `"package.module:callable"`.
 
-    Of a model that the factory converts itself (`RPQViT`) the dense one is returned.
+    If the factory returns a converted model (`RPQViT`), its dense form is returned.
     """
     build = _callable(factory)
     with parameters_on_meta():
@@ -212,10 +212,10 @@ def empty_from_factory(factory: str | Factory) -> nn.Module:
 
 
 def compute_buffers(model: nn.Module, factory: str | Factory | None) -> nn.Module:
-    """Give a model the buffers that no checkpoint holds and its empty twin could not compute, in place.
+    """Give a model the buffers that no checkpoint holds and that an empty model cannot compute, in place.
 
-    timm's Swin computes its masks on the device of a parameter, which is meta in an empty model. A real one is built for
-    them, once, and thrown away: only then do its dense weights take memory.
+    timm's Swin computes its masks on the device of a parameter, which is meta in an empty model. A real model is built once
+    for them and dropped. Only during this time do its dense weights take memory.
     """
     empty = [n for n, b in model.named_buffers() if b.is_meta]
     if empty and factory is not None:

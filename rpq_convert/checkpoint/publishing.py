@@ -32,7 +32,7 @@ def push(
     """Upload a converted folder to the hub, in one commit.
 
     Args:
-        folder: whole, as `rpq.verify` says; its README.md may have been edited.
+        folder: complete, as `rpq.verify` checks; its README.md may have been edited.
         repo: the repository's id, `user/name` or `name`; it is made if it does not exist.
         private: whether only you see it; of an existing repository this must be what it is.
         token: instead of the stored one. revision: the branch to commit to; it is made if it does not exist.
@@ -41,8 +41,9 @@ def push(
         The address of the repository, or of its branch.
 
     Raises:
-        VerifyError, SourceError: the folder is not whole, or no converted folder; nothing was sent. HubError: the hub
-        refused, or the repository holds another model, or is public where a private one was asked for.
+        VerifyError: the folder is not complete; nothing was sent.
+        SourceError: it is not a converted folder; nothing was sent.
+        HubError: the hub refused, the repository holds another model, or it is public and a private one was asked for.
 
     Example:
         >>> rpq.push("opt-125m-rpq", "me/opt-125m-rpq")

@@ -36,10 +36,11 @@ def save(
         overwrite: replace `out`.
         max_shard_size: of a weight file, e.g. `"5GB"`.
         files: to copy beside the weights: tokenizer, generation settings.
-        base: what the model card says that the model was converted from; by default what transformers knows.
+        base: what the model was converted from, for the model card; by default what transformers knows.
 
     Raises:
-        SourceError: the model has no RPQ weight. FolderError: the folder exists.
+        SourceError: the model has no RPQ weight.
+        FolderError: the folder already exists.
     """
     plan = plan_of(model, max_shard_size)
     if not plan.jobs:

@@ -1,4 +1,4 @@
-"""One job, one tensor, one result: the pure step that memory and streaming conversion share."""
+"""One job, one tensor, one result: the pure step that conversion in memory and as a stream share."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def encode(
     Args:
         job: what to do; its seed decides every random number.
         tensor: the dense parameter. On meta it must be a random fit, and `std` the deviation to reach.
-        statistics: of the layer's calibration inputs; then what is kept small is the error of its output, not the weights'.
-        start: the tensors of an earlier encoding, to start from; without statistics it is kept.
+        statistics: of the layer's calibration inputs. With them the error of its output is minimised, not that of its weights.
+        start: the tensors of an earlier encoding, to start from. Without statistics it is kept.
 
     Raises:
         EncodeError: wrong shape, NaN or infinite values, values out of the range of the codebooks' dtype.
@@ -46,7 +46,7 @@ def encode(
     dense = tensor.detach().to("cpu", torch.float32) if not tensor.is_meta else tensor
     if not tensor.is_meta and not torch.isfinite(dense.sum()) and not torch.isfinite(dense).all():
         bad = int((~torch.isfinite(dense)).sum())
-        raise EncodeError(f"{job.name} {list(job.shape)} holds {bad} NaN or infinite values; mend or exclude it")
+        raise EncodeError(f"{job.name} {list(job.shape)} holds {bad} NaN or infinite values; fix or exclude it")
     if job.spec.rotation and not job.is_random:
         view = job.weight_view
         matrix = rotate(view.to_matrix(dense, "in"), job.spec.rotation)
@@ -88,9 +88,9 @@ def relative_error(dense: Tensor, rpq: RPQWeight) -> float:
     return rest / base if base else (math.inf if rest else 0.0)
 
 
-# Without statistics, large weights count more up to this dim: nearest codewords leave them the largest errors, and a language
-# model lives on them. At 8 bits SmolLM2's divergence falls from 0.0054 to 0.0037 (MiniLM's mean cosine stays at 0.9998). At dim 2
-# it is no such gain: SmolLM2's falls from 0.611 to 0.573, MiniLM's cosine from 0.973 to 0.967.
+# Without statistics, large weights count more up to this dim: nearest codewords leave them the largest errors, and language models
+# depend on them. At 8 bits SmolLM2's divergence falls from 0.0054 to 0.0037 (MiniLM's mean cosine stays at 0.9998). At dim 2 the
+# gain is smaller: SmolLM2's divergence falls from 0.611 to 0.573, and MiniLM's cosine falls from 0.973 to 0.967.
 LARGE = 1
 
 

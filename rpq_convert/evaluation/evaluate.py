@@ -1,9 +1,7 @@
-"""Evaluate: what a converted model still knows, measured against the model that it was made from.
+"""Evaluate: a converted model against the model that it was made from.
 
-Language models: perplexity of both, the divergence of their predictions, how often they agree on the next token. Any other
-module: cosine and relative error of its outputs, agreement of the largest output where there are classes, and accuracy where
-labels are given. Any module: the error that each converted layer adds to the base's own inputs, so that errors of layers do
-not mix.
+For language models: perplexity of both, the divergence of their predictions, how often they agree on the next token. For any
+other module: cosine and relative error of its outputs, agreement of the largest output, and accuracy where labels are given.
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ def evaluate(
     Args:
         base, model: both in eval mode.
         data: token ids [n] int64, for language models; else an iterable of inputs: a tensor, a tuple, or a dict of
-            keyword arguments, in which `labels` [outputs] int64 are what a classifier should say: the models do not see them.
+            keyword arguments, in which `labels` [outputs] int64 are the right classes. The models do not see the labels.
         window, batch: tokens of one window, each predicted on its own, and windows at a time.
         progress: called with the number of windows or inputs done.
 
@@ -63,7 +61,7 @@ def _language(
     base: nn.Module, model: nn.Module, ids: Tensor, window: int, batch: int, progress: Progress | None
 ) -> Evaluation:
     if len(ids) < 2:
-        raise EvaluateError(f"{len(ids)} tokens are nothing to predict; give a longer text")
+        raise EvaluateError(f"{len(ids)} tokens are too few to predict one; give a longer text")
     window = min(window, len(ids))
     windows = ids[: len(ids) // window * window].view(-1, window)
     sums = dict.fromkeys(("base", "model", "kl", "agree"), 0.0)

@@ -1,4 +1,4 @@
-"""Sentence pairs: how well the cosine of two embeddings ranks as a score does."""
+"""Sentence pairs: rank correlation of the cosine of two embeddings with a given score."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def evaluate_pairs(
 ) -> tuple[Evaluation, list[Any]]:
     rows = list(_scored(file))[:limit]
     if len(rows) < 2:
-        raise EvaluateError(f"{file} holds {len(rows)} pairs; there is nothing to rank")
+        raise EvaluateError(f"{file} holds {len(rows)} pairs; at least two are needed")
     words, sentences = tokenizer_of(base), [s for a, b, _ in rows for s in (a, b)]
     batches = [dict(batch) for batch in tokenized(words, sentences, window)]
     found: tuple[list[Tensor], list[Tensor]] = ([], [])

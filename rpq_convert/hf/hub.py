@@ -1,7 +1,7 @@
-"""The hub: which files of a repository are needed, and no others.
+"""The hub: only the files of a repository that are needed are fetched.
 
-A plan costs the config and the headers of the weight files, read by range requests; a conversion the chosen weight files
-once, in huggingface_hub's own cache, which also mends broken transfers. All of one run comes from one commit. Whatever
+A plan reads the config and the headers of the weight files, by range requests. A conversion fetches the chosen weight files
+once, into huggingface_hub's own cache, which also repairs broken transfers. All files of one run come from one commit. What
 the hub refuses becomes a `HubError` that says what to do.
 """
 
@@ -27,19 +27,19 @@ REFUSALS = {  # an error of huggingface_hub, or its nearest ancestor here -> wha
     "RevisionNotFoundError": "has no such revision on the hub; give a branch, tag or commit that it has",
     "RepositoryNotFoundError": f"is no local folder, and the hub shows no such repository. If it is private, {LOGIN}",
     "LocalTokenNotFoundError": f"needs a login: {LOGIN}",
-    "LocalEntryNotFoundError": "is not whole in the local cache, and the hub was not reached",
-    "OfflineModeIsEnabled": "would be asked from the hub, but HF_HUB_OFFLINE forbids it",
+    "LocalEntryNotFoundError": "is incomplete in the local cache, and the hub was not reached",
+    "OfflineModeIsEnabled": "needs the hub, but HF_HUB_OFFLINE forbids it",
     "HfHubHTTPError": "was refused by the hub",
-    "HTTPError": "was asked from the hub, but the connection failed; repeat the command to go on",
+    "HTTPError": "could not be downloaded: the connection failed; repeat the command to continue",
     "SafetensorsParsingError": "has a broken safetensors file",
-    "OSError": "could not be had from the hub",
-    "ValueError": "has something that the hub does not take",
+    "OSError": "could not be downloaded from the hub",
+    "ValueError": "has something that the hub does not accept",
 }
 ADDING = ("LocalEntryNotFoundError", "HfHubHTTPError", "HTTPError", "SafetensorsParsingError", "OSError", "ValueError")
 
 
 def is_name(src: str | Path) -> bool:
-    """Return whether a source can only be a repository's name: nothing local is called so, and it is written like one."""
+    """Return whether a source can only be a repository's name: no local path has this name, and it is written like one."""
     text = str(src)
     return (
         not Path(src).exists()
@@ -71,7 +71,7 @@ def asking(name: str) -> Iterator[None]:
 
 
 def _first(error: BaseException) -> str:
-    """Return an error's first sentence; the hub's list of mistakes in a card stands below it."""
+    """Return an error's first sentence. The hub's list of mistakes in a card follows it and is left out."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines if lines[0].startswith("Invalid metadata") else lines[:1])
 
@@ -136,21 +136,21 @@ class Repository:
 
 
 def find(src: str | Path, wanted: Sequence[str], options: HubOptions) -> Repository:
-    """Look a repository up, and fetch its small files.
+    """Find a repository and fetch its small files.
 
     Args:
         src: its id.
         wanted: patterns of the small files.
-        options: which revision, with which token, and whether the cache alone is asked.
+        options: which revision, with which token, and whether only the cache is used.
 
     Raises:
-        HubError: it cannot be had, and why.
+        HubError: it could not be downloaded; says why.
     """
     from huggingface_hub.errors import HTTPError
 
     name, token = str(src), options.token
     folder = _download(name, wanted, **options.hub)
-    offline = "the hub was not to be asked"
+    offline = "the hub was not to be used"
     if not options.local_files_only:
         try:
             info = client(token).model_info(name, revision=folder.name, files_metadata=True)

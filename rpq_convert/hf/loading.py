@@ -1,9 +1,9 @@
 """transformers checkpoints: build their model empty, read their tensors under the model's names.
 
-Checkpoint keys are not module names: prefixes come and go, old names linger, and mixture-of-experts files keep one tensor
-per expert where the model has one fused parameter. transformers knows all of it (`get_model_conversion_mapping`); here its
-own rename and conversion steps run for one parameter at a time, so that nothing larger is in memory. No code of a
-checkpoint is ever run: classes come from transformers itself.
+Checkpoint keys are not module names: prefixes differ, old names remain, and mixture-of-experts files keep one tensor per expert
+where the model has one fused parameter. transformers knows the mapping (`get_model_conversion_mapping`). Its own rename and
+conversion steps run here for one parameter at a time, so nothing larger is in memory. No code of a checkpoint is ever run:
+classes come from transformers itself.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class ModuleSource(Mapping[str, Tensor]):
         return [g for g in groups.values() if len(g) > 1]
 
     def _run(self, first: str, transform: Any, parts: list[tuple[str, str]], *, shapes: bool) -> dict[str, Any]:
-        """Run one conversion; with `shapes` on meta tensors, which tells its names."""
+        """Run one conversion; with `shapes` on meta tensors, to learn its names."""
         transform = deepcopy(transform)
         for key, pattern in parts:
             transform.add_tensor(first, key, pattern, partial(self._meta if shapes else self.source.__getitem__, key))
@@ -191,7 +191,7 @@ class ModuleSource(Mapping[str, Tensor]):
 
 
 def extra_files(folder: str | Path) -> list[Path]:
-    """Return the small files that belong beside the weights: tokenizer, generation settings, processors. Never code."""
+    """Return the small files that a folder needs beside its weights: tokenizer, generation settings, processors. Never code."""
     refuse_links(folder)
     found = {p for pattern in SMALL for p in Path(folder).glob(pattern) if p.is_file()}
     return sorted(p for p in found if p.suffix != ".py" and "safetensors" not in p.name)

@@ -1,8 +1,8 @@
 """Model card: the README.md of an output folder, as the hub renders it.
 
-Its metadata tie the model to its base and carry over the base's licence; its text says how to load exactly this kind of
-model, what every tensor weighs and the command that made it. The base's own card stays readable: the card links to it, or,
-where the base was no repository of the hub, it lies beside as README.base.md.
+Its metadata name the base model and its licence. Its text shows the code that loads this kind of model, the size of every
+tensor, and the command that made it. The base's own card stays readable: the card links to it. Where the base is not a
+repository of the hub, its card is kept as README.base.md.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ COMPANIONS = {
 
 @dataclass(frozen=True)
 class Base:
-    """What a model was converted from, as far as its card may tell.
+    """What a model was converted from, as far as its card may say.
 
     Args:
         name, commit: of a repository of the hub.
@@ -70,7 +70,7 @@ class Base:
 def base_in(
     folder: Path, repository: Repository | None = None, factory: str | Callable[..., Any] | None = None
 ) -> Base:
-    """Return what a checkpoint's folder tells of it; a converted folder tells of its own base."""
+    """Return the base that a checkpoint's folder describes. A converted folder describes its own base."""
     found, card = _read(folder / CARD), folder / CARD
     kept = {k: found[k] for k in KEPT if k in found}
     if "rpq" in found.get("tags", ()):
@@ -82,7 +82,7 @@ def base_in(
 
 
 def base_of(name: str) -> Base:
-    """Return the base of a model in memory, where the hub's cache shows that it came from the repository of this name."""
+    """Return the base of a model in memory, if the hub's cache shows that it came from the repository of this name."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -97,7 +97,7 @@ def base_of(name: str) -> Base:
 
 
 def _read(card: Path) -> dict[str, Any]:
-    """Return the texts and lists of texts in a card's YAML block; nothing of a card that cannot be read."""
+    """Return the texts and lists of texts in a card's YAML block; an empty dict for a card that cannot be read."""
     from huggingface_hub import metadata_load
 
     if not card.is_file():
@@ -125,8 +125,8 @@ def model_card(
     Args:
         report: its size audit.
         config: the config.json of a transformers model; None for any other.
-        place: what the loading code names: the folder, later the repository.
-        files: what lies in the folder.
+        place: the name in the loading code: the folder, after a push the repository.
+        files: names of the files in the folder.
         base: what was converted.
     """
     from huggingface_hub import ModelCardData
@@ -205,7 +205,7 @@ def _variable(reader: str) -> str:
 
 
 def _made(report: Report, place: str, base: Base) -> list[str]:
-    """Return the command, or the call for a model in memory, and what it measured."""
+    """Return the command, or the call for a model in memory, and what was measured."""
     given = {k: v for k, v in report.options.items() if v not in (None, False, [], ()) and (k, v) != ("seed", 0)}
     calibration, tuning = given.pop("calibration", None), given.pop("tuning", None)
     said = []

@@ -1,7 +1,7 @@
-"""Which Auto class of transformers loads an architecture, and which task of the hub it serves.
+"""Which Auto class of transformers loads an architecture, and which task of the hub it belongs to.
 
-One line per task, from transformers' own tables; the first that lists the architecture counts, so the more telling ones
-stand first (a BART is listed as a masked language model too).
+One line per task, from transformers' own tables. The first that lists the architecture counts, so the more specific ones come
+first (a BART is listed as a masked language model too).
 """
 
 from __future__ import annotations

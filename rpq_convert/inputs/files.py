@@ -72,7 +72,7 @@ def _tensors(path: Path, samples: int | None, labels: bool) -> list[Any]:
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as e:
-        raise SourceError(f"{path} is no safetensors file: {e}") from None
+        raise SourceError(f"{path} is not a safetensors file: {e}") from None
     tensors = {k: t[:samples] for k, t in tensors.items() if t.ndim and (labels or k != LABELS)}
     sizes = {k: len(t) for k, t in tensors.items()}
     if not sizes or min(sizes.values()) == 0:

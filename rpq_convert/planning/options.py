@@ -33,7 +33,7 @@ class PlanOptions:
     )
     bits: float | None = setting(
         None,
-        "Code bits per weight, 0.05 to 8; one that no layout has exactly, such as 2.5, is met by mixing.",
+        "Code bits per weight, 0.05 to 8; a value that no layout has, such as 2.5, mixes layers of several sizes.",
         record=ALWAYS, panel=SIZE,
     )  # fmt: skip
     target_size: str | int | None = setting(
@@ -48,7 +48,7 @@ class PlanOptions:
     )  # fmt: skip
     sensitivity: str | Mapping[str, Any] | None = setting(
         None,
-        "What budgets go by: JSON of name to number, or shapes alone. By default the model is run and measured.",
+        "Sensitivities for a budget: JSON of name to number, or shapes alone. By default the model is run and measured.",
         record=NEVER, metavar="FILE|shape", panel=SIZE,
     )  # fmt: skip
     dim: int | None = setting(None, "Length of a sub-vector.", least=1, record=ALWAYS, panel=SIZE)
@@ -82,7 +82,7 @@ class PlanOptions:
     )
     grow: bool = setting(False, "Convert layers that would grow as well.", record=ALWAYS, panel=SIZE)
     dtype: Literal["float32", "float16", "bfloat16"] | None = setting(
-        None, "Dtype of what stays dense and of expanded weights; as stored by default.", record=ALWAYS, panel=SIZE
+        None, "Dtype of what stays dense and of decoded weights; as stored by default.", record=ALWAYS, panel=SIZE
     )
     include: tuple[str, ...] = setting(
         (), "Convert only these; repeatable.", record=ALWAYS, metavar="PATTERN", panel=WHAT

@@ -55,7 +55,7 @@ class Curve:
         """Return the curve as a picture: both axes logarithmic."""
         shown = [s for s in (*self.mixed, *self.uniform) if s.loss > 0]
         if not shown:
-            raise ValueError("every plan of this curve is free of loss; there is nothing to draw")
+            raise ValueError("no plan of this curve has a loss; there is nothing to draw")
         x = Axis([s.file_bytes / 2**20 for s in shown], LEFT, WIDTH - RIGHT)
         y = Axis([s.loss for s in shown], HEIGHT - BOTTOM, TOP)
         parts = [

@@ -1,6 +1,6 @@
 """The size audit as a value: one row per parameter or buffer, the files, and totals derived from them.
 
-JSON is the truth; every other view is made from a `Report`. No torch here: reading a report must be quick.
+JSON is the stored form; every other view is made from a `Report`. This room does not import torch: reading a report is quick.
 """
 
 from __future__ import annotations
@@ -26,12 +26,15 @@ class Row:
 
     Args:
         decision: `"rpq"`, `"dense"` (a parameter that stays as it is) or `"buffer"`.
-        reason: the rule that converts it, or why it stays.
-        dense_bytes: its size unconverted; `codebook_bytes`, `code_bytes`, `scale_bytes`, `outlier_bytes` and `other_bytes`
-            (what stays dense) are what is written.
-        expected_error, error: relative squared error `|W - W'|^2 / |W|^2`, from the rate and as measured.
-        seconds: wall time of the fit. dead: codewords that no code uses. inputs: input vectors it was
-            calibrated on, if any. aliases: other names of the same tensor.
+        reason: the rule that converts it, or why it stays dense.
+        dense_bytes: its size before. `codebook_bytes`, `code_bytes`, `scale_bytes`, `outlier_bytes` and `other_bytes` (what
+            stays dense) are its size after.
+        expected_error: relative squared error `|W - W'|^2 / |W|^2`, estimated from bits per weight.
+        error: the same, as measured.
+        seconds: wall time of the fit.
+        dead: codewords that no code uses.
+        inputs: input vectors that it was calibrated on, if any.
+        aliases: other names of the same tensor.
     """
 
     name: str
@@ -83,7 +86,7 @@ class Report:
 
     Args:
         rows: every parameter and persistent buffer.
-        files: what lies in the folder, once written.
+        files: the files of the folder, once written.
         predicted_bytes: size of the weight files by plan, headers included; equals `weight_file_bytes` on disk.
         evaluations: what was measured later: each `on` (what), `kind`, `samples` and `metrics`.
     """
@@ -122,7 +125,7 @@ class Report:
 
     @property
     def covered(self) -> float:
-        """Share of the parameters that is under RPQ."""
+        """Share of the parameters that are stored as codes."""
         return sum(r.params for r in self.rows if r.decision == "rpq") / self.params if self.params else 0.0
 
     @property

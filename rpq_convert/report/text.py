@@ -1,7 +1,7 @@
 """The report as text: a terminal table of grouped rows, Markdown, CSV, and the difference of two reports.
 
-Layers that repeat (same type, shape, spec and decision; names equal but for their numbers) share one line, written like
-`layers.{0…31}.fc1.weight`. Grouping is one function, used by every view.
+Layers that repeat (same type, shape, spec and decision; names that differ in their numbers alone) share one line, written as
+`layers.{0…31}.fc1.weight`. Every view groups by the same function.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _numbers(column: Sequence[str]) -> str:
 
 
 def megabytes(n: int) -> str:
-    """Return a size in MB of 2**20 bytes, three decimals, as the seed project prints sizes."""
+    """Return a size in MB of 2**20 bytes, with three decimals."""
     return f"{n / 2**20:.3f}MB"
 
 

@@ -1,1 +1,1 @@
-"""Files of weights: read lazily, written whole or not at all."""
+"""Weight files: read lazily; written completely or not at all."""

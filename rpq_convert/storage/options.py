@@ -19,7 +19,7 @@ class HubOptions:
     token: str | bool | None = setting(
         None, "Access token of the hub; HF_TOKEN or `hf auth login` keep it out of the shell's history.", panel=PANEL
     )
-    local_files_only: bool = setting(False, "Never ask the hub.", panel=PANEL)
+    local_files_only: bool = setting(False, "Never contact the hub; use its local cache.", panel=PANEL)
 
     @property
     def hub(self) -> dict[str, Any]:

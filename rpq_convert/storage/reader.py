@@ -1,7 +1,7 @@
 """Sources: a checkpoint as a lazy mapping from names to tensors, one tensor in memory at a time.
 
-Tensors are read by position into fresh memory, not mapped: a mapping of a large file counts against an address-space
-limit and keeps its pages. The header is checked before anything is trusted: sizes, offsets, overlaps, the file's length.
+Tensors are read by position into new memory. They are not mapped, since a mapping of a large file counts against an
+address-space limit and keeps its pages. The header is checked first: sizes, offsets, overlaps, the file's length.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: bytes `start` to `end` of `file`."""
+    """Where one tensor is stored: bytes `start` to `end` of `file`."""
 
     name: str
     dtype: torch.dtype
@@ -57,7 +57,7 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
         with open(path, "rb") as f:
             length = int.from_bytes(f.read(8), "little")
             if size < 8 or length > min(MAX_HEADER, size - 8):
-                raise SourceError(f"{path} is no safetensors file: its header would be {length:,} bytes of {size:,}")
+                raise SourceError(f"{path} is not a safetensors file: its header would be {length:,} bytes of {size:,}")
             text = f.read(length)
     except FileNotFoundError:
         raise SourceError(f"{path} does not exist") from None
@@ -203,7 +203,7 @@ class PickleSource(Mapping[str, Tensor]):
 def weight_files(names: Collection[str], where: str | Path, *, allow_pickle: bool = False) -> list[str]:
     """Choose from a folder's file names what its weights are read from: an index alone, or the weight files.
 
-    The same weights often lie there several times; safetensors go before pickles, and nothing is chosen twice.
+    A folder often holds the same weights several times. Safetensors come before pickles, and nothing is chosen twice.
 
     Raises:
         SourceError: no weights, or only pickled ones while `allow_pickle` is False.
@@ -277,9 +277,9 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def refuse_links(folder: str | Path) -> None:
-    """Refuse a checkpoint's folder with a link that leaves it: what lies there would be read, copied or uploaded.
+    """Refuse a checkpoint's folder with a link that leaves it: its target would be read, copied or uploaded.
 
-    Links of the hub's cache are as they should be: from `<repository>/snapshots/<commit>` to that repository's `blobs`.
+    Links of the hub's cache are accepted: from `<repository>/snapshots/<commit>` to that repository's `blobs`.
 
     Raises:
         SourceError: which link, and where it leads.

@@ -1,9 +1,9 @@
-"""The output folder: written beside its final place, renamed when whole, resumable when not.
+"""The output folder: written under a temporary name, renamed when complete, resumable before.
 
-Everything goes to `<out>.partial/`. Finished jobs lie in its `pieces/`, one small safetensors file each, written to a
-temporary name, synced and renamed, so that a killed run goes on after its last finished job. Weight files are then
-assembled from the pieces, one in memory at a time, and at the very end the folder gets its real name. A folder without
-`.partial` is therefore always whole. Rejected: writing shards directly, which loses up to a shard's work to a kill.
+Everything is written to `<out>.partial/`. Finished jobs are in its `pieces/`, one small safetensors file each, written to a
+temporary name, synced and renamed. A killed run continues after its last finished job. Weight files are then assembled from
+the pieces, one in memory at a time. At the end the folder gets its real name, so a folder without `.partial` is always
+complete. Rejected: writing shards directly, which loses up to a shard's work to a kill.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class Folder:
 
     Args:
         out: the final path.
-        plan: what will be written; an unfinished run with another plan is never continued.
-        origin: what the source is (names, sizes, times); nor is one whose source has changed since.
-        overwrite: replace an existing folder (once the new one is whole) and discard an unfinished run.
+        plan: what will be written. An unfinished run with another plan is never continued.
+        origin: what the source is (names, sizes, times). An unfinished run of another source is never continued.
+        overwrite: replace an existing folder, once the new one is complete, and discard an unfinished run.
 
     Raises:
         FolderError: `out` exists, or an unfinished run of another plan does.
@@ -57,7 +57,7 @@ class Folder:
         self.out, self.plan, self.overwrite = Path(out), plan, overwrite
         self.work = self.out.with_name(self.out.name + ".partial")
         if self.out.exists() and not overwrite:
-            raise FolderError(f"{self.out} exists; choose another folder or pass --overwrite")
+            raise FolderError(f"{self.out} already exists; choose another folder or pass --overwrite")
         stored = self.work / PLAN
         self.origin = self.work / ORIGIN
         early = {f"{ORIGIN}.partial", f"{PLAN}.partial", ORIGIN}
@@ -89,7 +89,7 @@ class Folder:
         return self.pieces / (hashlib.sha256(name.encode()).hexdigest()[:32] + ".safetensors")
 
     def put(self, encoded: Encoded) -> None:
-        """Store a finished job; it is there whole or not at all."""
+        """Store a finished job, completely or not at all."""
         facts = {k: getattr(encoded, k) for k in FACTS}
         write_tensors(self._piece(encoded.name), dict(encoded.tensors), {"rpq": json.dumps(facts)})
 
@@ -180,7 +180,7 @@ class Folder:
             shutil.copyfile(file, self.work / file.name)
 
     def finish(self) -> Path:
-        """Write the manifest, drop the pieces (late: hashing takes minutes, in which a run may be killed), rename."""
+        """Write the manifest, remove the pieces (late, since a run may be killed while it hashes), rename."""
         names = sorted(p.name for p in self.work.iterdir() if p.name not in (MANIFEST, ORIGIN) and p.is_file())
         files = {n: {"bytes": (self.work / n).stat().st_size, "sha256": sha256(self.work / n)} for n in names}
         write_text(self.work / MANIFEST, json.dumps({"files": files}, indent=1))
@@ -209,7 +209,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def amend(folder: Path, texts: Mapping[str, str]) -> None:
-    """Rewrite text files of a finished folder, and what its manifest says of them."""
+    """Rewrite text files of a finished folder and their entries in its manifest."""
     manifest = read_manifest(folder)
     for name, text in texts.items():
         write_text(folder / name, text)
@@ -218,7 +218,7 @@ def amend(folder: Path, texts: Mapping[str, str]) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file whole or not at all."""
+    """Write a safetensors file, completely or not at all."""
     partial = path.with_name(path.name + ".partial")
     try:
         save_file(dict(tensors), partial, metadata={"format": "pt", **(metadata or {})})

@@ -24,7 +24,7 @@ class TuneOptions:
         "output, base's output). By default kl where outputs are logits.",
         choices=("kl", "mse"),
     )
-    steps: int = setting(200, "At most so many, one batch each; fewer where held-out data stops to gain.", least=0)
+    steps: int = setting(200, "At most so many, one batch each; fewer where held-out data no longer improves.", least=0)
     rate: float = setting(
         2e-3,
         "Learning rate: the size of a step, relative to the root mean square of the tensor that it changes. Where an evaluation "

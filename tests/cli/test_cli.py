@@ -355,7 +355,7 @@ def test_missing_and_wrong_sources(tmp_path):
     (tmp_path / "empty").mkdir()
     fails(4, "convert", tmp_path / "empty", says="no weights")
     (tmp_path / "text.safetensors").write_text("no tensors, just words")
-    fails(4, "plan", tmp_path / "text.safetensors", says="no safetensors file")
+    fails(4, "plan", tmp_path / "text.safetensors", says="not a safetensors file")
 
 
 def test_broken_shards(copy, tmp_path):
@@ -364,7 +364,7 @@ def test_broken_shards(copy, tmp_path):
     damages = {
         "truncated, 100 bytes are missing": whole[:-100],
         "4 bytes too long": whole + b"1234",
-        "no safetensors file": b"\xff" * 8 + whole[8:],
+        "not a safetensors file": b"\xff" * 8 + whole[8:],
         "broken safetensors header": whole[:8] + whole[8:].replace(b"{", b"[", 1),
         "cannot fill": whole.replace(b'"dtype":"F32"', b'"dtype":"F16"', 1),
         "not supported": whole.replace(b'"dtype":"F32"', b'"dtype":"F31"', 1),

@@ -68,7 +68,7 @@ def test_any_module_and_its_layers():
 
 def test_what_cannot_be_compared(pair):
     base, model = pair
-    with pytest.raises(EvaluateError, match="nothing to predict"):
+    with pytest.raises(EvaluateError, match="too few to predict"):
         rpq.evaluate(base, model, torch.tensor([3]))
     with pytest.raises(EvaluateError, match="no data"):
         rpq.evaluate(base, model, [])

@@ -146,7 +146,7 @@ out["uncached"] = fail(rpq.plan, "team/other", local_files_only=True)
     assert "team/small has no such revision" in told["revision"]
     assert "team/gated is gated: accept its terms" in told["gated"]
     assert "hf auth login" in told["private"] and told["token"] == rpq.plan(folder, bits=4).file_bytes
-    assert "a/b/c" in told["name"] and "team/other is not whole in the local cache" in told["uncached"]
+    assert "a/b/c" in told["name"] and "team/other is incomplete in the local cache" in told["uncached"]
     assert not (tmp_path / "out").exists()
 
 
