@@ -407,15 +407,15 @@ def test_copies_and_pickles_are_checked_and_work(whole):
     with pytest.raises(ValueError, match="codes"):
         pickle.loads(pickle.dumps(weight))
     again = pickle.loads(state)
-    again.cut = None
-    assert pickle.loads(pickle.dumps(again)).cut == pickle.loads(state).cut
+    again.layout = None
+    assert pickle.loads(pickle.dumps(again)).layout == pickle.loads(state).layout
 
 
 def test_operators_check_what_they_are_given():
     weight = converted()[0].weight_rpq
-    codes, books, cut, x = weight.stages_codes(), weight.codebooks, weight.cut, torch.randn(3, 64)
+    codes, books, layout, x = weight.stages_codes(), weight.codebooks, weight.layout, torch.randn(3, 64)
     call = torch.ops.rpq.linear
-    good = (x, codes, books, None, None, cut.axis, cut.length)
+    good = (x, codes, books, None, None, layout.axis, layout.length)
     call(*good)
     for i, wrong in (
         (0, x[:, :3]),
@@ -429,7 +429,7 @@ def test_operators_check_what_they_are_given():
         with pytest.raises(ValueError, match="rpq"):
             call(*(wrong if j == i else v for j, v in enumerate(good)))
     with pytest.raises(ValueError, match="rpq"):
-        torch.ops.rpq.decode(codes[:, :1], books, None, None, cut.axis, cut.length, torch.float32)
+        torch.ops.rpq.decode(codes[:, :1], books, None, None, layout.axis, layout.length, torch.float32)
 
 
 def test_a_stored_piece_that_does_not_fit_is_refused(tmp_path):

@@ -175,6 +175,7 @@ def _embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Any:
+    """Handle `F.embedding_bag`, whose signature it has."""
     if type(weight) is not TracedWeight:
         return NotImplemented
     rpq = weight.rpq

@@ -22,6 +22,7 @@ from rpq_convert.core.layout import Layout
 from rpq_convert.core.rotation import rotate
 from rpq_convert.core.spec import Spec, dtype_name
 from rpq_convert.kernels import reference, torch_ops
+from rpq_convert.layers.caches import Caches
 
 NARROW = (torch.float16, torch.float8_e4m3fn)  # too narrow for an optimizer's steps
 
@@ -30,32 +31,6 @@ def _transformed() -> bool:
     """Whether torch.func rewrites operations just now: it looks through ordinary ones only."""
     # isinstance, as the compiler takes `is not None` for true here
     return isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter)
-
-
-class Caches:
-    """What one RPQWeight keeps between calls. A copy, a pickle or a file of the weight has none of it.
-
-    What kernels make of a tensor of codebooks or scales (`kernels.cpu.prepared`) is kept with that tensor, not here: a compiled or
-    exported graph calls kernels with tensors alone. It goes when the tensor does, or changes.
-    """
-
-    def __init__(self) -> None:
-        # the stored codes, their address, the shapes of codebooks and scales, and the view [stages, blocks, n] of the codes: made
-        # anew, and checked again, when one of the others differs
-        self.codes: tuple[Tensor, int, torch.Size, torch.Size | None, Tensor] | None = None
-        # what `layer.weight` returns (a tensor without memory takes 2 microseconds to make), and what that depends on
-        self.lazy: tuple[Any, Tensor] | None = None
-        # the expanded weight, from `keep` to `drop`: inside `rpq_convert.decoded`, and while codes are tuned
-        self.expanded: Tensor | None = None
-        self.read_only: Tensor | None = None  # the same memory, as eager code gets it
-
-    def keep(self, expanded: Tensor, read_only: Tensor | None = None) -> None:
-        """Let layers multiply by this expanded weight until `drop`."""
-        self.expanded, self.read_only = expanded, read_only
-
-    def drop(self) -> None:
-        """Go back to codes."""
-        self.expanded = self.read_only = None
 
 
 class RPQWeight(nn.Module):

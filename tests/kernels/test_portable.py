@@ -58,7 +58,7 @@ def run(before: str, after: str, check: str, **environment: str) -> None:
 def test_a_processor_without_avx_computes_the_same(tmp_path):
     run(
         "from rpq_convert.kernels.jit import vectors\nassert not vectors.HAS_VBMI and not vectors.HAS_FLOAT16", "",
-        "assert kernels.face('cpu').__name__.endswith('cpu')",
+        "assert kernels.backend_for('cpu').__name__.endswith('cpu.backend')",
         NUMBA_CPU_NAME="x86-64", NUMBA_CPU_FEATURES="+sse2", NUMBA_CACHE_DIR=str(tmp_path),
     )  # fmt: skip
 

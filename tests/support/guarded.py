@@ -90,7 +90,7 @@ def exercise(rpq: RPQWeight, front: bool) -> None:
                 linear.decoded_gradients(gradient, x, codes, codebooks, scales, rpq.layout, needs)
     with torch.no_grad():
         codes, codebooks, scales = rpq.parts()
-        backend.decode_again(codes, codebooks, scales, rpq.layout)
+        backend.decode_into_buffer(codes, codebooks, scales, rpq.layout)
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             backend.decode(codes, codebooks, scales, rpq.layout, dtype)
         for images, pixels in ((1, 1), (2, 17), (1, 49)):
