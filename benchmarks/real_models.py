@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from rpq_convert.hf import torchvision
 
-torchvision.mend()
+torchvision.fix()
 
 
 def package_file(package: str, name: str) -> Path:

@@ -30,7 +30,7 @@ import rpq_convert as rpq
 from rpq_convert.hf import torchvision
 from rpq_convert.nn import RPQLinear
 
-torchvision.mend()
+torchvision.fix()
 from rpq.nn import RPQLinear as SeedLinear  # noqa: E402 - the package RPQ-pytorch
 
 TOKENS = (1, 8, 64, 512)

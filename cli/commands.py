@@ -194,8 +194,9 @@ def plan(
     """
     if sweep or sweep_out is not None:
         return _sweep(src, sweep_out, json, options, source)
+    from rpq_convert.calibration.sensitivity import asks
     from rpq_convert.checkpoint.metadata import make_report
-    from rpq_convert.conversion.plans import asks, open_target, plan_opened
+    from rpq_convert.conversion.plans import open_target, plan_opened
 
     made = plan_opened(open_target(src, source, measured=asks(options)), options)
     warn(made.warnings)
@@ -433,7 +434,7 @@ def presets(name: Annotated[str | None, Argument(metavar="[NAME]", help="Print t
 @group.command(epilog=examples("rpq env"))
 @catching
 def env(json: o.Json = False) -> None:
-    """Show versions and the machine, and say how to mend a torchvision that does not fit torch."""
+    """Show versions and the machine, and say how to fix a torchvision that does not fit torch."""
     from .environment import facts
 
     found = facts()

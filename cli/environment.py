@@ -7,9 +7,11 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
+from rpq_convert import kernels
+
 PACKAGES = ("rpq-convert", "torch", "transformers", "safetensors", "numba")
-MENDED = (
-    "broken: a CUDA build beside a CPU-only torch. rpq-convert mends it for itself on import; to mend it everywhere, "
+BROKEN = (
+    "broken: a CUDA build beside a CPU-only torch. rpq-convert works around it in its own commands; to fix it everywhere, "
     "install the build that fits: pip install --force-reinstall --no-deps torchvision --index-url "
     "https://download.pytorch.org/whl/cpu, or uninstall it"
 )
@@ -20,7 +22,7 @@ def facts() -> dict[str, str | int]:
     found: dict[str, str | int] = {"python": platform.python_version(), "platform": platform.platform()}
     found |= {package: installed(package) for package in PACKAGES}
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return found | {"cpus": cpus, "torchvision": torchvision()}
+    return found | {"cpus": cpus, "kernels": kernels.described(), "torchvision": torchvision()}
 
 
 def installed(package: str) -> str:
@@ -43,6 +45,6 @@ def torchvision() -> str:
     if tried.returncode == 0:
         return f"{installed('torchvision')}, works"
     if "torchvision::nms does not exist" in tried.stderr:
-        return f"{installed('torchvision')}, {MENDED}"
+        return f"{installed('torchvision')}, {BROKEN}"
     last = (tried.stderr.strip().splitlines() or ["no message"])[-1]
     return f"{installed('torchvision')}, its import fails: {last}; reinstall it with the build that fits torch"

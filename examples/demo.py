@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rpq_convert.hf import torchvision
 
-torchvision.mend()
+torchvision.fix()
 
 import torch
 from rich.console import Console

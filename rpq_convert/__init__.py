@@ -15,11 +15,11 @@ __path__ = extend_path(__path__, __name__)  # cli/ and configs/ lie beside this 
 from rpq_convert.integrations.import_hook import when_imported
 from rpq_convert.version import __version__
 
+# What transformers and torch.export must know of us; nothing else in the process changes.
+when_imported("transformers.quantizers.auto", "rpq_convert.integrations.transformers")  # from_pretrained knows "rpq"
 when_imported(
-    "transformers.quantizers.auto", "rpq_convert.integrations.transformers"
-)  # from_pretrained knows "rpq" from then on
-when_imported("torchvision.extension", "rpq_convert.hf.torchvision:declare")  # before it misses its operators
-when_imported("torch.export.pt2_archive._package", "rpq_convert.kernels.torch_ops")  # so does torch.export.load
+    "torch.export.pt2_archive._package", "rpq_convert.kernels.torch_ops"
+)  # torch.export.load knows torch.ops.rpq
 
 _HOMES = {
     "sensitivities": "calibration.sensitivity",

@@ -4,5 +4,5 @@ import torch
 
 from rpq_convert.hf import torchvision
 
-torchvision.mend()
+torchvision.fix()
 torch.set_num_threads(1)  # tests run many small operations; results never depend on it

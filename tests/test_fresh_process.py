@@ -22,8 +22,12 @@ import rpq_convert as rpq
 CODE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
+FIXED = "from rpq_convert.hf import torchvision; torchvision.fix()\n"  # transformers needs one that works
+
+
 def fresh(code, *arguments, where, words=("-c",)):
     """Run Python code in a process of its own; return what it printed."""
+    code = FIXED + code if words == ("-c",) else code
     path = os.pathsep.join(map(str, (ROOT, SUPPORT, where)))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
@@ -163,7 +167,7 @@ PICTURES = '''
 import torch
 from rpq_convert.hf import torchvision
 
-torchvision.mend()
+torchvision.fix()
 from torch import nn
 from torch.nn import functional as F
 from vit_pytorch import ViT

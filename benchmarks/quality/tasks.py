@@ -14,7 +14,7 @@ from benchmarks.quality.language import Encoder, LanguageModel
 from benchmarks.quality.pictures import Classifier, Pretrained, efficientnet, resnet, vit
 from rpq_convert.hf import torchvision
 
-torchvision.mend()  # or transformers does not import beside a CPU build of torch
+torchvision.fix()  # or transformers does not import beside a CPU build of torch
 
 TASKS: dict[str, Any] = {
     "smollm2": LanguageModel(shuffled=True),

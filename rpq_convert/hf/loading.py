@@ -24,7 +24,7 @@ from rpq_convert.schemas import kinds
 from rpq_convert.schemas.checking import read_json
 from rpq_convert.storage.reader import refuse_links
 
-torchvision.mend()
+torchvision.fix()
 
 import transformers  # noqa: E402
 from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: E402

@@ -11,7 +11,7 @@ from typing import Any
 
 from rpq_convert.hf import torchvision
 
-torchvision.mend()
+torchvision.fix()
 
 from transformers.models.auto import modeling_auto  # noqa: E402
 

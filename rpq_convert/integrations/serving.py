@@ -12,7 +12,7 @@ from rpq_convert.errors import SourceError
 from rpq_convert.hf import torchvision
 from rpq_convert.storage.reader import refuse_links
 
-torchvision.mend()
+torchvision.fix()
 
 from transformers.utils.import_utils import is_serve_available  # noqa: E402
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.core_model_loading import ConversionOps
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -34,15 +34,12 @@ from rpq_convert.core.options import take
 from rpq_convert.core.spec import dtype_of
 from rpq_convert.encoding.encode import encode
 from rpq_convert.errors import SourceError
-from rpq_convert.hf import torchvision
 from rpq_convert.layers import surgery
 from rpq_convert.layers.surgery import AFTER, put_everywhere
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning.options import PlanOptions
 from rpq_convert.planning.plan import FORMAT_VERSION, Job, Plan
 from rpq_convert.storage.reader import read_header
-
-torchvision.mend()  # transformers imports it with the first model
 
 METHOD = "rpq"
 STORED = ("modules", "tied", "guard", "plan_sha256", "version")
@@ -217,7 +214,7 @@ def _check_loaded(path: str, weight: RPQWeight) -> None:
     except ValueError as e:
         raise SourceError(f"{path}: {e}") from None
     expected = weight.spec.tensors(weight.view, weight.shape)
-    if wrong := description.misplaced(expected, weight.positions, weight.cut.inputs):
+    if wrong := description.misplaced(expected, weight.positions, weight.layout.inputs):
         raise SourceError(f"{path}_rpq.{wrong}")
 
 
@@ -238,7 +235,7 @@ def attach(model: Any) -> None:
         if model.__dict__.get("quantization_method") == METHOD:
             converted.hf_quantizer.remove_quantization_config(model)
         return
-    _mend_dtype()
+    _fix_dtype()
     config = describe(model)
     converted.hf_quantizer = RPQQuantizer(config, pre_quantized=True)
     converted.is_quantized = True
@@ -249,7 +246,7 @@ def attach(model: Any) -> None:
 
 
 @functools.cache
-def _mend_dtype() -> None:
+def _fix_dtype() -> None:
     """Let `model.dtype` be what weights expand to, where the first parameter is a codebook."""
     from transformers.modeling_utils import ModuleUtilsMixin
 
@@ -286,5 +283,5 @@ def _path(model: Any, name: str) -> str | None:
 
 
 AFTER.append(attach)
-AUTO_QUANTIZER_MAPPING[METHOD] = RPQQuantizer
-AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = RPQConfig
+register_quantizer(METHOD)(RPQQuantizer)
+register_quantization_config(METHOD)(RPQConfig)

@@ -11,7 +11,7 @@ from typing import Any
 from rpq_convert.hf import torchvision
 from rpq_convert.models.fresh import fresh
 
-torchvision.mend()
+torchvision.fix()
 
 import transformers as tf  # noqa: E402
 

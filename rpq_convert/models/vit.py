@@ -13,7 +13,7 @@ from torch import nn
 from rpq_convert.hf import torchvision
 from rpq_convert.models.fresh import fresh
 
-torchvision.mend()
+torchvision.fix()
 
 from vit_pytorch import ViT  # noqa: E402
 

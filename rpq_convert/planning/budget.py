@@ -122,14 +122,16 @@ def expected(job: Job) -> float:
 
 def harm(spec: Spec, error: float) -> float:
     """Return what a relative squared error of this layout counts, in errors of 2 bits."""
-    return error * (BELOW ** (2 - spec.bits) if spec.bits < 2 else HARM[spec.stages > 1] ** (spec.bits - 2))
+    factor: float = BELOW ** (2 - spec.bits) if spec.bits < 2 else HARM[spec.stages > 1] ** (spec.bits - 2)
+    return error * factor
 
 
 def interpolate(measured: Mapping[Any, float], bits: float) -> float:
     """Return the loss at a rate from losses measured at others: log-linear in bits, the end pieces continued."""
     points = sorted((float(b), max(float(loss), 1e-300)) for b, loss in measured.items())
     if len(points) == 1:
-        return points[0][1] * 4.0 ** (points[0][0] - bits)
+        one: float = points[0][1] * 4.0 ** (points[0][0] - bits)
+        return one
     k = next((i for i in range(1, len(points) - 1) if bits <= points[i][0]), len(points) - 1)
     (b0, l0), (b1, l1) = points[k - 1], points[k]
     return math.exp(math.log(l0) + (math.log(l1) - math.log(l0)) * (bits - b0) / (b1 - b0))

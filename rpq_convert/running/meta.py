@@ -5,10 +5,15 @@ layer's constructor allocates its parameter (untouched memory), registration rep
 initialisation that follows does nothing, so a model of any size is built in seconds and without memory. An uninitialised
 tensor of more than `LARGE` bytes is on meta from the start: the system refuses fused experts (30 GB in one parameter of
 DeepSeek-V3) even where nobody would touch them, and only a parameter is made that way.
+
+Other threads are not affected, and several threads may build at once. torch calls a registration hook in every thread, so the
+hook first looks whether its own thread is building. It is registered with the first model that is built and stays: torch
+iterates over its hooks without a lock, so removing one could break a registration in another thread.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +21,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 LARGE = 1 << 30  # bytes
-_LOCK = threading.RLock()
+
+
+class _Building(threading.local):
+    """The parameters that this thread has moved: id -> (original, its meta twin). None where it builds nothing."""
+
+    moved: dict[int, tuple[nn.Parameter, nn.Parameter]] | None = None
+
+
+_BUILDING = _Building()
 
 
 class _LargeOnMeta(TorchFunctionMode):
@@ -34,33 +48,34 @@ class _LargeOnMeta(TorchFunctionMode):
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Within the block, every parameter that any module registers is moved to meta; shared ones stay shared."""
-    original = nn.Module.register_parameter
-    if hasattr(original, "to_meta"):  # a block within a block
+    """Within the block, every parameter that this thread registers in a module is moved to meta; shared ones stay shared."""
+    if _BUILDING.moved is not None:  # a block within a block
         yield
         return
-    moved: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # keeps the originals alive, so that ids stay unique
+    _register_hook()
+    _BUILDING.moved = {}
+    try:
+        with _LargeOnMeta():
+            yield
+    finally:
+        _BUILDING.moved = None
 
-    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        original(self, name, param)
-        if param is None or param.is_meta or isinstance(param, nn.parameter.UninitializedParameter):
-            return
-        if id(param) not in moved:
-            kind, attributes = type(param), dict(param.__dict__)
-            meta = param.detach().to("meta")
-            empty = nn.Parameter(meta, requires_grad=param.requires_grad) if kind is nn.Parameter else kind(meta)
-            empty.__dict__.update(attributes)
-            param.data = param.data.new_empty(
-                0
-            )  # frees the memory; the object stays, so that a second registration is known
-            moved[id(param)] = (param, empty)
-        self._parameters[name] = moved[id(param)][1]
 
-    register.to_meta = True  # type: ignore[attr-defined]
-    with _LOCK:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
-        try:
-            with _LargeOnMeta():
-                yield
-        finally:
-            nn.Module.register_parameter = original  # type: ignore[method-assign]
+@functools.cache
+def _register_hook() -> None:
+    register_module_parameter_registration_hook(_to_meta)  # type: ignore[arg-type]  # its stub forgets what it returns
+
+
+def _to_meta(module: nn.Module, name: str, param: nn.Parameter) -> nn.Parameter | None:
+    """Return what to register instead of a parameter; None leaves it as it is."""
+    moved = _BUILDING.moved
+    if moved is None or param.is_meta or isinstance(param, nn.parameter.UninitializedParameter):
+        return None
+    if id(param) not in moved:
+        kind, attributes = type(param), dict(param.__dict__)
+        meta = param.detach().to("meta")
+        empty = nn.Parameter(meta, requires_grad=param.requires_grad) if kind is nn.Parameter else kind(meta)
+        empty.__dict__.update(attributes)
+        param.data = param.data.new_empty(0)  # frees the memory; the object stays known, and its id its own
+        moved[id(param)] = (param, empty)
+    return moved[id(param)][1]

@@ -16,6 +16,8 @@ from rpq_convert.layers.surgery import layers_of
 
 AGAIN = """
 import sys, torch
+from rpq_convert.hf import torchvision
+torchvision.fix()  # transformers needs one that works
 import rpq_convert  # nothing else: importing it is enough
 from transformers import AutoModelForCausalLM
 
@@ -201,7 +203,7 @@ import sys, threading, time
 from pathlib import Path
 import rpq_convert as rpq
 from rpq_convert.hf import torchvision
-torchvision.mend()
+torchvision.fix()
 from transformers import AutoModel
 
 def private():

@@ -87,13 +87,13 @@ def test_a_change_of_codes_goes_where_the_weights_are_pulled_to(layer, options, 
     g = torch.Generator().manual_seed(0)
     with gone.expanded() as (weight,):
         assert weight.requires_grad
-    assert rpq_weight.kept is None
+    assert rpq_weight.caches.expanded is None
     gone.pull([torch.randn(rpq_weight.shape, generator=g)], 1.0)
     gone.pulls["w"].mul_(50)
-    before = rpq_weight.matrix_rows(0, rpq_weight.cut.n)
+    before = rpq_weight.matrix_rows(0, rpq_weight.layout.n)
     pull, codes = gone.pulls["w"].clone(), rpq_weight.codes.clone()
     changed = gone.change()
-    after = rpq_weight.matrix_rows(0, rpq_weight.cut.n)
+    after = rpq_weight.matrix_rows(0, rpq_weight.layout.n)
     assert 0 < changed <= max(1, math.ceil(share * codes.numel()))
     assert int((codes != rpq_weight.codes).sum()) == changed
     torch.testing.assert_close(after + gone.pulls["w"], before + pull, rtol=1e-5, atol=1e-5)
