@@ -37,6 +37,7 @@ PLAN, REPORT, MANIFEST, CONFIG, CARD = (
 )
 INDEX = "model.safetensors.index.json"
 ORIGIN = "rpq_source.json"  # only in unfinished folders
+AGAIN = "; delete it and run the same command again"  # what to do about a piece that does not serve
 FACTS = ("name", "error", "dead", "seconds", "zero_row", "inputs")  # of a finished job
 
 
@@ -62,11 +63,10 @@ class Folder:
         self.origin = self.work / ORIGIN
         early = {f"{ORIGIN}.partial", f"{PLAN}.partial", ORIGIN}
         if self.work.exists() and any(p.name not in early for p in self.work.iterdir()):
-            same = stored.is_file() and stored.read_bytes() == plan.to_json().encode()
-            fresh = self.origin.is_file() and self.origin.read_bytes() == origin.encode()
+            same = stored.is_file() and stored.read_text("utf8", errors="replace") == plan.to_json()
+            fresh = self.origin.is_file() and self.origin.read_text("utf8", errors="replace") == origin
             if not (same and fresh) and not overwrite:
                 self._check_records(stored)
-            if not (same and fresh) and not overwrite:
                 what = "of a source that has changed since" if same else "with other settings; repeat them to go on"
                 raise FolderError(f"{self.work} holds an unfinished run {what}; delete it, or pass --overwrite")
             if not (same and fresh):
@@ -106,29 +106,27 @@ class Folder:
         try:
             tensors = load_file(path)
         except SafetensorError as e:
-            raise FolderError(
-                f"{path} of {job.name} is damaged ({e}); delete it and run the same command again"
-            ) from None
+            raise FolderError(f"{path} of {job.name} is damaged: {e}{AGAIN}") from None
         inputs = job.weight_view.matrix_shape(job.shape, "in")[1]
         wrong = description.misfit(expected, tensors) or description.misplaced(
             expected, tensors.get("positions"), inputs
         )
         if wrong:
-            raise FolderError(f"{path} of {job.name}: {wrong}; delete it and run the same command again")
+            raise FolderError(f"{path} of {job.name}: {wrong}{AGAIN}")
         return tensors
 
     def facts(self, job: Job) -> dict[str, Any]:
         """Return what a finished job measured, without reading its tensors."""
-        path, hint = self._piece(job.name), "; delete it and run the same command again"
+        path = self._piece(job.name)
         try:
             with safe_open(path, "pt") as f:
                 text = (f.metadata() or {}).get("rpq", "")
         except SafetensorError as e:
-            raise FolderError(f"{path} of {job.name} is damaged: {e}{hint}") from None
-        facts: dict[str, Any] = parse_json(text, kinds.PIECE, path, FolderError, hint)
-        check(facts, kinds.PIECE, path, FolderError, hint)
+            raise FolderError(f"{path} of {job.name} is damaged: {e}{AGAIN}") from None
+        facts: dict[str, Any] = parse_json(text, kinds.PIECE, path, FolderError, AGAIN)
+        check(facts, kinds.PIECE, path, FolderError, AGAIN)
         if facts["name"] != job.name:
-            raise FolderError(f"{path} is a piece of {facts['name']}, not of {job.name}{hint}")
+            raise FolderError(f"{path} is a piece of {facts['name']}, not of {job.name}{AGAIN}")
         return facts
 
     def done(self, job: Job) -> bool:
