@@ -19,7 +19,7 @@ from rpq_convert.checkpoint.opening import Factory, compute_buffers, empty_from_
 from rpq_convert.errors import SourceError
 from rpq_convert.hf import hub
 from rpq_convert.layers import surgery
-from rpq_convert.layers.surgery import AFTER, put_everywhere
+from rpq_convert.layers.surgery import AFTER
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning.plan import FORMAT_VERSION
 from rpq_convert.storage.reader import open_folder
@@ -110,7 +110,7 @@ def fill(model: nn.Module, config: Mapping[str, Any], source: Any) -> None:
             surgery.find(model, name)
         except (ValueError, TypeError, KeyError, AttributeError) as e:
             raise SourceError(f"{name}: its description does not fit this model or version: {e}") from None
-        put_everywhere(model, (name, *tied.get(name, [])), rpq)
+        surgery.places(model, (name, *tied.get(name, []))).install(rpq)
     homes: dict[int, tuple[Tensor, list[tuple[nn.Module, str, bool]], str]] = {}
     for path, module in model.named_modules():
         for table, is_buffer in ((module._parameters, False), (module._buffers, True)):

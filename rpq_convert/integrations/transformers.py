@@ -31,7 +31,7 @@ from rpq_convert.core.spec import dtype_of
 from rpq_convert.encoding.encode import encode
 from rpq_convert.errors import SourceError
 from rpq_convert.layers import surgery
-from rpq_convert.layers.surgery import AFTER, put_everywhere
+from rpq_convert.layers.surgery import AFTER
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning.plan import FORMAT_VERSION, Job, Plan
 from rpq_convert.storage.reader import read_header
@@ -79,9 +79,8 @@ class Encode(ConversionOps):
             job, tensor = self.jobs[name], value[0] if isinstance(value, list) else value
             if _computed(model, job.name):
                 continue  # a tied one that the checkpoint holds twice
-            swap(model, job, encode(job, tensor.to(dtype_of(job.dtype))))
-            module, parameter = surgery.find(model, job.name)
-            rpq: Any = module._modules[parameter + surgery.SUFFIX]
+            places = surgery.places(model, (job.name, *job.aliases))
+            rpq = swap(places, job, encode(job, tensor.to(dtype_of(job.dtype))))
             rpq.to(tensor.device)
             for part in rpq.parameters():
                 part._is_hf_initialized = True
@@ -117,13 +116,13 @@ class RPQQuantizer(HfQuantizer):
             if (home := _path(model, name)) is None:
                 continue  # a head that a base model does not have
             paths = [home, *(p for n in tied.get(name, []) if (p := _path(model, n)) is not None)]
-            module, parameter = surgery.find(model, paths[0])
-            given = module._parameters[parameter]
+            where = surgery.places(model, paths)
+            given = where.parameter
             assert given is not None
             rpq = RPQWeight.from_config(description | {"dtype": str(given.dtype).removeprefix("torch.")}, "meta")
             if rpq.shape != tuple(given.shape):
                 raise SourceError(f"{name}: the checkpoint describes {list(rpq.shape)}, the model {list(given.shape)}")
-            put_everywhere(model, paths, rpq)
+            where.install(rpq)
             placed[paths[0]] = paths[1:]
         if stored["modules"] and not placed:
             raise SourceError(f"no weight of the checkpoint has a place in {type(model).__name__}")
@@ -132,7 +131,7 @@ class RPQQuantizer(HfQuantizer):
         for alias in [a for a, source in ties.items() if source in placed]:
             source = ties.pop(alias)
             if not any(alias in read_header(f) for f in files):  # else a head that was restored, and is its own now
-                put_everywhere(model, [alias], surgery.layers_of(model)[source])
+                surgery.places(model, [alias]).install(surgery.layers_of(model)[source])
                 placed[source].append(alias)
         for name, others in placed.items():
             parts = [p for p, _ in surgery.layers_of(model)[name].named_parameters()]
@@ -169,7 +168,7 @@ class RPQQuantizer(HfQuantizer):
             new = dict(model.named_parameters(remove_duplicate=False))  # a head that the checkpoint does not have
             for job in self.plan.jobs:
                 if job.name in new:
-                    swap(model, job, encode(job, new[job.name].detach()))
+                    swap(surgery.places(model, (job.name, *job.aliases)), job, encode(job, new[job.name].detach()))
             finish(model, self.plan)
         elif not self.pre_quantized:
             convert(model, **self.quantization_config.options)
@@ -254,7 +253,7 @@ def _computed(model: nn.Module, path: str) -> bool:
         module, name = surgery.find(model, path)
     except AttributeError:
         return False
-    return isinstance(module, surgery.RPQLayer) and name in module._rpq_names
+    return surgery.is_rpq(module, name)
 
 
 def _path(model: Any, name: str) -> str | None:
