@@ -409,7 +409,7 @@ def recalibrate(
     quiet: o.Quiet = False,
     json: o.Json = False,
 ) -> None:
-    """Fit a converted model to its inputs, from the codebooks that it has; 'self' as data: inputs that are made up."""
+    """Fit a converted model to its inputs, from the codebooks that it has; 'self' as data: synthetic inputs."""
     o.find_modules(factory)
     from rpq_convert.folders import recalibrate_folder
 
