@@ -11,7 +11,7 @@ from torch import nn
 import rpq_convert as rpq
 from rpq_convert.layers.surgery import layers_of
 from rpq_convert.tuning import codes
-from rpq_convert.tuning.codes import Recoding
+from rpq_convert.tuning.codes import CodeUpdates
 
 
 @pytest.fixture(scope="module")
@@ -83,22 +83,22 @@ def test_a_change_of_codes_goes_where_the_weights_are_pulled_to(layer, options, 
     model = nn.Sequential(copy.deepcopy(layer))
     rpq.convert(model, grow=True, **options)
     rpq_weight = next(iter(layers_of(model).values()))
-    gone = Recoding({"w": rpq_weight}, share)
+    gone = CodeUpdates({"w": rpq_weight}, share)
     g = torch.Generator().manual_seed(0)
     with gone.expanded() as (weight,):
         assert weight.requires_grad
     assert rpq_weight.kept is None
-    gone.pull([torch.randn(rpq_weight.shape, generator=g)], 1.0)
-    gone.pulls["w"].mul_(50)
+    gone.accumulate([torch.randn(rpq_weight.shape, generator=g)], 1.0)
+    gone.offsets["w"].mul_(50)
     before = rpq_weight.matrix_rows(0, rpq_weight.cut.n)
-    pull, codes = gone.pulls["w"].clone(), rpq_weight.codes.clone()
-    changed = gone.change()
+    pull, codes = gone.offsets["w"].clone(), rpq_weight.codes.clone()
+    changed = gone.update()
     after = rpq_weight.matrix_rows(0, rpq_weight.cut.n)
     assert 0 < changed <= max(1, math.ceil(share * codes.numel()))
     assert int((codes != rpq_weight.codes).sum()) == changed
-    torch.testing.assert_close(after + gone.pulls["w"], before + pull, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(after + gone.offsets["w"], before + pull, rtol=1e-5, atol=1e-5)
     scale = 1.0 if (found := rpq_weight.scale_matrix()) is None else found  # nearer is judged among codewords
-    assert (gone.pulls["w"] / scale).norm() < (pull / scale).norm()
+    assert (gone.offsets["w"] / scale).norm() < (pull / scale).norm()
 
 
 def test_a_share_of_codes_is_a_share(pair):

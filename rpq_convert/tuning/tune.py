@@ -1,8 +1,8 @@
-"""Tuning: codebooks, scales, norms and biases trained against the dense model, and codes if asked (recoding.py).
+"""Tuning: codebooks, scales, norms and biases trained against the dense model, and codes if asked (codes.py).
 
-What layers lose together, no fit of single layers gives back; a few hundred steps of distillation do, as every codeword is
+No fit of single layers gives back what layers lose together. A few hundred steps of distillation do, as every codeword is
 shared by thousands of weights and follows the sum of their gradients. Adam steps are relative to the size of each tensor,
-so one rate serves codebooks, scales and norms. What is kept is judged on held-out data, at the precision that is stored.
+so one learning rate serves codebooks, scales and norms. The result is judged on held-out data, at the precision that is stored.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from rpq_convert.running.call import call, without_padding
 from rpq_convert.running.digest import describe
 from rpq_convert.running.modes import quiet
 from rpq_convert.storage.writer import write_tensors
-from rpq_convert.tuning.codes import EVERY, Recoding
+from rpq_convert.tuning.codes import EVERY, CodeUpdates
 from rpq_convert.tuning.losses import LOSSES, Loss, _main
 
 BETAS, EPSILON = (0.9, 0.99), 1e-12
 FLOOR = 1e-2  # size that a step on an all but zero tensor is relative to
-WARM = 0.05  # share of the steps in which the rate grows
-LAST = 0.1  # of the rate, at the last step
-BACK = 0.25  # of the rate is left where steps help no more, or have made it worse (depthwise convolutions bear a tenth of others')
+WARM = 0.05  # share of the steps in which the learning rate grows
+LAST = 0.1  # of the learning rate, at the last step
+BACK = 0.25  # of the learning rate is left where steps help no more, or hurt (depthwise convolutions bear a tenth of others')
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,10 @@ def tune(
         loss: `"kl"` (of the predicted distributions), `"mse"` (of the outputs, relative), or a function of (model's
             output, base's output); by default `"kl"` where outputs have logits.
         steps: at most so many, one batch each.
-        rate: size of a step, relative to the root mean square of the tensor it changes. Where an evaluation finds the model
+        rate: learning rate, relative to the root mean square of the tensor that a step changes. Where an evaluation finds the model
             worse than it came, tuning goes back to the best step and on with a quarter of it.
-        every, patience: steps between two evaluations (by default a 25th of all, at least 20: the rate falls as slowly), and
-            how many of them may pass without a new best before tuning goes back to it and on with a quarter of the rate, or,
+        every, patience: steps between two evaluations (by default a 25th of all, at least 20: the learning rate falls as slowly), and
+            how many of them may pass without a new best before tuning goes back to it and on with a quarter of the learning rate, or,
             where it has done so, ends.
         autocast: dtype to multiply in, e.g. `torch.bfloat16`; required by models of half precision.
         recompute: keep only what blocks are given for the backward pass, and run each once more in it: less memory, more time.
@@ -139,23 +139,12 @@ class _Run:
         self.checkpoint = Path(checkpoint) if checkpoint else None
         self.values = _trained(model)
         self.stored = {name: p.dtype for name, p in self.values.items()}
-        self.recoding = Recoding(_coded(model), recode) if recode else None
+        self.updates = CodeUpdates(_coded(model), recode) if recode else None
         self.loss = LOSSES[loss] if isinstance(loss, str) else loss
-        facts = [
-            describe(batches),
-            describe(judged),
-            str(loss),
-            steps,
-            rate,
-            every,
-            seed,
-            str(autocast),
-            recode,
-            BACK,
-            patience,
-        ]
+        data = [describe(batches), describe(judged)]
+        facts = [*data, str(loss), steps, rate, every, seed, str(autocast), recode, BACK, patience]
         shapes = {name: [str(p.dtype), *p.shape] for name, p in self.values.items()}
-        begins = {**self.values, **(self.recoding.codes if self.recoding else {})}
+        begins = {**self.values, **(self.updates.codes if self.updates else {})}
         start = {n: hashlib.sha256(p.detach().cpu().float().numpy().tobytes()).hexdigest() for n, p in begins.items()}
         self.mark = hashlib.sha256(json.dumps([facts, shapes, start]).encode()).hexdigest()
 
@@ -192,7 +181,7 @@ class _Run:
 
     def _all(self) -> dict[str, Tensor]:
         """Return everything that tuning changes."""
-        return {**self.values, **(self.recoding.codes if self.recoding else {})}
+        return {**self.values, **(self.updates.codes if self.updates else {})}
 
     def _copy(self) -> dict[str, Tensor]:
         """Return what is tuned as it would be stored."""
@@ -204,7 +193,7 @@ class _Run:
             p.copy_(values[name])
 
     def _go_back(self, state: _State) -> None:
-        """Return to the best step, with nothing gathered and a smaller rate."""
+        """Return to the best step, with nothing accumulated and a smaller learning rate."""
         self._put(state.best)
         for gathered in (state.mean, state.square, *self._gathered().values()):
             gathered.clear()
@@ -229,7 +218,7 @@ class _Run:
         return self.loss(output, wanted)
 
     def _step(self, state: _State, sizes: dict[str, float]) -> float:
-        expanded: AbstractContextManager[list[Tensor]] = self.recoding.expanded() if self.recoding else nullcontext([])
+        expanded: AbstractContextManager[list[Tensor]] = self.updates.expanded() if self.updates else nullcontext([])
         with expanded as weights:
             loss = self._compare(self.batches[self._order(state.step)])
             gradients = torch.autograd.grad(loss, [*self.values.values(), *weights], allow_unused=True)
@@ -248,10 +237,10 @@ class _Run:
                 t = state.step + 1 - state.began
                 step = mean / (1 - BETAS[0] ** t) / ((square / (1 - BETAS[1] ** t)).sqrt() + EPSILON)
                 self.values[name].sub_(step, alpha=self.rate * factor * sizes[name])
-        if self.recoding:
-            self.recoding.pull(gradients[len(self.values) :], factor)
+        if self.updates:
+            self.updates.accumulate(gradients[len(self.values) :], factor)
             if (state.step + 1) % EVERY == 0:
-                self.recoding.change()
+                self.updates.update()
         return float(loss.detach())
 
     @torch.no_grad()
@@ -277,8 +266,8 @@ class _Run:
         write_tensors(self.checkpoint, tensors, {"rpq_tune": json.dumps(facts)})
 
     def _gathered(self) -> dict[str, dict[str, Tensor]]:
-        r = self.recoding
-        return {"pull": r.pulls, "pull_square": r.squares, "pull_steps": r.steps} if r else {}
+        u = self.updates
+        return {"pull": u.offsets, "pull_square": u.squares, "pull_steps": u.steps} if u else {}
 
     def _resume(self) -> _State | None:
         if self.checkpoint is None or not self.checkpoint.is_file():
@@ -313,7 +302,7 @@ class _State:
     best_step: int
     history: list[tuple[int, float]]
     since: int = 0  # evaluations without a new best
-    share: float = 1.0  # of the rate
+    share: float = 1.0  # of the learning rate
     began: int = 0  # the step from which mean and square gather
 
 
