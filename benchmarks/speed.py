@@ -4,9 +4,9 @@
     python benchmarks/speed.py > docs/benchmarks.md           # all tables
     python benchmarks/speed.py [--one-thread] [linear|rotation|stack|small|embedding|conv|training|models|kmeans|cost …]
 
-Every table: time as a multiple of the first column's, medians over rounds in which the contenders take turns (each runs
-some times in a row, the first not counted: "same layer" means warm caches; `stack` runs 16 different layers in a row).
-Below 1 is faster. `±` is half the distance between the quartiles: milliseconds of the dense layer, else of the ratio.
+Every table gives times as multiples of the first column's. Below 1 is faster. Times are medians over rounds in which the
+contenders take turns. Each runs some times in a row, the first not counted: "same layer" means warm caches, `stack` runs 16
+different layers in a row. `±` is half the distance between the quartiles: milliseconds of the dense layer, else of the ratio.
 `--one-thread` measures the CPU time of one thread instead, for a machine that others use too.
 """
 
@@ -319,8 +319,8 @@ def models() -> None:
 
     contenders: Contenders = {k: lambda m=m: generate(m) for k, m in versions(model).items()}
     rows.append(line("SmolLM2-135M, 32 tokens greedy", contenders, rounds=3, burst=1))
-    encoder = AutoModel.from_pretrained(minilm_folder()).eval()
-    words = AutoTokenizer.from_pretrained(minilm_folder())
+    encoder = AutoModel.from_pretrained(minilm_folder(), trust_remote_code=False).eval()
+    words = AutoTokenizer.from_pretrained(minilm_folder(), trust_remote_code=False)
     sentences = ["The committee postponed its decision until spring, as nobody had read the report."] * 32
     contenders = {k: lambda m=m: embed(m, words, sentences) for k, m in versions(encoder).items()}
     rows.append(line("MiniLM, 32 sentences", contenders, rounds=5))
@@ -367,53 +367,6 @@ def cost() -> None:
 TABLES = {f.__name__: f for f in (linear, rotation, stack, small, embedding, conv, training, models, kmeans, cost)}
 
 
-LIMITS = """
-## What limits
-
-- **Lookups** from dim 4 on, many tokens: a lookup reads one row of 16 tokens. One core of the Xeon (Sapphire Rapids) does
-  2.0e9 such rows a second whether tables lie in the first or the second level of the cache, blocks are taken 2, 3, 4 or 8 at a
-  time, or rows have 16 or 32 tokens; its dense products do 65 to 70e9 multiply-adds, so a layer of dim d cannot be faster
-  than about 2.1 / d + 256 / outputs of dense. AMD's Zen 4 multiplies half as fast: the same kernels are further ahead there.
-- **One token, cut along inputs**: one core makes 10e9 lookups a second of codes in its caches: 12 permutations and 8
-  interleavings for 64 codes run on one port alone. Codes from further away are asked for 2 KiB ahead: 8e9 a second then, 4e9
-  without. A table takes as long to make as 260 lookups, so a layer with few outputs waits for tables: with 192 and dim 2
-  most of the time. An embedding's codes are turned around before, which takes two thirds as long as their lookups.
-- **One token, cut along outputs**: below dim 6 codewords are picked and multiplied as three digits of 8 bits: 5 nanoseconds
-  for 64 codes and coordinate, 13e9 weights a second and core; from dim 6 on 2.3e9 bins a second, one load and store each.
-  For four tokens together it takes 12 nanoseconds, as 8 products of digits for 64 weights and token run on one port: 20e9
-  multiply-adds a second, a third of what dense float32 does where memory does not limit it.
-- **Small layers**: a call costs 18 microseconds besides its kernel, and some 45 among a model's other operations, whose code
-  pushes it out of the caches. A dense layer of 768 x 768 takes 25 in all on two threads.
-- **Whole models**: of 1.4 to 1.5 s that SmolLM2 takes for 32 tokens 0.33 to 0.35 go to other things than products (measured with
-  products that return zeros), and its 6,752 calls of layers take 45 microseconds each besides their kernels, 0.30 s: 0.45 of the
-  dense model's time before a kernel runs. MiniLM's layers have 384 or 1,536 inputs and outputs, and 640 tokens that enter and
-  leave tiles for so few are half of what their products take; a fifth of its time goes to other things.
-- **Eight tokens** share a row of 8 lanes: at 2.0e9 rows a second and core, dim 8 of 4096 x 4096 cannot take less than 0.52 ms on
-  two; tables, and tokens that enter and leave their lanes, take as much again as a third of that. Dense products of 8 tokens
-  take 4.2 ms here, where processors that multiply at half the rate take 10.
-- **Many tokens, short sub-vectors** are multiplied in tile registers. A core takes 16 cycles for a tile of 16 x 16 x 32 products, 6.2 ns
-  with zeros in it and 8.5 with numbers, which draw more power; a product of float32 is five such. 4096 x 4096 and 512 tokens on
-  one thread: 45 to 53 ms for these alone, 72 to 80 with weights that are expanded and split (8 to 11) and tokens that come from
-  the third level of the cache, where a dense product takes 121 to 130.
-- **torch's dynamic int8** rounds inputs to 8 bits and makes one product in whole numbers. It stays ahead at 64 and 512 tokens of dim
-  8, whose lookups cannot take less than 2.1 / 8 + 256 / 4096 of dense, and five products of parts no less than 0.37.
-- **A training step** is a forward pass, the inputs' gradient, which is what the other axis does forward, and the codebooks'. At dim 8
-  and 64 tokens the first two are a sixth of the dense step by themselves (tables above); the third shares its bins with the
-  second where weights are cut along inputs, and multiplies them by 64 numbers of every sub-vector.
-- **bfloat16 with AMX** multiplies 5.8 times as fast as float32. Codes win where memory limits (few tokens) and lose at many
-  tokens, where each weight is expanded and split first, which takes as long as the product of 200 to 400 tokens.
-- **Embeddings**: of 8 tokens `nn.Embedding` takes 5 microseconds in all, which is what Python takes to call a layer, make the
-  result and start a kernel. Of 512 tokens it copies 2 MiB at the rate of memory; dim 1 reads a code and a codeword for each
-  number instead, at 1.25e9 a second and core, dim 2 for two, at 1.0e9.
-- **Convolutions with small maps** (7 x 7, or one image of 14 x 14): each weight is decoded for fewer than 400 pixels.
-  1 x 1 convolutions of 256 inputs or outputs have tables as long as their rows, so that lookups share little; in tiles, pixels
-  that enter and leave cost as much as their products.
-- **k-means at dim 4**: half the time is the search for codewords, which alone takes as long as the GEMM-rate limit. AMX makes 256
-  scores in 16 cycles and loads and stores them in 22; looking through them takes 17 by itself, and the two hardly overlap: 38.
-  The other half does not shrink with the coordinates: k-means++, the last choice in float32, moves of codewords that serve
-  better elsewhere, and Python between the steps of 64 small codebooks. 1/30 of faiss's time would be 0.86 of it all."""
-
-
 def main(names: list[str]) -> None:
     global clock
     if names[:1] == ["--peak"]:
@@ -435,11 +388,10 @@ def main(names: list[str]) -> None:
         f"# Speed\n\nPrinted by `python benchmarks/speed.py > docs/benchmarks.md`: {torch.get_num_threads()} threads of {cpu} "
         f"({', '.join(has)}), {memory} GiB, Python {platform.python_version()}, torch {torch.__version__}. "
         + __doc__.split("…]\n", 1)[1].strip()
+        + "\n\n[What limits speed](speed-limits.md) explains the figures."
     )
     for name in names or TABLES:
         TABLES[name]()
-    if not names:
-        print(LIMITS)
 
 
 if __name__ == "__main__":

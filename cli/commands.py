@@ -1,16 +1,26 @@
 """The commands: each reads its options, calls one function of the library and shows what it returns."""
 
 import json as jsonlib
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
 
+from rpq_convert.errors import FolderError, SourceError
+from rpq_convert.planning.options import PlanOptions
+from rpq_convert.showing import printable
+from rpq_convert.storage.options import HubOptions, SourceOptions
+from rpq_convert.tuning.options import TuneOptions
+
 from . import options as o
 from .errors import catching
 from .show import fits, progress, say, show_report, warn, width
+
+if TYPE_CHECKING:
+    from rpq_convert.checkpoint.opening import Opened
 
 SETTINGS: dict[str, Any] = {"no_args_is_help": True, "pretty_exceptions_enable": False, "add_completion": False}
 EXIT_CODES = (
@@ -40,35 +50,15 @@ CONVERT_EPILOG = examples(
 @main.command(epilog=CONVERT_EPILOG)
 @group.command(epilog=CONVERT_EPILOG)
 @catching
+@o.with_options
 def convert(
     src: o.Source,
+    options: PlanOptions,
+    source: SourceOptions,
     out: Annotated[
         Path | None,
         Option("--out", "-o", metavar="FOLDER", help="Where to write; the source's name and -rpq by default."),
     ] = None,
-    preset: o.Preset = None,
-    bits: o.Bits = None,
-    target_size: o.TargetSize = None,
-    max_error: o.MaxError = None,
-    sensitivity: o.Sensitivity = None,
-    codebooks: o.Codebooks = None,
-    dim: o.Dim = None,
-    axis: o.Axis = None,
-    rotation: o.Rotation = None,
-    outliers: o.Outliers = None,
-    fit: o.Fit = None,
-    grow: o.Grow = False,
-    seed: o.Seed = 0,
-    dtype: o.Dtype = None,
-    max_shard_size: o.MaxShardSize = None,
-    rule: o.Rule = None,
-    include: o.Include = None,
-    exclude: o.Exclude = None,
-    factory: o.Factory = None,
-    revision: o.Revision = None,
-    token: o.Token = None,
-    local_files_only: o.LocalFilesOnly = False,
-    allow_pickle: o.AllowPickle = False,
     device: Annotated[Literal["cpu", "cuda"], Option(help="Where fits run; in this version on the CPU.")] = "cpu",
     calibrate: Annotated[
         str | None,
@@ -90,74 +80,70 @@ def convert(
     quiet: o.Quiet = False,
 ) -> None:
     """Convert a checkpoint into a folder of RPQ weights, tensor by tensor, whatever its size."""
-    given = dict(locals())
     if device != "cpu":
         raise typer.BadParameter("fits run on the CPU in this version; use --device cpu", param_hint="--device")
-    asked, where = o.plan_options(given), o.open_options(given)
     folder = o.output_for(src, out)
     from rpq_convert.calibration.sensitivity import asks
     from rpq_convert.checkpoint.metadata import make_report
     from rpq_convert.checkpoint.opening import open_checkpoint
     from rpq_convert.conversion.plans import plan_opened
-    from rpq_convert.conversion.streaming import convert_checkpoint
-    from rpq_convert.errors import FolderError, SourceError
+    from rpq_convert.conversion.streaming import convert_opened
 
     if not dry_run and folder.exists() and not overwrite:  # said before a download, not after
         raise FolderError(f"{folder} exists; choose another folder or pass --overwrite")
     if push_to and not dry_run:
         from rpq_convert.checkpoint.publishing import check_login
 
-        check_login(push_to, token=token)  # hours before the upload
-    data: Any = None
-    if calibrate is not None:
-        if factory is not None and not calibrate.endswith(".safetensors"):
-            raise typer.BadParameter(
-                "a factory's model has no tokenizer; give a .safetensors file of its arguments",
-                param_hint="--calibrate",
-            )
-        from rpq_convert.inputs.files import read_inputs
-        from rpq_convert.inputs.synthetic import own_inputs
-
-        some: dict[str, Any] = {} if samples is None else {"samples": samples}
-        data = (
-            partial(own_inputs, seed=seed, **some)
-            if calibrate == "self"
-            else read_inputs(calibrate, src, revision=revision, token=token, local_files_only=local_files_only, **some)
-        )
-    measured = asks(asked) and (not dry_run or Path(src).exists())
-    if measured and not quiet:
-        say("measuring what the model is sensitive to")
-    opened = open_checkpoint(src, **where, need="weights" if measured else "headers")
+        check_login(push_to, token=source.token)  # hours before the upload
+    opened = open_checkpoint(src, source, need="headers")
     if opened.model is None and not dry_run:
         raise SourceError(f"{src} has no config.json: give --factory package:callable, which builds its model")
-    if measured and callable(data) and opened.model is not None:
-        data = data(opened.filled())  # written once, for the measurement and the fit
-    plan = plan_opened(opened, data=data, **asked)
-    del opened
+    data = None if calibrate is None else _calibration(calibrate, opened, samples, options.seed)
+    if asks(options) and (not dry_run or Path(src).exists()):
+        if not quiet:
+            say("measuring what the model is sensitive to")
+        opened = opened.fetched()
+        if callable(data) and opened.model is not None:
+            data = data(opened.filled())  # written once, for the measurement and the fit
+    plan = plan_opened(opened, options, data=data)
     warn(plan.warnings)
     if dry_run:
         return show_report(make_report(plan, {}, title=o.name_of(src)), json=json)
     with progress(plan, quiet=quiet) as callback:
-        report = convert_checkpoint(
-            src,
+        report = convert_opened(
+            opened.fetched(),
             folder,
+            plan,
+            data,
             overwrite=overwrite,
             executor=executor,
             workers=workers,
             progress=callback,
-            plan=plan,
-            calibration=data,
-            **where,
         )
     warn(tuple(w for w in report.warnings if w not in plan.warnings))
     show_report(report, json=json)
     if not quiet:
         say(f"wrote {folder}")
     if push_to:
-        _push(folder, push_to, public=public, token=token)
+        _push(folder, push_to, public=public, token=source.token)
 
 
-def _push(folder: Path, repo: str, *, public: bool, token: str | None, revision: str | None = None) -> None:
+def _calibration(where: str, opened: "Opened", samples: int | None, seed: int) -> Any:
+    """Return the inputs to calibrate on, or the function of the dense model that makes them."""
+    from rpq_convert.inputs.files import read_inputs
+    from rpq_convert.inputs.synthetic import own_inputs
+
+    if opened.options.factory is not None and not where.endswith(".safetensors"):
+        raise typer.BadParameter(
+            "a factory's model has no tokenizer; give a .safetensors file of its arguments", param_hint="--calibrate"
+        )
+    some: dict[str, Any] = {} if samples is None else {"samples": samples}
+    if where == "self":
+        return partial(own_inputs, seed=seed, **some)
+    return read_inputs(where, opened.src, model=opened.model, **opened.options.hub, **some)
+
+
+def _push(folder: Path, repo: str, *, public: bool, token: str | bool | None, revision: str | None = None) -> None:
     from rpq_convert.checkpoint.publishing import push
 
     say(f"pushed to {push(folder, repo, private=not public, token=token, revision=revision)}")
@@ -172,7 +158,10 @@ def push(
     repo: Annotated[str, Argument(metavar="REPO", help="user/name, or name; made if it does not exist.")],
     public: o.Public = False,
     revision: Annotated[str | None, Option(help="Branch to push to; made if it does not exist.")] = None,
-    token: o.Token = None,
+    token: Annotated[
+        str | None,
+        Option(help="Access token of the hub; HF_TOKEN or `hf auth login` keep it out of the shell's history."),
+    ] = None,
 ) -> None:
     """Upload a converted folder to the hub, in one commit, once it is known to be whole; private unless --public."""
     _push(folder, repo, public=public, token=token, revision=revision)
@@ -187,31 +176,11 @@ def push(
     )
 )
 @catching
+@o.with_options
 def plan(
     src: o.Source,
-    preset: o.Preset = None,
-    bits: o.Bits = None,
-    target_size: o.TargetSize = None,
-    max_error: o.MaxError = None,
-    sensitivity: o.Sensitivity = None,
-    codebooks: o.Codebooks = None,
-    dim: o.Dim = None,
-    axis: o.Axis = None,
-    rotation: o.Rotation = None,
-    outliers: o.Outliers = None,
-    fit: o.Fit = None,
-    grow: o.Grow = False,
-    seed: o.Seed = 0,
-    dtype: o.Dtype = None,
-    max_shard_size: o.MaxShardSize = None,
-    rule: o.Rule = None,
-    include: o.Include = None,
-    exclude: o.Exclude = None,
-    factory: o.Factory = None,
-    revision: o.Revision = None,
-    token: o.Token = None,
-    local_files_only: o.LocalFilesOnly = False,
-    allow_pickle: o.AllowPickle = False,
+    options: PlanOptions,
+    source: SourceOptions,
     explain: Annotated[str | None, Option(metavar="NAME", help="Say what happens to one parameter, and why.")] = None,
     sweep: Annotated[bool, Option("--sweep", help="Show the whole curve of size against expected quality.")] = False,
     sweep_out: Annotated[
@@ -223,17 +192,16 @@ def plan(
 
     Weights are read only where they are at hand and sizes are to be chosen: to measure what the model is sensitive to.
     """
-    given = dict(locals())
-    asked, where = o.plan_options(given), o.open_options(given)
     if sweep or sweep_out is not None:
-        return _sweep(src, sweep_out, json, where, asked)
+        return _sweep(src, sweep_out, json, options, source)
+    from rpq_convert.calibration.sensitivity import asks
     from rpq_convert.checkpoint.metadata import make_report
-    from rpq_convert.conversion.plans import plan as make
+    from rpq_convert.conversion.plans import open_target, plan_opened
 
-    made = make(src, **where, **asked)
+    made = plan_opened(open_target(src, source, measured=asks(options)), options)
     warn(made.warnings)
     if explain is not None:
-        text = made.explain(explain)
+        text = printable(made.explain(explain), lines=True)
         print(jsonlib.dumps({"name": explain, "explanation": text}) if json else text)
     elif json:
         print(made.to_json())
@@ -241,13 +209,13 @@ def plan(
         show_report(make_report(made, {}, title=o.name_of(src)), json=False)
 
 
-def _sweep(src: str, file: Path | None, json: bool, where: dict[str, Any], asked: dict[str, Any]) -> None:
-    sized = [k for k in ("preset", "bits", "target_size", "max_error", "codebooks", "dim") if asked.pop(k) is not None]
-    if sized:
+def _sweep(src: str, file: Path | None, json: bool, options: PlanOptions, source: SourceOptions) -> None:
+    sizes = ("preset", "bits", "target_size", "max_error", "codebooks", "dim")
+    if sized := [k for k in sizes if getattr(options, k) is not None]:
         raise typer.BadParameter(f"the curve shows every size; leave out {', '.join(sized)}", param_hint="--sweep")
-    from rpq_convert.conversion.plans import sweep
+    from rpq_convert.conversion.plans import open_target, sweep_opened
 
-    curve = sweep(src, **where, **asked)
+    curve = sweep_opened(open_target(src, source, measured=True), options)
     warn(curve.warnings)
     if file is not None:
         file.write_text(curve.to_svg(o.name_of(src)), "utf8")
@@ -257,8 +225,10 @@ def _sweep(src: str, file: Path | None, json: bool, where: dict[str, Any], asked
 
 @group.command(epilog=examples("rpq audit opt-125m-rpq", "rpq audit opt-125m-rpq --format html --output audit.html"))
 @catching
+@o.with_options
 def audit(
     folder: Annotated[str, Argument(metavar="FOLDER", help="A folder that rpq-convert wrote, or its repository's id.")],
+    source: HubOptions,
     format: Annotated[
         Literal["terminal", "json", "markdown", "csv", "html"], Option(help="How to write it.")
     ] = "terminal",
@@ -266,14 +236,11 @@ def audit(
         Path | None, Option("--output", "-o", metavar="FILE", help="Write to a file instead of stdout.")
     ] = None,
     json: Annotated[bool, Option("--json", help="The same as --format json.")] = False,
-    revision: o.Revision = None,
-    token: o.Token = None,
-    local_files_only: o.LocalFilesOnly = False,
 ) -> None:
     """Show a converted folder's size audit: every tensor, its bytes and its measured error."""
     from rpq_convert.checkpoint.verifying import audit as read
 
-    report = read(folder, revision=revision, token=token, local_files_only=local_files_only)
+    report = read(folder, **source.hub)
     views = {
         "terminal": lambda: report.to_terminal(width()), "json": report.to_json, "markdown": report.to_markdown,
         "csv": report.to_csv, "html": report.to_html,
@@ -296,7 +263,7 @@ def diff(
     from rpq_convert.checkpoint.verifying import audit as read
     from rpq_convert.report.text import diff as compare
 
-    print(compare(read(a), read(b)))
+    print(printable(compare(read(a), read(b)), lines=True))
 
 
 @group.command(
@@ -339,39 +306,25 @@ def eval(
         base, folder, text=text, pairs=pairs, inputs=inputs, factory=factory, window=window, windows=windows,
         layers=layers, keep=save, say=None if quiet else say,
     )  # fmt: skip
-    print(found.to_json() if json else found)
+    print(found.to_json() if json else printable(str(found), lines=True))
 
 
 @group.command(epilog=examples("rpq tune opt-125m/ opt-125m-rpq --data wikitext-train.txt --out opt-125m-tuned"))
 @catching
+@o.with_options
 def tune(
     base: o.Base,
     folder: o.OutputFolder,
     data: o.Data,
     out: o.OutFolder,
-    steps: Annotated[int, Option(min=1, help="At most so many; fewer where held-out data stops to gain.")] = 200,
+    options: TuneOptions,
     blocks: Annotated[int, Option(min=0, help="Steps on each block alone, before all are tuned together.")] = 0,
-    rate: Annotated[float, Option(min=0, help="Size of a step, relative to what it changes.")] = 2e-3,
-    loss: Annotated[
-        Literal["kl", "mse"] | None,
-        Option(
-            help="Divergence of predictions, or relative square of outputs; by default kl where outputs are logits."
-        ),
-    ] = None,
-    recompute: Annotated[bool, Option("--recompute", help="Gradient checkpointing: less memory, more time.")] = False,
-    recode: Annotated[
-        float,
-        Option(
-            min=0, max=1, help="Share of each layer's codes that may change at a time, e.g. 0.0005; takes more memory."
-        ),
-    ] = 0.0,
     bfloat16: Annotated[
         bool, Option("--bfloat16", help="Multiply in bfloat16: faster where the processor has it.")
     ] = False,
     window: Annotated[int, Option(min=2, help="Tokens of one window.")] = 256,
     samples: Annotated[int, Option(min=2, help="Windows, lines or pictures.")] = 512,
     factory: o.Factory = None,
-    seed: o.Seed = 0,
     overwrite: o.Overwrite = False,
     quiet: o.Quiet = False,
     json: o.Json = False,
@@ -382,12 +335,12 @@ def tune(
     o.find_modules(factory)
     from rpq_convert.folders import tune_folder
 
+    options = replace(options, autocast=torch.bfloat16 if bfloat16 else None)
     found = tune_folder(
-        base, folder, out, data, factory=factory, steps=steps, blocks=blocks, rate=rate, loss=loss,
-        recompute=recompute, recode=recode, autocast=torch.bfloat16 if bfloat16 else None, window=window, samples=samples, seed=seed,
-        overwrite=overwrite, say=None if quiet else say,
+        base, folder, out, data, options, factory=factory, window=window, samples=samples, blocks=blocks, overwrite=overwrite,
+        say=None if quiet else say,
     )  # fmt: skip
-    print(found.to_json() if json else found)
+    print(found.to_json() if json else printable(str(found), lines=True))
 
 
 @group.command(
@@ -430,7 +383,7 @@ def verify(folder: o.OutputFolder, json: o.Json = False) -> None:
     print(
         jsonlib.dumps({"folder": str(folder), "files": files})
         if json
-        else f"{folder} is whole: {len(files)} files checked"
+        else printable(f"{folder} is whole: {len(files)} files checked")
     )
 
 

@@ -1,6 +1,5 @@
 """Errors become exit codes: one table, and one place that catches.
 
-Classes are named, not imported: most live beside torch, whose import takes seconds that a usage error should not cost.
 What is not in the table is a bug, and keeps its traceback. Typer would catch Ctrl-C by itself; it is caught here first,
 because only here is it known that the run can go on.
 """
@@ -11,39 +10,42 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from functools import wraps
 from typing import Any
 
 import typer
 
-CODES = {
-    "PlanError": 3,
-    "CalibrationError": 4,
-    "SourceError": 4,
-    "TuneError": 4,
-    "EncodeError": 4,
-    "EvaluateError": 4,
-    "FolderError": 4,
-    "OSError": 4,
-    "BrokenProcessPool": 4,
-    "VerifyError": 5,
-    "KeyboardInterrupt": 130,
+from rpq_convert import errors
+from rpq_convert.showing import one_line
+
+CODES: dict[type[BaseException], int] = {
+    errors.PlanError: 3,
+    errors.CalibrationError: 4,
+    errors.EncodeError: 4,
+    errors.EvaluateError: 4,
+    errors.SourceError: 4,
+    errors.TuneError: 4,
+    OSError: 4,
+    BrokenProcessPool: 4,
+    errors.VerifyError: 5,
+    KeyboardInterrupt: 130,
 }
 RESUMABLE = "run the same command again to go on"
 
 
 def code_of(error: BaseException) -> int | None:
     """Return the exit code of an error, by its nearest class in the table, or None for a bug."""
-    return next((CODES[c.__name__] for c in type(error).__mro__ if c.__name__ in CODES), None)
+    return next((CODES[c] for c in type(error).__mro__ if c in CODES), None)
 
 
 def sentence(error: BaseException) -> str:
     """Return the one line that says what went wrong."""
     if isinstance(error, KeyboardInterrupt):
         return f"interrupted; {RESUMABLE}"
-    if type(error).__name__ == "BrokenProcessPool":
+    if isinstance(error, BrokenProcessPool):
         return f"error: a worker process died, perhaps for want of memory; {RESUMABLE}"
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(str(error)) or type(error).__name__
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in text:
         return f"error: disk full: {text}; free some space and {RESUMABLE}"
     return f"error: {text}"

@@ -1,16 +1,17 @@
-"""The options that `convert` and `plan` share, each defined once, and what they mean to the library."""
+"""Options of the commands. Those of a plan and of a source are made from the fields of the library's own classes."""
 
+import inspect
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable
+from dataclasses import Field, fields, is_dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import typer
 from typer import Argument, Option
-
-WHAT, SIZE, WHERE = "What to convert", "Size and quality", "Source"
 
 Source = Annotated[str, Argument(metavar="SRC", help="A hub id, a checkpoint folder, or a safetensors file.")]
 OutputFolder = Annotated[Path, Argument(metavar="FOLDER", help="A folder that rpq-convert wrote.")]
@@ -19,71 +20,6 @@ Json = Annotated[bool, Option("--json", help="Print JSON to stdout, and nothing 
 Quiet = Annotated[bool, Option("--quiet", "-q", help="No progress; warnings and errors only on stderr.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing output folder once the new one is whole.")]
 
-Preset = Annotated[
-    str | None, Option(help="A preset's name (see `rpq presets`) or a .toml file.", rich_help_panel=SIZE)
-]
-Bits = Annotated[
-    float | None,
-    Option(help="Code bits per weight, 0.05 to 8; one that no layout has exactly, such as 2.5, is met by mixing.", rich_help_panel=SIZE),
-]  # fmt: skip
-TargetSize = Annotated[
-    str | None,
-    Option(metavar="SIZE", help="Bytes of all weight files, e.g. 50MB: sizes of layers are chosen so that they fit.", rich_help_panel=SIZE),
-]  # fmt: skip
-MaxError = Annotated[
-    float | None,
-    Option(help="Largest expected relative squared error of any layer: the smallest size below it.", rich_help_panel=SIZE),
-]  # fmt: skip
-Sensitivity = Annotated[
-    str | None,
-    Option(
-        metavar="FILE|shape",
-        help="What budgets go by: JSON of name to number, or shapes alone. By default the model is run and measured.",
-        rich_help_panel=SIZE,
-    ),
-]
-Codebooks = Annotated[
-    str | None,
-    Option(metavar="heads|N", help="'heads': sub-vectors as long as an attention head; or N codebooks per weight.", rich_help_panel=SIZE),
-]  # fmt: skip
-Dim = Annotated[int | None, Option(min=1, help="Length of a sub-vector.", rich_help_panel=SIZE)]
-Axis = Annotated[Literal["out", "in"] | None, Option(help="Axis to cut where both are possible.", rich_help_panel=SIZE)]
-Rotation = Annotated[
-    int | None,
-    Option(min=0, help="Size of a block-Hadamard rotation of the inputs, 0 for none; the preset's by default.", rich_help_panel=SIZE),
-]  # fmt: skip
-Outliers = Annotated[
-    float | None,
-    Option(min=0, max=0.1, help="Share of each output's weights, the largest, that is kept apart: 0.005.", rich_help_panel=SIZE),
-]  # fmt: skip
-Fit = Annotated[
-    Literal["kmeans", "additive", "random"] | None, Option(help="How codebooks are found.", rich_help_panel=SIZE)
-]
-Grow = Annotated[bool, Option("--grow", help="Convert layers that would grow as well.", rich_help_panel=SIZE)]
-Seed = Annotated[int, Option(min=0, help="Decides every random number.", rich_help_panel=SIZE)]
-Dtype = Annotated[
-    Literal["float32", "float16", "bfloat16"] | None,
-    Option(help="Dtype of what stays dense and of expanded weights; as stored by default.", rich_help_panel=SIZE),
-]
-MaxShardSize = Annotated[
-    str | None, Option(metavar="SIZE", help="Largest weight file, e.g. 5GB.", rich_help_panel=SIZE)
-]
-
-Rule = Annotated[
-    list[str] | None,
-    Option("--rule", metavar="PATTERN:KEY=VALUE,…", help="Settings for matching parameters; repeatable, first match wins.", rich_help_panel=WHAT),
-]  # fmt: skip
-Include = Annotated[
-    list[str] | None, Option(metavar="PATTERN", help="Convert only these; repeatable.", rich_help_panel=WHAT)
-]
-Exclude = Annotated[
-    list[str] | None, Option(metavar="PATTERN", help="Leave these dense; repeatable.", rich_help_panel=WHAT)
-]
-
-Factory = Annotated[
-    str | None,
-    Option(metavar="PACKAGE:CALLABLE", help="Builds the model of a checkpoint that is not transformers'.", rich_help_panel=WHERE),
-]  # fmt: skip
 DATA = (
     "a text or a folder of texts or pictures such as the model will see, "
     "or a .safetensors file of tensors named after the arguments of its forward"
@@ -96,45 +32,79 @@ Samples = Annotated[
 Base = Annotated[Path, Argument(metavar="BASE", help="The dense checkpoint.")]
 OutFolder = Annotated[Path, Option("--out", "-o", metavar="FOLDER", help="Where to write the new model.")]
 
-Revision = Annotated[str | None, Option(help="Branch, tag or commit on the hub.", rich_help_panel=WHERE)]
-Token = Annotated[
+Factory = Annotated[
     str | None,
-    Option(help="Access token of the hub; HF_TOKEN or `hf auth login` keep it out of the shell's history.", rich_help_panel=WHERE),
-]  # fmt: skip
-LocalFilesOnly = Annotated[bool, Option("--local-files-only", help="Never ask the hub.", rich_help_panel=WHERE)]
-AllowPickle = Annotated[
-    bool, Option("--allow-pickle", help="Read pickled weights, tensors only.", rich_help_panel=WHERE)
+    Option(metavar="PACKAGE:CALLABLE", help="Builds the model of a checkpoint that is not transformers'."),
 ]
-
-PLAN = (
-    "preset",
-    "bits",
-    "target_size",
-    "max_error",
-    "dim",
-    "axis",
-    "rotation",
-    "outliers",
-    "fit",
-    "grow",
-    "seed",
-    "dtype",
-)
-OPEN = ("factory", "revision", "token", "local_files_only", "allow_pickle")
+Seed = Annotated[int, Option(min=0, help="Decides every random number.")]
 
 
-def plan_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `make_plan` from a command's parameters."""
-    options = {k: given[k] for k in PLAN}
-    options |= {k: tuple(given[k] or ()) for k in ("include", "exclude")}
-    codebooks = given["codebooks"]
-    options["codebooks"] = int(codebooks) if codebooks and codebooks.isascii() and codebooks.isdigit() else codebooks
-    options["rules"] = [parse_rule(r) for r in given["rule"] or ()]
-    if given["sensitivity"] is not None:
-        options["sensitivity"] = _sensitivity(given["sensitivity"])
-    if given["max_shard_size"]:
-        options["max_shard_size"] = given["max_shard_size"]
-    return options
+def with_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a command that takes objects of option classes take their fields from the command line.
+
+    Each parameter whose annotation is a dataclass becomes one option per field, with the field's own default, range and help.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    kinds: dict[str, Any] = {p.name: p.annotation for p in signature.parameters.values() if is_dataclass(p.annotation)}
+    shown: list[inspect.Parameter] = []
+    for parameter in signature.parameters.values():
+        kind = kinds.get(parameter.name)
+        if kind is None:
+            shown.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+        else:
+            shown += [_parameter(kind, f) for f in fields(kind) if f.metadata.get("flag", "") is not None]
+
+    @wraps(command)
+    def filled(**given: Any) -> Any:
+        for name, kind in kinds.items():
+            own = {f.name: given.pop(f.name) for f in fields(kind) if f.name in given}
+            given[name] = kind(**{field: _meant(field, value) for field, value in own.items()})
+        return command(**given)
+
+    filled.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+    filled.__annotations__ = {p.name: p.annotation for p in shown}
+    return filled
+
+
+def _parameter(kind: Any, f: Field[Any]) -> inspect.Parameter:
+    """Return a field as a command's parameter."""
+    told, hint, default = f.metadata, get_type_hints(kind)[f.name], f.default
+    if default == ():
+        hint, default = list[str] | None, None
+    else:  # what may be a text is one on the command line; _meant reads it
+        hint = next((h for h in (str, bool) if h in get_args(hint)), hint if default is not None else _first(hint))
+        hint = hint if default is not None else hint | None
+    if choices := told.get("choices"):
+        hint = Literal[choices] | None
+    name = "--" + (told.get("flag") or f.name.replace("_", "-"))
+    option = Option(
+        name,
+        help=told["help"],
+        metavar=told.get("metavar"),
+        min=told["least"],
+        max=told["most"],
+        rich_help_panel=told.get("panel"),
+    )
+    return inspect.Parameter(
+        f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, option]
+    )
+
+
+def _first(hint: Any) -> Any:
+    return next(h for h in get_args(hint) if h is not type(None))
+
+
+def _meant(name: str, value: Any) -> Any:
+    """Return what a field's text on the command line means to the library."""
+    if name == "rules":
+        return [parse_rule(r) for r in value or ()]
+    if name == "sensitivity" and value is not None:
+        return _sensitivity(value)
+    if name == "codebooks" and value and value.isascii() and value.isdigit():
+        return int(value)
+    if name == "factory":
+        find_modules(value)
+    return () if value is None and name in ("include", "exclude") else value
 
 
 def _sensitivity(text: str) -> Any:
@@ -154,12 +124,6 @@ def _sensitivity(text: str) -> Any:
             f"{text} must map parameter names to numbers, or to bits and losses", param_hint="--sensitivity"
         )
     return found
-
-
-def open_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `open_checkpoint`."""
-    find_modules(given["factory"])
-    return {k: given[k] for k in OPEN}
 
 
 def find_modules(factory: str | None) -> None:

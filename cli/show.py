@@ -8,13 +8,15 @@ from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from rpq_convert.showing import printable
+
 if TYPE_CHECKING:
     from rpq_convert.planning.plan import Plan
     from rpq_convert.report.schema import Report
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def warn(warnings: tuple[str, ...]) -> None:
@@ -92,6 +94,6 @@ def _bar(plan: "Plan") -> Iterator[Callable[[Any, Any], None]]:
             if encoded is None:  # fitted by an earlier run: no speed is learnt from it
                 bar.reset(task, completed=done, name="resumed")
             else:
-                bar.update(task, completed=done, name=job.name[-40:])
+                bar.update(task, completed=done, name=printable(job.name[-40:]))
 
         yield callback

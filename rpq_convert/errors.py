@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from rpq_convert.showing import one_line
+
 
 class SourceError(ValueError):
     """A checkpoint is missing, broken or does not fit."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(one_line(text))  # it may quote what a file says
 
 
 class HubError(SourceError):

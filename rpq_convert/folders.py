@@ -22,9 +22,12 @@ from rpq_convert.hf.model_card import base_in
 from rpq_convert.inputs.files import read_inputs, read_text, tokenizer_of
 from rpq_convert.inputs.synthetic import own_inputs
 from rpq_convert.report.schema import Report
+from rpq_convert.storage.options import SourceOptions
+from rpq_convert.storage.reader import refuse_links
 from rpq_convert.storage.writer import REPORT
-from rpq_convert.tuning.blocks import tune_blocks
-from rpq_convert.tuning.tune import Tuning, tune
+from rpq_convert.tuning.blocks import tune_blocks_with
+from rpq_convert.tuning.options import TuneOptions
+from rpq_convert.tuning.tune import Tuning, tune_with
 
 
 def evaluate_folder(
@@ -75,7 +78,7 @@ def evaluate_folder(
     elif pairs is not None:
         found, batches = evaluate_pairs(dense, converted, base, pairs, window, windows, say)
     else:
-        batches = read_inputs(on[0], base, window=window, samples=windows, labels=True)
+        batches = read_inputs(on[0], base, model=dense, window=window, samples=windows, labels=True)
         told = progress_lines(say, "batches", len(batches))
         a, b = (dense, converted) if text is None else (Pooled(dense), Pooled(converted))
         found = evaluate(a, b, batches, progress=told)
@@ -93,9 +96,10 @@ def _both(base: str | Path, folder: str | Path, factory: str | Factory | None) -
     if (Path(folder) / REPORT).is_file():
         converted._rpq_options = dict(audit(folder).options)  # for the next report and card
     if factory is not None:
-        return open_checkpoint(base, factory=factory).filled().eval(), converted
+        return open_checkpoint(base, SourceOptions(factory=factory)).filled().eval(), converted
+    refuse_links(base)
     try:
-        return type(converted).from_pretrained(base).eval(), converted
+        return type(converted).from_pretrained(base, trust_remote_code=False).eval(), converted
     except (OSError, ValueError) as e:
         raise SourceError(f"{base}: {str(e).strip().splitlines()[0]}") from None
 
@@ -105,6 +109,7 @@ def tune_folder(
     folder: str | Path,
     out: str | Path,
     data: Path,
+    options: TuneOptions,
     *,
     factory: str | Factory | None = None,
     window: int = 256,
@@ -112,7 +117,6 @@ def tune_folder(
     blocks: int = 0,
     overwrite: bool = False,
     say: Say | None = None,
-    **options: Any,
 ) -> Tuning:
     """Tune a converted folder against its dense checkpoint, into another folder.
 
@@ -121,22 +125,21 @@ def tune_folder(
         data, window, samples, factory: as for `read_inputs` and `load`.
         blocks: steps on each block alone, before all are tuned together; with the same options, but the loss.
         overwrite: replace `out`.
-        options: those of `tune`. A killed run goes on when it is repeated; blocks are tuned again first.
+        options: how. A killed run goes on when it is repeated; blocks are tuned again first.
 
     Raises:
         SourceError, FolderError: as `load` and `save`. CalibrationError: no data. TuneError: as `tune`.
     """
     place = _free(out, overwrite)
     dense, model = _both(base, folder, factory)
-    items = read_inputs(data, base, window=window, samples=samples)
+    items = read_inputs(data, base, model=dense, window=window, samples=samples)
     told = None if say is None else lambda step, loss: say(f"step {step}: loss {loss:.4g}")
     if blocks:
-        how = {name: value for name, value in options.items() if name not in ("steps", "loss")}
-        for path, done in tune_blocks(model, dense, items, steps=blocks, **how).items():
+        for path, done in tune_blocks_with(replace(options, steps=blocks, loss="mse"), model, dense, items).items():
             if say is not None:
                 say(f"{path}: {done}")
     file = place.with_name(place.name + ".tuning.safetensors")
-    tuned = tune(model, dense, items, checkpoint=file, progress=told, **options)
+    tuned = tune_with(options, model, dense, items, checkpoint=file, progress=told)
     model._rpq_options["tuning"] = {"steps": tuned.best, "before": tuned.before, "after": tuned.after}
     save(model, place, overwrite=overwrite, files=extra_files(folder), base=base_in(Path(folder)))
     return tuned
@@ -164,7 +167,7 @@ def recalibrate_folder(
     place = _free(out, overwrite)
     dense, model = _both(base, folder, factory)
     some: dict[str, Any] = {} if samples is None else {"samples": samples}
-    items = own_inputs(dense, **some) if data is None else read_inputs(data, base, window=window, **some)
+    items = own_inputs(dense, **some) if data is None else read_inputs(data, base, model=dense, window=window, **some)
     recalibrate(model, dense, items, **options)
     return save(model, place, overwrite=overwrite, files=extra_files(folder), base=base_in(Path(folder)))
 

@@ -1,5 +1,7 @@
 """The comparison with other tools: a shuffled model is the same model, bytes are counted once, the best row is the best."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -87,10 +89,20 @@ def test_a_row_is_bold_when_nothing_of_its_size_or_below_is_better(rows):
 
 def test_the_picture_has_a_line_per_tool_and_leaves_out_what_a_smaller_one_beats(rows):
     (name, picture), *more = pictures([*rows, {**rows[0], "bytes": 67_000_000, "settings": {"bits": 5}}]).items()
-    assert name == "quality-smollm2.svg" and not more
+    assert name == "quality-smollm2.svg" and [n for n, _ in more] == ["size-quality.svg"]
     assert name in document(rows)
     assert picture.count("<polyline") == 3 and picture.count('r="3"') == 4
     assert frontier([(3, 1.0), (1, 5.0), (2, 6.0), (4, 1.0)]) == [(1, 5.0), (3, 1.0)]
+
+
+def test_the_landing_picture_tells_conversions_without_data_apart_and_leaves_out_ruined_models(rows):
+    ours = {**rows[0], "settings": {"bits": 4, "calibrated": True}, "bytes": 60_000_000}
+    ruined = {**rows[1], "peer": "kmeans", "metrics": {**rows[1]["metrics"], "ratio": 666.0}}
+    picture = pictures([*rows, ours, ruined])["size-quality.svg"]
+    names = re.findall(r'<text[^>]* x="\d+\.0" y="\d+">([^<]+)</text>', picture)
+    assert names == ["rpq-convert, some text", "rpq-convert, no data", "HQQ", "bitsandbytes NF4"]
+    assert picture.count("<polyline") == 4 and picture.count("stroke-dasharray") == 2  # the line and its key
+    assert "prefers-color-scheme:dark" in picture
 
 
 def test_sentences_are_the_texts_own_and_wordnets_examples_and_glosses(tmp_path):

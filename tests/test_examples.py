@@ -1,6 +1,6 @@
 """The notebooks run from start to end in empty folders, and say what they said when they were stored.
 
-`python tests/test_examples.py [NAME …]` runs them and stores their outputs afresh.
+`PYTHONPATH=tests/support python tests/test_examples.py [NAME …]` runs them and stores their outputs afresh.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import nbformat
 import pytest
 from ipykernel.kernelspec import write_kernel_spec
 from nbclient import NotebookClient
+from paths import ROOT
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = ROOT / "examples"
 NAMES = sorted(p.stem for p in EXAMPLES.glob("*.ipynb"))
 
 
@@ -31,7 +32,7 @@ def execute(name: str, folder: Path) -> nbformat.NotebookNode:
     work = folder / "work"
     work.mkdir()
     notebook = read(name)
-    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": work}})
+    client = NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": work}})
     with mock.patch.dict(os.environ, JUPYTER_PATH=str(folder / "jupyter")):
         client.execute()
     return notebook

@@ -16,14 +16,15 @@ from benchmarks.quality.sources import Sources
 
 WINDOW, FITTED, MEASURED = 512, 32, 12  # tokens; windows to calibrate on, and windows of the test text
 Metrics = dict[str, float]
-_SHUFFLED = """Perplexity over 12 windows of 512 tokens of WikiText-2's test text (dense: {base_perplexity:.3f}), its ratio to the
-dense model's, divergence from the dense model's predictions in nats per token, and how often the likeliest token is the same.
-Calibrating tools see 32 windows of the validation text. The model comes from a package registry as a 4-bit GGUF: each 32 weights
-in a row lie on 16 levels, which tools with such groups find again, so that they look lossless. Its channels are therefore
-shuffled first (the same function, the same numbers in each row, no grid:
-[shuffle.py](../benchmarks/quality/shuffle.py)), which makes it like an ordinary checkpoint. Where hardly anything is lost, two
-perplexities differ by luck (0.1 either way); the divergence tells them apart."""
-_SHIPPED = "The same model as it is shipped, to show what a tool would owe to the grid. Not a comparison."
+_SHUFFLED = """Columns: perplexity over 12 windows of 512 tokens of WikiText-2's test text (dense: {base_perplexity:.3f}); its ratio to
+the dense model's; KL divergence from the dense model's predictions in nats per token; how often the likeliest token is the same.
+Calibrating tools see 32 windows of the validation text.
+
+The package registry carries this model as a 4-bit GGUF: each 32 weights in a row lie on 16 levels. Tools with groups of 32 find
+these levels again and look lossless. Its channels are therefore shuffled first (`benchmarks/quality/shuffle.py`). The function
+and the numbers of each row stay the same, the grid is gone, and the model is like an ordinary checkpoint. Near the dense model
+two perplexities differ by chance (0.1 either way). The divergence tells such rows apart."""
+_SHIPPED = "The same model as it is shipped. It shows what a tool owes to the grid and is not a comparison."
 
 
 def _data(folder: Path) -> dict[str, Tensor]:
@@ -70,7 +71,7 @@ class LanguageModel:
     def load(self, folder: Path) -> nn.Module:
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=False).eval()
 
     def calibration(self, folder: Path) -> list[Any]:
         return [{"input_ids": part, "use_cache": False} for part in _data(folder)["fit"][:FITTED].split(4)]
@@ -104,9 +105,9 @@ class Encoder:
     """all-MiniLM-L6-v2: cosine of its sentence embeddings to the dense model's, and rank correlation on STS-B's pairs."""
 
     title = "all-MiniLM-L6-v2"
-    note = """Mean cosine of the embeddings of STS-B's test sentences to the dense model's, and Spearman's rank correlation with
-the human scores (dense: {base_spearman:.4f}). Calibrating tools see 1,920 sentences of WikiText-2's validation text and WordNet's
-examples and glosses, tuning up to 79,000: no text of STS-B's kind."""
+    note = """Columns: mean cosine of the embeddings of STS-B's test sentences to the dense model's; Spearman's rank correlation
+with the human scores (dense: {base_spearman:.4f}). Calibrating tools see 1,920 sentences of WikiText-2's validation text and
+WordNet's examples and glosses, tuning up to 79,000. None of these texts is of STS-B's kind."""
     parameters = 22_713_216
     columns = ("cosine", "spearman")
     best = "cosine"
@@ -118,12 +119,12 @@ examples and glosses, tuning up to 79,000: no text of STS-B's kind."""
 
         if sources.pairs is None:
             raise SystemExit("MiniLM needs --pairs (STS-B's test part: sentence, sentence, score)")
-        tokenizer = AutoTokenizer.from_pretrained(str(minilm_folder()))
+        tokenizer = AutoTokenizer.from_pretrained(str(minilm_folder()), trust_remote_code=False)
         with sources.pairs.open(newline="", encoding="utf8") as file:
             rows = [(a, b, float(score)) for a, b, score in csv.reader(file)]
         test = tokenizer([s for a, b, _ in rows for s in (a, b)], padding=True, return_tensors="pt")
         fit = tokenizer(sources.sentences(), truncation=True, max_length=64, padding=True, return_tensors="pt")
-        model = AutoModel.from_pretrained(str(minilm_folder()), dtype=torch.float32).eval()
+        model = AutoModel.from_pretrained(str(minilm_folder()), dtype=torch.float32, trust_remote_code=False).eval()
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         data = {
@@ -137,7 +138,7 @@ examples and glosses, tuning up to 79,000: no text of STS-B's kind."""
     def load(self, folder: Path) -> nn.Module:
         from transformers import AutoModel
 
-        return AutoModel.from_pretrained(str(folder), dtype=torch.float32).eval()
+        return AutoModel.from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=False).eval()
 
     def calibration(self, folder: Path) -> list[Any]:
         return self.tuning(folder)[:30]

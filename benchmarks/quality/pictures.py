@@ -80,9 +80,9 @@ class Classifier:
     """Accuracy on the test pictures, and how often the answer is the dense model's."""
 
     columns: tuple[str, ...] = ("accuracy", "agreement")
-    note = """Accuracy on 10,000 test pictures (dense: {base_accuracy:.4f}), and how often the answer is the dense model's.
-Calibrating tools see 512 training pictures, tuning 25,600. Tools that only know linear layers are left out where
-there are convolutions. Some rows are of a network that was trained again: dense accuracies differ by .001."""
+    note = """Columns: accuracy on 10,000 test pictures (dense: {base_accuracy:.4f}); how often the answer is the dense model's.
+Calibrating tools see 512 training pictures, tuning 25,600. Tools for linear layers alone are left out where there are
+convolutions. Some rows are of a network that was trained again: dense accuracies differ by 0.001."""
     best = "agreement"
     loss = "kl"
 
@@ -144,8 +144,8 @@ class Pretrained(Classifier):
     """EfficientNet-Lite0 on enlarged pictures that it was not made for: agreement alone."""
 
     columns = ("agreement",)
-    note = """No registry carries ImageNet: how often the first of 1,000 answers is the dense model's on 500 pictures of
-Fashion-MNIST, enlarged. Calibrating tools see 64 others, tuning 2,048."""
+    note = """No registry carries ImageNet. Agreement: how often the first of 1,000 answers is the dense model's on 500 enlarged
+pictures of Fashion-MNIST. Calibrating tools see 64 others, tuning 2,048."""
 
     def prepare(self, folder: Path, sources: Sources) -> None:
         if sources.pictures is None:

@@ -1,4 +1,4 @@
-"""The page: per model a picture and one table sorted by bytes, who is best per size, and what could not be run."""
+"""The page. Per model: a picture, a table sorted by bytes, the best tool per size, and the cells that failed."""
 
 from __future__ import annotations
 
@@ -6,20 +6,25 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from benchmarks.quality.drawing import draw
+from benchmarks.quality.drawing import draw, landing
 from benchmarks.quality.tasks import TASKS
 
 Row = dict[str, Any]
 HEADER = """# Quality for the bytes, tool by tool
 
-Written by `python -m benchmarks.quality` (its first lines say with which files) from the cells in `quality.jsonl`; how it is
-done and what is counted: [benchmarks/quality](../benchmarks/quality). Each tool converts the same dense model on a CPU; its
-weights are decoded and measured by the same code. **MB** (2^20 bytes) is everything that a file holds: codes, codebooks,
-scales, zero points, and what a tool leaves alone, at 16 bits. **Bits** are all those bytes per parameter. Rows in bold are
-beaten by no row of their size or below. Minutes are of one thread, or as many as stand beside them, on
-a shared machine: an order of magnitude. Peak memory is the
-tool's process, the dense model in float32 and imports with it.
+`python -m benchmarks.quality` writes this page from the cells in `docs/quality.jsonl`. The first lines of
+`benchmarks/quality/__main__.py` say which files it needs.
+
+- Each tool converts the same dense model on a CPU. The same code then decodes and measures its weights.
+- **MB** (2^20 bytes) counts everything that a file holds: codes, codebooks, scales and zero points, and at 16 bits what a tool
+  leaves alone.
+- **Bits** are all those bytes per parameter.
+- No row of its size or below beats a row in **bold**.
+- **Minutes** are of one thread, or of as many as stand beside them, on a shared machine. They show an order of magnitude.
+- **Peak MB** is the memory of the tool's process, with the dense model in float32 and imports.
+- "Synthetic inputs" are made without data: text that the language model writes, random tokens, noise.
 """
+LANDING = "smollm2"  # the task of the README's picture
 SIZES = (2.1, 2.6, 3.1, 3.6, 4.1, 4.6, 5.5, 6.2, 8.2)  # bits per parameter, all in
 
 
@@ -35,7 +40,10 @@ def document(rows: Sequence[Row]) -> str:
 def pictures(rows: Sequence[Row]) -> dict[str, str]:
     """Return the pictures that the page shows: file name -> SVG."""
     done = {name: [r for r in rows if r["task"] == name and "error" not in r] for name in TASKS}
-    return {_picture(name): draw(TASKS[name], mine) for name, mine in done.items() if len(mine) > 1}
+    drawn = {_picture(name): draw(TASKS[name], mine) for name, mine in done.items() if len(mine) > 1}
+    if _picture(LANDING) in drawn:
+        drawn["size-quality.svg"] = landing(TASKS[LANDING], done[LANDING])
+    return drawn
 
 
 def _picture(name: str) -> str:
@@ -49,7 +57,7 @@ def _section(name: str, task: Any, rows: Sequence[Row]) -> str:
     if done:
         lines += [task.note.format(**done[0]["metrics"]), ""]
         if len(done) > 1:
-            lines += [f"![what is lost against bytes, tool by tool]({_picture(name)})", ""]
+            lines += [f"![loss against bytes, tool by tool]({_picture(name)})", ""]
         columns = task.columns
         lines += [
             "| MB | bits | tool | settings | "
@@ -112,8 +120,8 @@ def _words(settings: Row) -> str:
     said = {
         "bits": lambda v: f"{v:g} bits", "group": lambda v: f"groups of {v}", "type": str, "dim": lambda v: f"dim {v}",
         "embedding": lambda v: "embedding dense" if v == 16 else f"embedding {v}" + ("" if isinstance(v, str) else " bits"),
-        "calibrated": lambda v: "calibrated", "own": lambda v: "calibrated on its own inputs", "steps": lambda v: f"{v} steps of tuning",
-        "recode": lambda v: "codes too", "codebooks": lambda v: "codebooks of one byte",
+        "calibrated": lambda v: "calibrated", "own": lambda v: "calibrated on synthetic inputs", "steps": lambda v: f"{v} steps of tuning",
+        "recode": lambda v: "code updates", "codebooks": lambda v: "codebooks of one byte",
         "outliers": lambda v: f"{100 * v:g} % outliers",
         "target_size": lambda v: f"sizes chosen for {v / 2**20:.1f} MB",
         "imatrix": lambda v: "importance matrix", "iters": lambda v: f"{v} iterations",

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from rpq_convert.inputs.synthetic import SEQUENCES, probe_inputs
 from rpq_convert.layers import surgery
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning import planner
-from rpq_convert.planning.budget import mixes
+from rpq_convert.planning.options import PlanOptions
 from rpq_convert.planning.plan import Job
 from rpq_convert.planning.slots import walk
 from rpq_convert.running.call import call, first_tensor, without_padding
@@ -70,8 +70,8 @@ def sensitivities(
         items = probe_inputs(model, generator) if data is None else list(data)
         if not items:
             raise NothingToRun(f"there is nothing to run {type(model).__name__} on: give data, or sensitivity='shape'")
-        plan = planner.make_plan(walk(model), dim=PROBE[0], stages=PROBE[1], seed=seed, **options)
-        probes = {j.name: probe for j in plan.jobs if j.fit != "random" if (probe := _probe(model, j)) is not None}
+        plan = planner.make_plan(walk(model), PlanOptions(dim=PROBE[0], stages=PROBE[1], seed=seed, **options))
+        probes = {j.name: probe for j in plan.jobs if not j.is_random if (probe := _probe(model, j)) is not None}
         sums = dict.fromkeys(probes, 0.0)
         with _collecting(model, probes, sums):
             count = sum(_backward(model, item, generator) for item in items)
@@ -149,29 +149,32 @@ def _backward(model: nn.Module, item: Any, generator: torch.Generator) -> float:
         return float(main.detach().double().square().sum())
 
 
-def asks(options: Mapping[str, Any]) -> bool:
+def asks(options: PlanOptions) -> bool:
     """Say whether options ask for a plan that measured sensitivities would better."""
-    bits = options.get("bits")
-    budget = options.get("target_size") is not None or (bits is not None and mixes(bits))
-    return budget and options.get("sensitivity") is None and options.get("fit") != "random"
+    return bool(options.budgets.keys() - {"max_error"}) and options.sensitivity is None and options.fit != "random"
 
 
-def measure_for(
-    options: Mapping[str, Any], model: Callable[[], nn.Module], data: Calibration | None = None
-) -> dict[str, Any]:
+def measure_for(options: PlanOptions, model: Callable[[], nn.Module], data: Calibration | None = None) -> PlanOptions:
     """Return a plan's options with measured sensitivities, where this model can be run."""
+    found = measured(options, model, data)
+    return options if found is None else replace(options, sensitivity=found)
+
+
+def measured(
+    options: PlanOptions, model: Callable[[], nn.Module], data: Calibration | None = None
+) -> dict[str, float] | None:
+    """Return what a model that these options convert is sensitive to; None where it cannot be run, or is too large to load."""
     ready = model()
     size = sum(p.numel() * p.element_size() for p in ready.parameters())
     if size > LARGEST or any(p.is_meta for p in ready.parameters()):
-        return dict(options)
+        return None
     inputs = inputs_of(data, ready)
-    inputs = inputs and inputs[:SEQUENCES]
-    what = {k: options[k] for k in ("rules", "include", "exclude", "seed", "axis", "fit") if options.get(k) is not None}
+    what = {name: getattr(options, name) for name in ("rules", "include", "exclude", "seed", "axis", "fit")}
     try:
-        found = sensitivities(ready, inputs, **what)
+        found = sensitivities(ready, inputs and inputs[:SEQUENCES], **what)
     except NothingToRun:
-        return dict(options)
+        return None
     if data is not None:  # they will be calibrated on it
         tables = {s.name for s in walk(ready) if s.looked_up}
         found = {name: value * (1 if name in tables else CALIBRATED) for name, value in found.items()}
-    return {**options, "sensitivity": found}
+    return found

@@ -102,7 +102,7 @@ class _Walk:
     def __init__(self, model: nn.Module, jobs: Sequence[Job], data: Sequence[Any]) -> None:
         self.model, self.items = model, data
         self.all = {job.name: job for job in jobs}
-        self.jobs = {job.name: job for job in jobs if job.fit != "random"}
+        self.jobs = {job.name: job for job in jobs if not job.is_random}
         self.weights = _weights(model, {name: name for name in self.jobs})
         self.trace, self.chains = self._trace()
         self.dense: dict[str, list[Arrival]] = {}  # what the dense model's runs bring to chains, by first block

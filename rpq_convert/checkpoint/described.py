@@ -19,7 +19,8 @@ def plan_of(model: nn.Module, max_shard_size: str | int | None = None) -> Plan:
     """Return the plan that describes a converted model as it stands, whoever converted it."""
     from rpq_convert.core.safetensors import parse_size
     from rpq_convert.core.spec import dtype_name
-    from rpq_convert.planning.plan import DEFAULT_SHARD, Skip
+    from rpq_convert.planning.options import DEFAULT_SHARD
+    from rpq_convert.planning.plan import Skip
 
     groups: dict[int, list[str]] = {}
     found = surgery.layers_of(model)

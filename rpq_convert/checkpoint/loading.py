@@ -15,41 +15,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rpq_convert.checkpoint.opening import Factory, compute_buffers, empty_from_factory
+from rpq_convert.checkpoint.opening import compute_buffers, empty_from_factory
+from rpq_convert.core import description
+from rpq_convert.core.options import take
 from rpq_convert.errors import SourceError
 from rpq_convert.hf import hub
 from rpq_convert.layers import surgery
 from rpq_convert.layers.surgery import AFTER
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning.plan import FORMAT_VERSION
-from rpq_convert.storage.reader import open_folder
+from rpq_convert.storage.options import SourceOptions
+from rpq_convert.storage.reader import open_folder, refuse_links
 from rpq_convert.storage.writer import CONFIG
 
 
-def load(
-    path: str | Path,
-    *,
-    factory: str | Factory | None = None,
-    device: str | torch.device | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    local_files_only: bool = False,
-) -> nn.Module:
+def load(path: str | Path, *, device: str | torch.device | None = None, **source: Any) -> nn.Module:
     """Rebuild a converted model from its folder, in eval mode.
 
     Args:
         path: the folder, or the id of a repository on the hub.
-        factory: builds the dense model where it is not transformers'; its weights are never allocated.
         device: where to put it.
-        revision, token, local_files_only: of a repository, as for `convert_checkpoint`.
+        source: fields of `SourceOptions`: `factory` builds the dense model where it is not transformers', and its weights are
+            never allocated; `revision`, `token`, `local_files_only` are for a repository.
 
     Raises:
         SourceError: not an RPQ folder, a newer format, missing or unexpected tensors.
     """
+    (options,) = take(source, SourceOptions)
+    factory = options.factory
     folder, repository = Path(path), None
     if hub.is_name(path):
-        where: dict[str, Any] = {"revision": revision, "token": token, "local_files_only": local_files_only}
-        repository = hub.find(path, (CONFIG,), **where)
+        repository = hub.find(path, (CONFIG,), options)
         folder = repository.folder
     config = read_config(folder)
     if repository is not None:
@@ -76,12 +72,13 @@ def load(
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Return config.json of an RPQ folder, checked."""
+    refuse_links(folder)
     path = folder / CONFIG
     if not path.is_file():
         raise SourceError(f"{path} does not exist: not a checkpoint folder")
     try:
         config = json.loads(path.read_text("utf8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except (ValueError, RecursionError) as e:
         raise SourceError(f"{path} is not JSON: {e}") from None
     rpq = config.get("quantization_config") if isinstance(config, dict) else None
     if not isinstance(rpq, dict) or rpq.get("quant_method") != "rpq":
@@ -100,17 +97,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def fill(model: nn.Module, config: Mapping[str, Any], source: Any) -> None:
     """Give an empty model its RPQ weights and dense tensors."""
-    tied: dict[str, list[str]] = {}
-    for alias, name in config["tied"].items():
-        tied.setdefault(name, []).append(alias)
-    used = {config.get("guard")}
-    for name, description in config["modules"].items():
-        try:
-            rpq = RPQWeight.from_config(description, device="meta")
-            surgery.find(model, name)
-        except (ValueError, TypeError, KeyError, AttributeError) as e:
-            raise SourceError(f"{name}: its description does not fit this model or version: {e}") from None
-        surgery.places(model, (name, *tied.get(name, []))).install(rpq)
+    contents = description.read_all(config)
+    tied, used = contents.aliases(), {contents.guard}
+    for name, what in contents.modules.items():
+        paths = (name, *tied.get(name, []))
+        for path in paths:
+            description.check_place(path, what, surgery.parameter_at(model, path))
+        description.check_stored(name, what, source)
+        surgery.places(model, paths).install(RPQWeight.of(what, "meta"))
     homes: dict[int, tuple[Tensor, list[tuple[nn.Module, str, bool]], str]] = {}
     for path, module in model.named_modules():
         for table, is_buffer in ((module._parameters, False), (module._buffers, True)):
@@ -118,17 +112,16 @@ def fill(model: nn.Module, config: Mapping[str, Any], source: Any) -> None:
                 if value is not None and not (is_buffer and key in module._non_persistent_buffers_set):
                     full = f"{path}.{key}".lstrip(".")
                     homes.setdefault(id(value), (value, [], full))[1].append((module, key, is_buffer))
-    missing = []
+    missing: list[str] = []
     for value, places, full in homes.values():
-        names = [full, config["tied"].get(full, full), *tied.get(full, [])]
-        name = next((n for n in names if n in source), None)
-        if name is None:
+        names = [full, contents.tied.get(full, full), *tied.get(full, [])]
+        key = next((n for n in names if n in source), None)
+        if key is None:
             missing.append(full)
             continue
-        used.add(name)
-        tensor = source[name]
-        if tuple(tensor.shape) != tuple(value.shape):
-            raise SourceError(f"{name}: the file has {list(tensor.shape)}, the model {list(value.shape)}")
+        used.add(key)
+        description.check_dense(key, source.infos[key], value)
+        tensor = source[key]
         filled = tensor if places[0][2] else nn.Parameter(tensor, requires_grad=value.requires_grad)
         for module, key, is_buffer in places:
             (module._buffers if is_buffer else module._parameters)[key] = filled

@@ -41,7 +41,7 @@ def _calibrated(plan: Plan, report: Report) -> list[str]:
     if not seen:
         return []
     said = []
-    unseen = [j.name for j in plan.jobs if j.name not in seen and j.fit != "random" and "Embedding" not in j.layer]
+    unseen = [j.name for j in plan.jobs if j.name not in seen and not j.is_random and "Embedding" not in j.layer]
     if unseen:
         names = ", ".join(unseen[:3]) + (f" and {len(unseen) - 3} more" if len(unseen) > 3 else "")
         said.append(f"calibration saw nothing multiplied by {names}: fitted to the weights alone")

@@ -10,6 +10,7 @@ import copy
 import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,10 +23,12 @@ from rpq_convert.hf.model_card import Base, base_in
 from rpq_convert.layers import surgery
 from rpq_convert.planning.slots import Slot, walk, walk_headers
 from rpq_convert.running.meta import parameters_on_meta
-from rpq_convert.storage.reader import open_folder, weight_files
+from rpq_convert.storage.options import SourceOptions
+from rpq_convert.storage.reader import open_folder, refuse_links, weight_files
 from rpq_convert.storage.writer import CARD, CONFIG
 
 Factory = Callable[[], nn.Module]
+DEFAULT = SourceOptions()
 
 
 class Opened:
@@ -34,18 +37,26 @@ class Opened:
     Args:
         model: its empty model; None where only headers are known.
         source: its tensors; None where a plan was made from the config alone.
+        src, options: where it was found.
         config: its config.json. files: what belongs beside the weights.
         base: what a model card tells of it.
         notes: for the plan to say.
-        factory: what built the model, if it is not transformers'.
     """
 
     def __init__(
-        self, model: nn.Module | None, source: Any, config: Mapping[str, Any] | None = None, files: Sequence[Path] = (),
-        base: Base | None = None, notes: Sequence[str] = (), factory: str | Factory | None = None,
+        self, model: nn.Module | None, source: Any, src: str | Path = "", options: SourceOptions = DEFAULT, *,
+        config: Mapping[str, Any] | None = None, files: Sequence[Path] = (), base: Base | None = None, notes: Sequence[str] = (),
     ) -> None:  # fmt: skip
-        self.model, self.source, self.config, self.files = model, source, config, files
-        self.base, self.notes, self.factory = base, notes, factory
+        self.model, self.source, self.src, self.options = model, source, src, options
+        self.config, self.files, self.base, self.notes = config, files, base, notes
+        self.has_weights = False
+        self._filled: nn.Module | None = None
+
+    @property
+    def title(self) -> str:
+        """The last part of its name, whether a hub id or a path such as `.`."""
+        path = Path(self.src)
+        return path.resolve().name if path.exists() else path.name
 
     @property
     def origin(self) -> str:
@@ -61,12 +72,23 @@ class Opened:
             return walk(self.model)
         return walk_headers((i.name, i.dtype, i.shape) for i in self.source.infos.values())
 
+    def fetched(self) -> Opened:
+        """Return it with its weights on this machine; where only its headers were read, they are fetched now."""
+        return self if self.has_weights else open_checkpoint(self.src, self.options, model=self.model)
+
     def filled(self) -> nn.Module:
-        """Return the model with its weights; without a source it is as it came, perhaps on meta."""
+        """Return the model with its weights, read once; without a source it is as it came, perhaps on meta."""
         assert self.model is not None
         if self.source is None:
             return self.model
-        return compute_buffers(fill(copy.deepcopy(self.model), self.source), self.factory)
+        if self._filled is None:
+            self._filled = compute_buffers(fill(copy.deepcopy(self.model), self.source), self.options.factory)
+        return self._filled
+
+    def give_filled(self) -> nn.Module:
+        """Return `filled()` to a caller who changes it, and keep it no longer."""
+        model, self._filled = self.filled(), None
+        return model
 
 
 def fill(model: nn.Module, source: Mapping[str, Tensor]) -> nn.Module:
@@ -87,44 +109,38 @@ def either(source: Mapping[str, Tensor], names: tuple[str, ...]) -> Tensor:
 
 def open_checkpoint(
     src: str | Path,
+    options: SourceOptions = DEFAULT,
     *,
-    factory: str | Factory | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    local_files_only: bool = False,
-    allow_pickle: bool = False,
     need: Literal["config", "headers", "weights"] = "weights",
+    model: nn.Module | None = None,
 ) -> Opened:
     """Find a checkpoint and pair it with its empty model.
 
     Args:
-        src: a folder, a file or a hub id. revision, token, local_files_only: as for `hub.find`.
-        factory: builds a model that is not transformers'.
+        src: a folder, a file or a hub id.
+        options: how it is found and read.
         need: what for. `"headers"` is for a plan: a local config suffices, of a repository the headers are checked too.
+        model: its empty model, where it was built before.
 
     Raises:
         SourceError: nothing found, a broken file, keys that do not fit the model, an already quantized checkpoint.
     """
     folder, repository = Path(src), None
     if hub.is_name(src):
-        wanted: tuple[str, ...] = (CONFIG,)
-        if need == "weights":
-            wanted = (CONFIG, CARD, *(() if factory else _small()))
-        repository = hub.find(src, wanted, revision=revision, token=token, local_files_only=local_files_only)
-        folder = repository.folder
-    base = base_in(folder, repository, factory)
-
-    def tensors() -> Any:
-        seen = _look(repository, allow_pickle)[0] if need == "headers" else None
-        if seen is None and repository is not None:
-            repository.fetch_weights(allow_pickle=allow_pickle)
-        return open_folder(folder, allow_pickle=allow_pickle) if seen is None else seen
-
-    if factory is not None:
-        model = empty_from_factory(factory)
-        return Opened(model, _checked(model, tensors()), base=base, factory=factory)
-    if not (folder / CONFIG).is_file() and (repository or folder.is_dir() or folder.suffix == ".safetensors"):
-        return Opened(None, tensors(), base=base)
+        wanted = (CONFIG,) if need != "weights" else (CONFIG, CARD, *(() if options.factory else _small()))
+        repository = hub.find(src, wanted, options)
+        folder, options = repository.folder, replace(options, revision=repository.commit)
+    refuse_links(folder)
+    base = base_in(folder, repository, options.factory)
+    opened = Opened(model, None, src, options, base=base)
+    has_config = (folder / CONFIG).is_file()
+    is_bare = not has_config and (repository is not None or folder.is_dir() or folder.suffix == ".safetensors")
+    if options.factory is not None or is_bare:
+        opened.source, opened.has_weights = _tensors(folder, repository, options, need)
+        if options.factory is not None:
+            opened.model = model or empty_from_factory(options.factory)
+            _check(opened.model, opened.source)
+        return opened
     if not folder.is_dir():
         what = (
             "is a file; give its folder, or a factory for a bare weight file" if folder.exists() else "does not exist"
@@ -133,18 +149,30 @@ def open_checkpoint(
     from rpq_convert.hf import loading
 
     config = loading.load_config(folder)
-    raw = json.loads((folder / CONFIG).read_text("utf8"))
-    method = (raw.get("quantization_config") or {}).get("quant_method")
+    opened.config = json.loads((folder / CONFIG).read_text("utf8"))
+    method = (opened.config.get("quantization_config") or {}).get("quant_method")
     if method:
         raise SourceError(f"{src} is quantized already ({method}); start from the original weights")
-    model = loading.build_empty(config)
-    found, notes = (
-        (tensors(), []) if need == "weights" else _look(repository if need == "headers" else None, allow_pickle)
-    )
+    opened.model = model or loading.build_empty(config)
+    opened.files = loading.extra_files(folder)
+    if need == "weights":
+        found, opened.has_weights = _tensors(folder, repository, options, need)
+    else:
+        found, opened.notes = _look(repository if need == "headers" else None, options.allow_pickle)
     if found is not None:
-        found = loading.ModuleSource(model, found)
-        found.check()
-    return Opened(model, found, raw, loading.extra_files(folder), base, notes)
+        opened.source = loading.ModuleSource(opened.model, found)
+        opened.source.check()
+    return opened
+
+
+def _tensors(folder: Path, repository: hub.Repository | None, options: SourceOptions, need: str) -> tuple[Any, bool]:
+    """Return a checkpoint's tensors, and whether their weights are at hand; a plan needs the headers of a repository only."""
+    seen = _look(repository, options.allow_pickle)[0] if need == "headers" else None
+    if seen is not None:
+        return seen, False
+    if repository is not None:
+        repository.fetch_weights(allow_pickle=options.allow_pickle)
+    return open_folder(folder, allow_pickle=options.allow_pickle), True
 
 
 def _look(repository: hub.Repository | None, allow_pickle: bool) -> tuple[Any, list[str]]:
@@ -207,7 +235,7 @@ def _callable(factory: str | Factory) -> Factory:
     return factory
 
 
-def _checked(model: nn.Module, source: Any) -> Any:
+def _check(model: nn.Module, source: Any) -> None:
     """Refuse a source whose names are not the model's."""
     slots = walk(model)
     known = {n for s in slots for n in (s.name, *s.aliases)}
@@ -218,4 +246,3 @@ def _checked(model: nn.Module, source: Any) -> Any:
             f"the checkpoint does not fit the model: {len(missing)} missing ({', '.join(missing[:3])}), "
             f"{len(unused)} unknown ({', '.join(unused[:3])})"
         )
-    return source

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from rpq_convert.checkpoint.loading import read_config
+from rpq_convert.core import description
+from rpq_convert.core.spec import dtype_name
+from rpq_convert.errors import SourceError
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning.plan import Plan, Skip
 from rpq_convert.storage.reader import open_folder
@@ -25,16 +28,21 @@ def restore_checkpoint(
 
     folder, config = Path(path), read_config(Path(path))
     rpq, source = config.pop("quantization_config"), open_folder(path)
-    kept = {k: source.infos[k] for k in source if k != rpq["guard"] and not _part_of(k, rpq["modules"])}
-    skips = [Skip(k, (), "", i.shape, str(i.dtype).removeprefix("torch."), "dense") for k, i in kept.items()]
-    skips += [Skip(n, (), "", tuple(d["shape"]), d["dtype"], "decoded") for n, d in rpq["modules"].items()]
+    contents = description.read_all(rpq)
+    for name, what in contents.modules.items():
+        description.check_stored(name, what, source)
+    kept = {k: source.infos[k] for k in source if k != contents.guard and not _part_of(k, contents.modules)}
+    if twice := sorted(set(kept) & set(contents.modules)):
+        raise SourceError(f"{twice[0]} is in the weight files, and described as an RPQ weight as well")
+    skips = [Skip(k, (), "", i.shape, dtype_name(i.dtype), "dense") for k, i in kept.items()]
+    skips += [Skip(n, (), "", d.shape, dtype_name(d.dtype), "decoded") for n, d in contents.modules.items()]
     plan = Plan((), tuple(skips), {}, parse_size(max_shard_size))
     target = Folder(out, plan, overwrite=overwrite)
 
     def dense(name: str) -> Tensor:
         if name in kept:
             return source[name]
-        module = RPQWeight.from_config(rpq["modules"][name], device="meta")
+        module = RPQWeight.of(contents.modules[name], "meta")
         for part, _ in list(module.named_parameters()):
             tensor = source[f"{name}_rpq.{part}"]
             module.register_parameter(part, nn.Parameter(tensor, requires_grad=False))

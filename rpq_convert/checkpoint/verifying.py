@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from rpq_convert.checkpoint.loading import read_config
+from rpq_convert.core import description
+from rpq_convert.core.options import take
 from rpq_convert.errors import SourceError, VerifyError
 from rpq_convert.hf import hub
-from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.report.schema import FileRow, Report
-from rpq_convert.storage.reader import open_folder
+from rpq_convert.storage.options import HubOptions
+from rpq_convert.storage.reader import open_folder, refuse_links
 from rpq_convert.storage.writer import CONFIG, MANIFEST, REPORT, sha256
 
 
@@ -32,6 +34,7 @@ def verify(
         VerifyError: what is damaged, and where.
     """
     folder = Path(path)
+    refuse_links(folder)
     manifest = folder / MANIFEST
     if not manifest.is_file():
         read_config(folder)  # raises where it is no RPQ folder at all
@@ -61,22 +64,12 @@ def verify(
         source = open_folder(folder)
     except SourceError as e:
         raise VerifyError(str(e)) from None
-    for name, description in config["quantization_config"]["modules"].items():
-        rpq = RPQWeight.from_config(description, device="meta")
-        for part, (dtype, shape) in rpq.spec.tensors(rpq.view, rpq.shape).items():
-            key = f"{name}_rpq.{part}"
-            if key not in source:
-                raise VerifyError(f"{key} is missing from the weight files")
-            info = source.infos[key]
-            if (info.dtype, tuple(info.shape)) != (dtype, shape):
-                raise VerifyError(
-                    f"{key} is {list(info.shape)} {info.dtype}, its description says {list(shape)} {dtype}"
-                )
-        if rpq.spec.outliers:
-            key, inputs = f"{name}_rpq.positions", rpq.cut.inputs
-            low, high = source[key].aminmax()
-            if int(low) < 0 or int(high) >= inputs:
-                raise VerifyError(f"{key} names inputs {int(low)} to {int(high)}, of {inputs}")
+    try:
+        contents = description.read_all(config["quantization_config"])
+        for name, what in contents.modules.items():
+            description.check_stored(name, what, source)
+    except SourceError as e:
+        raise VerifyError(str(e)) from None
     for key in source:
         tensor = source[key]
         if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
@@ -84,23 +77,17 @@ def verify(
     return sorted(files)
 
 
-def audit(
-    path: str | Path,
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    local_files_only: bool = False,
-) -> Report:
+def audit(path: str | Path, **source: Any) -> Report:
     """Return the report of an RPQ folder, with the sizes that its files have; of a repository, no weight is fetched.
 
     Args:
         path: the folder, or the id of a repository on the hub.
-        revision, token, local_files_only: of a repository, as for `convert_checkpoint`.
+        source: of a repository: `revision`, `token`, `local_files_only`, the fields of `HubOptions`.
     """
+    (options,) = take(source, HubOptions)
     folder = Path(path)
     if hub.is_name(path):
-        where: dict[str, Any] = {"revision": revision, "token": token, "local_files_only": local_files_only}
-        repository = hub.find(path, (CONFIG, REPORT), **where)
+        repository = hub.find(path, (CONFIG, REPORT), options)
         folder, files = repository.folder, dict(repository.files)
     else:
         files = {p.name: p.stat().st_size for p in folder.glob("*") if p.is_file()}

@@ -15,12 +15,14 @@ from rpq_convert.checkpoint.described import report_of
 from rpq_convert.checkpoint.opening import Opened
 from rpq_convert.conversion.jobs import run_jobs
 from rpq_convert.conversion.plans import plan_opened
+from rpq_convert.core.options import take
 from rpq_convert.core.results import Encoded
 from rpq_convert.encoding.encode import build
 from rpq_convert.errors import PlanError
 from rpq_convert.layers import surgery
 from rpq_convert.layers.surgery import AFTER, Places
 from rpq_convert.layers.weight import RPQWeight
+from rpq_convert.planning.options import PlanOptions
 from rpq_convert.planning.plan import Job, Plan
 from rpq_convert.report.schema import Report
 from rpq_convert.running.data import Calibration, inputs_of
@@ -48,7 +50,7 @@ def convert(
             then fitted in the order of execution to what they are given (calibration.py), which keeps far more quality
             from 2 to 5 bits and takes some forward passes over them. Or a function of the dense model that returns such
             inputs (`rpq.own_inputs`).
-        options: those of `rpq.plan`: preset, bits, dim, codebooks, rules, include, exclude, fit, seed, …
+        options: fields of `PlanOptions`: preset, bits, dim, codebooks, rules, include, exclude, fit, seed, …
 
     Returns:
         The size-audit report, with the measured error of every layer.
@@ -59,9 +61,10 @@ def convert(
     Example:
         >>> report = rpq.convert(model, bits=4); print(report)
     """
+    (asked,) = take(options, PlanOptions)
     data = inputs_of(calibration, model)
-    plan = plan or plan_opened(Opened(model, None), data=data, **options)
-    source = {n: p.detach() for n, p in model.named_parameters(remove_duplicate=False)}
+    plan = plan or plan_opened(Opened(model, None), asked, data=data)
+    source = parameters_of(model)
     unknown = [j.name for j in plan.jobs if j.name not in source]
     if unknown:
         raise PlanError(f"the plan is for another model: it has no parameter {unknown[0]}")
@@ -82,6 +85,11 @@ def convert(
         for job in plan.jobs:
             swap(surgery.places(model, (job.name, *job.aliases)), job, results.pop(job.name))
     return finish(model, plan)
+
+
+def parameters_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter under each of its names, detached."""
+    return {n: p.detach() for n, p in model.named_parameters(remove_duplicate=False)}
 
 
 def finish(model: nn.Module, plan: Plan) -> Report:

@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from rpq_convert.checkpoint.metadata import write_rest
-from rpq_convert.checkpoint.opening import Factory, either, open_checkpoint
+from rpq_convert.checkpoint.opening import Opened, either, open_checkpoint
 from rpq_convert.conversion.jobs import run_jobs
-from rpq_convert.conversion.memory import Progress, convert_calibrated
+from rpq_convert.conversion.memory import Progress, convert_calibrated, parameters_of
 from rpq_convert.conversion.plans import plan_opened
+from rpq_convert.core.options import take
 from rpq_convert.core.results import Encoded
 from rpq_convert.errors import SourceError
+from rpq_convert.planning.options import PlanOptions
 from rpq_convert.planning.plan import Job, Plan
 from rpq_convert.report.schema import Report
 from rpq_convert.running.data import Calibration, inputs_of
 from rpq_convert.running.digest import describe
+from rpq_convert.storage.options import SourceOptions
 from rpq_convert.storage.writer import Folder
 
 
@@ -24,12 +27,7 @@ def convert_checkpoint(
     src: str | Path,
     out: str | Path,
     *,
-    factory: str | Factory | None = None,
     overwrite: bool = False,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    local_files_only: bool = False,
-    allow_pickle: bool = False,
     executor: str = "threads",
     workers: int | None = None,
     progress: Progress | None = None,
@@ -42,30 +40,45 @@ def convert_checkpoint(
     Args:
         src: a hub id, a transformers folder, or (with `factory`) a safetensors file or folder.
         out: the folder to make; a killed run leaves `<out>.partial`, and the same call goes on from there.
-        factory: `"package.module:callable"` or a callable that builds the model, for what is not transformers'.
         overwrite: replace `out`.
-        revision: branch, tag or commit of a hub id. token: instead of the stored one. local_files_only: take it from the
-            local cache. allow_pickle: read pickled weights, as tensors only, where there are no others.
+        executor: how fits run: `serial`, `threads` or `processes`. workers: how many at once; up to 4 by default.
+        progress: called with each job and its result, or None where an earlier run had done it.
         plan: a plan made before, for this checkpoint; otherwise one is made from the options.
-        calibration: as for `convert`; the model is then run, its weights read from disk as they are used.
-        options: those of `rpq.plan`.
+        calibration: as for `convert`; the model is then loaded and run.
+        options: fields of `PlanOptions` and of `SourceOptions`, as for `rpq.plan`.
 
     Raises:
         SourceError, PlanError, EncodeError, FolderError: see their docs. Nothing is left under the name `out`.
     """
-    opened = open_checkpoint(
-        src,
-        factory=factory,
-        revision=revision,
-        token=token,
-        local_files_only=local_files_only,
-        allow_pickle=allow_pickle,
-    )
+    asked, source = take(options, PlanOptions, SourceOptions)
+    opened = open_checkpoint(src, source)
+    data = calibration if calibration is None or opened.model is None else inputs_of(calibration, opened.filled())
+    plan = plan or plan_opened(opened, asked, data=data)
+    how: dict[str, Any] = {"executor": executor, "workers": workers, "progress": progress}
+    return convert_opened(opened, out, plan, data, overwrite=overwrite, **how)
+
+
+def convert_opened(
+    opened: Opened,
+    out: str | Path,
+    plan: Plan,
+    calibration: Calibration | None = None,
+    *,
+    overwrite: bool = False,
+    executor: str = "threads",
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Convert a checkpoint that was opened before, by a plan that was made for it.
+
+    Args:
+        opened: with its weights. out, calibration and the others: as for `convert_checkpoint`.
+    """
     if opened.model is None:
-        raise SourceError(f"{src} has no config.json: give factory='package.module:callable' that builds its model")
-    model = opened.model if calibration is None else opened.filled()
-    data = inputs_of(calibration, model)
-    plan = plan or plan_opened(opened, data=data, **options)
+        raise SourceError(
+            f"{opened.src} has no config.json: give factory='package.module:callable' that builds its model"
+        )
+    data = None if calibration is None else inputs_of(calibration, opened.filled())
     if data is not None:
         plan = replace(plan, options={**plan.options, "calibration": describe(data)})
     folder = Folder(out, plan, overwrite=overwrite, origin=opened.origin)
@@ -79,7 +92,8 @@ def convert_checkpoint(
             progress(job, encoded)
 
     if data is not None:
-        convert_calibrated(model, plan, opened.source, data, keep, how, stored=folder.get)
+        model = opened.give_filled()
+        convert_calibrated(model, plan, parameters_of(model), data, keep, how, stored=folder.get)
     else:
         for job in plan.jobs:
             if folder.done(job):
@@ -89,6 +103,5 @@ def convert_checkpoint(
     aliases = {s.name: (s.name, *s.aliases) for s in plan.skips}
     folder.write_weights(lambda name: either(opened.source, aliases[name]))
     facts = {j.name: folder.facts(j) for j in plan.jobs}
-    title = Path(src).resolve().name if Path(src).exists() else Path(src).name
     folder.copy(opened.files)
-    return write_rest(folder, opened.config, facts, title, opened.base)
+    return write_rest(folder, opened.config, facts, opened.title, opened.base)

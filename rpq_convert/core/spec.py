@@ -133,7 +133,8 @@ class Spec:
         n, length = view.matrix_shape(shape, self.axis)
         points = max(1, n * math.ceil(length / self.dim) / self.books)
         loss = 1 + 1.72 / self.dim**0.8 if self.stages == 1 else max(1.45, 0.15 + 0.5 * self.bits)
-        return min(1.0, loss * 4.0**-self.bits) * max(0.0, 1 - CODEWORDS / points)
+        rounding: float = min(1.0, loss * 4.0**-self.bits)
+        return rounding * max(0.0, 1 - CODEWORDS / points)
 
     def describe(self) -> str:
         """Return a short text such as `dim 4, 1 book, row scales float16`."""

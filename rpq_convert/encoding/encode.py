@@ -41,21 +41,21 @@ def encode(
     began = time.perf_counter()
     if tuple(tensor.shape) != job.shape:
         raise EncodeError(f"{job.name}: the plan says {list(job.shape)}, the tensor is {list(tensor.shape)}")
-    if tensor.is_meta and job.fit != "random":
+    if tensor.is_meta and not job.is_random:
         raise EncodeError(f"{job.name}: the tensor is on meta, so there is nothing to fit; use fit='random'")
     dense = tensor.detach().to("cpu", torch.float32) if not tensor.is_meta else tensor
     if not tensor.is_meta and not torch.isfinite(dense.sum()) and not torch.isfinite(dense).all():
         bad = int((~torch.isfinite(dense)).sum())
         raise EncodeError(f"{job.name} {list(job.shape)} holds {bad} NaN or infinite values; fix or exclude it")
-    if job.spec.rotation and job.fit != "random":
+    if job.spec.rotation and not job.is_random:
         view = job.weight_view
         matrix = rotate(view.to_matrix(dense, "in"), job.spec.rotation)
         dense = view.from_matrix(matrix, job.shape, "in").contiguous()
         statistics = statistics and _rotated(statistics, job.spec.rotation)
-    encoded = _random(job, dense, std) if job.fit == "random" else _fit(job, dense, statistics, start)
+    encoded = _random(job, dense, std) if job.is_random else _fit(job, dense, statistics, start)
     tensors, dead, zero_row = encoded
     error = None
-    if job.fit != "random":
+    if not job.is_random:
         error = relative_error(dense, build(job, tensors, zero_row, dtype=torch.float32))
     inputs = statistics.inputs if statistics else None
     return Encoded(job.name, tensors, error, dead, time.perf_counter() - began, zero_row, inputs)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rpq_convert.errors import HubError, SourceError
+from rpq_convert.storage.options import HubOptions
 from rpq_convert.storage.reader import SafetensorsSource, TensorInfo, read_index, tensor_infos, weight_files
 from rpq_convert.version import __version__
 
@@ -134,30 +135,23 @@ class Repository:
         return tensor_infos({k: asdict(t) for k, t in found.tensors.items()}, Path(self.name, file), 0)
 
 
-def find(
-    src: str | Path,
-    wanted: Sequence[str],
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    local_files_only: bool = False,
-) -> Repository:
+def find(src: str | Path, wanted: Sequence[str], options: HubOptions) -> Repository:
     """Look a repository up, and fetch its small files.
 
     Args:
         src: its id.
         wanted: patterns of the small files.
-        revision: branch, tag or commit. token: instead of the stored one. local_files_only: ask the cache alone.
+        options: which revision, with which token, and whether the cache alone is asked.
 
     Raises:
         HubError: it cannot be had, and why.
     """
     from huggingface_hub.errors import HTTPError
 
-    name = str(src)
-    folder = _download(name, wanted, revision=revision, token=token, local_files_only=local_files_only)
+    name, token = str(src), options.token
+    folder = _download(name, wanted, **options.hub)
     offline = "the hub was not to be asked"
-    if not local_files_only:
+    if not options.local_files_only:
         try:
             info = client(token).model_info(name, revision=folder.name, files_metadata=True)
             return Repository(name, folder, {f.rfilename: f.size for f in info.siblings or ()}, token)

@@ -21,6 +21,7 @@ from torch import Tensor
 from rpq_convert.errors import SourceError
 from rpq_convert.hf import torchvision
 from rpq_convert.running.meta import parameters_on_meta
+from rpq_convert.storage.reader import refuse_links
 
 torchvision.fix()
 
@@ -39,12 +40,13 @@ SMALL = (
 
 def load_config(folder: str | Path) -> Any:
     """Return a folder's config; one that needs code of the checkpoint is refused."""
+    refuse_links(folder)
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise SourceError(f"{path} does not exist")
     try:
         raw = json.loads(path.read_text("utf8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise SourceError(f"{path} is not JSON: {e}") from None
     if not isinstance(raw, dict):
         raise SourceError(f"{path} is no JSON object")
@@ -54,10 +56,23 @@ def load_config(folder: str | Path) -> Any:
             "it needs code from the checkpoint, which is never run" if "auto_map" in raw else "unknown to transformers"
         )
         raise SourceError(f"{path}: model type {kind!r}: {hint}; for your own model give factory=package:callable")
+    if named := _code_named(raw):
+        raise SourceError(f"{path}: {named} is code of a repository, which is never run; remove it from the file")
     try:
         return transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as e:  # its validators raise many kinds
         raise SourceError(f"{path}: transformers {transformers.__version__} refuses it: {e}") from e
+
+
+def _code_named(config: Any) -> str:
+    """Return the repository of kernels that a config or a part of it names, or an empty text; transformers would run it."""
+    parts = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
+    for key, value in parts:
+        if str(key).endswith(("attn_implementation", "experts_implementation")) and "/" in str(value):
+            return f"{key} {value!r}"
+        if named := _code_named(value):
+            return named
+    return ""
 
 
 def model_class(config: Any) -> Any:
@@ -181,5 +196,6 @@ class ModuleSource(Mapping[str, Tensor]):
 
 def extra_files(folder: str | Path) -> list[Path]:
     """Return the small files that belong beside the weights: tokenizer, generation settings, processors. Never code."""
+    refuse_links(folder)
     found = {p for pattern in SMALL for p in Path(folder).glob(pattern) if p.is_file()}
     return sorted(p for p in found if p.suffix != ".py" and "safetensors" not in p.name)

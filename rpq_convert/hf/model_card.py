@@ -7,6 +7,7 @@ where the base was no repository of the hub, it lies beside as README.base.md.
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,10 +18,12 @@ from typing import Any
 from rpq_convert.hf.hub import Repository
 from rpq_convert.report.schema import Report
 from rpq_convert.report.text import number
+from rpq_convert.showing import markdown_text, printable
 from rpq_convert.storage.writer import CARD
 from rpq_convert.version import __version__
 
 BASE_CARD = "README.base.md"
+REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)  # what the hub allows as a name
 TAGS = ["rpq", "quantization", "product-quantization"]
 KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")  # of the base's metadata
 TRANSFORMERS = """\
@@ -134,13 +137,14 @@ def model_card(
         from rpq_convert.hf.tasks import task_of
 
         auto, task = task_of(config)
+        auto = auto if auto.isidentifier() else "AutoModel"  # it is written into code
     facts = {"pipeline_tag": task, **base.metadata}
     if base.name:
         facts |= {"base_model": base.name, "base_model_relation": "quantized"}
     header = ModelCardData(library_name="transformers" if auto else "rpq-convert", tags=TAGS, **facts).to_yaml()
     parts = [
         f"---\n{header}\n---",
-        f"# {report.title}, product-quantized",
+        f"# {markdown_text(report.title)}, product-quantized",
         f"{_origin(base)} Its weights are uint8 codes and small codebooks (rpq-convert), expanded when used or computed on.",
         f"```python\n{loading(auto, place, files, base)}```",
         SIZE,
@@ -159,7 +163,7 @@ QUALITY, SIZE = "## Quality", "## Size"  # headings
 def with_quality(card: str, report: Report) -> str:
     """Return a card that shows the report's evaluations before its size table, in the place of those it showed."""
     rows = [
-        f"| {e['on']} | {e['kind']}, {e['samples']:,} | {name.replace('_', ' ')} | {value:.4f} |"
+        f"| {markdown_text(e['on'])} | {markdown_text(e['kind'])}, {e['samples']:,} | {markdown_text(name.replace('_', ' '))} | {value:.4f} |"
         for e in report.evaluations
         for name, value in e["metrics"].items()
     ]
@@ -174,13 +178,15 @@ def with_quality(card: str, report: Report) -> str:
 
 
 def _origin(base: Base) -> str:
+    if base.name and not REPOSITORY.fullmatch(base.name):
+        return f"Converted from {markdown_text(base.name)}."
     if base.name:
         url = f"https://huggingface.co/{base.name}"
         at = f", commit [{base.commit[:12]}]({url}/tree/{base.commit})" if base.commit else ""
         return f"Converted from [{base.name}]({url}){at}: see there for what it is meant for and how it was trained."
     if base.card:
-        return f"Converted from {base.source}, whose own card is [{BASE_CARD}]({BASE_CARD})."
-    return f"Converted from {base.source}." if base.source else ""
+        return f"Converted from {markdown_text(base.source)}, whose own card is [{BASE_CARD}]({BASE_CARD})."
+    return f"Converted from {markdown_text(base.source)}." if base.source else ""
 
 
 def loading(auto: str, place: str, files: Collection[str], base: Base) -> str:
@@ -232,7 +238,7 @@ def command(base: Base, options: Mapping[str, Any], place: str) -> str:
             words += [flag, Path(value).name if str(value).endswith(".toml") else str(value)]
     words += ["--factory", base.factory] if base.factory else []
     words += ["--revision", base.commit] if base.commit else []
-    return shlex.join([*words, "--out", place])
+    return printable(shlex.join([*words, "--out", place]))
 
 
 def _rule(rule: Mapping[str, Any]) -> str:

@@ -14,8 +14,8 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from rpq_convert.checkpoint.opening import open_checkpoint
 from rpq_convert.errors import CalibrationError, SourceError
+from rpq_convert.storage.reader import refuse_links
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 TEXTS = (".txt", ".md", ".rst")
@@ -27,6 +27,7 @@ def read_inputs(
     file: str | Path,
     src: str | Path,
     *,
+    model: Any = None,
     window: int = 512,
     samples: int | None = 128,
     labels: bool = False,
@@ -37,6 +38,7 @@ def read_inputs(
     Args:
         file: a text, a folder of texts or of pictures, or a .safetensors file of named arguments, samples along the first axis.
         src: the checkpoint whose tokenizer or image processor reads it; tensors need neither.
+        model: its transformers model, perhaps on meta, which says how it takes a text.
         window, samples: tokens of one sample of text, and at most so many samples.
         labels: keep tensors of that name.
         where: revision, token, local_files_only of a checkpoint on the hub.
@@ -50,7 +52,7 @@ def read_inputs(
     pictures = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES) if path.is_dir() else []
     if pictures:
         return _pictures(src, pictures[:samples], **where)
-    return text_inputs(src, read_text(path), window=window, samples=samples, **where)
+    return text_inputs(src, read_text(path), model, window=window, samples=samples, **where)
 
 
 def read_text(path: Path) -> str:
@@ -100,22 +102,19 @@ def _pictures(src: str | Path, files: list[Path], **where: Any) -> list[Any]:
 
 
 def text_inputs(
-    src: str | Path, text: str, *, window: int = 512, samples: int | None = 128, revision: str | None = None,
-    token: str | bool | None = None, local_files_only: bool = False,
-) -> list[Any]:  # fmt: skip
+    src: str | Path, text: str, model: Any, *, window: int = 512, samples: int | None = 128, **where: Any
+) -> list[Any]:
     """Return a text as inputs to calibrate a transformers checkpoint on, by its tokenizer.
 
     Args:
-        src: a hub id or folder.
+        src, model, where: as for `read_inputs`.
         window: tokens of one sample, or what the text or the model's positions allow.
         samples: at most so many: windows of the text for a causal language model, lines for any other.
 
     Raises:
         SourceError: no tokenizer. CalibrationError: no text.
     """
-    where: dict[str, Any] = {"revision": revision, "token": token, "local_files_only": local_files_only}
-    model: Any = open_checkpoint(src, need="config", **where).model
-    if model is None:
+    if getattr(model, "config", None) is None:
         raise SourceError(
             f"{src} has no config.json, and so no tokenizer for a text; give tensors in a .safetensors file"
         )
@@ -145,10 +144,16 @@ def tokenizer_of(src: str | Path, **where: Any) -> Any:
 
 
 def _companion(reader: Any, src: str | Path, **options: Any) -> Any:
+    """Return a checkpoint's tokenizer or processor; one that needs code of the checkpoint is refused."""
+    refuse_links(src)
     try:
-        return reader.from_pretrained(src, **options)
-    except (OSError, ValueError, ImportError) as e:
-        raise SourceError(f"{src}: {str(e).strip().splitlines()[0]}") from None
+        return reader.from_pretrained(src, trust_remote_code=False, **options)
+    except Exception as e:  # readers of broken files raise many kinds
+        if "trust_remote_code" in str(e):
+            raise SourceError(
+                f"{src}: its {reader.__name__[4:].lower()} needs code of the checkpoint, which is never run"
+            ) from None
+        raise SourceError(f"{src}: {(str(e).strip() or repr(e)).splitlines()[0]}") from None
 
 
 def tokenized(words: Any, lines: list[str], window: int) -> Iterable[Any]:

@@ -52,9 +52,7 @@ def merge_adapter(model: Any, *, adapters: list[str] | None = None) -> tuple[nn.
             places.install(rpq)
         raise
     again = tuple(
-        replace(
-            j, name=_plain(j.name), aliases=tuple(map(_plain, j.aliases)), fit="kmeans" if j.fit == "random" else j.fit
-        )
+        replace(j, name=_plain(j.name), aliases=tuple(map(_plain, j.aliases)), fit="kmeans" if j.is_random else j.fit)
         for j in jobs
     )
     names = {j.name for j in again}

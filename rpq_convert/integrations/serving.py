@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rpq_convert.errors import SourceError
 from rpq_convert.hf import torchvision
+from rpq_convert.storage.reader import refuse_links
 
 torchvision.fix()
 
@@ -20,6 +21,7 @@ def serve(arguments: Sequence[str]) -> None:
     """Run `transformers serve` with these arguments until it is stopped."""
     if not is_serve_available():
         raise SourceError('serving needs fastapi, uvicorn and openai: pip install "rpq-convert[serve]"')
+    refuse_links(arguments[0])
     from huggingface_hub.constants import HF_HUB_CACHE
     from transformers.cli.transformers import app
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,12 +29,15 @@ from rpq_convert.checkpoint.opening import Opened
 from rpq_convert.conversion.memory import convert, finish, swap
 from rpq_convert.conversion.plans import plan_opened
 from rpq_convert.conversion.restore_model import restore
+from rpq_convert.core import description
+from rpq_convert.core.options import take
 from rpq_convert.core.spec import dtype_of
 from rpq_convert.encoding.encode import encode
 from rpq_convert.errors import SourceError
 from rpq_convert.layers import surgery
 from rpq_convert.layers.surgery import AFTER
 from rpq_convert.layers.weight import RPQWeight
+from rpq_convert.planning.options import PlanOptions
 from rpq_convert.planning.plan import FORMAT_VERSION, Job, Plan
 from rpq_convert.storage.reader import read_header
 
@@ -107,45 +112,41 @@ class RPQQuantizer(HfQuantizer):
         if not self.pre_quantized:
             self._plan(model)
             return model
-        stored = self.quantization_config.stored
-        tied: dict[str, list[str]] = {}
-        for alias, name in stored["tied"].items():
-            tied.setdefault(name, []).append(alias)
+        contents = description.read_all(self.quantization_config.stored)
+        tied, files = contents.aliases(), kwargs.get("checkpoint_files") or ()
+        infos = {k: i for f in files if str(f).endswith(".safetensors") for k, i in read_header(f).items()}
         placed: dict[str, list[str]] = {}
-        for name, description in stored["modules"].items():
+        for name, what in contents.modules.items():
             if (home := _path(model, name)) is None:
                 continue  # a head that a base model does not have
             paths = [home, *(p for n in tied.get(name, []) if (p := _path(model, n)) is not None)]
-            where = surgery.places(model, paths)
-            given = where.parameter
-            assert given is not None
-            rpq = RPQWeight.from_config(description | {"dtype": str(given.dtype).removeprefix("torch.")}, "meta")
-            if rpq.shape != tuple(given.shape):
-                raise SourceError(f"{name}: the checkpoint describes {list(rpq.shape)}, the model {list(given.shape)}")
-            where.install(rpq)
-            placed[paths[0]] = paths[1:]
-        if stored["modules"] and not placed:
+            for path in paths:
+                description.check_place(path, what, surgery.parameter_at(model, path), type(model).__name__)
+            if infos and (wrong := description.misfit(what.tensors, description.of_weight(name, infos))):
+                raise SourceError(f"{name}_rpq.{wrong}")
+            given: Any = surgery.parameter_at(model, home)
+            surgery.places(model, paths).install(RPQWeight.of(replace(what, dtype=given.dtype), "meta"))
+            placed[home] = paths[1:]
+        if contents.modules and not placed:
             raise SourceError(f"no weight of the checkpoint has a place in {type(model).__name__}")
         ties = {k: v for k, v in model.all_tied_weights_keys.items() if not _computed(model, k)}
-        files = kwargs.get("checkpoint_files") or ()
         for alias in [a for a, source in ties.items() if source in placed]:
             source = ties.pop(alias)
-            if not any(alias in read_header(f) for f in files):  # else a head that was restored, and is its own now
+            if alias not in infos:  # else a head that was restored, and is its own now
                 surgery.places(model, [alias]).install(surgery.layers_of(model)[source])
                 placed[source].append(alias)
         for name, others in placed.items():
             parts = [p for p, _ in surgery.layers_of(model)[name].named_parameters()]
             ties |= {f"{other}_rpq.{p}": f"{name}_rpq.{p}" for other in others for p in parts}
         model.all_tied_weights_keys = ties
-        guard = stored["guard"]
-        if guard:
-            ignored = {rf"^(.*\.)?{guard.replace('.', chr(92) + '.')}$"}
+        if guard := contents.guard:
+            ignored = {rf"^(.*\.)?{re.escape(guard)}$"}
             model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
         return model
 
     def _plan(self, model: Any) -> None:
         """Plan a conversion on load; one whose sizes depend on the weights waits until they are there."""
-        options = self.quantization_config.options
+        (options,) = take(self.quantization_config.options, PlanOptions)
         if asks(options):
             return
         tied = copy.deepcopy(model)  # on meta; transformers ties weights when they are loaded
@@ -153,7 +154,7 @@ class RPQQuantizer(HfQuantizer):
             module, parameter = surgery.find(tied, alias)
             source, known = surgery.find(tied, name)
             module._parameters[parameter] = source._parameters[known]
-        self.plan = plan_opened(Opened(tied, None), **options)
+        self.plan = plan_opened(Opened(tied, None), options)
         self.jobs = {name: job for job in self.plan.jobs for name in (job.name, *job.aliases)}
         model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if k not in self.jobs}
 
@@ -172,7 +173,8 @@ class RPQQuantizer(HfQuantizer):
             finish(model, self.plan)
         elif not self.pre_quantized:
             convert(model, **self.quantization_config.options)
-        for weight in surgery.layers_of(model).values():
+        for path, weight in surgery.layers_of(model).items():
+            _check_loaded(path, weight)
             weight._probe = torch.empty(0, dtype=weight.dtype, device=weight.codes.device)
             weight.codes.requires_grad_(False)
         attach(model)
@@ -203,6 +205,16 @@ class RPQQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _check_loaded(path: str, weight: RPQWeight) -> None:
+    try:
+        weight.check()
+    except ValueError as e:
+        raise SourceError(f"{path}: {e}") from None
+    expected = weight.spec.tensors(weight.view, weight.shape)
+    if wrong := description.misplaced(expected, weight.positions, weight.cut.inputs):
+        raise SourceError(f"{path}_rpq.{wrong}")
 
 
 def describe(model: nn.Module) -> RPQConfig:

@@ -24,6 +24,41 @@ def _cut(codes: Tensor, codebooks: Tensor, axis: str, length: int, make: Callabl
     return make(axis, n, length, codebooks.shape[-1], codebooks.shape[-3], stages)
 
 
+def _real(
+    codes: Tensor, codebooks: Tensor, axis: str, length: int, scales: Tensor | None, *,
+    inputs: Tensor | None = None, outputs: Tensor | None = None, bias: Tensor | None = None,
+) -> Cut:  # fmt: skip
+    """Return the cut of tensors that kernels are about to read.
+
+    Args:
+        inputs, outputs: with one number per input or output along their last axis.
+
+    Raises:
+        ValueError: they do not fit each other.
+    """
+    if (
+        codes.dtype != torch.uint8
+        or codes.ndim != 3
+        or codebooks.ndim not in (3, 4)
+        or not codebooks.is_floating_point()
+    ):
+        raise ValueError(
+            f"torch.ops.rpq: codes {codes.dtype} {list(codes.shape)} and codebooks {codebooks.dtype} {list(codebooks.shape)}"
+        )
+    cut = _cut(codes, codebooks, axis, length, _known)
+    stages = codebooks.shape[0] if codebooks.ndim == 4 else 1
+    fits = axis in ("in", "out") and (stages, codebooks.shape[-2], codes.shape[1]) == (cut.stages, 256, cut.blocks)
+    wanted = ((inputs, cut.inputs), (outputs, cut.outputs), (bias, cut.outputs))
+    if (
+        not fits
+        or cut.books > cut.blocks
+        or (scales is not None and tuple(scales.shape) != (cut.outputs,))
+        or any(t is not None and (t.shape[-1] if t.ndim else -1) != size for t, size in wanted)
+    ):
+        raise ValueError(f"torch.ops.rpq: tensors that do not fit a weight [{cut.outputs}, {cut.inputs}] with {cut}")
+    return cut
+
+
 _known = functools.lru_cache(4096)(Cut)  # for real tensors, whose sizes are numbers: what a cut works out once it keeps
 
 
@@ -44,7 +79,7 @@ def _wanted(grads: tuple[Tensor, ...], needs: list[bool]) -> tuple[Tensor | None
 def _linear(
     x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, bias: Tensor | None, axis: str, length: int
 ) -> Tensor:
-    cut = _cut(codes, codebooks, axis, length, _known)
+    cut = _real(codes, codebooks, axis, length, scales, inputs=x, bias=bias)
     if not x.numel():
         return x.new_zeros(x.shape[0], cut.outputs)
     return _face(codes, x.dtype).linear(x, codes, codebooks, scales, bias, cut)
@@ -60,7 +95,7 @@ def _linear_backward(
     gradient: Tensor, x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, axis: str, length: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    cut = _cut(codes, codebooks, axis, length, _known)
+    cut = _real(codes, codebooks, axis, length, scales, inputs=x, outputs=gradient)
     face = _face(codes, x.dtype) if x.numel() else reference
     grads = face.linear_gradients(gradient.contiguous(), x, codes, codebooks, scales, cut, tuple(needs))
     return _given(grads, x)  # type: ignore[return-value]
@@ -81,7 +116,7 @@ def _shapes(tensors: tuple[Tensor | None, ...], needs: list[bool], like: Tensor)
 def _decode(
     codes: Tensor, codebooks: Tensor, scales: Tensor | None, index: Tensor | None, axis: str, length: int, dtype: torch.dtype
 ) -> Tensor:  # fmt: skip
-    cut, face = _cut(codes, codebooks, axis, length, _known), _face(codes, dtype)
+    cut, face = _real(codes, codebooks, axis, length, scales), _face(codes, dtype)
     if index is None:
         return face.decode(codes, codebooks, scales, cut, dtype)
     return face.decode_rows(codes, codebooks, scales, index, cut, dtype)
@@ -98,7 +133,7 @@ def _decode_backward(
     gradient: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, index: Tensor | None, axis: str, length: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    cut, face = _cut(codes, codebooks, axis, length, _known), _face(codes, gradient.dtype)
+    cut, face = _real(codes, codebooks, axis, length, scales, inputs=gradient), _face(codes, gradient.dtype)
     grads = face.decode_gradients(gradient.contiguous(), codes, codebooks, scales, index, cut, tuple(needs))
     return _given(grads, codebooks)  # type: ignore[return-value]
 

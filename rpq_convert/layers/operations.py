@@ -47,7 +47,7 @@ def _product(x: Tensor, weight: Any, bias: Tensor | None, axes: tuple[str, ...])
         dtype = torch.get_autocast_dtype(x.device.type)
     elif x.dtype != dtype:
         return NotImplemented  # torch says what is wrong
-    if x.ndim == 0 or x.shape[-1] != cut.inputs or x.numel() == 0:
+    if x.ndim == 0 or x.shape[-1] != cut.inputs or x.numel() == 0 or not _fits(bias, cut.outputs, x):
         return NotImplemented
     if rpq.zero_row is not None and torch.is_grad_enabled() and (x.requires_grad or rpq.trainable):
         return NotImplemented
@@ -62,6 +62,11 @@ def _product(x: Tensor, weight: Any, bias: Tensor | None, axes: tuple[str, ...])
     if rpq.zero_row is not None:
         out[:, rpq.zero_row] = 0 if bias is None else bias[rpq.zero_row].to(dtype)
     return out if x.ndim == 2 else out.view(*x.shape[:-1], cut.outputs)
+
+
+def _fits(bias: Tensor | None, outputs: int, x: Tensor) -> bool:
+    """Whether kernels may add a bias as it is; torch says of any other what is wrong."""
+    return bias is None or (bias.shape == (outputs,) and bias.is_cpu == x.is_cpu and bias.is_floating_point())
 
 
 def _getitem(weight: Any, index: Any) -> Any:
@@ -104,7 +109,8 @@ def _conv(convolve: Callable[..., Tensor]) -> Callable[..., Any]:
             return NotImplemented
         parts, cut = rpq.parts(), rpq.cut
         points = math.prod(rpq.shape[2:]) == 1 and groups == 1 and _all(padding, 0) and _all(stride, 1)
-        if points and input.ndim == len(rpq.shape) and input.shape[1] == cut.inputs and input.numel():
+        whole = input.ndim == len(rpq.shape) and input.shape[1] == cut.inputs and _fits(bias, cut.outputs, input)
+        if points and whole and input.numel():
             pixels = math.prod(input.shape[2:])
             if face.pointwise_cost(cut, len(input), pixels) <= 1:
                 flat = face.pointwise(input.reshape(len(input), cut.inputs, pixels), *parts, bias, cut)

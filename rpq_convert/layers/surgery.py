@@ -219,6 +219,15 @@ def find(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     return model.get_submodule(parent), name
 
 
+def parameter_at(model: nn.Module, path: str) -> nn.Parameter | None:
+    """Return the parameter at a dotted path, or None where the model has none there."""
+    try:
+        module, name = find(model, path)
+    except AttributeError:
+        return None
+    return module._parameters.get(name)
+
+
 def layers_of(model: nn.Module) -> dict[str, RPQWeight]:
     """Return every dotted parameter path under RPQ -> its RPQWeight, tied ones under each of their names."""
     return {

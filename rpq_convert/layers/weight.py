@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rpq_convert import kernels
+from rpq_convert.core import description
 from rpq_convert.core.axes import WeightView
 from rpq_convert.core.layout import Cut
 from rpq_convert.core.rotation import rotate
-from rpq_convert.core.spec import Spec, dtype_name, dtype_of
+from rpq_convert.core.spec import Spec, dtype_name
 from rpq_convert.kernels import reference, torch_ops
 
 NARROW = (torch.float16, torch.float8_e4m3fn)  # too narrow for an optimizer's steps
@@ -116,38 +117,68 @@ class RPQWeight(nn.Module):
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return (codes [stages, blocks, n], codebooks, scales) for compiled kernels; the view is kept for the next call."""
-        stored = self.stored_tensor("codes")
+        stored, codebooks, scales = (self.stored_tensor(name) for name in ("codes", "codebooks", "scales"))
         seen = self.__dict__.get("_seen")
-        if seen is None or seen[0] is not stored or seen[1] != stored.data_ptr():
+        if (
+            seen is None
+            or seen[0] is not stored
+            or seen[1] != stored.data_ptr()
+            or seen[2] != codebooks.shape
+            or (scales is not None and seen[3] != scales.shape)
+        ):
+            self.check()
             with torch.inference_mode(False):  # kept, and so used where gradients are recorded
-                seen = (stored, stored.data_ptr(), self.stages_codes().detach())
+                codes = self.stages_codes().detach()
+            seen = (stored, stored.data_ptr(), codebooks.shape, None if scales is None else scales.shape, codes)
             self.__dict__["_seen"] = seen
-        return seen[2], self.stored_tensor("codebooks"), self.stored_tensor("scales")
+        return seen[4], codebooks, scales
+
+    def _parts_for(self, face: ModuleType) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the same for any face: ordinary operations and compilers take the parameters as they are."""
+        slow = face is reference or face is torch_ops
+        return (self.stages_codes(), self.codebooks, self.scales) if slow else self.parts()
+
+    def check(self) -> None:
+        """Raise a ValueError where the tensors are not what the spec says: compiled code would read beyond them."""
+        if "codes" not in self._parameters:
+            return  # one matrix of several, whose tensors were checked
+        found = {name: tensor for name, tensor in self._parameters.items() if tensor is not None}
+        if wrong := description.misfit(self.spec.tensors(self.view, self.shape), found, exact=False):
+            raise ValueError(f"RPQ weight {tuple(self.shape)}: {wrong}; load or convert it again")
+        if any(not t.is_meta and t.numel() and not t.untyped_storage().nbytes() for t in found.values()):
+            raise ValueError(f"RPQ weight {tuple(self.shape)}: the memory of its tensors was given back")
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_seen", "_lazy")}  # what calls keep for the next
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "codes" in self._parameters:
+            n, length = self.view.matrix_shape(self.shape, self.spec.axis)
+            self.cut = Cut(self.spec.axis, n, length, self.spec.dim, self.spec.books, self.spec.stages)
+            self.check()
+
     def forward(self) -> Tensor:
         """Expand to the dense parameter, in its stored shape, contiguous, differentiable."""
-        decode, codes, axes = self.face.decode, self.stages_codes(), self.view.axes
+        face, axes = self.face, self.view.axes
+        codes, codebooks, scales = self._parts_for(face)
         if axes[0] == "out" and "expert" not in axes:
-            weight = decode(codes, self.codebooks, self.scales, self.cut, self.dtype)
+            weight = face.decode(codes, codebooks, scales, self.cut, self.dtype)
             return self._finish(rotate(weight, self.spec.rotation, back=True).view(self.shape), scaled=True)
-        weight = rotate(decode(codes, self.codebooks, None, self.cut, self.dtype), self.spec.rotation, back=True)
+        weight = rotate(face.decode(codes, codebooks, None, self.cut, self.dtype), self.spec.rotation, back=True)
         matrix = weight if self.spec.axis == "in" else weight.T
         return self._finish(self.view.from_matrix(matrix, self.shape, self.spec.axis))
 
     def rows(self, index: Tensor) -> Tensor:
         """Expand the rows `index [r]` of a two-axis parameter cut along its input axis: [r, L]."""
         face = self.face
-        slow = face is reference or face is torch_ops
-        parts = (self.stages_codes(), self.codebooks, self.scales) if slow else self.parts()
-        rows = face.decode_rows(*parts, index, self.cut, self._probe.dtype)
+        rows = face.decode_rows(*self._parts_for(face), index, self.cut, self._probe.dtype)
         rows = rotate(rows, self.spec.rotation, back=True)
         return rows if self.zero_row is None and not self.spec.outliers else self._finish(rows, index, scaled=True)
 
     def part(self, expert: int) -> RPQWeight:
         """Return one of the matrices of a parameter whose first axis is `expert`; it shares this one's tensors."""
+        self._parts_for(self.face)  # checked here, for all of them
         part = RPQWeight.__new__(RPQWeight)
         nn.Module.__init__(part)
         part.spec, part.view, part.shape, part.zero_row = self.spec, self.view.inner, self.shape[1:], None
@@ -252,6 +283,13 @@ class RPQWeight(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take codebooks and scales in float32 where a checkpoint of a training has them so, and its optimizer's state."""
+        expected, errors = self.spec.tensors(self.view, self.shape), args[-1]
+        given = {name: state_dict[prefix + name] for name in expected if prefix + name in state_dict}
+        wrong = description.misfit({name: expected[name] for name in given}, given, exact=False)
+        wrong = wrong or description.misplaced(expected, given.get("positions"), self.cut.inputs)
+        if wrong:
+            errors.append(f"{prefix}{wrong}")
+            return
         for name, parameter in self.named_parameters():
             tensor = state_dict.get(prefix + name)
             if tensor is not None and parameter.dtype in NARROW and tensor.dtype == torch.float32:
@@ -279,7 +317,9 @@ class RPQWeight(nn.Module):
     @classmethod
     def from_config(cls, config: dict[str, Any], device: torch.device | str | None = None) -> RPQWeight:
         """Rebuild an empty module from `to_config`'s dict."""
-        rest = dict(config)
-        view = WeightView(rest.pop("view"))
-        shape, dtype, zero_row = tuple(rest.pop("shape")), dtype_of(rest.pop("dtype")), rest.pop("zero_row")
-        return cls(Spec(**rest), view, shape, dtype=dtype, device=device, zero_row=zero_row)
+        return cls.of(description.read(config), device)
+
+    @classmethod
+    def of(cls, what: description.Described, device: torch.device | str | None = None) -> RPQWeight:
+        """Build an empty module from a description that was read."""
+        return cls(what.spec, what.view, what.shape, dtype=what.dtype, device=device, zero_row=what.zero_row)

@@ -22,9 +22,10 @@ from rpq_convert.core.spec import Spec
 from rpq_convert.errors import PlanError
 from rpq_convert.planning import planner
 from rpq_convert.planning.allocation import Allocation, allocate
+from rpq_convert.planning.options import PlanOptions
 from rpq_convert.planning.plan import Job, Plan, Skip
 from rpq_convert.planning.planner import warnings_of
-from rpq_convert.planning.rules import split_bits
+from rpq_convert.planning.rules import Rule
 from rpq_convert.planning.slots import Slot
 from rpq_convert.report.curve import Curve, Sample
 
@@ -73,63 +74,35 @@ class Point:
 
 def make_plan(
     slots: Sequence[Slot],
+    options: PlanOptions,
     *,
-    bits: float | None = None,
-    target_size: str | int | None = None,
-    max_error: float | None = None,
-    sensitivity: Mapping[str, Sensitivity] | str | None = None,
-    **options: Any,
+    head_rules: Sequence[Rule] | None = None,
+    warnings: Sequence[str] = (),
 ) -> Plan:
-    """Plan as `planning.make_plan` does, the size of each parameter chosen where a budget is given.
+    """Plan as `planner.make_plan` does, the size of each parameter chosen where a budget is given.
 
     Args:
         slots: the model, from `walk` or `walk_headers`.
-        bits: one rate for everything, where a layout has it exactly (8, 6, 4, 3, 2, 1, 0.5, …); else an average that is
-            met by mixing rates: of all that convertible parameters become, codebooks and scales counted.
-        target_size: bytes of the finished weight files, such as `"50MB"` (10^6); met within 1 %, never exceeded.
-        max_error: the smallest form of each parameter whose expected relative squared error is not above this; one that
-            has none stays dense.
-        sensitivity: parameter name -> loss per unit of relative squared error, as `rpq.sensitivities` measures it; or
-            name -> {bits: loss}, losses that were measured at some rates. Names left out count by their shape, all with
-            `"shape"`.
-        options: those of `planning.make_plan`. Parameters that a rule gives a size keep it.
+        options: with a budget, one of: `target_size`, bytes of the finished weight files, met within 1 % and never exceeded;
+            `max_error`, the smallest form of each parameter whose expected relative squared error is not above it, and dense
+            where it has none; `bits` that no layout has exactly, an average of all that convertible parameters become,
+            codebooks and scales counted. `sensitivity` is a mapping from parameter names to loss per unit of relative squared
+            error, as `rpq.sensitivities` measures it; or to {bits: loss}, losses that were measured at some sizes. Names left
+            out count by their shape, all with `"shape"`. Parameters that a rule gives a size keep it.
+        head_rules, warnings: as for `planner.make_plan`.
 
     Raises:
-        PlanError: a budget that cannot be met (it names the sizes that can), or several of them.
+        PlanError: a budget that cannot be met (it names the sizes that can).
     """
-    mixed = bits is not None and mixes(bits)
-    budgets = {"target_size": target_size, "max_error": max_error, "bits": bits if mixed else None}
-    budgets = {name: value for name, value in budgets.items() if value is not None}
-    if isinstance(sensitivity, str):
-        if sensitivity != "shape":
-            raise PlanError(f"sensitivity must be 'shape' or a mapping from names to numbers, not {sensitivity!r}")
-        sensitivity = None
-    if not budgets:
-        if sensitivity is not None:
-            raise PlanError("sensitivity serves a target_size or an average of bits; give one of them")
-        return planner.make_plan(slots, bits=bits, **options)
-    sizes = ("preset", "dim", "stages", "codebooks")
-    given = sorted(
-        {*budgets, *(("bits",) if bits is not None else ()), *(n for n in sizes if options.get(n) is not None)}
-    )
-    if len(given) > 1:
-        raise PlanError(f"give one of {', '.join(given)}, not several: each decides the sizes")
-    choices = Choices(slots, sensitivity, {n: v for n, v in options.items() if n not in sizes})  # which are all None
-    if max_error is not None:
-        return choices.within_error(max_error).plan
-    if target_size is not None:
-        return choices.within_size(parse_size(target_size)).plan
-    assert bits is not None
-    return choices.within_bits(bits).plan
-
-
-def mixes(bits: float) -> bool:
-    """Say whether it takes several rates to have these bits; what no mix can have is left to `split_bits` to refuse."""
-    try:
-        dim, stages = split_bits(bits)
-    except PlanError:
-        return False
-    return 0.5 < bits < 8 and not math.isclose(8 * stages / dim, bits, rel_tol=2e-3)
+    if not options.budgets:
+        return planner.make_plan(slots, options, head_rules=head_rules, warnings=warnings)
+    choices = Choices(slots, options, options.sensitivity, warnings)
+    if options.max_error is not None:
+        return choices.within_error(options.max_error).plan
+    if options.target_size is not None:
+        return choices.within_size(parse_size(options.target_size)).plan
+    assert options.bits is not None
+    return choices.within_bits(options.bits).plan
 
 
 def by_shape(slot: Slot) -> float:
@@ -149,14 +122,16 @@ def expected(job: Job) -> float:
 
 def harm(spec: Spec, error: float) -> float:
     """Return what a relative squared error of this layout counts, in errors of 2 bits."""
-    return error * (BELOW ** (2 - spec.bits) if spec.bits < 2 else HARM[spec.stages > 1] ** (spec.bits - 2))
+    factor: float = BELOW ** (2 - spec.bits) if spec.bits < 2 else HARM[spec.stages > 1] ** (spec.bits - 2)
+    return error * factor
 
 
 def interpolate(measured: Mapping[Any, float], bits: float) -> float:
     """Return the loss at a rate from losses measured at others: log-linear in bits, the end pieces continued."""
     points = sorted((float(b), max(float(loss), 1e-300)) for b, loss in measured.items())
     if len(points) == 1:
-        return points[0][1] * 4.0 ** (points[0][0] - bits)
+        one: float = points[0][1] * 4.0 ** (points[0][0] - bits)
+        return one
     k = next((i for i in range(1, len(points) - 1) if bits <= points[i][0]), len(points) - 1)
     (b0, l0), (b1, l1) = points[k - 1], points[k]
     return math.exp(math.log(l0) + (math.log(l1) - math.log(l0)) * (bits - b0) / (b1 - b0))
@@ -166,18 +141,24 @@ class Choices:
     """The options of every parameter of a model, and the plans that budgets make of them.
 
     Args:
-        slots, sensitivity, options: as for `make_plan`.
+        slots, options, sensitivity, warnings: as for `sweep`.
     """
 
     def __init__(
-        self, slots: Sequence[Slot], sensitivity: Mapping[str, Sensitivity] | None, options: Mapping[str, Any]
+        self,
+        slots: Sequence[Slot],
+        options: PlanOptions,
+        sensitivity: Mapping[str, Sensitivity] | str | None,
+        warnings: Sequence[str] = (),
     ) -> None:
-        self.slots, self.measured, self.warnings = slots, dict(sensitivity or {}), tuple(options.get("warnings", ()))
+        self.slots, self.warnings = slots, tuple(warnings)
+        self.measured = {} if sensitivity is None or isinstance(sensitivity, str) else dict(sensitivity)
+        one = replace(options, preset=None, bits=None, target_size=None, max_error=None, sensitivity=None)
         known = {n for s in slots for n in (s.name, *s.aliases)}
         strange = [n for n in self.measured if n not in known]
         if strange:
             raise PlanError(f"sensitivity names {strange[0]}, which the model does not have")
-        self.uniform = [planner.make_plan(slots, dim=d, stages=s, **options) for d, s in RATES]
+        self.uniform = [planner.make_plan(slots, replace(one, dim=d, stages=s), warnings=warnings) for d, s in RATES]
         decisions = [_in_order(p, slots) for p in self.uniform]
         self.items = [self._options(slot, list(dict.fromkeys(d[i] for d in decisions))) for i, slot in enumerate(slots)]
         self.free = {i for i, o in enumerate(self.items) if any(isinstance(x.decision, Job) for x in o)}
@@ -352,20 +333,25 @@ def _with_books(option: Option) -> list[Option]:
 
 def sweep(
     slots: Sequence[Slot],
+    options: PlanOptions,
+    sensitivity: Mapping[str, Sensitivity] | str | None = None,
     *,
     points: int = 24,
-    sensitivity: Mapping[str, Sensitivity] | str | None = None,
-    **options: Any,
+    warnings: Sequence[str] = (),
 ) -> Curve:
     """Return the curve of size against expected quality, from the smallest plan to everything at 8 bits.
 
     Args:
-        slots, sensitivity, options: as for `make_plan`.
+        slots, options, warnings: as for `make_plan`; the options decide no size.
+        sensitivity: what the sizes are chosen by, as `PlanOptions.sensitivity`.
         points: how many budgets, each larger than the one before by the same factor.
+
+    Raises:
+        PlanError: fewer than two points, or a model of which nothing can be converted.
     """
     if points < 2:
         raise PlanError(f"a curve needs at least 2 points, not {points}")
-    choices = Choices(slots, None if isinstance(sensitivity, str) else sensitivity, options)
+    choices = Choices(slots, options, sensitivity, warnings)
     if not choices.free:
         raise PlanError("no parameter of this model can be converted, so there is no curve")
     low, high = choices.smallest.plan.file_bytes, choices.uniform[0].file_bytes

@@ -25,7 +25,6 @@ from rpq_convert.report.schema import Report, Row
 from rpq_convert.version import __version__
 
 FORMAT_VERSION = 1
-DEFAULT_SHARD = "5GB"
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,11 @@ class Job:
     padding_idx: int | None = None
 
     @property
+    def is_random(self) -> bool:
+        """Whether codes and codebooks are drawn, and the weights that there may be are not looked at."""
+        return self.fit == "random"
+
+    @property
     def weight_view(self) -> WeightView:
         return WeightView(self.view)
 
@@ -58,7 +62,7 @@ class Job:
 
     @property
     def expected_error(self) -> float:
-        return 1.0 if self.fit == "random" else self.spec.expected_error(self.weight_view, self.shape)
+        return 1.0 if self.is_random else self.spec.expected_error(self.weight_view, self.shape)
 
 
 @dataclass(frozen=True)

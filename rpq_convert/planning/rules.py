@@ -8,16 +8,19 @@ TOML files in `configs/`: settings for everything, then rules.
 from __future__ import annotations
 
 import fnmatch
+import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rpq_convert.errors import PlanError
-from rpq_convert.planning.slots import Slot
+
+if TYPE_CHECKING:  # rules are free of torch, so that the command line can read them at once
+    from rpq_convert.planning.slots import Slot
 
 # What a rule or a preset may set.
 SETTINGS = {
@@ -142,6 +145,35 @@ def overlay(base: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     return merged | dict(new)
 
 
+@dataclass(frozen=True)
+class Settings:
+    """The settings of one parameter, base and rules laid over each other; SETTINGS says what each means.
+
+    Args:
+        own_bits: whether a rule of the user's sets `bits`.
+    """
+
+    bits: float | None = None
+    dim: int | None = None
+    stages: int = 1
+    books: int | str = 1
+    num_codebooks: int | None = None
+    axis: str | None = None
+    codebook_dtype: str = "float16"
+    scales: str = "none"
+    rotation: int = 0
+    outliers: float = 0
+    fit: str | None = None
+    grow: bool = False
+    skip: bool = False
+    view: str | None = None
+    own_bits: bool = False
+
+    def sized(self, bits: float) -> Settings:
+        """Return the same with another size."""
+        return replace(self, bits=bits, dim=None, stages=1, num_codebooks=None)
+
+
 def split_bits(bits: float) -> tuple[int, int]:
     """Return (dim, stages) with the most code bits per weight that do not exceed `bits`; fewer stages first.
 
@@ -154,3 +186,12 @@ def split_bits(bits: float) -> tuple[int, int]:
     if best is None:
         return round(8 / bits), 1
     return best[2], -best[1]
+
+
+def mixes(bits: float) -> bool:
+    """Say whether it takes several rates to have these bits; what no mix can have is left to `split_bits` to refuse."""
+    try:
+        dim, stages = split_bits(bits)
+    except PlanError:
+        return False
+    return 0.5 < bits < 8 and not math.isclose(8 * stages / dim, bits, rel_tol=2e-3)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
-from html import escape
 
 from rpq_convert.report.text import megabytes
+from rpq_convert.showing import html_text
 
 WIDTH, HEIGHT = 760, 460
 LEFT, RIGHT, TOP, BOTTOM = 80, 20, 50, 60
@@ -60,7 +60,7 @@ class Curve:
         y = Axis([s.loss for s in shown], HEIGHT - BOTTOM, TOP)
         parts = [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img"><style>{STYLE}</style>'
-            f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/><text class="title" x="{LEFT}" y="24">{escape(title)}</text>'
+            f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/><text class="title" x="{LEFT}" y="24">{html_text(title)}</text>'
         ]
         for value in x.ticks():
             at = x.at(value)
@@ -87,7 +87,7 @@ class Curve:
 
 
 def _told(sample: Sample) -> str:
-    return f"<title>{escape(sample.how)}: {megabytes(sample.file_bytes)}, loss {sample.loss:.3g}</title>"
+    return f"<title>{html_text(sample.how)}: {megabytes(sample.file_bytes)}, loss {sample.loss:.3g}</title>"
 
 
 class Axis:

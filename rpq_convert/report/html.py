@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from html import escape
-
 from rpq_convert.report.schema import Report, mean_error
 from rpq_convert.report.text import group, megabytes, number, quality, totals
+from rpq_convert.showing import html_text
 
 STYLE = """
 .rpq{font:14px/1.45 system-ui,sans-serif;color:#1c2330;max-width:1200px;margin:auto;padding:1rem}
@@ -35,7 +34,7 @@ def fragment(report: Report) -> str:
     largest = max((g.dense_bytes for g in groups), default=1) or 1
     rows = "".join(_row(g, largest) for g in groups)
     cards = "".join(
-        f"<div class=card>{escape(label)}<b>{megabytes(report.total(part))}</b></div>"
+        f"<div class=card>{html_text(label)}<b>{megabytes(report.total(part))}</b></div>"
         for label, part in (
             ("before", "dense_bytes"),
             ("after", "bytes"),
@@ -47,14 +46,14 @@ def fragment(report: Report) -> str:
         )
         if part != "outlier_bytes" or report.total(part)
     )
-    warnings = "".join(f"<div class=warn>{escape(w)}</div>" for w in report.all_warnings)
-    measured = "".join(f"<p>{escape(line)}</p>" for line in quality(report))
-    files = "".join(f"<li>{escape(f.name)}: {f.bytes:,} bytes</li>" for f in report.files)
+    warnings = "".join(f"<div class=warn>{html_text(w)}</div>" for w in report.all_warnings)
+    measured = "".join(f"<p>{html_text(line)}</p>" for line in quality(report))
+    files = "".join(f"<li>{html_text(f.name)}: {f.bytes:,} bytes</li>" for f in report.files)
     head = "".join(
         f"<th>{h}</th>" for h in ("tensor", "layer", "shape", "how", "before", "after", "", "bits/weight", "error")
     )
     return (
-        f"<div class=rpq><style>{STYLE}</style><h1>{escape(report.title)}</h1><p class=sum>{escape(totals(report))}</p>"
+        f"<div class=rpq><style>{STYLE}</style><h1>{html_text(report.title)}</h1><p class=sum>{html_text(totals(report))}</p>"
         f"<div class=cards>{cards}</div>{measured}{warnings}<input placeholder='filter' aria-label='filter'>"
         f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
         f"{f'<ul>{files}</ul>' if files else ''}<script>{SCRIPT}</script></div>"
@@ -68,8 +67,8 @@ def _row(g, largest: int) -> str:  # type: ignore[no-untyped-def]
     width, inner = 100 * g.dense_bytes / largest, 100 * min(1.0, g.bytes / g.dense_bytes if g.dense_bytes else 0)
     error = mean_error(g.rows)
     return (
-        f"<tr><td>{escape(g.name)}{many}</td><td>{escape(r.layer)}</td><td>{'×'.join(map(str, r.shape))}</td>"
-        f"<td>{escape(how)}</td><td class=n data-v={g.dense_bytes}>{megabytes(g.dense_bytes)}</td>"
+        f"<tr><td>{html_text(g.name)}{many}</td><td>{html_text(r.layer)}</td><td>{html_text('×'.join(map(str, r.shape)))}</td>"
+        f"<td>{html_text(how)}</td><td class=n data-v={g.dense_bytes}>{megabytes(g.dense_bytes)}</td>"
         f"<td class=n data-v={g.bytes}>{megabytes(g.bytes)}</td><td data-v={g.dense_bytes} style='width:12rem'>"
         f"<div class=bar style='width:{width:.1f}%'><i style='width:{inner:.1f}%'></i></div></td>"
         f"<td class=n data-v={r.bits_per_weight:.6f}>{r.bits_per_weight:.3f}</td>"
@@ -81,5 +80,5 @@ def page(report: Report) -> str:
     """Return the report as one self-contained HTML file."""
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>{escape(report.title)}: RPQ size audit</title><body>{fragment(report)}</body></html>"
+        f"<title>{html_text(report.title)}: RPQ size audit</title><body>{fragment(report)}</body></html>"
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 SCHEMA_VERSION = 1
@@ -161,10 +161,12 @@ class Report:
                 f"report schema {data.get('schema_version')!r} is not {SCHEMA_VERSION}; update rpq-convert"
             )
         rest = {k: v for k, v in data.items() if k != "schema_version"}
-        rows = tuple(Row(**{**r, "shape": tuple(r["shape"]), "aliases": tuple(r["aliases"])}) for r in rest.pop("rows"))
-        files = tuple(FileRow(**f) for f in rest.pop("files"))
-        found = tuple(rest.pop("evaluations", ()))  # reports of earlier versions have none
-        return cls(rows=rows, files=files, warnings=tuple(rest.pop("warnings")), evaluations=found, **rest)
+        rows = tuple(
+            _typed(Row(**{**r, "shape": tuple(r["shape"]), "aliases": tuple(r["aliases"])})) for r in rest.pop("rows")
+        )
+        files = tuple(_typed(FileRow(**f)) for f in rest.pop("files"))
+        found = tuple(map(_evaluation, rest.pop("evaluations", ())))  # reports of earlier versions have none
+        return _typed(cls(rows=rows, files=files, warnings=tuple(rest.pop("warnings")), evaluations=found, **rest))
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1)
@@ -200,6 +202,36 @@ class Report:
         from rpq_convert.report.html import fragment
 
         return fragment(self)
+
+
+KINDS: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "float": (int, float),
+    "None": (type(None),),
+    "Mapping": (Mapping,),
+}
+
+
+def _typed(value: Any) -> Any:
+    """Return a value whose fields are of the types that its class names; a report may come from anywhere."""
+    for f in fields(value):
+        text, given = str(f.type), getattr(value, f.name)
+        many = text.startswith("tuple[")
+        names = text.removeprefix("tuple[").removesuffix(", ...]").split(" | ")
+        kinds = tuple(k for n in names for k in KINDS.get(n.partition("[")[0], (object,)))
+        for item in given if many else (given,):
+            if not isinstance(item, kinds) or isinstance(item, bool):
+                raise ValueError(f"{f.name} is {item!r}, not {text}")
+    return value
+
+
+def _evaluation(entry: Any) -> Any:
+    numbers = (entry["samples"], *entry["metrics"].values())
+    texts = (entry["on"], entry["kind"], *entry["metrics"])
+    if not all(isinstance(t, str) for t in texts) or not all(type(n) in (int, float) for n in numbers):
+        raise ValueError(f"an evaluation {entry!r}")
+    return entry
 
 
 def ratio(before: int, after: int) -> float:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 from rpq_convert.report.schema import Report, Row, mean_error, ratio
+from rpq_convert.showing import csv_cell, markdown_code, markdown_text, printable
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def terminal(report: Report, width: int = 80) -> str:
         lines += ["", *_wrap(line, width)]
     for warning in report.all_warnings:
         lines += ["", *_wrap(f"warning: {warning}", width)]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def quality(report: Report) -> list[str]:
@@ -166,11 +167,11 @@ def markdown(report: Report) -> str:
         how = r.spec if r.decision == "rpq" else f"dense: {r.reason}"
         many = f" (x{len(g.rows)})" if len(g.rows) > 1 else ""
         cells = [
-            f"`{g.name}`{many}", r.layer, "x".join(map(str, r.shape)), how, megabytes(g.dense_bytes), megabytes(g.bytes),
-            f"{r.bits_per_weight:.3f}", number(mean_error(g.rows)),
+            f"{markdown_code(g.name)}{many}", markdown_text(r.layer), "x".join(map(str, r.shape)), markdown_text(how),
+            megabytes(g.dense_bytes), megabytes(g.bytes), f"{r.bits_per_weight:.3f}", number(mean_error(g.rows)),
         ]  # fmt: skip
-        lines.append("| " + " | ".join(c.replace("|", "\\|").replace("\n", " ") for c in cells) + " |")
-    lines += [f"\n> **Warning**: {w}" for w in report.all_warnings]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += [f"\n> **Warning**: {markdown_text(w)}" for w in report.all_warnings]
     return "\n".join(lines)
 
 
@@ -183,7 +184,7 @@ def csv_table(report: Report) -> str:
     for r in report.rows:
         values = [getattr(r, n) for n in names]
         shown = [";".join(map(str, v)) if isinstance(v, tuple) else "" if v is None else v for v in values]
-        writer.writerow([*shown, r.bytes, r.bits_per_weight, r.ratio])
+        writer.writerow([*map(csv_cell, shown), r.bytes, r.bits_per_weight, r.ratio])
     return out.getvalue()
 
 
@@ -191,8 +192,8 @@ def diff(a: Report, b: Report) -> str:
     """Return a Markdown table of what differs between two reports."""
     left, right = {r.name: r for r in a.rows}, {r.name: r for r in b.rows}
     lines = [
-        f"{a.title}: {totals(a)}",
-        f"{b.title}: {totals(b)}",
+        f"{markdown_text(a.title)}: {totals(a)}",
+        f"{markdown_text(b.title)}: {totals(b)}",
         "",
         "| tensor | bytes | bytes | change | error | error |",
         "|---|---:|---:|---:|---:|---:|",
@@ -203,7 +204,7 @@ def diff(a: Report, b: Report) -> str:
             continue
         before, after = (x.bytes if x else 0), (y.bytes if y else 0)
         cells = [
-            f"`{name}`",
+            markdown_code(name),
             f"{before:,}",
             f"{after:,}",
             f"{after - before:+,}",

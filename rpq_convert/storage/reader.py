@@ -20,6 +20,9 @@ from rpq_convert.errors import SourceError
 
 INDEX, PICKLE_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
 OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
+MAX_AXES, MAX_SIZE = 32, 1 << 48  # of a tensor, and of one axis
+HUB = ("models--", "datasets--", "spaces--")  # folders of the hub's cache
+BESIDE = ("additional_chat_templates", "chat_templates")  # folders that transformers reads
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -64,7 +67,7 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
         infos = tensor_infos(table, path, 8 + length)
     except SourceError:
         raise
-    except (ValueError, AttributeError) as e:
+    except (ValueError, AttributeError, RecursionError) as e:
         raise SourceError(f"{path} has a broken safetensors header: {e!r}") from None
     at = max((i.end for i in infos.values()), default=8 + length)
     if at != size:
@@ -98,11 +101,21 @@ def _info(name: str, entry: Mapping[str, object], path: Path, base: int) -> Tens
     if kind not in DTYPES:
         raise SourceError(f"{path}: tensor {name} has dtype {kind!r}, which is not supported")
     dtype = DTYPES[str(kind)]
-    shape = tuple(int(s) for s in entry["shape"])  # type: ignore[attr-defined]
-    start, end = (int(i) for i in entry["data_offsets"])  # type: ignore[attr-defined]
+    shape = tuple(_whole(s) for s in entry["shape"])  # type: ignore[attr-defined]
+    start, end = (_whole(i) for i in entry["data_offsets"])  # type: ignore[attr-defined]
+    if len(shape) > MAX_AXES or max(shape, default=0) > MAX_SIZE:
+        raise SourceError(
+            f"{path}: tensor {name} has {len(shape)} axes of up to {max(shape):,}: more than any tensor has"
+        )
     if min(shape, default=0) < 0 or end - start != dtype.itemsize * math.prod(shape):
         raise SourceError(f"{path}: tensor {name} {list(shape)} {kind} cannot fill {end - start} bytes")
     return TensorInfo(name, dtype, shape, path, base + start, base + end)
+
+
+def _whole(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{value!r} is not a whole number")
+    return value
 
 
 class SafetensorsSource(Mapping[str, Tensor]):
@@ -229,10 +242,15 @@ def open_folder(folder: str | Path, *, allow_pickle: bool = False) -> Safetensor
         return PickleSource([folder])
     if not folder.is_dir():
         raise SourceError(f"{folder} does not exist")
+    refuse_links(folder)
     chosen = weight_files({p.name for p in folder.iterdir() if p.is_file()}, folder, allow_pickle=allow_pickle)
     index = read_index(folder / chosen[0]) if chosen[0].endswith(".json") else None
     paths = [_inside(folder, n) for n in (chosen if index is None else sorted(set(index.values())))]
-    if paths[0].suffix != ".safetensors":
+    if pickled := [p for p in paths if p.suffix != ".safetensors"]:
+        if not allow_pickle:
+            raise SourceError(f"{pickled[0]} is not a safetensors file; a pickled one needs --allow-pickle")
+        if len(pickled) < len(paths):
+            raise SourceError(f"{folder}: its index names pickled files and others, such as {pickled[0].name}")
         return PickleSource(paths)
     return SafetensorsSource((read_header(p) for p in paths), index, folder)
 
@@ -245,7 +263,7 @@ def read_index(path: Path) -> dict[str, str]:
     """
     try:
         index = json.loads(path.read_text("utf8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise SourceError(f"{path} is no index of weight files: {e!r}") from None
     if not isinstance(index, dict) or not index or not all(isinstance(v, str) for v in index.values()):
         raise SourceError(f"{path}: its weight_map must map names to files")
@@ -253,13 +271,40 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """Return a shard's path, refusing one that leaves the folder (links of the hub's cache are allowed)."""
+    """Return a shard's path, refusing one that leaves the folder."""
     path = folder / name
     if os.path.isabs(name) or Path(name).name != name:
         raise SourceError(f"{folder}: the index names {name!r}, which leaves the folder")
-    real = path.resolve()
-    if path.is_symlink() and real.parent != folder.resolve() and real.parent.name != "blobs":
-        raise SourceError(f"{path} is a link that leaves the folder, to {real}")
     if not path.is_file():
         raise SourceError(f"{path} is missing, the index names it")
     return path
+
+
+def refuse_links(folder: str | Path) -> None:
+    """Refuse a checkpoint's folder with a link that leaves it: what lies there would be read, copied or uploaded.
+
+    Links of the hub's cache are as they should be: from `<repository>/snapshots/<commit>` to that repository's `blobs`.
+
+    Raises:
+        SourceError: which link, and where it leads.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        return
+    root = folder.resolve()
+    for place in (folder, *(folder / name for name in BESIDE)):
+        for path in sorted(place.iterdir()) if place.is_dir() else ():
+            if path.is_symlink() and not _stays(path, root):
+                raise SourceError(
+                    f"{path} is a link that leaves the folder, to {os.readlink(path)}; put the file itself in its place"
+                )
+
+
+def _stays(link: Path, root: Path) -> bool:
+    try:
+        real = link.resolve()
+    except (OSError, RuntimeError):  # a circle of links
+        return False
+    repository = root.parent.parent
+    cached = root.parent.name == "snapshots" and repository.name.startswith(HUB)
+    return real.is_relative_to(root) or (cached and real.parent == repository / "blobs")

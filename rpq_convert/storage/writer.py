@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rpq_convert.core import description
 from rpq_convert.core.results import Encoded
 from rpq_convert.errors import FolderError
 from rpq_convert.planning.plan import Job, Plan
@@ -34,6 +35,7 @@ PLAN, REPORT, MANIFEST, CONFIG, CARD = (
 )
 INDEX = "model.safetensors.index.json"
 ORIGIN = "rpq_source.json"  # only in unfinished folders
+FACTS = ("name", "error", "dead", "seconds", "zero_row", "inputs")  # of a finished job
 
 
 class Folder:
@@ -76,7 +78,7 @@ class Folder:
 
     def put(self, encoded: Encoded) -> None:
         """Store a finished job; it is there whole or not at all."""
-        facts = {k: getattr(encoded, k) for k in ("name", "error", "dead", "seconds", "zero_row", "inputs")}
+        facts = {k: getattr(encoded, k) for k in FACTS}
         write_tensors(self._piece(encoded.name), dict(encoded.tensors), {"rpq": json.dumps(facts)})
 
     def get(self, job: Job) -> Encoded | None:
@@ -84,31 +86,60 @@ class Folder:
         path = self._piece(job.name)
         if not path.is_file():
             return None
-        facts = self.facts(job)
-        return Encoded(tensors=load_file(path), **facts)
+        return Encoded(tensors=self._tensors(job), **self.facts(job))
+
+    def _tensors(self, job: Job) -> dict[str, Tensor]:
+        """Return a finished job's tensors; they must be what the job describes."""
+        path, expected = self._piece(job.name), job.spec.tensors(job.weight_view, job.shape)
+        try:
+            tensors = load_file(path)
+        except SafetensorError as e:
+            raise FolderError(
+                f"{path} of {job.name} is damaged ({e}); delete it and run the same command again"
+            ) from None
+        inputs = job.weight_view.matrix_shape(job.shape, "in")[1]
+        wrong = description.misfit(expected, tensors) or description.misplaced(
+            expected, tensors.get("positions"), inputs
+        )
+        if wrong:
+            raise FolderError(f"{path} of {job.name}: {wrong}; delete it and run the same command again")
+        return tensors
 
     def facts(self, job: Job) -> dict[str, Any]:
         """Return what a finished job measured, without reading its tensors."""
-        with safe_open(self._piece(job.name), "pt") as f:
-            return json.loads(f.metadata()["rpq"])
+        path = self._piece(job.name)
+        try:
+            with safe_open(path, "pt") as f:
+                found = json.loads(f.metadata()["rpq"])
+            if (
+                set(found) != set(FACTS)
+                or found["name"] != job.name
+                or not isinstance(found["zero_row"], (int, type(None)))
+            ):
+                raise ValueError("it describes another job")
+        except (SafetensorError, ValueError, KeyError, TypeError) as e:
+            raise FolderError(
+                f"{path} of {job.name} is damaged ({e}); delete it and run the same command again"
+            ) from None
+        return found  # type: ignore[no-any-return]
 
     def done(self, job: Job) -> bool:
         return self._piece(job.name).is_file()
 
-    def _tensor(self, key: str) -> Tensor:
-        name, _, part = key.rpartition("_rpq.")
-        with safe_open(self._piece(name), "pt") as f:
-            return f.get_tensor(part)
-
     def write_weights(self, dense: Callable[[str], Tensor], progress: Callable[[str], None] | None = None) -> None:
         """Assemble the weight files; `dense(name)` gives what stays dense."""
         plan = self.plan
-        computed = {f"{j.name}_rpq.{p}" for j in plan.jobs for p in j.nbytes}
+        computed = {f"{j.name}_rpq.{p}": (j, p) for j in plan.jobs for p in j.nbytes}
+        last: tuple[str, dict[str, Tensor]] = "", {}
         kept = {s.name for s in plan.skips}
 
         def tensor(key: str) -> Tensor:
+            nonlocal last
             if key in computed:
-                return self._tensor(key)
+                job, part = computed[key]
+                if last[0] != job.name:
+                    last = job.name, self._tensors(job)
+                return last[1][part]
             dtype, shape = plan.entries[key]
             if key not in kept:
                 return torch.empty(shape, dtype=dtype)  # the guard

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rpq_convert.core.options import take
 from rpq_convert.errors import TuneError
 from rpq_convert.layers import surgery
 from rpq_convert.running.blocks import Arrival, arrivals, chains
 from rpq_convert.running.call import call
 from rpq_convert.running.modes import quiet
-from rpq_convert.tuning.tune import Tuning, tune
+from rpq_convert.tuning.options import TuneOptions
+from rpq_convert.tuning.tune import Tuning, tune_with
 
 
 def tune_blocks(
@@ -38,6 +40,12 @@ def tune_blocks(
     Example:
         >>> rpq.tune_blocks(model, base, batches); rpq.tune(model, base, batches)
     """
+    (asked,) = take({**options, "loss": "mse", "steps": steps, "seed": seed}, TuneOptions)
+    return tune_blocks_with(asked, model, base, data)
+
+
+def tune_blocks_with(options: TuneOptions, model: nn.Module, base: nn.Module, data: Iterable[Any]) -> dict[str, Tuning]:
+    """Tune block after block by options that were made before; all else is as for `tune_blocks`."""
     items = list(data)
     if len(items) < 2:
         raise TuneError("too little data: at least one batch to train on and one to judge on are needed")
@@ -56,9 +64,7 @@ def tune_blocks(
                 _advance(wanted, path, dense)
                 if surgery.layers_of(block):
                     numbers = [(torch.tensor(i),) for i in range(len(items))]
-                    found[path] = tune(
-                        _Block(block, path, samples), _Recorded(wanted), numbers, loss="mse", steps=steps, seed=seed, **options
-                    )  # fmt: skip
+                    found[path] = tune_with(options, _Block(block, path, samples), _Recorded(wanted), numbers)
                 _advance(samples, path, block)
     return found
 

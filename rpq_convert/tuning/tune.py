@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from rpq_convert.core.options import take
 from rpq_convert.errors import TuneError
 from rpq_convert.layers import surgery
 from rpq_convert.layers.weight import RPQWeight
@@ -30,8 +31,10 @@ from rpq_convert.running.digest import describe
 from rpq_convert.running.modes import quiet
 from rpq_convert.storage.writer import write_tensors
 from rpq_convert.tuning.codes import EVERY, CodeUpdates
-from rpq_convert.tuning.losses import LOSSES, Loss, _main
+from rpq_convert.tuning.losses import LOSSES, _main
+from rpq_convert.tuning.options import TuneOptions
 
+Progress = Callable[[int, float], None]
 BETAS, EPSILON = (0.9, 0.99), 1e-12
 FLOOR = 1e-2  # size that a step on an all but zero tensor is relative to
 WARM = 0.05  # share of the steps in which the learning rate grows
@@ -69,38 +72,19 @@ def tune(
     data: Iterable[Any],
     *,
     held_out: Iterable[Any] | None = None,
-    loss: str | Loss | None = None,
-    steps: int = 200,
-    rate: float = 2e-3,
-    every: int | None = None,
-    patience: int = 5,
-    seed: int = 0,
-    autocast: torch.dtype | None = None,
-    recompute: bool = False,
-    recode: float = 0.0,
     checkpoint: str | Path | None = None,
-    progress: Callable[[int, float], None] | None = None,
+    progress: Progress | None = None,
+    **options: Any,
 ) -> Tuning:
     """Train a converted model's codebooks, scales, norms and biases, in place, to give what its base gives.
 
     Args:
         model, base: the converted model and the dense one; both run in evaluation mode.
-        data: inputs as for `convert(calibration=)`, a batch each; steps take them in an order drawn from `seed`.
+        data: inputs as for `convert(calibration=)`, a batch each; steps take them in an order drawn from the seed.
         held_out: inputs to judge on; by default every tenth of `data`, which is then not trained on.
-        loss: `"kl"` (of the predicted distributions), `"mse"` (of the outputs, relative), or a function of (model's
-            output, base's output); by default `"kl"` where outputs have logits.
-        steps: at most so many, one batch each.
-        rate: learning rate, relative to the root mean square of the tensor that a step changes. Where an evaluation finds the model
-            worse than it came, tuning goes back to the best step and on with a quarter of it.
-        every, patience: steps between two evaluations (by default a 25th of all, at least 20: the learning rate falls as slowly), and
-            how many of them may pass without a new best before tuning goes back to it and on with a quarter of the learning rate, or,
-            where it has done so, ends.
-        autocast: dtype to multiply in, e.g. `torch.bfloat16`; required by models of half precision.
-        recompute: keep only what blocks are given for the backward pass, and run each once more in it: less memory, more time.
-        recode: share of each layer's codes that may change at a time, e.g. 5e-4; 0 keeps them all. Takes more memory: the dense
-            weights, their gradients and two more numbers for each.
         checkpoint: a file that is written at every evaluation; a killed run goes on from it, and it is removed at the end.
         progress: called with the step and its loss.
+        options: fields of `TuneOptions`: loss, steps, rate, every, patience, seed, autocast, recompute, recode.
 
     Returns:
         Losses on held-out data; the model keeps the best step, which may be none of them.
@@ -111,6 +95,21 @@ def tune(
     Example:
         >>> print(rpq.tune(model, base, batches, steps=100))
     """
+    (asked,) = take(options, TuneOptions)
+    return tune_with(asked, model, base, data, held_out=held_out, checkpoint=checkpoint, progress=progress)
+
+
+def tune_with(
+    options: TuneOptions,
+    model: nn.Module,
+    base: nn.Module,
+    data: Iterable[Any],
+    *,
+    held_out: Iterable[Any] | None = None,
+    checkpoint: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Tuning:
+    """Tune by options that were made before; all else is as for `tune`."""
     batches, judged = list(data), None if held_out is None else list(held_out)
     if judged is None:
         judged, batches = batches[::10], [b for i, b in enumerate(batches) if i % 10]
@@ -118,31 +117,31 @@ def tune(
         raise TuneError("too little data: at least one batch to train on and one to judge on are needed")
     if not surgery.layers_of(model):
         raise TuneError(f"{type(model).__name__} has no RPQ layer to tune; convert it first")
-    if not 0 <= recode <= 1:
-        raise TuneError(f"recode={recode}: a share of the codes lies between 0 and 1")
-    with quiet(model), quiet(base), recomputed(model) if recompute else nullcontext():
-        return _Run(
-            model, base, batches, judged, loss, steps, rate, every or max(20, steps // 25), patience, seed, autocast, recode,
-            checkpoint, progress,
-        ).run()  # fmt: skip
+    with quiet(model), quiet(base), recomputed(model) if options.recompute else nullcontext():
+        return _Run(options, model, base, batches, judged, checkpoint, progress).run()
 
 
 class _Run:
     def __init__(
-        self, model: nn.Module, base: nn.Module, batches: Sequence[Any], judged: Sequence[Any], loss: str | Loss | None,
-        steps: int, rate: float, every: int, patience: int, seed: int, autocast: torch.dtype | None, recode: float,
-        checkpoint: str | Path | None, progress: Callable[[int, float], None] | None,
-    ) -> None:  # fmt: skip
-        self.model, self.base, self.batches, self.judged = model, base, batches, judged
-        self.steps, self.rate, self.every, self.patience, self.seed = steps, rate, every, patience, seed
-        self.autocast, self.progress = autocast, progress
+        self,
+        options: TuneOptions,
+        model: nn.Module,
+        base: nn.Module,
+        batches: Sequence[Any],
+        judged: Sequence[Any],
+        checkpoint: str | Path | None,
+        progress: Progress | None,
+    ) -> None:
+        self.options, self.model, self.base, self.batches, self.judged = options, model, base, batches, judged
+        self.progress = progress
         self.checkpoint = Path(checkpoint) if checkpoint else None
         self.values = _trained(model)
         self.stored = {name: p.dtype for name, p in self.values.items()}
-        self.updates = CodeUpdates(_coded(model), recode) if recode else None
-        self.loss = LOSSES[loss] if isinstance(loss, str) else loss
-        data = [describe(batches), describe(judged)]
-        facts = [*data, str(loss), steps, rate, every, seed, str(autocast), recode, BACK, patience]
+        self.updates = CodeUpdates(_coded(model), options.recode) if options.recode else None
+        self.loss = LOSSES[options.loss] if isinstance(options.loss, str) else options.loss
+        o = options
+        facts = [describe(batches), describe(judged), str(o.loss), o.steps, o.rate, o.interval, o.seed, str(o.autocast)]
+        facts += [o.recode, BACK, o.patience]
         shapes = {name: [str(p.dtype), *p.shape] for name, p in self.values.items()}
         begins = {**self.values, **(self.updates.codes if self.updates else {})}
         start = {n: hashlib.sha256(p.detach().cpu().float().numpy().tobytes()).hexdigest() for n, p in begins.items()}
@@ -157,18 +156,18 @@ class _Run:
                 if not math.isfinite(before):
                     raise TuneError(f"the loss of the model as it came is {before}")
                 state.best = self._copy()
-            while state.step < self.steps and state.since < self.patience:
+            while state.step < self.options.steps and state.since < self.options.patience:
                 found = self._step(state, sizes)
                 state.step += 1
                 if self.progress:
                     self.progress(state.step, found)
-                if state.step % self.every == 0 or state.step == self.steps:
+                if state.step % self.options.interval == 0 or state.step == self.options.steps:
                     judged = self._judge()
                     state.since += 1
                     if judged < min(value for _, value in state.history):
                         state.best, state.best_step, state.since = self._copy(), state.step, 0
-                    elif not judged <= state.history[0][1] or state.since >= self.patience:
-                        if state.since >= self.patience and state.share == 1:
+                    elif not judged <= state.history[0][1] or state.since >= self.options.patience:
+                        if state.since >= self.options.patience and state.share == 1:
                             state.since = 0
                         self._go_back(state)
                     state.history.append((state.step, judged))
@@ -202,12 +201,12 @@ class _Run:
     def _order(self, step: int) -> int:
         """Return the batch of a step: an order of its own for every pass over the data."""
         turn, at = divmod(step, len(self.batches))
-        g = torch.Generator().manual_seed(self.seed * 1_000_003 + turn)
+        g = torch.Generator().manual_seed(self.options.seed * 1_000_003 + turn)
         return int(torch.randperm(len(self.batches), generator=g)[at])
 
     def _compare(self, item: Any) -> Tensor:
         device = next(iter(self.values.values())).device.type
-        with torch.autocast(device, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+        with torch.autocast(device, self.options.autocast or torch.bfloat16, enabled=self.options.autocast is not None):
             with torch.no_grad():
                 wanted = call(self.base, item)
             output = call(self.model, item)
@@ -225,8 +224,8 @@ class _Run:
         found = dict(zip(self.values, gradients))
         if not all(bool(torch.isfinite(g).all()) for g in gradients if g is not None):
             return float(loss.detach())  # a batch that overflows teaches nothing
-        warm = max(1, round(WARM * self.steps))
-        left = max(0.0, (state.step - warm) / max(1, self.steps - warm))
+        warm = max(1, round(WARM * self.options.steps))
+        left = max(0.0, (state.step - warm) / max(1, self.options.steps - warm))
         factor = state.share * min((state.step + 1) / warm, LAST + (1 - LAST) * (1 + math.cos(math.pi * left)) / 2)
         with torch.no_grad():
             for name, g in found.items():
@@ -236,7 +235,7 @@ class _Run:
                 square = state.square.setdefault(name, torch.zeros_like(g)).lerp_(g.square(), 1 - BETAS[1])
                 t = state.step + 1 - state.began
                 step = mean / (1 - BETAS[0] ** t) / ((square / (1 - BETAS[1] ** t)).sqrt() + EPSILON)
-                self.values[name].sub_(step, alpha=self.rate * factor * sizes[name])
+                self.values[name].sub_(step, alpha=self.options.rate * factor * sizes[name])
         if self.updates:
             self.updates.accumulate(gradients[len(self.values) :], factor)
             if (state.step + 1) % EVERY == 0:

@@ -24,7 +24,7 @@ def compress(model: Any, settings: dict[str, Any], data: Any) -> int:
     bits, group, embedding = settings["bits"], settings["group"], settings["embedding"]
     windows = [{"input_ids": w[None]} for batch in data.calibration for w in batch["input_ids"]]
     tool = AutoRound(
-        model, AutoTokenizer.from_pretrained(str(data.folder)), bits=bits, group_size=group, sym=False,
+        model, AutoTokenizer.from_pretrained(str(data.folder), trust_remote_code=False), bits=bits, group_size=group, sym=False,
         dataset=DataLoader(windows, batch_size=None), iters=settings["iters"], nsamples=len(windows),
         seqlen=windows[0]["input_ids"].shape[1], batch_size=4, device_map="cpu", enable_torch_compile=False,
     )  # fmt: skip

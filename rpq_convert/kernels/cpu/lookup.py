@@ -81,7 +81,8 @@ def enter(tag, x, by_token, by_column, tokens, length, padded, factors, to):
     if full and by_token == 1:  # pixels of an image: tokens lie side by side already
         for i in range(length):
             store(to + row * i, load(x + 4 * i * by_column, tag))
-        clear(to + row * length, width(tag) * (padded - length))
+        for i in range(length, padded):  # not by `clear`, which rounds up: the next row need not be ours
+            store(to + row * i, spread(ZERO, tag))
         return
     for first in range(0, padded, 16):
         last = min(first + 16, padded)

@@ -82,8 +82,10 @@ def plain_float(t: Tensor | None) -> Tensor | None:
 
 
 def kept_float(scales: Tensor | None) -> Tensor | None:
-    """Return scales as float32, kept for the next call where they are narrower."""
-    return scales if scales is None or scales.dtype == torch.float32 else ready(scales, "float32")
+    """Return scales as float32 without gaps, kept for the next call where they are not."""
+    if scales is None or (scales.dtype == torch.float32 and scales.is_contiguous()):
+        return scales
+    return ready(scales, "float32")  # type: ignore[no-any-return]
 
 
 def pointer(t: Tensor | None) -> int:

@@ -4,19 +4,17 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from openai import APIConnectionError, OpenAI
+from paths import ROOT
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import rpq_convert as rpq
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -45,8 +43,8 @@ def test_a_server_answers_what_generate_says(folder):
     command = [sys.executable, "-c", "from cli import group; group()", "serve", str(folder), "--port", str(port)]
     server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
-        for _ in range(240):
+        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=None)
+        while True:  # until it answers or ends
             try:
                 client.models.list()
                 break
@@ -58,7 +56,7 @@ def test_a_server_answers_what_generate_says(folder):
         )
     finally:
         server.terminate()
-        print(server.communicate(timeout=30)[0][-3000:])  # shown where the test fails
+        print(server.communicate()[0][-3000:])  # shown where the test fails
     model = rpq.load(folder)
     prompt = torch.tensor([[0, 5, 6, 7]])
     expected = model.generate(prompt, max_new_tokens=6, do_sample=False)[0, 4:].tolist()

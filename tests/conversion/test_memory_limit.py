@@ -68,7 +68,7 @@ def run(path, action):
     command = [sys.executable, "-c", SCRIPT, str(path), str(path.parent / "out"), action, str(ALLOWED), str(LAYERS)]
     # glibc would keep freed blocks of this size in its heap, with holes; mapped ones go back to the system at once
     alone = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=alone)
+    return subprocess.run(command, capture_output=True, text=True, env=alone)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts mapped memory on Linux alone")

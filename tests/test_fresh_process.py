@@ -10,16 +10,15 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 import transformers as tf
 from architectures import ARCHITECTURES, outputs
+from paths import ROOT, SUPPORT
 from safetensors.torch import save_file
 
 import rpq_convert as rpq
 
-ROOT = Path(__file__).parent.parent
 CODE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
@@ -29,10 +28,10 @@ FIXED = "from rpq_convert.hf import torchvision; torchvision.fix()\n"  # transfo
 def fresh(code, *arguments, where, words=("-c",)):
     """Run Python code in a process of its own; return what it printed."""
     code = FIXED + code if words == ("-c",) else code
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", where)))
+    path = os.pathsep.join(map(str, (ROOT, SUPPORT, where)))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, *words, code, *map(str, arguments)], capture_output=True, text=True, timeout=300, cwd=where,
+        [sys.executable, *words, code, *map(str, arguments)], capture_output=True, text=True, cwd=where,
         env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -19,6 +19,7 @@ from rpq_convert.checkpoint.opening import Opened
 from rpq_convert.conversion.plans import plan_opened
 from rpq_convert.planning.allocation import allocate
 from rpq_convert.planning.budget import interpolate
+from rpq_convert.planning.options import PlanOptions
 
 
 def llama(tied=True, seed=0):
@@ -304,7 +305,7 @@ def test_curve():
     sizes, losses = [s.file_bytes for s in curve.mixed], [s.loss for s in curve.mixed]
     assert sizes == sorted(set(sizes)) and losses == sorted(losses, reverse=True)
     for one in curve.uniform:  # one size everywhere is never better than a mix of its bytes
-        mixed = plan_opened(Opened(model, None), target_size=one.file_bytes)
+        mixed = plan_opened(Opened(model, None), PlanOptions(target_size=one.file_bytes))
         assert mixed.file_bytes <= one.file_bytes
     assert json.loads(curve.to_json())["mixed"][0]["file_bytes"] == sizes[0]
     assert len(str(curve).splitlines()) == 1 + len(curve.mixed) + len(curve.uniform)

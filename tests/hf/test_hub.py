@@ -4,18 +4,16 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import transformers as tf
 from hub import COMMIT, TOKEN, Hub, Repository, copied
 from huggingface_hub import metadata_load
+from paths import ROOT
 from safetensors.torch import load_file
 
 import rpq_convert as rpq
-
-ROOT = Path(__file__).parent.parent
 
 
 def run(hub, cache, code, *arguments, token=None):
@@ -29,7 +27,7 @@ def run(hub, cache, code, *arguments, token=None):
         environment["HF_TOKEN"] = token
     code = "import json, sys\nimport rpq_convert as rpq\nout = {}\n" + code + "\nprint(json.dumps(out))"
     done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=300, env=environment
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -4,11 +4,11 @@ import copy
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import zoo
+from paths import ROOT
 from test_zoo import LAYOUTS, close, generator, pair, run
 from torch import nn
 from torch.export import Dim
@@ -250,7 +250,7 @@ assert float((out - y).detach().norm()) <= 2e-6 * float(y.norm())
 """
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
-        env={"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"},
+        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
 

@@ -2,12 +2,12 @@
 
 import copy
 import json
-from pathlib import Path
 
 import factories
 import pytest
 import torch
 import transformers as tf
+from paths import SUPPORT
 from PIL import Image
 from rpq_convert.cli import group
 from safetensors.torch import save_file
@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
 import rpq_convert as rpq
+from rpq_convert.checkpoint.opening import open_checkpoint
 from rpq_convert.errors import CalibrationError
 from rpq_convert.inputs.files import read_inputs
 
@@ -265,7 +266,7 @@ def test_pairs_are_ranked_and_kept_in_report_and_card(spoken, tmp_path):
 
 def test_a_classifier_of_any_kind(tmp_path, monkeypatch):
     """Convert on given inputs, measure accuracy, tune and fit again; all from files."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.syspath_prepend(str(SUPPORT))
     torch.manual_seed(0)
     model = factories.classifier()
     x = torch.randn(60, 3, 8, 8)
@@ -320,7 +321,8 @@ def test_a_folder_of_texts_and_one_of_pictures(spoken, tmp_path):
     (tmp_path / "texts" / "more").mkdir(parents=True)
     (tmp_path / "texts" / "a.txt").write_text("\n".join(lines[:20]))
     (tmp_path / "texts" / "more" / "b.md").write_text("\n".join(lines[20:]))
-    one, many = (read_inputs(path, base, samples=9) for path in (text, tmp_path / "texts"))
+    model = open_checkpoint(base, need="config").model
+    one, many = (read_inputs(path, base, model=model, samples=9) for path in (text, tmp_path / "texts"))
     assert len(one) == len(many) == 3
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(one, many))
     (tmp_path / "empty").mkdir()

@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers as tf
 from factories import deep, small
+from paths import SUPPORT
 from rpq_convert.cli import group, main
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -22,7 +23,7 @@ from typer.testing import CliRunner
 import rpq_convert
 
 VARYING = {"rpq_report.json", "README.md", "rpq_manifest.json"}  # they tell seconds
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "COLUMNS": "100", "NO_COLOR": "1"}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(SUPPORT), "COLUMNS": "100", "NO_COLOR": "1"}
 
 
 def rpq(*args, code=0, command=group, charset="utf-8"):
@@ -92,7 +93,7 @@ def copy(bert, tmp_path):
 @pytest.fixture
 def bare(tmp_path, monkeypatch):
     """A weight file without a config, and its factory within reach."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.syspath_prepend(str(SUPPORT))
     torch.manual_seed(0)
     save_file(small().state_dict(), tmp_path / "small.safetensors")
     return tmp_path / "small.safetensors"
@@ -113,16 +114,16 @@ def test_help_tells_examples_and_exit_codes():
     assert "COMMAND" in listed and "COMMAND" not in alone
 
 
-def test_help_waits_for_no_torch():
-    code = "import sys, rpq_convert.cli; print({'torch', 'transformers', 'numba'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
-    command = [sys.executable, "-c", "from rpq_convert.cli import group; group(['--help'])"]
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        subprocess.run(command, check=True, capture_output=True)
-        seconds.append(time.perf_counter() - start)
-    assert sorted(seconds)[1] < 1.5  # 0.3 s alone; machines are shared
+def test_help_imports_nothing_that_is_slow():
+    code = """
+import contextlib, sys
+from rpq_convert.cli import group
+with contextlib.suppress(SystemExit):
+    group(["--help"])
+print({"torch", "numpy", "transformers", "numba", "huggingface_hub"} & set(sys.modules), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.strip() == "set()" and "Usage" in done.stdout
 
 
 def test_the_whole_way(bert, tmp_path):
@@ -306,7 +307,7 @@ def test_a_closed_pipe_is_quiet_and_a_full_disk_is_told(tmp_path):
         runs = [
             subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, env=environment) for out in (closed, full)
         ]
-    (_, quiet), (_, told) = (r.communicate(timeout=120) for r in runs)
+    (_, quiet), (_, told) = (r.communicate() for r in runs)
     assert (runs[0].returncode, quiet) == (1, b"")
     assert runs[1].returncode == 4 and told.startswith(b"error: disk full") and told.count(b"\n") == 1
 
@@ -629,7 +630,7 @@ def interrupted(tmp_path_factory):
     torch.manual_seed(0)
     save_file(deep().state_dict(), folder / "deep.safetensors")
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).parent))
+        patch.syspath_prepend(str(SUPPORT))
         rpq("convert", folder / "deep.safetensors", "--out", folder / "whole", *DEEP, "-q")
     return folder / "deep.safetensors", folder / "whole"
 
@@ -657,7 +658,7 @@ def test_an_interrupted_run_goes_on(how, executor, interrupted, tmp_path):
         if line.startswith("[1/40]"):
             os.killpg(process.pid, how)
             break
-    stdout, rest = process.communicate(timeout=60)
+    stdout, rest = process.communicate()
     assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL), rest
     if how == signal.SIGINT:
         assert rest.endswith("interrupted; run the same command again to go on\n") and "Traceback" not in rest

@@ -1,11 +1,11 @@
 """Every family of models: what stays dense is named, bytes are as planned, reload is exact, outputs and gradients agree."""
 
 import hashlib
-from pathlib import Path
 
 import pytest
 import torch
 from architectures import ARCHITECTURES, inputs, outputs
+from paths import ROOT
 
 import rpq_convert as rpq
 from rpq_convert.hf import loading as hub
@@ -121,7 +121,7 @@ def test_architecture(name, tmp_path):
 
 
 def test_the_table_in_the_docs_has_every_family():
-    page = (Path(__file__).parent.parent / "docs" / "models.md").read_text("utf8")
+    page = (ROOT / "docs" / "models.md").read_text("utf8")
     assert not [name for name in ARCHITECTURES if f"| {name}, width" not in page], "run benchmarks/model_coverage.py"
     assert "NOT EXACT" not in page
 

@@ -6,10 +6,10 @@ The interpreter must be asked for before Triton is imported, so the cases (gpu_c
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from paths import SUPPORT
 
 from rpq_convert import kernels
 from rpq_convert.core.layout import Cut
@@ -20,7 +20,7 @@ triton = pytest.importorskip("triton")
 
 def run_cases(**environment):
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "gpu_cases.py", "-p", "no:randomly"], cwd=Path(__file__).parent,
+        [sys.executable, "-m", "pytest", "gpu_cases.py", "-p", "no:randomly"], cwd=SUPPORT,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

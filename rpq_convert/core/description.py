@@ -1,0 +1,209 @@
+"""Described: what a checkpoint's description may say, and which tensors fit it.
+
+Compiled kernels trust shapes and dtypes. So each description is read here, and here alone, and every tensor is compared with
+it before a kernel sees it. All checks use headers and meta tensors: nothing is allocated for a file that does not fit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rpq_convert.core.axes import WeightView
+from rpq_convert.core.spec import CODEBOOK_DTYPES, DTYPES, Spec
+from rpq_convert.errors import SourceError
+
+LARGEST = 1 << 40  # numbers of one tensor
+MOST_AXES = 16  # axes of one parameter
+FLOATS = frozenset(CODEBOOK_DTYPES.values())
+PARTS = ("codebooks", "codes", "scales", "outliers", "positions")
+NUMBERS = ("dim", "books", "stages", "rotation", "outliers")
+TEXTS = ("axis", "codebook_dtype", "layout", "outlier_dtype")
+OTHERS = ("view", "shape", "dtype", "zero_row")
+Expected = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class Described:
+    """One RPQ weight, as config.json describes it."""
+
+    spec: Spec
+    view: WeightView
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    zero_row: int | None
+
+    @property
+    def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        return self.spec.tensors(self.view, self.shape)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What `quantization_config` says: every RPQ weight, names of tied ones, and the guard."""
+
+    modules: Mapping[str, Described]
+    tied: Mapping[str, str]
+    guard: str | None
+
+    def aliases(self) -> dict[str, list[str]]:
+        """Return name -> its other names."""
+        found: dict[str, list[str]] = {}
+        for alias, name in self.tied.items():
+            found.setdefault(name, []).append(alias)
+        return found
+
+
+def read(description: Any) -> Described:
+    """Return a description, checked.
+
+    Raises:
+        ValueError: a field that is missing, unknown, of the wrong type, or out of its range.
+    """
+    if not isinstance(description, Mapping):
+        raise ValueError(f"its description is {type(description).__name__}, not an object")
+    rest = dict(description)
+    known = {f.name for f in fields(Spec)} | set(OTHERS)
+    if unknown := sorted(map(str, set(rest) - known)):
+        raise ValueError(f"its description has the unknown field {unknown[0]!r}")
+    if absent := [k for k in ("dim", "view", "shape", "dtype") if k not in rest]:
+        raise ValueError(f"its description has no {', '.join(absent)}")
+    for name in NUMBERS:
+        if name in rest and not _whole(rest[name]):
+            raise ValueError(f"{name} must be a whole number, not {rest[name]!r}")
+    for name in (*TEXTS, "view", "dtype"):
+        if name in rest and not isinstance(rest[name], str):
+            raise ValueError(f"{name} must be text, not {rest[name]!r}")
+    if not isinstance(rest.get("scales"), (str, type(None))):
+        raise ValueError(f"scales must be the name of a dtype or null, not {rest['scales']!r}")
+    names, size, dtype, zero_row = (rest.pop(k, None) for k in OTHERS)
+    shape, view = _shape(size), WeightView(names)
+    view.check(shape)
+    if len(shape) < 2 or not all(a.isidentifier() for a in view.axes):
+        raise ValueError(f"view {names!r} does not name two or more axes")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    spec = Spec(**rest)
+    for part, (_, size) in spec.tensors(view, shape).items():
+        if math.prod(size) > LARGEST:
+            raise ValueError(f"its {part} would hold {math.prod(size):,} numbers; at most {LARGEST:,}")
+    rows = view.axes == ("out", "in")
+    if zero_row is not None and not (rows and _whole(zero_row) and 0 <= zero_row < shape[0]):
+        raise ValueError(f"zero_row {zero_row!r} is no row of a table {list(shape)}")
+    return Described(spec, view, shape, DTYPES[dtype], zero_row)
+
+
+def read_all(config: Any) -> Contents:
+    """Return a `quantization_config`, checked.
+
+    Raises:
+        SourceError: what is wrong, and of which weight.
+    """
+    modules, tied, guard = (config.get(k) for k in ("modules", "tied", "guard"))
+    if not isinstance(modules, Mapping) or not isinstance(tied, Mapping):
+        raise SourceError("quantization_config: modules and tied must be objects")
+    if not all(isinstance(n, str) for n in tied.values()) or not isinstance(guard, (str, type(None))):
+        raise SourceError("quantization_config: tied and guard must name parameters")
+    found = {}
+    for name, description in modules.items():
+        try:
+            found[name] = read(description)
+        except (ValueError, TypeError) as e:
+            raise SourceError(f"{name}: its description does not fit this version: {e}") from None
+    if both := sorted(set(found) & set(tied)):
+        raise SourceError(f"{both[0]} is described, and tied to {tied[both[0]]} as well")
+    return Contents(found, tied, guard)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, (list, tuple)) or not all(_whole(s) and s > 0 for s in value) or len(value) > MOST_AXES:
+        raise ValueError(f"shape must be a list of whole numbers above 0, not {str(value)[:80]}")
+    if math.prod(value) > LARGEST:
+        raise ValueError(f"shape {list(value)} holds more than {LARGEST:,} numbers")
+    return tuple(value)
+
+
+def misfit(expected: Expected, found: Mapping[str, Any], *, exact: bool = True) -> str:
+    """Return what is wrong with the tensors of one weight, or an empty text.
+
+    Args:
+        expected: part -> (dtype, shape). found: part -> anything with a dtype and a shape, such as an entry of a header.
+        exact: dtypes are those of the spec, as in a file; in memory, floating-point parts may be of any float dtype.
+    """
+    for part, (dtype, shape) in expected.items():
+        if part not in found:
+            return f"{part} is missing from the weight files"
+        has, size = found[part].dtype, tuple(found[part].shape)
+        if size != shape or (has != dtype if exact or not dtype.is_floating_point else has not in FLOATS):
+            return f"{part} is {list(size)} {has}, its description says {list(shape)} {dtype}"
+    extra = [part for part in found if part not in expected]
+    return f"{extra[0]} is there, and not in its description" if extra else ""
+
+
+def misplaced(expected: Expected, positions: Tensor | None, inputs: int) -> str:
+    """Return what is wrong with the positions of outliers, or an empty text."""
+    if positions is None or "positions" not in expected or positions.is_meta or not positions.numel():
+        return ""
+    low, high = (int(v) for v in positions.detach().aminmax())
+    return f"positions names inputs {low} to {high}, of {inputs}" if low < 0 or high >= inputs else ""
+
+
+def of_weight(name: str, infos: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parts that a checkpoint's table has of the weight `name`."""
+    return {part: infos[key] for part in PARTS if (key := f"{name}_rpq.{part}") in infos}
+
+
+def check_stored(name: str, described: Described, source: Any) -> None:
+    """Compare the tensors of a source with the description of the weight `name`; positions are read for it.
+
+    Raises:
+        SourceError: they do not fit.
+    """
+    expected = described.tensors
+    wrong = misfit(expected, of_weight(name, source.infos))
+    if not wrong and "positions" in expected:
+        inputs = described.view.matrix_shape(described.shape, "in")[1]
+        wrong = misplaced(expected, source[f"{name}_rpq.positions"], inputs)
+    if wrong:
+        raise SourceError(f"{name}_rpq.{wrong}")
+
+
+def check_place(name: str, described: Described, parameter: Tensor | None, where: str = "the model") -> None:
+    """Compare a description with the parameter that it takes the place of.
+
+    Raises:
+        SourceError: there is none, or of another shape or kind.
+    """
+    if parameter is None:
+        raise SourceError(f"{name}: {where} has no such parameter")
+    if tuple(parameter.shape) != described.shape:
+        raise SourceError(f"{name}: the checkpoint describes {list(described.shape)}, {where} {list(parameter.shape)}")
+    if not parameter.is_floating_point():
+        raise SourceError(f"{name}: {where} has {parameter.dtype}, which is not a floating-point parameter")
+
+
+def check_dense(name: str, found: Any, wanted: Tensor) -> None:
+    """Compare a dense tensor of a file with the model's.
+
+    Raises:
+        SourceError: of another shape, or of another kind: floating-point, complex, whole, boolean.
+    """
+    if tuple(found.shape) != tuple(wanted.shape):
+        raise SourceError(f"{name}: the file has {list(found.shape)}, the model {list(wanted.shape)}")
+    if _kind(found.dtype) != _kind(wanted.dtype):
+        raise SourceError(f"{name}: the file has {found.dtype}, the model {wanted.dtype}")
+
+
+def _kind(dtype: torch.dtype) -> str:
+    if dtype == torch.bool:
+        return "boolean"
+    return "float" if dtype.is_floating_point else "complex" if dtype.is_complex else "whole"

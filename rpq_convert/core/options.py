@@ -1,0 +1,67 @@
+"""Options as values: each setting is one documented field of a frozen dataclass.
+
+A field carries its default, its range and the sentence that explains it. The library takes keyword arguments and builds these
+values once (`take`); the command line makes its options from the same fields (cli/options.py). Free of torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import field, fields
+from typing import Any, TypeVar
+
+Options = TypeVar("Options")
+ALWAYS, IF_SET, NEVER = "always", "if set", "never"  # whether a plan's record holds a setting
+
+
+def setting(
+    default: Any, help: str, *, least: float | None = None, most: float | None = None, record: str = IF_SET, **shown: Any
+) -> Any:  # fmt: skip
+    """Return a dataclass field.
+
+    Args:
+        default: its value where nothing is asked.
+        help: what it does, in a sentence or two.
+        least, most: its range, ends included.
+        record: whether a plan's record of what was asked holds it: ALWAYS, IF_SET or NEVER.
+        shown: how the command line shows it: `metavar`, `panel` (a heading of `--help`), `choices` of a text, `flag` (its name
+            without the dashes, where it differs); `flag=None` for a setting that the command line does not have.
+    """
+    return field(default=default, metadata={"help": help, "least": least, "most": most, "record": record, **shown})
+
+
+def check_ranges(options: Any, error: type[Exception]) -> None:
+    """Raise `error` for a number that is outside the range of its field."""
+    for f in fields(options):
+        value, least, most = getattr(options, f.name), f.metadata["least"], f.metadata["most"]
+        if (least is None and most is None) or value is None:
+            continue
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or (least is not None and not value >= least) or (most is not None and not value <= most):
+            reach = f"of at least {least}" if most is None else f"between {least} and {most}"
+            raise error(f"{f.name} must be a number {reach}, not {value!r}")
+
+
+def take(given: Mapping[str, Any], *kinds: type) -> list[Any]:
+    """Return one object of each kind, made of the keyword arguments that are its fields.
+
+    Raises:
+        TypeError: an argument that is a field of none; it names the nearest one.
+    """
+    known = [{f.name for f in fields(kind)} for kind in kinds]
+    for name in given:
+        if not any(name in names for names in known):
+            near = difflib.get_close_matches(name, set().union(*known), 1)
+            raise TypeError(f"unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    return [kind(**{k: v for k, v in given.items() if k in names}) for kind, names in zip(kinds, known)]
+
+
+def record(options: Any) -> dict[str, Any]:
+    """Return what was asked, as JSON values, in the order of the fields."""
+    found = {}
+    for f in fields(options):
+        value, when = getattr(options, f.name), f.metadata["record"]
+        if when == ALWAYS or (when == IF_SET and value != f.default):
+            found[f.name] = list(value) if isinstance(value, tuple) else value
+    return found

@@ -1,0 +1,143 @@
+"""PlanOptions: everything that may be asked of a plan. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rpq_convert.core.options import ALWAYS, NEVER, check_ranges, setting
+from rpq_convert.core.options import record as recorded
+from rpq_convert.errors import PlanError
+from rpq_convert.planning.rules import Rule, as_rule, mixes
+
+SIZE, WHAT = "Size and quality", "What to convert"
+DEFAULT_PRESET = "5bit"  # the smallest within 10 % of SmolLM2-135M: docs/default-preset.md
+DEFAULT_SHARD = "5GB"
+FITS = ("kmeans", "additive", "random")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """What is converted, and to which size.
+
+    One of `preset`, `bits`, `target_size`, `max_error`, `codebooks` and `dim` decides the sizes; with none of them the default
+    preset does.
+
+    Raises:
+        PlanError: settings that contradict each other, or a value outside its range.
+    """
+
+    preset: str | None = setting(
+        None, "A preset's name (see `rpq presets`) or a .toml file.", record=ALWAYS, panel=SIZE
+    )
+    bits: float | None = setting(
+        None,
+        "Code bits per weight, 0.05 to 8; one that no layout has exactly, such as 2.5, is met by mixing.",
+        record=ALWAYS, panel=SIZE,
+    )  # fmt: skip
+    target_size: str | int | None = setting(
+        None,
+        "Bytes of all weight files, e.g. 50MB: the size of each layer is chosen so that they fit.",
+        record=NEVER, metavar="SIZE", panel=SIZE,
+    )  # fmt: skip
+    max_error: float | None = setting(
+        None,
+        "Largest expected relative squared error of any layer; each layer gets the smallest size below it.",
+        record=NEVER, panel=SIZE,
+    )  # fmt: skip
+    sensitivity: str | Mapping[str, Any] | None = setting(
+        None,
+        "What budgets go by: JSON of name to number, or shapes alone. By default the model is run and measured.",
+        record=NEVER, metavar="FILE|shape", panel=SIZE,
+    )  # fmt: skip
+    dim: int | None = setting(None, "Length of a sub-vector.", least=1, record=ALWAYS, panel=SIZE)
+    codebooks: str | int | None = setting(
+        None,
+        "'heads': sub-vectors as long as an attention head; or N codebooks per weight.",
+        record=ALWAYS, metavar="heads|N", panel=SIZE,
+    )  # fmt: skip
+    axis: Literal["out", "in"] | None = setting(
+        None, "Axis that sub-vectors run along, where both are possible.", record=ALWAYS, panel=SIZE
+    )
+    fit: Literal["kmeans", "additive", "random"] | None = setting(
+        None, "How codebooks are found.", record=ALWAYS, panel=SIZE
+    )
+    seed: int = setting(0, "Decides every random number.", least=0, record=ALWAYS, panel=SIZE)
+    stages: int | None = setting(
+        None, "With `dim`: how many codewords are summed for one sub-vector.", panel=SIZE, flag=None
+    )
+    rotation: int | None = setting(
+        None,
+        "Size of a block-Hadamard rotation of the inputs, 0 for none; the preset's by default.",
+        least=0,
+        panel=SIZE,
+    )
+    outliers: float | None = setting(
+        None,
+        "Share of each output's weights, the largest, that is kept apart, in 32 bits each: 0.005.",
+        least=0,
+        most=0.1,
+        panel=SIZE,
+    )
+    grow: bool = setting(False, "Convert layers that would grow as well.", record=ALWAYS, panel=SIZE)
+    dtype: Literal["float32", "float16", "bfloat16"] | None = setting(
+        None, "Dtype of what stays dense and of expanded weights; as stored by default.", record=ALWAYS, panel=SIZE
+    )
+    include: tuple[str, ...] = setting(
+        (), "Convert only these; repeatable.", record=ALWAYS, metavar="PATTERN", panel=WHAT
+    )
+    exclude: tuple[str, ...] = setting(
+        (), "Leave these dense; repeatable.", record=ALWAYS, metavar="PATTERN", panel=WHAT
+    )
+    rules: tuple[Rule, ...] = setting(
+        (),
+        "Settings for matching parameters; repeatable, first match wins.",
+        record=ALWAYS, metavar="PATTERN:KEY=VALUE,…", panel=WHAT, flag="rule",
+    )  # fmt: skip
+    max_shard_size: str | int = setting(DEFAULT_SHARD, "Largest weight file.", record=NEVER, metavar="SIZE", panel=SIZE)
+
+    def __post_init__(self) -> None:
+        rules: Iterable[Rule | Mapping[str, Any]] = self.rules
+        object.__setattr__(self, "rules", tuple(as_rule(r) for r in rules))
+        for name in ("include", "exclude"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_ranges(self, PlanError)
+        self._check_sizes()
+        if self.codebooks is not None and self.codebooks != "heads":
+            try:
+                int(self.codebooks)
+            except ValueError:
+                raise PlanError(f"codebooks must be 'heads' or a number, not {self.codebooks!r}") from None
+        if self.stages is not None and self.dim is None:
+            raise PlanError("stages needs dim: together they are the bits per weight")
+        if self.fit is not None and self.fit not in FITS:
+            raise PlanError(f"fit must be {', '.join(FITS[:-1])} or {FITS[-1]}, not {self.fit!r}")
+        if isinstance(self.sensitivity, str) and self.sensitivity != "shape":
+            raise PlanError(f"sensitivity must be 'shape' or a mapping from names to numbers, not {self.sensitivity!r}")
+        if self.sensitivity is not None and not self.budgets:
+            raise PlanError("sensitivity serves a target_size or an average of bits; give one of them")
+
+    @property
+    def budgets(self) -> dict[str, Any]:
+        """What the size of each parameter is chosen by: name -> value; empty where one size serves all."""
+        mixed = self.bits if self.bits is not None and mixes(self.bits) else None
+        asked = {"target_size": self.target_size, "max_error": self.max_error, "bits": mixed}
+        return {name: value for name, value in asked.items() if value is not None}
+
+    def _check_sizes(self) -> None:
+        names: tuple[str, ...] = ("preset", "bits", "codebooks")
+        if self.budgets:
+            names = ("preset", "bits", "codebooks", "dim", "stages", "target_size", "max_error")
+        given = sorted(n for n in names if getattr(self, n) is not None)
+        if len(given) > 1 and self.budgets:
+            raise PlanError(f"give one of {', '.join(given)}, not several: each decides the sizes")
+        if len(given) > 1:
+            raise PlanError("give one of preset, bits and codebooks, not several")
+
+    def record(self) -> dict[str, Any]:
+        """Return what was asked, for plans and reports, as JSON values."""
+        found = recorded(self) | {"rules": [{"match": r.match, **r.settings} for r in self.rules]}
+        if all(found[k] is None for k in ("preset", "bits", "dim", "codebooks")):
+            found["preset"] = DEFAULT_PRESET
+        return found

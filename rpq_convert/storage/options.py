@@ -1,0 +1,37 @@
+"""SourceOptions: where a checkpoint comes from, and how it may be read. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rpq_convert.core.options import setting
+
+PANEL = "Source"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubOptions:
+    """Which revision of a repository of the hub, and how it may be asked for."""
+
+    revision: str | None = setting(None, "Branch, tag or commit on the hub.", panel=PANEL)
+    token: str | bool | None = setting(
+        None, "Access token of the hub; HF_TOKEN or `hf auth login` keep it out of the shell's history.", panel=PANEL
+    )
+    local_files_only: bool = setting(False, "Never ask the hub.", panel=PANEL)
+
+    @property
+    def hub(self) -> dict[str, Any]:
+        """The arguments of transformers' and huggingface_hub's functions that fetch files."""
+        return {"revision": self.revision, "token": self.token, "local_files_only": self.local_files_only}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions(HubOptions):
+    """Where a checkpoint comes from, and how it may be read."""
+
+    factory: str | Callable[[], Any] | None = setting(
+        None, "Builds the model of a checkpoint that is not transformers'.", metavar="PACKAGE:CALLABLE", panel=PANEL
+    )
+    allow_pickle: bool = setting(False, "Read pickled weights, tensors only, where there are no others.", panel=PANEL)
