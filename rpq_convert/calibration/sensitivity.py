@@ -1,4 +1,4 @@
-"""Sensitivity: how much the model's output suffers for each parameter's error, measured by running it.
+"""Sensitivity: how much each parameter's error changes the model's output, measured by running it.
 
 To second order the expected loss from small independent errors e is 1/2 sum F e^2, where F, the Fisher information's
 diagonal, is the mean square of the gradients of log p(y) for y drawn from the model itself: one backward pass serves every
@@ -37,7 +37,7 @@ from rpq_convert.running.modes import quiet
 PROBE = (4, 1)  # dim and stages of the quick fit
 STEPS = 8  # per octave, to which results are rounded: threads and machines add up in other orders
 LARGEST = 8 * 10**9  # bytes of a model that is loaded whole to be measured without being asked
-LEAST = 0.01  # of the average weight's: what never met its input is not worth nothing
+LEAST = 0.01  # of the average weight's, at least: a weight that no input reached still counts
 # The share of the loss from a layer's errors that calibration leaves; tables that are only looked up gain nothing by it. MiniLM at
 # 2 bits loses .30 of its mean cosine without and .18 with it, SmolLM2 at 4 bits .61 and .085 nats.
 CALIBRATED = 0.5
@@ -149,8 +149,8 @@ def _backward(model: nn.Module, item: Any, generator: torch.Generator) -> float:
         return float(main.detach().double().square().sum())
 
 
-def asks(options: PlanOptions) -> bool:
-    """Say whether options ask for a plan that measured sensitivities would better."""
+def needs_sensitivities(options: PlanOptions) -> bool:
+    """Return whether the plan for these options needs measured sensitivities."""
     return bool(options.budgets.keys() - {"max_error"}) and options.sensitivity is None and options.fit != "random"
 
 

@@ -1,7 +1,8 @@
-"""Adapters: PEFT runs on RPQ layers as it is, since they are what they were and their `weight` reads like a tensor.
+"""Adapters of PEFT: merged into converted layers.
 
-What it cannot do is add an adapter to codes: that write raises, and nothing is lost. `merge_adapter` does it: the adapted
-layers become dense, PEFT merges, and they are encoded again as they were, each with its own error in the report.
+PEFT runs on converted layers without changes: they keep their class and their `weight` reads like a tensor. It cannot add an
+adapter to codes: that write raises. `merge_adapter` makes the adapted layers dense, lets PEFT merge, and encodes them again with
+the same settings. The report gives the error of each.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from rpq_convert.calibration.sensitivity import asks
+from rpq_convert.calibration.sensitivity import needs_sensitivities
 from rpq_convert.checkpoint.described import plan_of
 from rpq_convert.checkpoint.metadata import quantization_config
 from rpq_convert.checkpoint.opening import Opened
@@ -147,7 +147,7 @@ class RPQQuantizer(HfQuantizer):
     def _plan(self, model: Any) -> None:
         """Plan a conversion on load; one whose sizes depend on the weights waits until they are there."""
         (options,) = take(self.quantization_config.options, PlanOptions)
-        if asks(options):
+        if needs_sensitivities(options):
             return
         tied = copy.deepcopy(model)  # on meta; transformers ties weights when they are loaded
         for alias, name in model.all_tied_weights_keys.items():

@@ -223,7 +223,7 @@ class _Run:
             gradients = torch.autograd.grad(loss, [*self.values.values(), *weights], allow_unused=True)
         found = dict(zip(self.values, gradients))
         if not all(bool(torch.isfinite(g).all()) for g in gradients if g is not None):
-            return float(loss.detach())  # a batch that overflows teaches nothing
+            return float(loss.detach())  # a batch that overflows changes nothing
         warm = max(1, round(WARM * self.options.steps))
         left = max(0.0, (state.step - warm) / max(1, self.options.steps - warm))
         factor = state.share * min((state.step + 1) / warm, LAST + (1 - LAST) * (1 + math.cos(math.pi * left)) / 2)
