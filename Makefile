@@ -33,7 +33,7 @@ demo: $(VENV)/.demo  ## convert a real pretrained model, audit it, reload it, me
 
 # two tests at a time with one thread each: with more, they would wait for each other's threads
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu and not network"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not network"
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow

@@ -7,6 +7,8 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
+from rpq_convert import kernels
+
 PACKAGES = ("rpq-convert", "torch", "transformers", "safetensors", "numba")
 BROKEN = (
     "broken: a CUDA build beside a CPU-only torch. rpq-convert works around it in its own commands; to fix it everywhere, "
@@ -20,7 +22,7 @@ def facts() -> dict[str, str | int]:
     found: dict[str, str | int] = {"python": platform.python_version(), "platform": platform.platform()}
     found |= {package: installed(package) for package in PACKAGES}
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return found | {"cpus": cpus, "torchvision": torchvision()}
+    return found | {"cpus": cpus, "kernels": kernels.described(), "torchvision": torchvision()}
 
 
 def installed(package: str) -> str:

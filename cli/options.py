@@ -1,7 +1,6 @@
 """Options of the commands. Those of a plan and of a source are made from the fields of the library's own classes."""
 
 import inspect
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -110,20 +109,11 @@ def _meant(name: str, value: Any) -> Any:
 def _sensitivity(text: str) -> Any:
     if text == "shape":
         return text
-    try:
-        found = json.loads(Path(text).read_text("utf8"))
-    except ValueError as e:
-        raise typer.BadParameter(f"{text} is not JSON: {e}", param_hint="--sensitivity") from None
-    numbers = isinstance(found, dict) and all(
-        isinstance(x, (int, float)) and not isinstance(x, bool) and x >= 0
-        for v in found.values()
-        for x in (v.values() if isinstance(v, dict) and v else [v])
-    )
-    if not numbers:
-        raise typer.BadParameter(
-            f"{text} must map parameter names to numbers, or to bits and losses", param_hint="--sensitivity"
-        )
-    return found
+    from rpq_convert.errors import PlanError
+    from rpq_convert.schemas import kinds
+    from rpq_convert.schemas.checking import read_json
+
+    return read_json(text, kinds.SENSITIVITIES, PlanError)
 
 
 def find_modules(factory: str | None) -> None:

@@ -24,7 +24,7 @@ from rpq_convert.inputs.synthetic import own_inputs
 from rpq_convert.report.schema import Report
 from rpq_convert.storage.options import SourceOptions
 from rpq_convert.storage.reader import refuse_links
-from rpq_convert.storage.writer import REPORT
+from rpq_convert.storage.writer import REPORT, read_manifest
 from rpq_convert.tuning.blocks import tune_blocks_with
 from rpq_convert.tuning.options import TuneOptions
 from rpq_convert.tuning.tune import Tuning, tune_with
@@ -66,6 +66,8 @@ def evaluate_folder(
         raise EvaluateError("give one thing to measure on: a text, pairs or inputs")
     if keep and not (Path(folder) / REPORT).is_file():  # said before hours of measuring, not after
         raise SourceError(f"{folder} has no {REPORT} to write into; leave out --save")
+    if keep:
+        read_manifest(Path(folder))
     dense, converted = _both(base, folder, factory)
     if text is not None and converted.can_generate():
         words = tokenizer_of(base)

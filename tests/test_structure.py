@@ -18,7 +18,8 @@ LEVELS = [
     ["storage", "layers", "fit"],
     ["planning", "kernels"],
     ["core"],
-    ["errors", "version", "report", "running"],
+    ["report", "running"],
+    ["errors", "version", "schemas"],
     ["showing"],
 ][::-1]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
@@ -35,6 +36,7 @@ HOMES = {
     "vit_pytorch": {"models/vit.py"},
     "torchvision": set(),
     "huggingface_hub": {"hf/hub.py", "hf/model_card.py", "checkpoint/publishing.py", "integrations/serving.py"},
+    "msgspec": {"schemas"},
     "typer": {"cli"},
     "rich": {"cli"},
     "numba": {"kernels", "fit/loops"},

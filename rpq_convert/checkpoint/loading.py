@@ -7,7 +7,6 @@ transformers' own classes, any other through a factory that the caller gives.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,8 @@ from rpq_convert.layers import surgery
 from rpq_convert.layers.surgery import AFTER
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning.plan import FORMAT_VERSION
+from rpq_convert.schemas import kinds
+from rpq_convert.schemas.checking import check, parse_json, read_text
 from rpq_convert.storage.options import SourceOptions
 from rpq_convert.storage.reader import open_folder, refuse_links
 from rpq_convert.storage.writer import CONFIG
@@ -76,10 +77,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise SourceError(f"{path} does not exist: not a checkpoint folder")
-    try:
-        config = json.loads(path.read_text("utf8"))
-    except (ValueError, RecursionError) as e:
-        raise SourceError(f"{path} is not JSON: {e}") from None
+    config: Any = parse_json(read_text(path, kinds.CONFIG, SourceError), kinds.CONFIG, path, SourceError)
     rpq = config.get("quantization_config") if isinstance(config, dict) else None
     if not isinstance(rpq, dict) or rpq.get("quant_method") != "rpq":
         raise SourceError(
@@ -89,10 +87,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise SourceError(
             f"{folder} has format version {rpq.get('format_version')!r}, this rpq-convert reads {FORMAT_VERSION}"
         )
-    absent = [k for k in ("modules", "tied", "guard") if k not in rpq]
-    if absent:
-        raise SourceError(f"{path}: its quantization_config has no {', '.join(absent)}")
-    return config
+    check(config, kinds.CONFIG, path, SourceError)
+    return config  # type: ignore[no-any-return]
 
 
 def fill(model: nn.Module, config: Mapping[str, Any], source: Any) -> None:

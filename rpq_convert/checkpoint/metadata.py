@@ -16,7 +16,7 @@ from typing import Any
 from rpq_convert.core.results import Evaluation
 from rpq_convert.hf.model_card import BASE_CARD, Base, model_card, with_quality
 from rpq_convert.planning.plan import FORMAT_VERSION, Plan
-from rpq_convert.report.schema import FileRow, Report
+from rpq_convert.report.schema import FileRow, Report, read_report
 from rpq_convert.storage.writer import CARD, CONFIG, REPORT, Folder, amend
 from rpq_convert.version import __version__
 
@@ -113,7 +113,7 @@ def add_evaluation(folder: Path, on: str, found: Evaluation) -> None:
     Args:
         on: the name of what was measured on, such as a file's.
     """
-    report = Report.from_json((folder / REPORT).read_text("utf8"))
+    report = read_report(folder / REPORT)
     others = [e for e in report.evaluations if (e["on"], e["kind"]) != (on, found.kind)]
     entry = {"on": on, "kind": found.kind, "samples": found.samples, "metrics": dict(found.metrics)}
     report = replace(report, evaluations=(*others, entry))

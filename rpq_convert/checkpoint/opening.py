@@ -23,6 +23,8 @@ from rpq_convert.hf.model_card import Base, base_in
 from rpq_convert.layers import surgery
 from rpq_convert.planning.slots import Slot, walk, walk_headers
 from rpq_convert.running.meta import parameters_on_meta
+from rpq_convert.schemas import kinds
+from rpq_convert.schemas.checking import read_json
 from rpq_convert.storage.options import SourceOptions
 from rpq_convert.storage.reader import open_folder, refuse_links, weight_files
 from rpq_convert.storage.writer import CARD, CONFIG
@@ -149,7 +151,7 @@ def open_checkpoint(
     from rpq_convert.hf import loading
 
     config = loading.load_config(folder)
-    opened.config = json.loads((folder / CONFIG).read_text("utf8"))
+    opened.config = read_json(folder / CONFIG, kinds.DENSE_CONFIG, SourceError)
     method = (opened.config.get("quantization_config") or {}).get("quant_method")
     if method:
         raise SourceError(f"{src} is quantized already ({method}); start from the original weights")

@@ -16,7 +16,7 @@ from typing import Any
 from rpq_convert.checkpoint.verifying import verify
 from rpq_convert.errors import HubError
 from rpq_convert.hf.hub import asking, client
-from rpq_convert.storage.writer import CARD, MANIFEST
+from rpq_convert.storage.writer import CARD, MANIFEST, read_manifest
 
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 
@@ -102,7 +102,7 @@ def _check_visibility(is_private: bool, private: bool, name: str) -> None:
 
 def _contents(folder: Path, names: list[str], repo: str) -> Mapping[str, Path | bytes]:
     """Return what is sent: the folder's files, the card's loading code naming the repository, and the manifest with it."""
-    manifest = json.loads((folder / MANIFEST).read_text("utf8"))
+    manifest = read_manifest(folder)
     card = (folder / CARD).read_text("utf8").replace(f'("{folder.resolve().name}"', f'("{repo}"').encode()
     manifest["files"][CARD] = {"bytes": len(card), "sha256": hashlib.sha256(card).hexdigest()}
     files: dict[str, Path | bytes] = {name: folder / name for name in names}

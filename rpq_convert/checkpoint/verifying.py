@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +14,10 @@ from rpq_convert.core import description
 from rpq_convert.core.options import take
 from rpq_convert.errors import SourceError, VerifyError
 from rpq_convert.hf import hub
-from rpq_convert.report.schema import FileRow, Report
+from rpq_convert.report.schema import FileRow, Report, read_report
 from rpq_convert.storage.options import HubOptions
 from rpq_convert.storage.reader import open_folder, refuse_links
-from rpq_convert.storage.writer import CONFIG, MANIFEST, REPORT, sha256
+from rpq_convert.storage.writer import CONFIG, MANIFEST, REPORT, read_manifest, sha256
 
 
 def verify(
@@ -35,15 +34,9 @@ def verify(
     """
     folder = Path(path)
     refuse_links(folder)
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
+    if not (folder / MANIFEST).is_file():
         read_config(folder)  # raises where it is no RPQ folder at all
-        raise VerifyError(f"{manifest} is missing: the folder was not finished by rpq-convert")
-    try:
-        listed: dict[str, Any] = json.loads(manifest.read_text("utf8"))["files"]
-        files = {name: (facts["bytes"], facts["sha256"]) for name, facts in listed.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise VerifyError(f"{manifest} is not a manifest: {e!r}") from None
+    files = {name: (facts["bytes"], facts["sha256"]) for name, facts in read_manifest(folder)["files"].items()}
     unlisted = [p for p in (folder / CONFIG, *sorted(folder.glob("*.safetensors*"))) if p.name not in files]
     if unlisted:
         raise VerifyError(f"{unlisted[0]} is not in the manifest")
@@ -59,9 +52,8 @@ def verify(
             raise VerifyError(f"{file} does not match its sha256 in the manifest")
         if progress:
             progress(name)
-    config = read_config(folder)
     try:
-        source = open_folder(folder)
+        config, source = read_config(folder), open_folder(folder)
     except SourceError as e:
         raise VerifyError(str(e)) from None
     try:
@@ -95,9 +87,6 @@ def audit(path: str | Path, **source: Any) -> Report:
     file = folder / REPORT
     if not file.is_file():
         raise SourceError(f"{file} is missing: the folder has no report")
-    try:
-        report = Report.from_json(file.read_text("utf8"))
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise SourceError(f"{file} is not a report that this rpq-convert reads: {e}") from None
+    report = read_report(file)
     sizes = tuple(FileRow(name, size or 0) for name, size in sorted(files.items()))
     return replace(report, files=sizes)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,13 +17,12 @@ from torch import Tensor
 from rpq_convert.core.axes import WeightView
 from rpq_convert.core.spec import CODEBOOK_DTYPES, DTYPES, Spec
 from rpq_convert.errors import SourceError
+from rpq_convert.schemas import kinds
+from rpq_convert.schemas.checking import check
 
 LARGEST = 1 << 40  # numbers of one tensor
-MOST_AXES = 16  # axes of one parameter
 FLOATS = frozenset(CODEBOOK_DTYPES.values())
 PARTS = ("codebooks", "codes", "scales", "outliers", "positions")
-NUMBERS = ("dim", "books", "stages", "rotation", "outliers")
-TEXTS = ("axis", "codebook_dtype", "layout", "outlier_dtype")
 OTHERS = ("view", "shape", "dtype", "zero_row")
 Expected = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -65,37 +64,8 @@ def read(description: Any) -> Described:
     Raises:
         ValueError: a field that is missing, unknown, of the wrong type, or out of its range.
     """
-    if not isinstance(description, Mapping):
-        raise ValueError(f"its description is {type(description).__name__}, not an object")
-    rest = dict(description)
-    known = {f.name for f in fields(Spec)} | set(OTHERS)
-    if unknown := sorted(map(str, set(rest) - known)):
-        raise ValueError(f"its description has the unknown field {unknown[0]!r}")
-    if absent := [k for k in ("dim", "view", "shape", "dtype") if k not in rest]:
-        raise ValueError(f"its description has no {', '.join(absent)}")
-    for name in NUMBERS:
-        if name in rest and not _whole(rest[name]):
-            raise ValueError(f"{name} must be a whole number, not {rest[name]!r}")
-    for name in (*TEXTS, "view", "dtype"):
-        if name in rest and not isinstance(rest[name], str):
-            raise ValueError(f"{name} must be text, not {rest[name]!r}")
-    if not isinstance(rest.get("scales"), (str, type(None))):
-        raise ValueError(f"scales must be the name of a dtype or null, not {rest['scales']!r}")
-    names, size, dtype, zero_row = (rest.pop(k, None) for k in OTHERS)
-    shape, view = _shape(size), WeightView(names)
-    view.check(shape)
-    if len(shape) < 2 or not all(a.isidentifier() for a in view.axes):
-        raise ValueError(f"view {names!r} does not name two or more axes")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
-    spec = Spec(**rest)
-    for part, (_, size) in spec.tensors(view, shape).items():
-        if math.prod(size) > LARGEST:
-            raise ValueError(f"its {part} would hold {math.prod(size):,} numbers; at most {LARGEST:,}")
-    rows = view.axes == ("out", "in")
-    if zero_row is not None and not (rows and _whole(zero_row) and 0 <= zero_row < shape[0]):
-        raise ValueError(f"zero_row {zero_row!r} is no row of a table {list(shape)}")
-    return Described(spec, view, shape, DTYPES[dtype], zero_row)
+    check(description, kinds.MODULE, "the value", ValueError)
+    return _described(description)
 
 
 def read_all(config: Any) -> Contents:
@@ -104,32 +74,35 @@ def read_all(config: Any) -> Contents:
     Raises:
         SourceError: what is wrong, and of which weight.
     """
-    modules, tied, guard = (config.get(k) for k in ("modules", "tied", "guard"))
-    if not isinstance(modules, Mapping) or not isinstance(tied, Mapping):
-        raise SourceError("quantization_config: modules and tied must be objects")
-    if not all(isinstance(n, str) for n in tied.values()) or not isinstance(guard, (str, type(None))):
-        raise SourceError("quantization_config: tied and guard must name parameters")
+    check(config, kinds.CONTENTS, "quantization_config", SourceError)
     found = {}
-    for name, description in modules.items():
+    for name, description in config["modules"].items():
         try:
-            found[name] = read(description)
-        except (ValueError, TypeError) as e:
+            found[name] = _described(description)
+        except ValueError as e:
             raise SourceError(f"{name}: its description does not fit this version: {e}") from None
+    tied = config["tied"]
     if both := sorted(set(found) & set(tied)):
         raise SourceError(f"{both[0]} is described, and tied to {tied[both[0]]} as well")
-    return Contents(found, tied, guard)
+    return Contents(found, tied, config["guard"])
 
 
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _shape(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, (list, tuple)) or not all(_whole(s) and s > 0 for s in value) or len(value) > MOST_AXES:
-        raise ValueError(f"shape must be a list of whole numbers above 0, not {str(value)[:80]}")
-    if math.prod(value) > LARGEST:
-        raise ValueError(f"shape {list(value)} holds more than {LARGEST:,} numbers")
-    return tuple(value)
+def _described(description: Mapping[str, Any]) -> Described:
+    """Return a description whose fields have the right types; what they say together is checked here."""
+    rest = dict(description)
+    names, size, dtype, zero_row = (rest.pop(k, None) for k in OTHERS)
+    shape, view = tuple(size), WeightView(names)
+    view.check(shape)
+    if len(shape) < 2 or not all(a.isidentifier() for a in view.axes):
+        raise ValueError(f"view {names!r} does not name two or more axes")
+    spec = Spec(**rest)
+    stored = {"weight": shape, **{part: size for part, (_, size) in spec.tensors(view, shape).items()}}
+    for part, size in stored.items():
+        if math.prod(size) > LARGEST:
+            raise ValueError(f"its {part} would hold {math.prod(size):,} numbers; at most {LARGEST:,}")
+    if zero_row is not None and not (view.axes == ("out", "in") and zero_row < shape[0]):
+        raise ValueError(f"zero_row {zero_row!r} is no row of a table {list(shape)}")
+    return Described(spec, view, shape, DTYPES[dtype], zero_row)
 
 
 def misfit(expected: Expected, found: Mapping[str, Any], *, exact: bool = True) -> str:

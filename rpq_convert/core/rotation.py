@@ -1,9 +1,10 @@
 """Rotation: an orthogonal block-Hadamard transform of a weight's inputs, which spreads outliers over their block.
 
-Codes then describe `W R^T`, and a layer rotates its inputs instead of its weight: `W x = (W R^T)(R x)`. R is the Hadamard matrix
-of `size` (Sylvester's), its columns with signs, the same for each run of `size` inputs; as it is fixed, nothing is stored. By sums
-and differences it costs a layer `log2(size) / outputs` of a dense product (Ashkboos et al. 2024, arXiv:2404.00456, rotate
-whole models instead, which only some architectures allow).
+Codes then describe `W R^T`, and the layer rotates its inputs: `W x = (W R^T)(R x)`. R is block-diagonal, with blocks of `size`
+inputs. A block is Sylvester's Hadamard matrix over sqrt(size), its columns multiplied by fixed signs. R is a function of `size`
+alone, so nothing is stored. By sums and differences it costs a layer `log2(size) / outputs` of a dense product.
+
+Source: QuaRot (Ashkboos et al. 2024, arXiv:2404.00456) rotates whole models, which only some architectures allow.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ LEAST = 8  # smallest block that is worth a transform
 
 
 def fitting(size: int, inputs: int) -> int:
-    """Return the largest power of two up to `size` that divides the inputs; 0 where that is too small to serve."""
+    """Return the largest power of two up to `size` that divides the number of inputs; 0 where it is below LEAST."""
     found = min(1 << (size.bit_length() - 1), inputs & -inputs) if size > 0 else 0
     return found if found >= LEAST else 0
 
 
 def signs(size: int) -> list[float]:
-    """Return the fixed signs of a block's inputs, from a hash (Wellons' lowbias32): the same everywhere and for ever."""
+    """Return the signs, 1.0 or -1.0, of a block's `size` inputs, from a hash (Wellons' lowbias32): they never change."""
 
     def mixed(i: int) -> int:
         i = (i ^ i >> 16) * 0x7FEB352D & 0xFFFFFFFF
@@ -37,25 +38,26 @@ def signs(size: int) -> list[float]:
 @functools.lru_cache(64)
 def matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return R [size, size]."""
-    turn = torch.ones(1, 1, dtype=torch.float64)
-    while len(turn) < size:
-        turn = torch.cat([torch.cat([turn, turn], 1), torch.cat([turn, -turn], 1)])
-    turn = turn / math.sqrt(size) * torch.tensor(signs(size), dtype=torch.float64)
+    transform = torch.ones(1, 1, dtype=torch.float64)
+    while len(transform) < size:
+        transform = torch.cat([torch.cat([transform, transform], 1), torch.cat([transform, -transform], 1)])
+    transform = transform / math.sqrt(size) * torch.tensor(signs(size), dtype=torch.float64)
     with torch.inference_mode(False):  # kept, and so used where gradients are recorded
-        return turn.to(dtype).to(device)
+        return transform.to(dtype).to(device)
 
 
 def rotate(x: Tensor, size: int, *, back: bool = False) -> Tensor:
-    """Return `R x` along the last axis, or `R^T x` with `back`; the same for size 0. Differentiable.
+    """Return `R x` along the last axis of x [..., inputs], or `R^T x` with `back`; x itself for size 0. Differentiable.
 
-    In operations that torch's tracers and transforms see; what layers multiply is rotated faster by `kernels/hadamard.py`.
+    `size` must divide the inputs. torch's tracers and transforms see the operations. The inputs of layers on the CPU are rotated
+    by `kernels/cpu/hadamard.py`, which is faster.
     """
     if not size:
         return x
     if torch.compiler.is_compiling():  # a graph holds operations, not a tensor that this process keeps
         return _steps(x, size, back)
-    turn = matrix(size, x.dtype, x.device)
-    return (x.reshape(-1, size) @ (turn if back else turn.T)).reshape(x.shape)
+    transform = matrix(size, x.dtype, x.device)
+    return (x.reshape(-1, size) @ (transform if back else transform.T)).reshape(x.shape)
 
 
 def _steps(x: Tensor, size: int, back: bool) -> Tensor:

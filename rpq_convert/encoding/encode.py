@@ -97,7 +97,7 @@ LARGE = 1
 def _fit(
     job: Job, dense: Tensor, statistics: Statistics | None, start: Mapping[str, Tensor] | None
 ) -> tuple[dict[str, Tensor], int, int | None]:
-    from rpq_convert.fit import FITTERS, Fitted, count_dead, fit_feedback  # numba: imported on use
+    from rpq_convert.fit import FITTERS, Fitted, count_dead, fit_gptq  # numba: imported on use
 
     spec, view = job.spec, job.weight_view
     tensors: dict[str, Tensor] = {}
@@ -141,7 +141,7 @@ def _fit(
             hessian = statistics.hessian
             if hessian.ndim == 3 and spec.axis == "out" and "expert" not in view.axes:
                 hessian = hessian.mean(0)  # a sub-vector runs over outputs of several groups
-            fitted = fit_feedback(matrix, hessian, axis=spec.axis, scales=exact, start=before, **common)
+            fitted = fit_gptq(matrix, hessian, axis=spec.axis, scales=exact, start=before, **common)
     except ValueError as e:
         raise EncodeError(f"{job.name} {list(job.shape)}: {e}") from e
     return tensors | _stored(job, fitted.codebooks, fitted.codes), fitted.dead, zero_row

@@ -17,7 +17,16 @@ from rpq_convert.fit.kmeans import ITERATIONS, fit_kmeans, fit_points
 from rpq_convert.fit.loops.beam import encode_sum, shift
 from rpq_convert.fit.loops.kmeans import accumulate
 from rpq_convert.fit.loops.nearest import CODEWORDS
-from rpq_convert.fit.problem import Group, Importance, Problem, collect, few, generator, pose, round_codebooks
+from rpq_convert.fit.problem import (
+    Group,
+    Importance,
+    Problem,
+    collect,
+    fit_distinct,
+    generator,
+    make_problem,
+    round_codebooks,
+)
 from rpq_convert.fit.result import Fitted, count_dead
 
 SAMPLE = 1 << 16  # points a set of codebooks is fitted on
@@ -46,12 +55,12 @@ def fit_additive(
         return fit_kmeans(
             matrix, dim=dim, books=books, stages=1, seed=seed, codebook_dtype=codebook_dtype, importance=importance
         )
-    problem = pose(matrix, importance, dim=dim, books=books, stages=stages)
+    problem = make_problem(matrix, importance, dim=dim, books=books, stages=stages)
     codebooks = np.zeros((stages, books, CODEWORDS, dim), np.float32)
     codes = np.zeros((stages, problem.blocks, problem.matrix.shape[0]), np.uint8)
     exact = []
     for book in range(books):
-        table = few(problem, book, codes[0])
+        table = fit_distinct(problem, book, codes[0])
         exact.append(table is not None)
         if table is None:
             codebooks[:, book] = fit_sum(problem, book, stages, seed)

@@ -1,13 +1,14 @@
-"""Error feedback: codes chosen one input position at a time, each position making up for the errors of those before.
+"""GPTQ: codes chosen one input at a time, with error compensation by the later inputs.
 
-With the second moments `H = sum x x^T` of a layer's inputs, what a conversion costs is `tr((W - W') H (W - W')^T)`, not
-the error of the weights. As in GPTQ (Frantar et al. 2022; Hassibi and Stork 1992) inputs are taken in order of falling
-power; when one is coded, the error that is left is spread over the inputs that are not, by the inverse of their `H`. Cut
-along the outputs, the sub-vectors of a step share one input, so the nearest codeword is the exact optimum of the step.
-Cut along the inputs, a step takes `dim` inputs at once, weighted by what each alone would cost.
+With the Hessian `H = sum x x^T` of a layer's inputs, a conversion costs `tr((W - W') H (W - W')^T)`, which is not the error of
+the weights. As in GPTQ (Frantar et al. 2022, arXiv:2210.17323; Hassibi and Stork 1992) inputs are taken in order of falling
+power. When one is coded, its error is spread over the inputs that are not, by the inverse of their `H`. With sub-vectors along
+the outputs, those of a step share one input, and the nearest codeword is the exact optimum of the step. With sub-vectors along
+the inputs, a step takes `dim` inputs at once, and the search runs in the coordinates in which their joint cost is a distance.
 
-Codebooks are fitted first, weighted by the power of the inputs; then they move to the means of what each codeword was
-asked to stand for, and the codes are chosen again (ROUNDS).
+Codebooks are fitted first, weighted by the power of the inputs. Then each codeword moves to the mean of its targets (what was
+to be coded, errors of earlier inputs included), and all codes are chosen again (ROUNDS). The best round is kept, or the nearest
+codewords without compensation, by calibrated error.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from rpq_convert.fit.loops.nearest import CODEWORDS, SIDE, nearest
 from rpq_convert.fit.result import Fitted, count_dead
 
 DAMP = 0.01  # of the mean power, added to every input's: what few samples say nothing about stays as it is
-LAZY = 128  # inputs whose errors are passed on to all the later ones in one product
+BLOCK = 128  # inputs whose errors are spread over all later inputs in one product (GPTQ's block size)
 WIDE = 4096  # outputs whose errors are measured at a time
 NOTHING = np.empty((0, CODEWORDS, 1))
-ROUNDS = 1  # of codes after the first that start from moved codebooks
+ROUNDS = 1  # how many times codebooks are updated and codes chosen again
 
 
-def fit_feedback(
+def fit_gptq(
     matrix: torch.Tensor,
     hessian: torch.Tensor,
     *,
@@ -40,18 +41,15 @@ def fit_feedback(
     seed: int,
     codebook_dtype: torch.dtype = torch.float32,
     scales: torch.Tensor | None = None,
-    rounds: int = ROUNDS,
     start: Fitted | None = None,
 ) -> Fitted:
     """Fit codebooks and codes so that the error of the layer's output on its calibration inputs is small.
 
     Args:
         matrix: [n, L], each output already divided by its scale; n are inputs with axis `out`, L with axis `in`.
-        hessian: [inputs, inputs], `sum x x^T` over the layer's inputs; or [parts, inputs, inputs] where the matrix is that
-            many equal runs of rows, each with inputs of its own (experts, groups of a convolution).
+        hessian: [inputs, inputs], `sum x x^T` over the layer's inputs, any float dtype; or [parts, inputs, inputs] where
+            the matrix is that many equal runs of rows, each with inputs of its own (experts, groups of a convolution).
         scales: one per output, or None for ones: what an error in that output is multiplied by.
-        rounds: how many times codebooks move and codes are chosen again; the best round is kept, or the
-            nearest codewords without feedback, by calibrated error.
         start: an earlier fit, to start from; its codes are then what must be beaten.
 
     Raises:
@@ -66,13 +64,13 @@ def fit_feedback(
     chosen = codebooks, fitted.codes
     plain = fitted.codes.chunk(len(parts), 2)
     least = sum(p.cost(p.decode(codebooks.float().numpy(), c.numpy())) for p, c in zip(parts, plain))
-    for turn in range(rounds + 1):
-        moves = np.zeros(codebooks.shape), np.zeros(codebooks.shape)
-        found = [p.code(codebooks.float().numpy(), moves if turn < rounds else None) for p in parts]
-        if (cost := sum(p.cost(near) for p, (_, near) in zip(parts, found))) < least:
+    for number in range(ROUNDS + 1):
+        updates = np.zeros(codebooks.shape), np.zeros(codebooks.shape)
+        found = [p.code(codebooks.float().numpy(), updates if number < ROUNDS else None) for p in parts]
+        if (cost := sum(p.cost(decoded) for p, (_, decoded) in zip(parts, found))) < least:
             least, chosen = cost, (codebooks, torch.cat([codes for codes, _ in found], 2))
-        if turn < rounds:
-            step = np.divide(moves[0], moves[1], out=np.zeros_like(moves[0]), where=moves[1] > 0)
+        if number < ROUNDS:
+            step = np.divide(updates[0], updates[1], out=np.zeros_like(updates[0]), where=updates[1] > 0)
             codebooks = (codebooks.double() + torch.from_numpy(step)).to(codebook_dtype)
     return Fitted(*chosen, count_dead(chosen[1], books))
 
@@ -81,19 +79,19 @@ def _parts(
     matrix: torch.Tensor, hessian: torch.Tensor, axis: str, scales: torch.Tensor | None, *, dim: int, books: int
 ) -> list[_Part]:
     """Return the problems that share codebooks but not inputs."""
-    moments = hessian.detach().to("cpu", torch.float64)
-    moments = moments[None] if moments.ndim == 2 else moments
-    rows = matrix.shape[0] // len(moments)
+    hessians = hessian.detach().to("cpu", torch.float64)
+    hessians = hessians[None] if hessians.ndim == 2 else hessians
+    rows = matrix.shape[0] // len(hessians)
     inputs = rows if axis == "out" else matrix.shape[1]
-    if moments.shape[1:] != (inputs, inputs):
+    if hessians.shape[1:] != (inputs, inputs):
         raise ValueError(f"statistics of {list(hessian.shape)} for {inputs} inputs")
-    if not bool(torch.isfinite(moments).all()) or bool((moments.diagonal(dim1=1, dim2=2) < 0).any()):
+    if not bool(torch.isfinite(hessians).all()) or bool((hessians.diagonal(dim1=1, dim2=2) < 0).any()):
         raise ValueError("statistics of the inputs are not finite second moments")
     outputs = rows * matrix.shape[1] // inputs
-    gains = torch.ones(len(moments), outputs) if scales is None else scales.detach().float().reshape(len(moments), -1)
+    gains = torch.ones(len(hessians), outputs) if scales is None else scales.detach().float().reshape(len(hessians), -1)
     return [
         _Part(part, h, gain, axis, dim=dim, books=books)
-        for part, h, gain in zip(matrix.detach().to("cpu", torch.float32).split(rows), moments, gains)
+        for part, h, gain in zip(matrix.detach().to("cpu", torch.float32).split(rows), hessians, gains)
     ]
 
 
@@ -147,20 +145,20 @@ class _Part:
             self.costs = np.ascontiguousarray(cost.numpy())
             self.flat = bool((cost == cost[0, 0]).all())
 
-    def cost(self, near: torch.Tensor) -> float:
+    def cost(self, decoded: torch.Tensor) -> float:
         """Return the calibrated error of decoded weights [inputs, outputs]."""
         hessian, total = self.hessian.float(), 0.0
-        for dense, found, gain in zip(*(m.split(WIDE, -1) for m in (self.dense, near, self.gain)), strict=True):
+        for dense, found, gain in zip(*(m.split(WIDE, -1) for m in (self.dense, decoded, self.gain)), strict=True):
             error = (dense - found) * gain
             total += float(((hessian @ error) * error).double().sum())
         return total
 
     def decode(self, codebooks: np.ndarray, codes: np.ndarray) -> torch.Tensor:
         """Return the weights [inputs, outputs] of codes [stages, blocks, n]."""
-        near = [
+        decoded = [
             _decode(codebooks[:, b * self.books // self.blocks], codes[:, b]) for b in range(self.blocks)
         ]  # each [n, dim]
-        matrix = torch.from_numpy(np.concatenate(near, 1))
+        matrix = torch.from_numpy(np.concatenate(decoded, 1))
         return matrix[:, : self.dense.shape[1]] if self.axis == "out" else matrix[:, : len(self.dense)].T
 
     def _book(self, book: int) -> slice:
@@ -169,42 +167,42 @@ class _Part:
 
     def _outputs(
         self, target: torch.Tensor, here: int, own: torch.Tensor, codebooks: np.ndarray, codes: np.ndarray,
-        moves: tuple[np.ndarray, np.ndarray] | None,
+        updates: tuple[np.ndarray, np.ndarray] | None,
     ) -> torch.Tensor:  # fmt: skip
-        """Code one input's weights [1, outputs], cut along the outputs; return what the codes decode to."""
+        """Code one input's weights [1, outputs], with sub-vectors along the outputs; return what the codes decode to."""
         outputs, pad = target.shape[1], self.dim - self.tail
         rows = torch.nn.functional.pad(target[0], (0, pad)).view(self.blocks, self.dim).numpy()
-        near = np.empty_like(rows)
+        decoded = np.empty_like(rows)
         for book in range(self.books):
             at = self._book(book)
             tables, points, costs = codebooks[:, book], rows[at], self.costs[at]
             found = _encode(points, None if self.flat else costs, tables)
             codes[:, at, here] = found
-            near[at] = _decode(tables, found)
-            if moves is not None:
-                _gather(points - near[at], costs / float(own) ** 2, found, moves, book)
-        return torch.from_numpy(near).reshape(1, -1)[:, :outputs]
+            decoded[at] = _decode(tables, found)
+            if updates is not None:
+                _gather(points - decoded[at], costs / float(own) ** 2, found, updates, book)
+        return torch.from_numpy(decoded).reshape(1, -1)[:, :outputs]
 
     def _inputs(
         self, target: torch.Tensor, here: int, own: torch.Tensor, codebooks: np.ndarray, codes: np.ndarray,
-        moves: tuple[np.ndarray, np.ndarray] | None,
+        updates: tuple[np.ndarray, np.ndarray] | None,
     ) -> torch.Tensor:  # fmt: skip
         """Code the weights [size, outputs] of neighbouring inputs; their joint cost is a change of coordinates."""
         block, size = here // self.dim, target.shape[0]
         book = block * self.books // self.blocks
-        turn = torch.linalg.inv(own.double()).float()  # cost of an error e [1, size] is |e turn|^2
+        basis = torch.linalg.inv(own.double()).float()  # an error e [1, size] costs |e basis|^2
         tables = codebooks[:, book, :, :size]
-        turned = (torch.from_numpy(np.ascontiguousarray(tables)) @ turn).numpy()
-        found = _encode((target.T @ turn).numpy(), None, turned)
+        rotated = (torch.from_numpy(np.ascontiguousarray(tables)) @ basis).numpy()
+        found = _encode((target.T @ basis).numpy(), None, rotated)
         codes[:, block] = found
-        near = _decode(tables, found)
-        if moves is not None:
+        decoded = _decode(tables, found)
+        if updates is not None:
             weight = self.gain.square()[:, None].expand(-1, size) / own.diagonal().square()
-            _gather(target.T.numpy() - near, weight.numpy(), found, moves, book)
-        return torch.from_numpy(near).T
+            _gather(target.T.numpy() - decoded, weight.numpy(), found, updates, book)
+        return torch.from_numpy(decoded).T
 
     def code(
-        self, codebooks: np.ndarray, moves: tuple[np.ndarray, np.ndarray] | None
+        self, codebooks: np.ndarray, updates: tuple[np.ndarray, np.ndarray] | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Choose all codes under codebooks [stages, books, 256, dim].
 
@@ -213,48 +211,49 @@ class _Part:
         """
         inputs, outputs = self.dense.shape
         work = self.dense[self.order].clone()  # [inputs, outputs], in order
-        near = torch.empty_like(work)
-        rest = torch.empty(
-            min(LAZY + self.dim, inputs), outputs
+        decoded = torch.empty_like(work)
+        errors = torch.empty(
+            min(BLOCK + self.dim, inputs), outputs
         )  # of one lazy block: errors over the factor's diagonal
         codes = np.empty((len(codebooks), self.blocks, inputs if self.axis == "out" else outputs), np.uint8)
         serve = self._one_stage if len(codebooks) == 1 else self._stages
         start = 0
         while start < inputs:
-            far = min(start + LAZY + self.dim, inputs)
-            stop = serve(work, near, rest, start, far, codebooks, codes, moves)
+            far = min(start + BLOCK + self.dim, inputs)
+            stop = serve(work, decoded, errors, start, far, codebooks, codes, updates)
             if far < inputs:
-                work[far:] -= self.upper[start:stop, far:].T @ rest[: stop - start]
+                work[far:] -= self.upper[start:stop, far:].T @ errors[: stop - start]
             start = stop
-        return torch.from_numpy(codes), torch.empty_like(near).index_copy_(0, self.order, near)
+        return torch.from_numpy(codes), torch.empty_like(decoded).index_copy_(0, self.order, decoded)
 
     def _one_stage(
-        self, work: torch.Tensor, near: torch.Tensor, rest: torch.Tensor, start: int, far: int, codebooks: np.ndarray,
-        codes: np.ndarray, moves: tuple[np.ndarray, np.ndarray] | None,
+        self, work: torch.Tensor, decoded: torch.Tensor, errors: torch.Tensor, start: int, far: int, codebooks: np.ndarray,
+        codes: np.ndarray, updates: tuple[np.ndarray, np.ndarray] | None,
     ) -> int:  # fmt: skip
         """Code some inputs from `start` on, compiled; return where it stopped."""
-        sums, mass = (moves[0][0], moves[1][0]) if moves is not None else (NOTHING, NOTHING)
-        common = (work.numpy(), near.numpy(), self.upper.numpy(), self.order.numpy(), start, far, LAZY, codebooks[0])
+        sums = (updates[0][0], updates[1][0]) if updates is not None else (NOTHING, NOTHING)
+        matrices = work.numpy(), decoded.numpy(), errors.numpy()
+        common = matrices, self.upper.numpy(), self.order.numpy(), (start, far, BLOCK), codebooks[0]
         if self.axis == "in":
-            return code_inputs(*common, self.gain.square().numpy(), codes[0], rest.numpy(), sums, mass, SIDE)
-        return code_outputs(*common, self.costs, self.flat, codes[0], rest.numpy(), sums, mass, SIDE)
+            return code_inputs(*common, self.gain.square().numpy(), codes[0], sums, SIDE)
+        return code_outputs(*common, self.costs, self.flat, codes[0], sums, SIDE)
 
     def _stages(
-        self, work: torch.Tensor, near: torch.Tensor, rest: torch.Tensor, start: int, far: int, codebooks: np.ndarray,
-        codes: np.ndarray, moves: tuple[np.ndarray, np.ndarray] | None,
+        self, work: torch.Tensor, decoded: torch.Tensor, errors: torch.Tensor, start: int, far: int, codebooks: np.ndarray,
+        codes: np.ndarray, updates: tuple[np.ndarray, np.ndarray] | None,
     ) -> int:  # fmt: skip
         """Do the same for any number of stages; for one, this is what the compiled code is tested against."""
         serve = self._outputs if self.axis == "out" else self._inputs
         stop = start
-        while stop < len(work) and stop - start < LAZY:
+        while stop < len(work) and stop - start < BLOCK:
             here = int(self.order[stop])
             size = 1 if self.axis == "out" else min(self.dim, len(work) - here)
             own = self.upper[stop : stop + size, stop : stop + size]
             target = work[stop : stop + size]  # [size, outputs]
-            near[stop : stop + size] = found = serve(target, here, own, codebooks, codes, moves)
+            decoded[stop : stop + size] = found = serve(target, here, own, codebooks, codes, updates)
             left = target - found
             wrong = left / own if size == 1 else torch.linalg.solve_triangular(own.T, left, upper=False)
-            rest[stop - start : stop - start + size] = wrong
+            errors[stop - start : stop - start + size] = wrong
             if stop + size < far:
                 work[stop + size : far] -= self.upper[stop : stop + size, stop + size : far].T @ wrong
             stop += size
@@ -270,14 +269,14 @@ def _encode(rows: np.ndarray, weights: np.ndarray | None, tables: np.ndarray) ->
 
 
 def _decode(tables: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    near = tables[0][codes[0]]
+    decoded = tables[0][codes[0]]
     for table, code in zip(tables[1:], codes[1:]):
-        near = near + table[code]
-    return near
+        decoded = decoded + table[code]
+    return decoded
 
 
 def _gather(
-    left: np.ndarray, weights: np.ndarray, codes: np.ndarray, moves: tuple[np.ndarray, np.ndarray], book: int
+    left: np.ndarray, weights: np.ndarray, codes: np.ndarray, updates: tuple[np.ndarray, np.ndarray], book: int
 ) -> None:
     """Add what codewords were short of, shared among the stages, to their sums and masses."""
     size = left.shape[1]
@@ -286,5 +285,5 @@ def _gather(
     for stage, code in enumerate(codes):
         part, mass = np.zeros((CODEWORDS, size)), np.zeros((CODEWORDS, size))
         accumulate(rows, weights, code, part, mass)
-        moves[0][stage, book, :, :size] += part
-        moves[1][stage, book, :, :size] += mass
+        updates[0][stage, book, :, :size] += part
+        updates[1][stage, book, :, :size] += mass

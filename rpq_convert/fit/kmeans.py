@@ -1,12 +1,12 @@
 """k-means: one codeword per sub-vector.
 
-Seeding decides (k-means on a random sample clips the few largest weights, and they are what a language model lives on),
-so: the fit sees every point of a codebook up to FULL of them, else a stratified sample plus the extremes; k-means++ for
-dim <= 8; and after Lloyd's iterations `relocate` moves the cheapest codewords to the worst points as long as the error
-must fall. A line (dim 1) is solved by dynamic programming and refined on the sorted values instead.
+Seeding decides: k-means on a random sample clips the few largest weights, and a language model depends on them. So the fit sees
+every point of a codebook up to FULL of them, else a stratified sample plus the extremes; k-means++ for dim <= 8; and after
+Lloyd's iterations `relocate` moves the cheapest codewords to the worst points as long as the error must fall. A line (dim 1) is
+solved by dynamic programming and refined on the sorted values instead.
 
-Points whose last coordinates are padding are a group of their own with fewer coordinates: they pull, and are judged by,
-the coordinates they have. Values are scaled by a power of two first, so no weight can overflow a square.
+Points whose last coordinates are padding are a group of their own with fewer coordinates: they are compared by, and move codewords in,
+the coordinates that they have. Values are scaled by a power of two first, so no weight can overflow a square.
 
 Not used: a quota of seeds among the largest points (it spends codewords on Gaussian weights, which need no such care).
 Seeding on half of 4096 points was 1.5 % worse where rows differ in size. Not tried: minibatch k-means.
@@ -20,8 +20,9 @@ import numpy as np
 import torch
 
 from rpq_convert.fit.line import fit_line
-from rpq_convert.fit.loops.kmeans import errors_of, move_to_means, neighbours, regroup, seed_plus_plus
+from rpq_convert.fit.loops.kmeans import errors_of, move_to_means, neighbours, regroup
 from rpq_convert.fit.loops.nearest import CODEWORDS
+from rpq_convert.fit.loops.seeding import seed_plus_plus
 from rpq_convert.fit.problem import (
     EXTREMES,
     ONE,
@@ -29,9 +30,9 @@ from rpq_convert.fit.problem import (
     Importance,
     Problem,
     collect,
-    few,
+    fit_distinct,
     generator,
-    pose,
+    make_problem,
     round_codebooks,
 )
 from rpq_convert.fit.result import Fitted, count_dead
@@ -169,9 +170,9 @@ def fit_kmeans(
 ) -> Fitted:
     """Fit codebooks by k-means so that sum importance (matrix - decoded)^2 is small.
 
-    matrix [n, L]; block b of a row reads codebook b * books // blocks. importance broadcasts to [n, L], or
+    matrix [n, L], any float dtype; sub-vector b of a row reads codebook b * books // blocks. importance broadcasts to [n, L];
     "size" is 1 + the mean square of the sub-vector relative to the matrix's. Codes are the nearest codewords of the
-    codebooks as rounded. At most 256 distinct sub-vectors per codebook are met exactly.
+    codebooks as rounded to `codebook_dtype`. Up to 256 distinct sub-vectors per codebook are represented exactly.
     Raises ValueError for stages != 1, an impossible layout, NaN or infinity, or codewords too large for the dtype.
 
     >>> fitted = fit_kmeans(torch.arange(12.0).reshape(3, 4), dim=2, books=1, stages=1, seed=0)
@@ -180,12 +181,12 @@ def fit_kmeans(
     """
     if stages != 1:
         raise ValueError(f"kmeans fits one stage, got stages={stages}; the fitter 'additive' fits several")
-    problem = pose(matrix, importance, dim=dim, books=books, stages=stages)
+    problem = make_problem(matrix, importance, dim=dim, books=books, stages=stages)
     rounded = torch.empty(books, CODEWORDS, dim, dtype=codebook_dtype)
     codes = np.empty((problem.blocks, problem.matrix.shape[0]), np.uint8)
     for book in range(books):
         parts: Iterator[tuple[int, int, Group]] = iter(())
-        codebook = few(problem, book, codes)
+        codebook = fit_distinct(problem, book, codes)
         if codebook is None:  # else each point has its own codeword, and rounding keeps it the nearest
             codebook, parts = fit_book(problem, book, generator(seed, book))
         rounded[book], near = round_codebooks(codebook, problem, codebook_dtype)

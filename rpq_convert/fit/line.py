@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rpq_convert.fit.loops.kmeans import line_start, prefix_sums
+from rpq_convert.fit.loops.line import line_start, prefix_sums
 from rpq_convert.fit.loops.nearest import CODEWORDS
 from rpq_convert.fit.problem import Group
 

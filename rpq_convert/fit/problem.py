@@ -34,14 +34,16 @@ class Problem:
     dim: int
     books: int
     blocks: int
-    care: float = 0.0  # importance "size": what the mean square of a scaled sub-vector adds to an importance of 1
+    size_weight: float = (
+        0.0  # importance "size": what the mean square of a scaled sub-vector adds to an importance of 1
+    )
 
     def block_range(self, book: int) -> tuple[int, int]:
         """Return the first block that reads `book` and the one after the last."""
         return -(-book * self.blocks // self.books), -(-(book + 1) * self.blocks // self.books)
 
     def spans(self, book: int) -> Iterator[tuple[int, int]]:
-        """Cut the blocks of a book into ranges of about CHUNK points; a tail block is a range of its own."""
+        """Divide the sub-vectors of a codebook into ranges of about CHUNK points; a padded last one is a range of its own."""
         low, high = self.block_range(book)
         tail = high == self.blocks and self.matrix.shape[1] % self.dim != 0
         step = max(1, CHUNK // self.matrix.shape[0])
@@ -56,8 +58,8 @@ class Problem:
 
     def weights(self, low: int, high: int) -> np.ndarray:
         """Gather a span's importance: [1, 1] (none), [1, m n] or [r, m n]."""
-        if self.care:
-            return 1 + np.float32(self.care) * np.square(self.points(low, high)).mean(0, keepdims=True)
+        if self.size_weight:
+            return 1 + np.float32(self.size_weight) * np.square(self.points(low, high)).mean(0, keepdims=True)
         if self.importance is None:
             return ONE
         weights = gather_points(self.importance, low, high, self.dim)
@@ -114,7 +116,7 @@ def gather_points(values: torch.Tensor, low: int, high: int, dim: int, scale: fl
     return points
 
 
-def pose(matrix: torch.Tensor, importance: Importance, *, dim: int, books: int, stages: int) -> Problem:
+def make_problem(matrix: torch.Tensor, importance: Importance, *, dim: int, books: int, stages: int) -> Problem:
     """Check a fitter's arguments and scale the matrix; ValueError where no fit is possible."""
     blocks = check_layout(matrix, dim=dim, books=books, stages=stages)
     matrix = matrix.detach().to(device="cpu", dtype=torch.float32)
@@ -130,7 +132,7 @@ def pose(matrix: torch.Tensor, importance: Importance, *, dim: int, books: int, 
         problem = Problem(matrix, None, False, scale, dim, books, blocks)
         spans = [span for book in range(books) for span in problem.spans(book)]
         square = sum(float(np.square(problem.points(*s)).sum(dtype=np.float64)) for s in spans) / max(1, matrix.numel())
-        return replace(problem, care=1 / square if square > 0 else 0.0)
+        return replace(problem, size_weight=1 / square if square > 0 else 0.0)
     if importance is not None:
         importance = importance.detach().to(device="cpu", dtype=torch.float32)
         least, most = float(importance.amin()), float(importance.amax())
@@ -153,9 +155,12 @@ def generator(seed: int, *path: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed % 2**63, *path])))
 
 
-def few(problem: Problem, book: int, codes: np.ndarray) -> np.ndarray | None:
+def fit_distinct(problem: Problem, book: int, codes: np.ndarray) -> np.ndarray | None:
     """Return the distinct sub-vectors [256, dim] of a book and write their codes, or None where there are more."""
-    if problem.matrix.shape[0] > 2 * HEAD and few(replace(problem, matrix=problem.matrix[:HEAD]), book, codes) is None:
+    if (
+        problem.matrix.shape[0] > 2 * HEAD
+        and fit_distinct(replace(problem, matrix=problem.matrix[:HEAD]), book, codes) is None
+    ):
         return None  # as nearly always
     table = np.zeros((CODEWORDS, problem.dim), np.float32)
     slots = np.full(1024, -1, np.int32)

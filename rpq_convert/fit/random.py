@@ -1,4 +1,4 @@
-"""The fitter that looks at nothing: random codes, normal codebooks.
+"""The fitter that reads no weights: random codes, normal codebooks.
 
 It serves layers that are trained from scratch. Decoded entries have unit variance, whatever the number of stages, so
 the caller can rescale them to the variance that the dense layer's own init would have given.

@@ -8,7 +8,6 @@ checkpoint is ever run: classes come from transformers itself.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from functools import partial
@@ -21,6 +20,8 @@ from torch import Tensor
 from rpq_convert.errors import SourceError
 from rpq_convert.hf import torchvision
 from rpq_convert.running.meta import parameters_on_meta
+from rpq_convert.schemas import kinds
+from rpq_convert.schemas.checking import read_json
 from rpq_convert.storage.reader import refuse_links
 
 torchvision.fix()
@@ -44,12 +45,7 @@ def load_config(folder: str | Path) -> Any:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise SourceError(f"{path} does not exist")
-    try:
-        raw = json.loads(path.read_text("utf8"))
-    except (ValueError, RecursionError) as e:
-        raise SourceError(f"{path} is not JSON: {e}") from None
-    if not isinstance(raw, dict):
-        raise SourceError(f"{path} is no JSON object")
+    raw = read_json(path, kinds.DENSE_CONFIG, SourceError)
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         hint = (

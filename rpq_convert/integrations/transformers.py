@@ -213,7 +213,7 @@ def _check_loaded(path: str, weight: RPQWeight) -> None:
     except ValueError as e:
         raise SourceError(f"{path}: {e}") from None
     expected = weight.spec.tensors(weight.view, weight.shape)
-    if wrong := description.misplaced(expected, weight.positions, weight.cut.inputs):
+    if wrong := description.misplaced(expected, weight.positions, weight.layout.inputs):
         raise SourceError(f"{path}_rpq.{wrong}")
 
 

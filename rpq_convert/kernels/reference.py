@@ -1,7 +1,8 @@
-"""Coded weights by ordinary torch operations: right on every device, and the reference that other kernels are held to.
+"""The reference backend: coded weights by ordinary torch operations, on every device; the tests hold other backends to it.
 
-All are differentiable as they stand. The gradients are here once more as functions of their own, for operators, which run
-where autograd does not record.
+All functions are differentiable. The gradients are here once more as functions, for operators, which run where autograd does not
+record. Shapes: codes uint8 [stages, blocks, n], of any strides; codebooks [stages, books, 256, dim], of any float dtype (one
+stage may lack the first axis); scales [outputs]; x [tokens, inputs].
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rpq_convert.core.layout import Cut
+from rpq_convert.core.layout import Layout
 
 Needs = tuple[bool, ...]
 
@@ -24,18 +25,18 @@ def _places(codes: Tensor, books: int) -> Tensor:
     return codes.T.int() + first
 
 
-def matrix(codes: Tensor, codebooks: Tensor, cut: Cut, dtype: torch.dtype) -> Tensor:
+def matrix(codes: Tensor, codebooks: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
     """Return M [n, length] in `dtype`, for however many rows the codes [stages, blocks, n] have."""
-    table = codebooks.reshape(cut.stages, cut.books * 256, cut.dim)
-    if cut.stages > 1:
+    table = codebooks.reshape(layout.stages, layout.books * 256, layout.dim)
+    if layout.stages > 1:
         table = table.to(torch.promote_types(table.dtype, torch.float32))  # sums of stages are not rounded on the way
-    total = F.embedding(_places(codes[0], cut.books), table[0])  # [n, blocks, dim]
-    for stage in range(1, cut.stages):
-        total = total + F.embedding(_places(codes[stage], cut.books), table[stage])
-    return total.to(dtype).flatten(1)[:, : cut.length]
+    total = F.embedding(_places(codes[0], layout.books), table[0])  # [n, blocks, dim]
+    for stage in range(1, layout.stages):
+        total = total + F.embedding(_places(codes[stage], layout.books), table[stage])
+    return total.to(dtype).flatten(1)[:, : layout.length]
 
 
-def decode(codes: Tensor, codebooks: Tensor, scales: Tensor | None, cut: Cut, dtype: torch.dtype) -> Tensor:
+def decode(codes: Tensor, codebooks: Tensor, scales: Tensor | None, layout: Layout, dtype: torch.dtype) -> Tensor:
     """Return the weight [outputs, inputs], contiguous, in `dtype`.
 
     Args:
@@ -43,26 +44,28 @@ def decode(codes: Tensor, codebooks: Tensor, scales: Tensor | None, cut: Cut, dt
         codebooks: [stages, books, 256, dim] (one stage may lack the axis), of any float dtype.
         scales: [outputs].
     """
-    weight = matrix(codes, codebooks, cut, dtype)
-    weight = (weight if cut.axis == "in" else weight.T).contiguous()
+    weight = matrix(codes, codebooks, layout, dtype)
+    weight = (weight if layout.axis == "in" else weight.T).contiguous()
     return weight if scales is None else weight * scales.to(dtype)[:, None]
 
 
 def decode_rows(
-    codes: Tensor, codebooks: Tensor, scales: Tensor | None, index: Tensor, cut: Cut, dtype: torch.dtype
+    codes: Tensor, codebooks: Tensor, scales: Tensor | None, index: Tensor, layout: Layout, dtype: torch.dtype
 ) -> Tensor:
-    """Return rows `index` [k] of a weight cut along its inputs: [k, inputs]."""
-    rows = matrix(codes[:, :, index], codebooks, cut, dtype)
+    """Return rows `index` [k] of a weight whose sub-vectors run along its inputs: [k, inputs]."""
+    rows = matrix(codes[:, :, index], codebooks, layout, dtype)
     return rows if scales is None else rows * scales[index].to(dtype)[:, None]
 
 
-def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, bias: Tensor | None, cut: Cut) -> Tensor:
+def linear(
+    x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, bias: Tensor | None, layout: Layout
+) -> Tensor:
     """Return `x W^T + bias`, x [tokens, inputs], in x's dtype."""
-    return F.linear(x, decode(codes, codebooks, scales, cut, x.dtype), None if bias is None else bias.to(x.dtype))
+    return F.linear(x, decode(codes, codebooks, scales, layout, x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def decode_gradients(
-    gradient: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, index: Tensor | None, cut: Cut, needs: Needs
+    gradient: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, index: Tensor | None, layout: Layout, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Return the gradients of (codebooks, scales) from that of the weight, or of its rows `index`; None where not needed."""
     wide = torch.promote_types(gradient.dtype, torch.float32)
@@ -70,36 +73,36 @@ def decode_gradients(
     codes = codes if index is None else codes[:, :, index]
     if needs[1]:
         assert scales is not None
-        bare = matrix(codes, codebooks, cut, wide)
-        dscales = ((bare if cut.axis == "in" else bare.T) * gradient).sum(1)
+        bare = matrix(codes, codebooks, layout, wide)
+        dscales = ((bare if layout.axis == "in" else bare.T) * gradient).sum(1)
         if index is not None:
-            dscales = torch.zeros(cut.n, dtype=wide, device=gradient.device).index_add_(0, index, dscales)
+            dscales = torch.zeros(layout.n, dtype=wide, device=gradient.device).index_add_(0, index, dscales)
         dscales = dscales.to(scales.dtype)
     if needs[0]:
         if scales is not None:
             gradient = gradient * (scales if index is None else scales[index]).to(wide)[:, None]
-        rows = gradient if cut.axis == "in" else gradient.T  # [n, length]
-        points = F.pad(rows, (0, cut.blocks * cut.dim - cut.length)).reshape(-1, cut.dim)
-        places = [_places(part, cut.books).reshape(-1) for part in codes]
-        grads = [torch.ops.aten.embedding_dense_backward(points, at, cut.books * 256, -1, False) for at in places]
+        rows = gradient if layout.axis == "in" else gradient.T  # [n, length]
+        points = F.pad(rows, (0, layout.blocks * layout.dim - layout.length)).reshape(-1, layout.dim)
+        places = [_places(part, layout.books).reshape(-1) for part in codes]
+        grads = [torch.ops.aten.embedding_dense_backward(points, at, layout.books * 256, -1, False) for at in places]
         dbooks = torch.stack(grads).reshape(codebooks.shape).to(codebooks.dtype)
     return dbooks, dscales
 
 
 def linear_gradients(
-    gradient: Tensor, x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, cut: Cut, needs: Needs
+    gradient: Tensor, x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, layout: Layout, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Return the gradients of (x, codebooks, scales) of a linear layer; None where not needed."""
-    dx = gradient @ decode(codes, codebooks, scales, cut, x.dtype) if needs[0] else None
+    dx = gradient @ decode(codes, codebooks, scales, layout, x.dtype) if needs[0] else None
     if not any(needs[1:]):
         return dx, None, None
-    return dx, *decode_gradients(gradient.T @ x, codes, codebooks, scales, None, cut, needs[1:])
+    return dx, *decode_gradients(gradient.T @ x, codes, codebooks, scales, None, layout, needs[1:])
 
 
-def linear_graph(gradient: Tensor, saved: tuple[Any, ...], cut: Cut, needs: Needs) -> tuple[Any, ...]:
+def linear_graph(gradient: Tensor, saved: tuple[Any, ...], layout: Layout, needs: Needs) -> tuple[Any, ...]:
     """Return the gradients of `linear`'s arguments with a graph of their own, for when a gradient of them is wanted."""
     x, codes, codebooks, scales, bias = saved
-    weight = decode(codes, codebooks, scales, cut, torch.float32)
+    weight = decode(codes, codebooks, scales, layout, torch.float32)
     wide = gradient.to(weight.dtype)
     inner = [t for t, need in ((codebooks, needs[2]), (scales, needs[3])) if need]
     dw = wide.T @ x.to(weight.dtype)
@@ -111,11 +114,11 @@ def linear_graph(gradient: Tensor, saved: tuple[Any, ...], cut: Cut, needs: Need
 
 
 def decode_graph(
-    gradient: Tensor, saved: tuple[Any, ...], cut: Cut, needs: Needs
+    gradient: Tensor, saved: tuple[Any, ...], layout: Layout, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of (codebooks, scales) of a decode of `saved`: codes, codebooks, scales, index; with a graph too."""
     codes, codebooks, scales, index = saved
-    weight = decode(codes, codebooks, scales, cut, torch.float32)
+    weight = decode(codes, codebooks, scales, layout, torch.float32)
     weight = weight if index is None else weight[index]
     inner = [t for t, need in zip((codebooks, scales), needs) if need]
     grads = iter(torch.autograd.grad(weight, inner, gradient.to(weight.dtype), create_graph=True))

@@ -1,8 +1,8 @@
-"""The same face as torch operators, `torch.ops.rpq.*`: what torch.compile and torch.export put into their graphs.
+"""The backend for compilers: torch operators, `torch.ops.rpq.*`, which torch.compile and torch.export put into their graphs.
 
-A compiler cannot look into numba or Triton, and need not: it sees an operator with a shape (its fake kernel) and a gradient
-(one more operator). What an operator runs is chosen when it is called, by device. Eager code does not come here: an operator
-costs more microseconds than a small layer has.
+A compiler cannot look into numba or Triton. It sees an operator with a shape (its fake kernel) and a gradient (a second operator).
+The backend that an operator runs is chosen when it is called, by device. Eager code does not use the operators: the dispatch of one
+takes more microseconds than a small layer.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from rpq_convert import kernels
-from rpq_convert.core.layout import Cut
+from rpq_convert.core.layout import Layout
 from rpq_convert.kernels import reference
 
 
-def _cut(codes: Tensor, codebooks: Tensor, axis: str, length: int, make: Callable[..., Cut] = Cut) -> Cut:
+def _layout(codes: Tensor, codebooks: Tensor, axis: str, length: int, make: Callable[..., Layout] = Layout) -> Layout:
     stages, _, n = codes.shape
     return make(axis, n, length, codebooks.shape[-1], codebooks.shape[-3], stages)
 
@@ -27,8 +27,8 @@ def _cut(codes: Tensor, codebooks: Tensor, axis: str, length: int, make: Callabl
 def _real(
     codes: Tensor, codebooks: Tensor, axis: str, length: int, scales: Tensor | None, *,
     inputs: Tensor | None = None, outputs: Tensor | None = None, bias: Tensor | None = None,
-) -> Cut:  # fmt: skip
-    """Return the cut of tensors that kernels are about to read.
+) -> Layout:  # fmt: skip
+    """Return the layout of tensors that kernels are about to read.
 
     Args:
         inputs, outputs: with one number per input or output along their last axis.
@@ -45,25 +45,33 @@ def _real(
         raise ValueError(
             f"torch.ops.rpq: codes {codes.dtype} {list(codes.shape)} and codebooks {codebooks.dtype} {list(codebooks.shape)}"
         )
-    cut = _cut(codes, codebooks, axis, length, _known)
+    layout = _layout(codes, codebooks, axis, length, _known)
     stages = codebooks.shape[0] if codebooks.ndim == 4 else 1
-    fits = axis in ("in", "out") and (stages, codebooks.shape[-2], codes.shape[1]) == (cut.stages, 256, cut.blocks)
-    wanted = ((inputs, cut.inputs), (outputs, cut.outputs), (bias, cut.outputs))
+    fits = axis in ("in", "out") and (stages, codebooks.shape[-2], codes.shape[1]) == (
+        layout.stages,
+        256,
+        layout.blocks,
+    )
+    wanted = ((inputs, layout.inputs), (outputs, layout.outputs), (bias, layout.outputs))
     if (
         not fits
-        or cut.books > cut.blocks
-        or (scales is not None and tuple(scales.shape) != (cut.outputs,))
+        or layout.books > layout.blocks
+        or (scales is not None and tuple(scales.shape) != (layout.outputs,))
         or any(t is not None and (t.shape[-1] if t.ndim else -1) != size for t, size in wanted)
     ):
-        raise ValueError(f"torch.ops.rpq: tensors that do not fit a weight [{cut.outputs}, {cut.inputs}] with {cut}")
-    return cut
+        raise ValueError(
+            f"torch.ops.rpq: tensors that do not fit a weight [{layout.outputs}, {layout.inputs}] with {layout}"
+        )
+    return layout
 
 
-_known = functools.lru_cache(4096)(Cut)  # for real tensors, whose sizes are numbers: what a cut works out once it keeps
+_known = functools.lru_cache(4096)(
+    Layout
+)  # for real tensors, whose sizes are numbers; a layout keeps what it has computed
 
 
-def _face(codes: Tensor, dtype: torch.dtype) -> Any:
-    return kernels.face(codes.device.type) if dtype in kernels.SERVED else reference
+def _backend(codes: Tensor, dtype: torch.dtype) -> Any:
+    return kernels.backend_for(codes.device.type) if dtype in kernels.SERVED else reference
 
 
 def _given(grads: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:
@@ -79,15 +87,15 @@ def _wanted(grads: tuple[Tensor, ...], needs: list[bool]) -> tuple[Tensor | None
 def _linear(
     x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, bias: Tensor | None, axis: str, length: int
 ) -> Tensor:
-    cut = _real(codes, codebooks, axis, length, scales, inputs=x, bias=bias)
+    layout = _real(codes, codebooks, axis, length, scales, inputs=x, bias=bias)
     if not x.numel():
-        return x.new_zeros(x.shape[0], cut.outputs)
-    return _face(codes, x.dtype).linear(x, codes, codebooks, scales, bias, cut)
+        return x.new_zeros(x.shape[0], layout.outputs)
+    return _backend(codes, x.dtype).linear(x, codes, codebooks, scales, bias, layout)
 
 
 @_linear.register_fake
 def _(x, codes, codebooks, scales, bias, axis, length):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape[0], _cut(codes, codebooks, axis, length).outputs)
+    return x.new_empty(x.shape[0], _layout(codes, codebooks, axis, length).outputs)
 
 
 @torch.library.custom_op("rpq::linear_backward", mutates_args=())
@@ -95,9 +103,9 @@ def _linear_backward(
     gradient: Tensor, x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, axis: str, length: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    cut = _real(codes, codebooks, axis, length, scales, inputs=x, outputs=gradient)
-    face = _face(codes, x.dtype) if x.numel() else reference
-    grads = face.linear_gradients(gradient.contiguous(), x, codes, codebooks, scales, cut, tuple(needs))
+    layout = _real(codes, codebooks, axis, length, scales, inputs=x, outputs=gradient)
+    backend = _backend(codes, x.dtype) if x.numel() else reference
+    grads = backend.linear_gradients(gradient.contiguous(), x, codes, codebooks, scales, layout, tuple(needs))
     return _given(grads, x)  # type: ignore[return-value]
 
 
@@ -116,16 +124,16 @@ def _shapes(tensors: tuple[Tensor | None, ...], needs: list[bool], like: Tensor)
 def _decode(
     codes: Tensor, codebooks: Tensor, scales: Tensor | None, index: Tensor | None, axis: str, length: int, dtype: torch.dtype
 ) -> Tensor:  # fmt: skip
-    cut, face = _real(codes, codebooks, axis, length, scales), _face(codes, dtype)
+    layout, backend = _real(codes, codebooks, axis, length, scales), _backend(codes, dtype)
     if index is None:
-        return face.decode(codes, codebooks, scales, cut, dtype)
-    return face.decode_rows(codes, codebooks, scales, index, cut, dtype)
+        return backend.decode(codes, codebooks, scales, layout, dtype)
+    return backend.decode_rows(codes, codebooks, scales, index, layout, dtype)
 
 
 @_decode.register_fake
 def _(codes, codebooks, scales, index, axis, length, dtype):  # type: ignore[no-untyped-def]
-    cut = _cut(codes, codebooks, axis, length)
-    return codebooks.new_empty(cut.outputs if index is None else index.shape[0], cut.inputs, dtype=dtype)
+    layout = _layout(codes, codebooks, axis, length)
+    return codebooks.new_empty(layout.outputs if index is None else index.shape[0], layout.inputs, dtype=dtype)
 
 
 @torch.library.custom_op("rpq::decode_backward", mutates_args=())
@@ -133,8 +141,8 @@ def _decode_backward(
     gradient: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, index: Tensor | None, axis: str, length: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    cut, face = _real(codes, codebooks, axis, length, scales, inputs=gradient), _face(codes, gradient.dtype)
-    grads = face.decode_gradients(gradient.contiguous(), codes, codebooks, scales, index, cut, tuple(needs))
+    layout, backend = _real(codes, codebooks, axis, length, scales, inputs=gradient), _backend(codes, gradient.dtype)
+    grads = backend.decode_gradients(gradient.contiguous(), codes, codebooks, scales, index, layout, tuple(needs))
     return _given(grads, codebooks)  # type: ignore[return-value]
 
 
@@ -173,21 +181,23 @@ _linear.register_autograd(_linear_gradients, setup_context=_keep_linear)
 _decode.register_autograd(_decode_gradients, setup_context=_keep_decode)
 
 
-def linear(x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, bias: Tensor | None, cut: Cut) -> Tensor:
+def linear(
+    x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, bias: Tensor | None, layout: Layout
+) -> Tensor:
     """Return `x W^T + bias`, x [tokens, inputs]."""
-    return _linear(x, codes, codebooks, scales, bias, cut.axis, cut.length)
+    return _linear(x, codes, codebooks, scales, bias, layout.axis, layout.length)
 
 
-def decode(codes: Tensor, codebooks: Tensor, scales: Tensor | None, cut: Cut, dtype: torch.dtype) -> Tensor:
+def decode(codes: Tensor, codebooks: Tensor, scales: Tensor | None, layout: Layout, dtype: torch.dtype) -> Tensor:
     """Return the weight [outputs, inputs], contiguous, in `dtype`."""
-    return _decode(codes, codebooks, scales, None, cut.axis, cut.length, dtype)
+    return _decode(codes, codebooks, scales, None, layout.axis, layout.length, dtype)
 
 
 def decode_rows(
-    codes: Tensor, codebooks: Tensor, scales: Tensor | None, index: Tensor, cut: Cut, dtype: torch.dtype
+    codes: Tensor, codebooks: Tensor, scales: Tensor | None, index: Tensor, layout: Layout, dtype: torch.dtype
 ) -> Tensor:
-    """Return rows `index` [k] of a weight cut along its inputs: [k, inputs]."""
-    return _decode(codes, codebooks, scales, index, cut.axis, cut.length, dtype)
+    """Return rows `index` [k] of a weight whose sub-vectors run along its inputs: [k, inputs]."""
+    return _decode(codes, codebooks, scales, index, layout.axis, layout.length, dtype)
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
@@ -201,12 +211,12 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     """
 
     def product(x, codes, codebooks, scales, bias, axis, length):  # type: ignore[no-untyped-def]
-        return reference.linear(x, codes, codebooks, scales, bias, _cut(codes, codebooks, axis, length))
+        return reference.linear(x, codes, codebooks, scales, bias, _layout(codes, codebooks, axis, length))
 
     def weight(codes, codebooks, scales, index, axis, length, dtype):  # type: ignore[no-untyped-def]
-        cut = _cut(codes, codebooks, axis, length)
+        layout = _layout(codes, codebooks, axis, length)
         if index is None:
-            return reference.decode(codes, codebooks, scales, cut, dtype)
-        return reference.decode_rows(codes, codebooks, scales, index, cut, dtype)
+            return reference.decode(codes, codebooks, scales, layout, dtype)
+        return reference.decode_rows(codes, codebooks, scales, index, layout, dtype)
 
     return {torch.ops.rpq.linear.default: product, torch.ops.rpq.decode.default: weight}

@@ -1,8 +1,8 @@
 """ComputedWeight: what `layer.weight` returns, a tensor without memory.
 
 Asked for its shape or dtype it answers; used by an operation in `HANDLERS` (operations.py fills it) it does just the work
-that is needed; used by any other it decodes first. So a layer keeps its own forward, a subclass keeps its own, and no layer
-type needs code. Writing to a computed weight, or to a view of it, would be lost in a temporary tensor, so it raises
+that is needed; used by any other it decodes first. So a layer and a subclass keep their own forward, and no layer type needs
+code. Writing to a computed weight, or to a view of it, would be lost in a temporary tensor, so it raises
 (but for what operations.py can do to the codebooks instead).
 
 Rejected: `torch.nn.utils.parametrize` (replaces the class's `weight` for every instance, decodes on every read and lets

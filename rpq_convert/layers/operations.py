@@ -36,32 +36,32 @@ def _product(x: Tensor, weight: Any, bias: Tensor | None, axes: tuple[str, ...])
     if not isinstance(weight, ComputedWeight) or isinstance(x, ComputedWeight) or isinstance(bias, ComputedWeight):
         return NotImplemented
     rpq = rpq_of(weight)
-    face = rpq.face
-    if rpq.view.axes != axes or face is reference:
+    backend = rpq.backend
+    if rpq.view.axes != axes or backend is reference:
         return NotImplemented
     codes, codebooks, scales = rpq.parts()
     if x.device != codes.device:
         return NotImplemented
-    cut, dtype = rpq.cut, rpq._probe.dtype
+    layout, dtype = rpq.layout, rpq._probe.dtype
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
     elif x.dtype != dtype:
         return NotImplemented  # torch says what is wrong
-    if x.ndim == 0 or x.shape[-1] != cut.inputs or x.numel() == 0 or not _fits(bias, cut.outputs, x):
+    if x.ndim == 0 or x.shape[-1] != layout.inputs or x.numel() == 0 or not _fits(bias, layout.outputs, x):
         return NotImplemented
     if rpq.zero_row is not None and torch.is_grad_enabled() and (x.requires_grad or rpq.trainable):
         return NotImplemented
-    flat = x if x.ndim == 2 else x.reshape(-1, cut.inputs)
+    flat = x if x.ndim == 2 else x.reshape(-1, layout.inputs)
     flat = flat if flat.dtype == dtype else flat.to(dtype)
     apart = rpq.outlier_product(flat)
     if rpq.spec.rotation:
-        flat = getattr(face, "rotate", rotate)(flat, rpq.spec.rotation)
+        flat = getattr(backend, "rotate", rotate)(flat, rpq.spec.rotation)
     bias = bias if bias is None or bias.dtype == dtype else bias.to(dtype)  # as autocast does, and compiled code
-    out = face.linear(flat, codes, codebooks, scales, bias, cut)
+    out = backend.linear(flat, codes, codebooks, scales, bias, layout)
     out = out if apart is None else out + apart
     if rpq.zero_row is not None:
         out[:, rpq.zero_row] = 0 if bias is None else bias[rpq.zero_row].to(dtype)
-    return out if x.ndim == 2 else out.view(*x.shape[:-1], cut.outputs)
+    return out if x.ndim == 2 else out.view(*x.shape[:-1], layout.outputs)
 
 
 def _fits(bias: Tensor | None, outputs: int, x: Tensor) -> bool:
@@ -74,7 +74,7 @@ def _getitem(weight: Any, index: Any) -> Any:
     if not isinstance(weight, ComputedWeight) or isinstance(index, (bool, ComputedWeight)):
         return NotImplemented
     rpq = rpq_of(weight)
-    if rpq.view.axes[0] != "expert" or rpq.face is reference:
+    if rpq.view.axes[0] != "expert" or rpq.backend is reference:
         return NotImplemented
     if isinstance(index, Tensor) and (index.ndim or index.dtype == torch.bool):
         return NotImplemented
@@ -102,20 +102,22 @@ def _conv(convolve: Callable[..., Tensor]) -> Callable[..., Any]:
         )
         if training or rpq.dtype != torch.float32 != input.dtype or torch.is_autocast_enabled("cpu"):
             return NotImplemented
-        face = rpq.face
-        if not hasattr(face, "pointwise") or input.device.type != "cpu" or rpq.view.axes[0] != "out":
+        backend = rpq.backend
+        if not hasattr(backend, "pointwise") or input.device.type != "cpu" or rpq.view.axes[0] != "out":
             return NotImplemented
         if rpq.spec.rotation or rpq.spec.outliers:
             return NotImplemented
-        parts, cut = rpq.parts(), rpq.cut
+        parts, layout = rpq.parts(), rpq.layout
         points = math.prod(rpq.shape[2:]) == 1 and groups == 1 and _all(padding, 0) and _all(stride, 1)
-        whole = input.ndim == len(rpq.shape) and input.shape[1] == cut.inputs and _fits(bias, cut.outputs, input)
+        whole = input.ndim == len(rpq.shape) and input.shape[1] == layout.inputs and _fits(bias, layout.outputs, input)
         if points and whole and input.numel():
             pixels = math.prod(input.shape[2:])
-            if face.pointwise_cost(cut, len(input), pixels) <= 1:
-                flat = face.pointwise(input.reshape(len(input), cut.inputs, pixels), *parts, bias, cut)
-                return flat.view(len(input), cut.outputs, *input.shape[2:])
-        return convolve(input, face.decode_again(*parts, cut).view(rpq.shape), bias, stride, padding, dilation, groups)
+            if backend.pointwise_cost(layout, len(input), pixels) <= 1:
+                flat = backend.pointwise(input.reshape(len(input), layout.inputs, pixels), *parts, bias, layout)
+                return flat.view(len(input), layout.outputs, *input.shape[2:])
+        return convolve(
+            input, backend.decode_into_buffer(*parts, layout).view(rpq.shape), bias, stride, padding, dilation, groups
+        )
 
     return handle
 
@@ -162,7 +164,7 @@ def _embedding(
     if isinstance(weight, ComputedWeight) and max_norm is None and not scale_grad_by_freq:
         rpq = rpq_of(weight)
         served = (
-            rpq.rows_are_entries and rpq.face is not reference and input.device == rpq.stored_tensor("codes").device
+            rpq.rows_are_entries and rpq.backend is not reference and input.device == rpq.stored_tensor("codes").device
         )
         if served and input.numel():
             return rows_of(rpq, input, padding_idx)
@@ -193,6 +195,7 @@ def _embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Any:
+    """Handle `F.embedding_bag`, whose signature it has."""
     found = _looked_up(input, weight, padding_idx)
     if found is None and sparse:
         return F.embedding_bag(
@@ -220,7 +223,11 @@ def _rescale(sign: int) -> Callable[..., Any]:
         if not isinstance(weight, ComputedWeight) or not isinstance(other, (int, float)) or other <= 0:
             return NotImplemented
         rpq = rpq_of(weight)
-        if math.frexp(other)[0] != 0.5 or rpq.kept is not None or (torch.is_grad_enabled() and rpq.trainable):
+        if (
+            math.frexp(other)[0] != 0.5
+            or rpq.caches.expanded is not None
+            or (torch.is_grad_enabled() and rpq.trainable)
+        ):
             return NotImplemented
         held = [rpq.codebooks if rpq.scales is None else rpq.scales, *([] if rpq.outliers is None else [rpq.outliers])]
         scaled = [values.detach() * float(other) ** sign for values in held]

@@ -69,21 +69,22 @@ def _computed(name: str) -> property:
     def read(self: nn.Module) -> torch.Tensor:
         rpq: Any = self._modules[name + SUFFIX]
         compiling = torch.compiler.is_compiling()
-        if rpq.kept is not None and rpq.kept.requires_grad:
-            return rpq.kept
-        if rpq.kept is not None and not (torch.is_grad_enabled() and rpq.trainable):
-            return rpq.kept if compiling else rpq.guarded
+        caches = rpq.caches
+        if caches.expanded is not None and caches.expanded.requires_grad:
+            return caches.expanded
+        if caches.expanded is not None and not (torch.is_grad_enabled() and rpq.trainable):
+            return caches.expanded if compiling else caches.read_only
         if compiling and isinstance(self, nn.utils.parametrize.ParametrizationList):
             return rpq()  # torch's own functions that compute a weight from it take tensors alone
         if compiling:
             return TracedWeight(rpq, f"{type(self).__name__}.{name}")  # type: ignore[return-value]
         kind = (rpq._probe.dtype, rpq.stored_tensor("codes").device, type(self), name)
-        lazy = rpq.__dict__.get("_lazy")  # a tensor without memory takes 2 microseconds to make
+        lazy = caches.lazy
         if lazy is None or lazy[0] != kind:
-            with torch.inference_mode(False):  # kept, and so used where gradients are recorded
+            with torch.inference_mode(False):  # used later where gradients are recorded
                 lazy = (kind, ComputedWeight(rpq, f"{type(self).__name__}.{name}"))
             if torch._C._get_tracing_state() is None:
-                rpq.__dict__["_lazy"] = lazy
+                caches.lazy = lazy
         return lazy[1]
 
     return property(read, doc=f"The expanded {name}; read-only.")
@@ -205,12 +206,12 @@ def decoded(model: nn.Module) -> Iterator[nn.Module]:
     try:
         with torch.no_grad():
             for weight in weights:
-                weight.kept = weight()
-                weight.guarded = weight.kept.as_subclass(DecodedView)
+                expanded = weight()
+                weight.caches.keep(expanded, expanded.as_subclass(DecodedView))
         yield model
     finally:
         for weight in weights:
-            weight.kept = weight.guarded = None
+            weight.caches.drop()
 
 
 def find(model: nn.Module, path: str) -> tuple[nn.Module, str]:

@@ -128,8 +128,8 @@ def _product(x: Any, weight: Any, bias: Any, axes: tuple[str, ...]) -> Any:
     if type(weight) is not TracedWeight or isinstance(x, TracedWeight) or isinstance(bias, TracedWeight):
         return NotImplemented
     rpq = weight.rpq
-    cut, dtype, device = rpq.cut, rpq.dtype, x.device.type
-    if rpq.spec.outliers or rpq.view.axes != axes or x.ndim == 0 or x.shape[-1] != cut.inputs:
+    layout, dtype, device = rpq.layout, rpq.dtype, x.device.type
+    if rpq.spec.outliers or rpq.view.axes != axes or x.ndim == 0 or x.shape[-1] != layout.inputs:
         return NotImplemented
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -137,11 +137,11 @@ def _product(x: Any, weight: Any, bias: Any, axes: tuple[str, ...]) -> Any:
         return NotImplemented  # torch says what is wrong
     x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     parts, inside = (rpq.stages_codes(), rpq.codebooks, rpq.scales), bias if rpq.zero_row is None else None
-    out = rpq.face.linear(rotate(x.reshape(-1, cut.inputs), rpq.spec.rotation), *parts, inside, cut)
+    out = rpq.backend.linear(rotate(x.reshape(-1, layout.inputs), rpq.spec.rotation), *parts, inside, layout)
     if rpq.zero_row is not None:
-        out = out.masked_fill(torch.arange(cut.outputs, device=out.device) == rpq.zero_row, 0)
+        out = out.masked_fill(torch.arange(layout.outputs, device=out.device) == rpq.zero_row, 0)
         out = out if bias is None else out + bias
-    return out.view(*x.shape[:-1], cut.outputs)
+    return out.view(*x.shape[:-1], layout.outputs)
 
 
 def _embedding(

@@ -1,6 +1,6 @@
 """RPQWeight: the module that owns codebooks, codes and scales, and expands them to a dense parameter.
 
-What a layer sees of it is a `ComputedWeight` (computed.py), which decodes when its values are used, or never, where an
+What a layer sees of it is a `ComputedWeight` (lazy_weight.py), which decodes when its values are used, or never, where an
 operation can work on the codes (operations.py).
 """
 
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from rpq_convert import kernels
 from rpq_convert.core import description
 from rpq_convert.core.axes import WeightView
-from rpq_convert.core.layout import Cut
+from rpq_convert.core.layout import Layout
 from rpq_convert.core.rotation import rotate
 from rpq_convert.core.spec import Spec, dtype_name
 from rpq_convert.kernels import reference, torch_ops
@@ -30,6 +30,32 @@ def _transformed() -> bool:
     """Whether torch.func rewrites operations just now: it looks through ordinary ones only."""
     # isinstance, as the compiler takes `is not None` for true here
     return isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter)
+
+
+class Caches:
+    """What one RPQWeight keeps between calls. A copy, a pickle or a file of the weight has none of it.
+
+    What kernels make of a tensor of codebooks or scales (`kernels.cpu.prepared`) is kept with that tensor, not here: a compiled or
+    exported graph calls kernels with tensors alone. It goes when the tensor does, or changes.
+    """
+
+    def __init__(self) -> None:
+        # the stored codes, their address, the shapes of codebooks and scales, and the view [stages, blocks, n] of the codes: made
+        # anew, and checked again, when one of the others differs
+        self.codes: tuple[Tensor, int, torch.Size, torch.Size | None, Tensor] | None = None
+        # what `layer.weight` returns (a tensor without memory takes 2 microseconds to make), and what that depends on
+        self.lazy: tuple[Any, Tensor] | None = None
+        # the expanded weight, from `keep` to `drop`: inside `rpq_convert.decoded`, and while codes are tuned
+        self.expanded: Tensor | None = None
+        self.read_only: Tensor | None = None  # the same memory, as eager code gets it
+
+    def keep(self, expanded: Tensor, read_only: Tensor | None = None) -> None:
+        """Let layers multiply by this expanded weight until `drop`."""
+        self.expanded, self.read_only = expanded, read_only
+
+    def drop(self) -> None:
+        """Go back to codes."""
+        self.expanded = self.read_only = None
 
 
 class RPQWeight(nn.Module):
@@ -53,8 +79,6 @@ class RPQWeight(nn.Module):
     scales: nn.Parameter | None
     outliers: nn.Parameter | None  # added to what the codes give, at `positions`
     positions: nn.Parameter | None
-    kept: Tensor | None = None  # the expanded weight, inside a block of `rpq_convert.decoded`
-    guarded: Tensor | None = None  # the same memory, as eager code gets it
 
     def __init__(
         self,
@@ -67,9 +91,12 @@ class RPQWeight(nn.Module):
         zero_row: int | None = None,
     ) -> None:
         super().__init__()
+        self.caches = Caches()
         self.spec, self.view, self.shape, self.zero_row = spec, view, tuple(shape), zero_row
         n, length = view.matrix_shape(self.shape, spec.axis)
-        self.cut = Cut(spec.axis, n, length, spec.dim, spec.books, spec.stages)  # the coded matrix, as kernels see it
+        self.layout = Layout(
+            spec.axis, n, length, spec.dim, spec.books, spec.stages
+        )  # the coded matrix, as kernels see it
         self._probe = torch.empty(0, dtype=dtype, device=device)  # follows .to() and remembers the expanded dtype
         for name, (kind, size) in spec.tensors(view, self.shape).items():
             empty = torch.zeros(size, dtype=kind, device=device)
@@ -88,10 +115,10 @@ class RPQWeight(nn.Module):
         return any(p is not None and p.requires_grad for p in (self.codebooks, self.scales, self.outliers))
 
     @property
-    def face(self) -> ModuleType:
-        """What computes on the codes: compiled kernels, for real tensors and with nothing that watches torch's operations.
+    def backend(self) -> ModuleType:
+        """What computes on the codes: compiled kernels for real tensors, where nothing records torch's operations.
 
-        A compiler gets operators, an exporter to ONNX, a tracer and everything else plain torch operations.
+        A compiler gets operators, an exporter to ONNX, a tracer and everything else ordinary torch operations.
         """
         if torch.compiler.is_compiling():
             return reference if torch.onnx.is_in_onnx_export() or _transformed() else torch_ops
@@ -103,7 +130,7 @@ class RPQWeight(nn.Module):
             and not _transformed()
             and torch._C._get_tracing_state() is None
         )
-        return kernels.face("cpu" if codes.is_cpu else codes.device.type) if real else reference
+        return kernels.backend_for("cpu" if codes.is_cpu else codes.device.type) if real else reference
 
     def stored_tensor(self, name: str) -> Any:
         """Return `self.<name>`, half a microsecond sooner than nn.Module looks it up."""
@@ -116,26 +143,26 @@ class RPQWeight(nn.Module):
         return codes if self.spec.layout == "blocks" else codes.transpose(1, 2)
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return (codes [stages, blocks, n], codebooks, scales) for compiled kernels; the view is kept for the next call."""
+        """Return (codes [stages, blocks, n], codebooks, scales) for compiled kernels; the view of codes is cached."""
         stored, codebooks, scales = (self.stored_tensor(name) for name in ("codes", "codebooks", "scales"))
-        seen = self.__dict__.get("_seen")
+        cached = self.caches.codes
         if (
-            seen is None
-            or seen[0] is not stored
-            or seen[1] != stored.data_ptr()
-            or seen[2] != codebooks.shape
-            or (scales is not None and seen[3] != scales.shape)
+            cached is None
+            or cached[0] is not stored
+            or cached[1] != stored.data_ptr()
+            or cached[2] != codebooks.shape
+            or (scales is not None and cached[3] != scales.shape)
         ):
             self.check()
-            with torch.inference_mode(False):  # kept, and so used where gradients are recorded
+            with torch.inference_mode(False):  # used later where gradients are recorded
                 codes = self.stages_codes().detach()
-            seen = (stored, stored.data_ptr(), codebooks.shape, None if scales is None else scales.shape, codes)
-            self.__dict__["_seen"] = seen
-        return seen[4], codebooks, scales
+            shape = None if scales is None else scales.shape
+            cached = self.caches.codes = (stored, stored.data_ptr(), codebooks.shape, shape, codes)
+        return cached[4], codebooks, scales
 
-    def _parts_for(self, face: ModuleType) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the same for any face: ordinary operations and compilers take the parameters as they are."""
-        slow = face is reference or face is torch_ops
+    def _parts_for(self, backend: ModuleType) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the same for any backend: ordinary operations and compilers take the parameters as they are."""
+        slow = backend is reference or backend is torch_ops
         return (self.stages_codes(), self.codebooks, self.scales) if slow else self.parts()
 
     def check(self) -> None:
@@ -149,42 +176,44 @@ class RPQWeight(nn.Module):
             raise ValueError(f"RPQ weight {tuple(self.shape)}: the memory of its tensors was given back")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_seen", "_lazy")}  # what calls keep for the next
+        return {k: v for k, v in self.__dict__.items() if k != "caches"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.caches = Caches()
         if "codes" in self._parameters:
             n, length = self.view.matrix_shape(self.shape, self.spec.axis)
-            self.cut = Cut(self.spec.axis, n, length, self.spec.dim, self.spec.books, self.spec.stages)
+            self.layout = Layout(self.spec.axis, n, length, self.spec.dim, self.spec.books, self.spec.stages)
             self.check()
 
     def forward(self) -> Tensor:
         """Expand to the dense parameter, in its stored shape, contiguous, differentiable."""
-        face, axes = self.face, self.view.axes
-        codes, codebooks, scales = self._parts_for(face)
+        backend, axes = self.backend, self.view.axes
+        codes, codebooks, scales = self._parts_for(backend)
         if axes[0] == "out" and "expert" not in axes:
-            weight = face.decode(codes, codebooks, scales, self.cut, self.dtype)
+            weight = backend.decode(codes, codebooks, scales, self.layout, self.dtype)
             return self._finish(rotate(weight, self.spec.rotation, back=True).view(self.shape), scaled=True)
-        weight = rotate(face.decode(codes, codebooks, None, self.cut, self.dtype), self.spec.rotation, back=True)
+        weight = rotate(backend.decode(codes, codebooks, None, self.layout, self.dtype), self.spec.rotation, back=True)
         matrix = weight if self.spec.axis == "in" else weight.T
         return self._finish(self.view.from_matrix(matrix, self.shape, self.spec.axis))
 
     def rows(self, index: Tensor) -> Tensor:
-        """Expand the rows `index [r]` of a two-axis parameter cut along its input axis: [r, L]."""
-        face = self.face
-        rows = face.decode_rows(*self._parts_for(face), index, self.cut, self._probe.dtype)
+        """Expand the rows `index [r]` of a two-axis parameter whose sub-vectors run along its inputs: [r, L]."""
+        backend = self.backend
+        rows = backend.decode_rows(*self._parts_for(backend), index, self.layout, self._probe.dtype)
         rows = rotate(rows, self.spec.rotation, back=True)
         return rows if self.zero_row is None and not self.spec.outliers else self._finish(rows, index, scaled=True)
 
     def part(self, expert: int) -> RPQWeight:
         """Return one of the matrices of a parameter whose first axis is `expert`; it shares this one's tensors."""
-        self._parts_for(self.face)  # checked here, for all of them
+        self._parts_for(self.backend)  # checked here, for all of them
         part = RPQWeight.__new__(RPQWeight)
         nn.Module.__init__(part)
+        part.caches = Caches()
         part.spec, part.view, part.shape, part.zero_row = self.spec, self.view.inner, self.shape[1:], None
         part._probe = self._probe
-        rows = self.cut.n // self.shape[0]
-        part.cut = dataclasses.replace(self.cut, n=rows)
+        rows = self.layout.n // self.shape[0]
+        part.layout = dataclasses.replace(self.layout, n=rows)
         part.__dict__["codebooks"] = self.codebooks
         part.__dict__["codes"] = self.codes[..., expert * rows : (expert + 1) * rows]
         part.__dict__["scales"] = None if self.scales is None else self.scales[expert]
@@ -201,7 +230,7 @@ class RPQWeight(nn.Module):
     def matrix_rows(self, start: int, stop: int) -> Tensor:
         """Expand rows `start` to `stop` of the matrix that the codes describe, rotated: [stop - start, L], not differentiable."""
         codes = self.stages_codes()[:, :, start:stop]
-        part = reference.matrix(codes, self.codebooks, self.cut, self.dtype)
+        part = reference.matrix(codes, self.codebooks, self.layout, self.dtype)
         scales = self.scale_matrix()
         if scales is not None:
             part = part * scales[start:stop].to(self.dtype)
@@ -286,7 +315,7 @@ class RPQWeight(nn.Module):
         expected, errors = self.spec.tensors(self.view, self.shape), args[-1]
         given = {name: state_dict[prefix + name] for name in expected if prefix + name in state_dict}
         wrong = description.misfit({name: expected[name] for name in given}, given, exact=False)
-        wrong = wrong or description.misplaced(expected, given.get("positions"), self.cut.inputs)
+        wrong = wrong or description.misplaced(expected, given.get("positions"), self.layout.inputs)
         if wrong:
             errors.append(f"{prefix}{wrong}")
             return

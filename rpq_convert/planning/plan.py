@@ -22,6 +22,8 @@ from rpq_convert.core.safetensors import file_size
 from rpq_convert.core.spec import Spec, dtype_of
 from rpq_convert.errors import PlanError
 from rpq_convert.report.schema import Report, Row
+from rpq_convert.schemas import kinds
+from rpq_convert.schemas.checking import check
 from rpq_convert.version import __version__
 
 FORMAT_VERSION = 1
@@ -207,21 +209,53 @@ class Plan:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
-        if data.get("format_version") != FORMAT_VERSION:
-            raise PlanError(f"plan format {data.get('format_version')!r} is not {FORMAT_VERSION}; update rpq-convert")
-        lists = {"aliases": tuple, "shape": tuple}
+    def from_dict(cls, data: Mapping[str, Any], where: str = "the value") -> Plan:
+        """Return the plan that `to_dict` described.
 
-        def fields(d: Mapping[str, Any]) -> dict[str, Any]:
-            return {k: lists[k](v) if k in lists else Spec(**v) if k == "spec" else v for k, v in d.items()}
+        Args:
+            where: what holds it, such as a file's path, for messages.
 
+        Raises:
+            PlanError: another format, or a field that is missing, unknown, of the wrong type or out of its range.
+        """
+        version = data.get("format_version", FORMAT_VERSION) if isinstance(data, Mapping) else FORMAT_VERSION
+        if version != FORMAT_VERSION:
+            raise PlanError(f"{where} is not a plan of format {FORMAT_VERSION}, but {version!r}; update rpq-convert")
+        check(data, kinds.PLAN, where, PlanError)
         return cls(
-            jobs=tuple(Job(**fields(j)) for j in data["jobs"]),
-            skips=tuple(Skip(**fields(s)) for s in data["skips"]),
+            jobs=tuple(_job(j, f"{where} is not a plan: jobs[{i}]") for i, j in enumerate(data["jobs"])),
+            skips=tuple(_skip(s, f"{where} is not a plan: skips[{i}]") for i, s in enumerate(data["skips"])),
             options=data["options"],
             max_shard_size=data["max_shard_size"],
             warnings=tuple(data["warnings"]),
         )
+
+
+def _job(entry: Mapping[str, Any], where: str) -> Job:
+    """Return a job whose fields have the right types; what they say together is checked here."""
+    field = ".spec"
+    try:
+        spec = Spec(**entry["spec"])
+        field = ""
+        job = Job(**_tuples(entry) | {"spec": spec})
+        tensors = spec.tensors(job.weight_view, job.shape)
+    except ValueError as e:
+        raise PlanError(f"{where}{field}: {e}") from None
+    if large := [part for part, (_, size) in tensors.items() if math.prod(size) > kinds.MAX_NUMBERS]:
+        raise PlanError(f"{where}.spec: {large[0]} would hold more than {kinds.MAX_NUMBERS:,} numbers")
+    return job
+
+
+def _skip(entry: Mapping[str, Any], where: str) -> Skip:
+    try:
+        dtype_of(entry["dtype"])
+    except ValueError as e:
+        raise PlanError(f"{where}.dtype: {e}") from None
+    return Skip(**_tuples(entry))
+
+
+def _tuples(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {**entry, "aliases": tuple(entry["aliases"]), "shape": tuple(entry["shape"])}
 
 
 def _names(item: Job | Skip) -> set[str]:

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rpq_convert.errors import PlanError
+from rpq_convert.schemas import kinds
+from rpq_convert.schemas.checking import check, read_text
 
 if TYPE_CHECKING:  # rules are free of torch, so that the command line can read them at once
     from rpq_convert.planning.slots import Slot
@@ -111,18 +113,12 @@ def load_preset(name: str) -> Preset:
     else:
         raise PlanError(f"unknown preset {name!r}; presets: {', '.join(preset_names())}, or the path of a .toml file")
     try:
-        data = tomllib.loads(path.read_text("utf8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise PlanError(f"preset {name} is not valid TOML: {e}") from None
-    unknown = sorted(set(data) - {"description", "settings", "rules"})
-    if unknown:
-        raise PlanError(f"preset {name} has unknown tables {', '.join(unknown)}; use description, settings, rules")
-    settings, rules = data.get("settings", {}), data.get("rules", [])
-    tables = isinstance(settings, dict) and isinstance(rules, list) and all(isinstance(r, dict) for r in rules)
-    if not tables or not all(isinstance(r.get("match", ""), str) for r in rules):
-        raise PlanError(f"preset {name}: [settings] must be a table and [[rules]] tables whose match is text")
-    base = Rule("*", settings).settings  # checks the settings' names
-    return Preset(name, data.get("description", ""), base, tuple(as_rule(r) for r in rules))
+        data = tomllib.loads(read_text(path, kinds.PRESET, PlanError))
+    except (tomllib.TOMLDecodeError, RecursionError) as e:
+        raise PlanError(f"{name} is not a preset: it is not valid TOML: {e}") from None
+    check(data, kinds.PRESET, name, PlanError)
+    rules = tuple(as_rule(r) for r in data.get("rules", ()))
+    return Preset(name, data.get("description", ""), data.get("settings", {}), rules)
 
 
 def settings_for(slot: Slot, base: Mapping[str, Any], rules: Iterable[Rule]) -> tuple[dict[str, Any], Rule | None]:

@@ -8,8 +8,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+from rpq_convert.errors import SourceError
+from rpq_convert.schemas import kinds
+from rpq_convert.schemas.checking import check, parse_json, read_text
 
 SCHEMA_VERSION = 1
 MANY_DENSE = 0.1  # share of parameters left dense above which a report warns
@@ -155,25 +160,34 @@ class Report:
         return {"schema_version": SCHEMA_VERSION} | asdict(self)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Report:
-        if data.get("schema_version") != SCHEMA_VERSION:
-            raise ValueError(
-                f"report schema {data.get('schema_version')!r} is not {SCHEMA_VERSION}; update rpq-convert"
+    def from_dict(cls, data: Mapping[str, Any], where: str = "the value") -> Report:
+        """Return the report that `to_dict` described.
+
+        Args:
+            where: what holds it, such as a file's path, for messages.
+
+        Raises:
+            SourceError: another version, or a field that is missing, unknown, of the wrong type or out of its range.
+        """
+        version = data.get("schema_version", SCHEMA_VERSION) if isinstance(data, Mapping) else SCHEMA_VERSION
+        if version != SCHEMA_VERSION:
+            raise SourceError(
+                f"{where} is not a report of schema {SCHEMA_VERSION}, but {version!r}; update rpq-convert"
             )
+        check(data, kinds.REPORT, where, SourceError)
         rest = {k: v for k, v in data.items() if k != "schema_version"}
-        rows = tuple(
-            _typed(Row(**{**r, "shape": tuple(r["shape"]), "aliases": tuple(r["aliases"])})) for r in rest.pop("rows")
-        )
-        files = tuple(_typed(FileRow(**f)) for f in rest.pop("files"))
-        found = tuple(map(_evaluation, rest.pop("evaluations", ())))  # reports of earlier versions have none
-        return _typed(cls(rows=rows, files=files, warnings=tuple(rest.pop("warnings")), evaluations=found, **rest))
+        rows = tuple(Row(**{**r, "shape": tuple(r["shape"]), "aliases": tuple(r["aliases"])}) for r in rest.pop("rows"))
+        files = tuple(FileRow(**f) for f in rest.pop("files"))
+        warnings, found = tuple(rest.pop("warnings")), tuple(rest.pop("evaluations", ()))  # earlier versions have none
+        return cls(rows=rows, files=files, warnings=warnings, evaluations=found, **rest)
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1)
 
     @classmethod
-    def from_json(cls, text: str) -> Report:
-        return cls.from_dict(json.loads(text))
+    def from_json(cls, text: str, where: str = "the text") -> Report:
+        """Return the report that a JSON text describes; see `from_dict`."""
+        return cls.from_dict(parse_json(text, kinds.REPORT, where, SourceError), where)
 
     def to_terminal(self, width: int = 80) -> str:
         from rpq_convert.report.text import terminal
@@ -204,34 +218,13 @@ class Report:
         return fragment(self)
 
 
-KINDS: dict[str, tuple[type, ...]] = {
-    "str": (str,),
-    "int": (int,),
-    "float": (int, float),
-    "None": (type(None),),
-    "Mapping": (Mapping,),
-}
+def read_report(path: str | Path) -> Report:
+    """Return the report in a file.
 
-
-def _typed(value: Any) -> Any:
-    """Return a value whose fields are of the types that its class names; a report may come from anywhere."""
-    for f in fields(value):
-        text, given = str(f.type), getattr(value, f.name)
-        many = text.startswith("tuple[")
-        names = text.removeprefix("tuple[").removesuffix(", ...]").split(" | ")
-        kinds = tuple(k for n in names for k in KINDS.get(n.partition("[")[0], (object,)))
-        for item in given if many else (given,):
-            if not isinstance(item, kinds) or isinstance(item, bool):
-                raise ValueError(f"{f.name} is {item!r}, not {text}")
-    return value
-
-
-def _evaluation(entry: Any) -> Any:
-    numbers = (entry["samples"], *entry["metrics"].values())
-    texts = (entry["on"], entry["kind"], *entry["metrics"])
-    if not all(isinstance(t, str) for t in texts) or not all(type(n) in (int, float) for n in numbers):
-        raise ValueError(f"an evaluation {entry!r}")
-    return entry
+    Raises:
+        SourceError: it holds none.
+    """
+    return Report.from_json(read_text(path, kinds.REPORT, SourceError), str(path))
 
 
 def ratio(before: int, after: int) -> float:

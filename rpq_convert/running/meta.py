@@ -63,7 +63,7 @@ def parameters_on_meta() -> Iterator[None]:
 
 @functools.cache
 def _register_hook() -> None:
-    register_module_parameter_registration_hook(_to_meta)  # type: ignore[arg-type] # torch uses what it returns
+    register_module_parameter_registration_hook(_to_meta)  # type: ignore[arg-type]  # its stub forgets what it returns
 
 
 def _to_meta(module: nn.Module, name: str, param: nn.Parameter) -> nn.Parameter | None:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from rpq_convert.errors import SourceError
+from rpq_convert.schemas import kinds
+from rpq_convert.schemas.checking import read_json
 
 INDEX, PICKLE_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
 OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
@@ -261,13 +263,7 @@ def read_index(path: Path) -> dict[str, str]:
     Raises:
         SourceError: it is none.
     """
-    try:
-        index = json.loads(path.read_text("utf8"))["weight_map"]
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
-        raise SourceError(f"{path} is no index of weight files: {e!r}") from None
-    if not isinstance(index, dict) or not index or not all(isinstance(v, str) for v in index.values()):
-        raise SourceError(f"{path}: its weight_map must map names to files")
-    return index
+    return read_json(path, kinds.INDEX, SourceError)["weight_map"]  # type: ignore[no-any-return]
 
 
 def _inside(folder: Path, name: str) -> Path:

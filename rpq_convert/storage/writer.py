@@ -23,8 +23,10 @@ from torch import Tensor
 
 from rpq_convert.core import description
 from rpq_convert.core.results import Encoded
-from rpq_convert.errors import FolderError
+from rpq_convert.errors import FolderError, VerifyError
 from rpq_convert.planning.plan import Job, Plan
+from rpq_convert.schemas import kinds
+from rpq_convert.schemas.checking import check, parse_json, read_json
 
 PLAN, REPORT, MANIFEST, CONFIG, CARD = (
     "rpq_plan.json",
@@ -60,8 +62,10 @@ class Folder:
         self.origin = self.work / ORIGIN
         early = {f"{ORIGIN}.partial", f"{PLAN}.partial", ORIGIN}
         if self.work.exists() and any(p.name not in early for p in self.work.iterdir()):
-            same = stored.is_file() and stored.read_text("utf8") == plan.to_json()
-            fresh = self.origin.is_file() and self.origin.read_text("utf8") == origin
+            same = stored.is_file() and stored.read_bytes() == plan.to_json().encode()
+            fresh = self.origin.is_file() and self.origin.read_bytes() == origin.encode()
+            if not (same and fresh) and not overwrite:
+                self._check_records(stored)
             if not (same and fresh) and not overwrite:
                 what = "of a source that has changed since" if same else "with other settings; repeat them to go on"
                 raise FolderError(f"{self.work} holds an unfinished run {what}; delete it, or pass --overwrite")
@@ -72,6 +76,14 @@ class Folder:
         write_text(self.origin, origin)
         write_text(stored, plan.to_json())
         self.pieces.mkdir(exist_ok=True)
+
+    def _check_records(self, stored: Path) -> None:
+        """Refuse an unfinished run whose records are damaged, before it is said to be of another plan or source."""
+        hint = "; delete the folder, or pass --overwrite"
+        if stored.is_file():
+            read_json(stored, kinds.PLAN, FolderError, hint)
+        if self.origin.is_file() and self.origin.stat().st_size:  # empty: a model in memory
+            read_json(self.origin, kinds.ORIGIN, FolderError, hint)
 
     def _piece(self, name: str) -> Path:
         return self.pieces / (hashlib.sha256(name.encode()).hexdigest()[:32] + ".safetensors")
@@ -107,21 +119,17 @@ class Folder:
 
     def facts(self, job: Job) -> dict[str, Any]:
         """Return what a finished job measured, without reading its tensors."""
-        path = self._piece(job.name)
+        path, hint = self._piece(job.name), "; delete it and run the same command again"
         try:
             with safe_open(path, "pt") as f:
-                found = json.loads(f.metadata()["rpq"])
-            if (
-                set(found) != set(FACTS)
-                or found["name"] != job.name
-                or not isinstance(found["zero_row"], (int, type(None)))
-            ):
-                raise ValueError("it describes another job")
-        except (SafetensorError, ValueError, KeyError, TypeError) as e:
-            raise FolderError(
-                f"{path} of {job.name} is damaged ({e}); delete it and run the same command again"
-            ) from None
-        return found  # type: ignore[no-any-return]
+                text = (f.metadata() or {}).get("rpq", "")
+        except SafetensorError as e:
+            raise FolderError(f"{path} of {job.name} is damaged: {e}{hint}") from None
+        facts: dict[str, Any] = parse_json(text, kinds.PIECE, path, FolderError, hint)
+        check(facts, kinds.PIECE, path, FolderError, hint)
+        if facts["name"] != job.name:
+            raise FolderError(f"{path} is a piece of {facts['name']}, not of {job.name}{hint}")
+        return facts
 
     def done(self, job: Job) -> bool:
         return self._piece(job.name).is_file()
@@ -188,9 +196,21 @@ class Folder:
         return self.out
 
 
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return a folder's manifest.
+
+    Raises:
+        VerifyError: there is none, or it is broken.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise VerifyError(f"{path} is missing: the folder was not finished by rpq-convert")
+    return read_json(path, kinds.MANIFEST, VerifyError)  # type: ignore[no-any-return]
+
+
 def amend(folder: Path, texts: Mapping[str, str]) -> None:
     """Rewrite text files of a finished folder, and what its manifest says of them."""
-    manifest = json.loads((folder / MANIFEST).read_text("utf8"))
+    manifest = read_manifest(folder)
     for name, text in texts.items():
         write_text(folder / name, text)
         manifest["files"][name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}

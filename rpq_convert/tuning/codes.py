@@ -54,11 +54,11 @@ class CodeUpdates:
         """Let layers multiply by expanded weights, and return those, as long as the block lasts: they get gradients."""
         try:
             for rpq in self.weights.values():
-                rpq.kept = rpq()
-            yield [rpq.kept for rpq in self.weights.values()]  # type: ignore[misc]
+                rpq.caches.keep(rpq())
+            yield [rpq.caches.expanded for rpq in self.weights.values()]  # type: ignore[misc]
         finally:
             for rpq in self.weights.values():
-                rpq.kept = None
+                rpq.caches.drop()
 
     @torch.no_grad()
     def accumulate(self, gradients: Sequence[Tensor | None], factor: float) -> None:
@@ -79,22 +79,22 @@ class CodeUpdates:
         return sum(self._update(self.weights[name], offset) for name, offset in self.offsets.items())
 
     def _update(self, rpq: RPQWeight, offset: Tensor) -> int:
-        cut, codes = rpq.cut, rpq.stages_codes()
-        tables = rpq.codebooks.float().view(cut.stages, cut.books, CODEWORDS, cut.dim)
-        pad = (0, cut.blocks * cut.dim - cut.length)
-        length = F.pad(offset.square(), pad).view(cut.n, cut.blocks, cut.dim).sum(-1).flatten()
+        layout, codes = rpq.layout, rpq.stages_codes()
+        tables = rpq.codebooks.float().view(layout.stages, layout.books, CODEWORDS, layout.dim)
+        pad = (0, layout.blocks * layout.dim - layout.length)
+        length = F.pad(offset.square(), pad).view(layout.n, layout.blocks, layout.dim).sum(-1).flatten()
         limit = math.ceil(self.share * len(length))
         long = length.topk(min(CANDIDATES * limit, len(length))).indices  # sub-vectors, longest offset first
-        row, block = long // cut.blocks, long % cut.blocks
-        columns = block[:, None] * cut.dim + torch.arange(cut.dim, device=offset.device)
-        inside = columns < cut.length
-        columns = columns.clamp_max(cut.length - 1)
+        row, block = long // layout.blocks, long % layout.blocks
+        columns = block[:, None] * layout.dim + torch.arange(layout.dim, device=offset.device)
+        inside = columns < layout.length
+        columns = columns.clamp_max(layout.length - 1)
         scales = rpq.scale_matrix()
         scale = torch.ones(()) if scales is None else scales[row[:, None], columns].float()
         end = torch.where(inside & (scale != 0), offset[row[:, None], columns] / scale, 0.0)  # [sub-vectors, dim]
-        book = block * cut.books // cut.blocks
+        book = block * layout.books // layout.blocks
         changed = 0
-        for stage in range(cut.stages):
+        for stage in range(layout.stages):
             old = codes[stage][block, row]
             own = tables[stage, book, old.long()]
             new = _nearest(own + end, tables[stage], book)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -29,6 +29,8 @@ from rpq_convert.running.blocks import recomputed
 from rpq_convert.running.call import call, without_padding
 from rpq_convert.running.digest import describe
 from rpq_convert.running.modes import quiet
+from rpq_convert.schemas import kinds
+from rpq_convert.schemas.checking import check, parse_json
 from rpq_convert.storage.writer import write_tensors
 from rpq_convert.tuning.codes import EVERY, CodeUpdates
 from rpq_convert.tuning.losses import LOSSES, _main
@@ -36,6 +38,7 @@ from rpq_convert.tuning.options import TuneOptions
 
 Progress = Callable[[int, float], None]
 BETAS, EPSILON = (0.9, 0.99), 1e-12
+ANEW = "; remove it to start anew"  # what to do about a checkpoint that does not serve
 FLOOR = 1e-2  # size that a step on an all but zero tensor is relative to
 WARM = 0.05  # share of the steps in which the learning rate grows
 LAST = 0.1  # of the learning rate, at the last step
@@ -271,16 +274,25 @@ class _Run:
     def _resume(self) -> _State | None:
         if self.checkpoint is None or not self.checkpoint.is_file():
             return None
-        with safe_open(self.checkpoint, "pt") as f:
-            facts = json.loads((f.metadata() or {}).get("rpq_tune", "{}"))
-        if facts.get("mark") != self.mark:
-            raise TuneError(
-                f"{self.checkpoint} is of another run (model, data or settings differ); remove it to start anew"
-            )
+        try:
+            with safe_open(self.checkpoint, "pt") as f:
+                text = (f.metadata() or {}).get("rpq_tune", "")
+            tensors = load_file(self.checkpoint)
+        except SafetensorError as e:
+            raise TuneError(f"{self.checkpoint} is damaged: {e}{ANEW}") from None
+        facts = parse_json(text, kinds.TUNING, self.checkpoint, TuneError, ANEW)
+        check(facts, kinds.TUNING, self.checkpoint, TuneError, ANEW)
+        if facts["mark"] != self.mark:
+            raise TuneError(f"{self.checkpoint} is of another run (model, data or settings differ){ANEW}")
         groups: dict[str, dict[str, Tensor]] = {"now": {}, "best": {}, "mean": {}, "square": {}, **self._gathered()}
         everything = self._all()
-        for key, tensor in load_file(self.checkpoint).items():
+        for key, tensor in tensors.items():
             group, _, name = key.partition("/")
+            alike = name in everything and (
+                group not in ("now", "best", "mean", "square") or tensor.shape == everything[name].shape
+            )
+            if group not in groups or not alike:
+                raise TuneError(f"{self.checkpoint}: {key} {list(tensor.shape)} is no tensor of this run{ANEW}")
             groups[group][name] = tensor.to(everything[name].device)
         with torch.no_grad():
             for name, value in groups["now"].items():

@@ -16,7 +16,7 @@ import rpq_convert as rpq
 from rpq_convert.calibration import hessian, sequential
 from rpq_convert.core import results
 from rpq_convert.encoding import encode
-from rpq_convert.fit import fit_feedback, fit_kmeans, gptq
+from rpq_convert.fit import fit_gptq, fit_kmeans, gptq
 from rpq_convert.fit.additive import fit_additive
 from rpq_convert.layers import surgery
 from rpq_convert.running.blocks import arrivals, chains
@@ -64,7 +64,7 @@ def test_feedback_never_costs_more_than_none(problem):
     power = (hessian.diagonal() / hessian.diagonal().mean() + 0.01).float()
     importance = power.expand(n, length) if axis == "in" else power[:, None]
     none = decode(fit_additive(matrix, importance=importance, **common), n, length)
-    fed = decode(fit_feedback(matrix, hessian, axis=axis, **common), n, length)
+    fed = decode(fit_gptq(matrix, hessian, axis=axis, **common), n, length)
     assert cost(matrix - fed, hessian, axis) <= cost(matrix - none, hessian, axis) * (1 + 1e-4) + 1e-6
 
 
@@ -80,9 +80,9 @@ def test_compiled_steps_equal_those_of_torch(shape, axis, dim, books, scaled, mo
     x = torch.randn(400, inputs, generator=g) @ (torch.eye(inputs) + 0.1 * torch.randn(inputs, inputs, generator=g))
     hessian, scales = x.T.double() @ x.double(), 1 + torch.rand(outputs, generator=g) if scaled else None
     common = {"axis": axis, "dim": dim, "books": books, "stages": 1, "seed": 0, "scales": scales}
-    fast = fit_feedback(matrix, hessian, **common)
+    fast = fit_gptq(matrix, hessian, **common)
     monkeypatch.setattr(gptq._Part, "_one_stage", gptq._Part._stages)
-    slow = fit_feedback(matrix, hessian, **common)
+    slow = fit_gptq(matrix, hessian, **common)
     assert (fast.codes != slow.codes).float().mean() < 0.01  # sums are rounded in other places
     torch.testing.assert_close(fast.codebooks, slow.codebooks, rtol=0.01, atol=0.01)
 
@@ -101,7 +101,7 @@ def test_feedback_pays_where_inputs_are_correlated():
     hessian, matrix = x.T.double() @ x.double(), torch.randn(192, 128, generator=g)
     common = {"dim": 2, "books": 1, "stages": 1, "seed": 0}
     plain = decode(fit_kmeans(matrix, **common), 192, 128)
-    fed = decode(fit_feedback(matrix, hessian, axis="in", **common), 192, 128)
+    fed = decode(fit_gptq(matrix, hessian, axis="in", **common), 192, 128)
     assert cost(matrix - fed, hessian, "in") < 0.6 * cost(matrix - plain, hessian, "in")
 
 
@@ -113,7 +113,7 @@ def test_what_256_codewords_can_say_is_recovered(axis, dim):
     matrix = words[torch.randint(256, (60, 12), generator=g)].reshape(60, 12 * dim)
     inputs = 60 if axis == "out" else 12 * dim
     x = torch.randn(500, inputs, generator=g) @ torch.randn(inputs, inputs, generator=g)
-    fitted = fit_feedback(matrix, x.T.double() @ x.double(), axis=axis, dim=dim, books=1, stages=1, seed=0)
+    fitted = fit_gptq(matrix, x.T.double() @ x.double(), axis=axis, dim=dim, books=1, stages=1, seed=0)
     assert torch.allclose(decode(fitted, 60, 12 * dim), matrix, atol=1e-5)
 
 
@@ -128,7 +128,7 @@ def test_parts_are_fitted_to_their_own_inputs():
         errors = (matrix - decode(fitted, 120, 24)).split(40)
         return sum(cost(e, h, "in") for e, h in zip(errors, moments))
 
-    own, mean = fit_feedback(matrix, moments, **common), fit_feedback(matrix, moments.mean(0), **common)
+    own, mean = fit_gptq(matrix, moments, **common), fit_gptq(matrix, moments.mean(0), **common)
     assert total(own) < 0.9 * total(mean)
 
 
@@ -138,7 +138,7 @@ def test_parts_are_fitted_to_their_own_inputs():
 )
 def test_statistics_that_cannot_be_are_refused(hessian, said):
     with pytest.raises(ValueError, match=said):
-        fit_feedback(torch.randn(4, 8), hessian, axis="in", dim=2, books=1, stages=1, seed=0)
+        fit_gptq(torch.randn(4, 8), hessian, axis="in", dim=2, books=1, stages=1, seed=0)
 
 
 # What is measured: moments of everything that reads a weight.

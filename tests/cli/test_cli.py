@@ -526,7 +526,7 @@ def test_presets_and_rules_that_make_no_sense(bert, tmp_path):
     presets = {
         "settings = 3": "must be a table", "rules = 5": "must be a table", "rules = [3]": "must be a table",
         "[[rules]]\nmatch = 3": "must be a table", "[settings]\nbits = 'four'": "bits must be a number",
-        "description = 'no size'": "no size is set", "x": "not valid TOML", "[other]": "unknown tables other",
+        "description = 'no size'": "no size is set", "x": "not valid TOML", "[other]": "other is unknown; known: description",
     }  # fmt: skip
     for text, says in presets.items():
         own.write_text(text)

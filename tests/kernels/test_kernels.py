@@ -6,11 +6,12 @@ import threading
 
 import pytest
 import torch
+from processor import NO_VBMI
 from torch import nn
 from torch.nn import functional as F
 
 import rpq_convert as rpq
-from rpq_convert.core.layout import Cut
+from rpq_convert.core.layout import Layout
 from rpq_convert.kernels import reference
 from rpq_convert.kernels.cpu import cost as costs
 from rpq_convert.kernels.cpu import linear as kernels
@@ -18,8 +19,8 @@ from rpq_convert.kernels.cpu import one_token
 from rpq_convert.kernels.cpu.cost import cost
 from rpq_convert.kernels.cpu.decode import decode, decode_rows, tiled_linear
 from rpq_convert.kernels.cpu.linear import decoded_linear, linear
-from rpq_convert.kernels.cpu.prepared import ready
-from rpq_convert.kernels.jit import amx, vectors
+from rpq_convert.kernels.cpu.prepared import prepared
+from rpq_convert.kernels.jit import amx, threads
 
 # axis, n, length, dim, books, stages, codes stored by rows
 CASES = {
@@ -37,15 +38,15 @@ CASES = {
 
 def make(axis, n, length, dim, books, stages, by_rows, dtype=torch.float32):
     torch.manual_seed(0)
-    cut = Cut(axis, n, length, dim, books, stages)
-    codes = torch.randint(0, 256, (stages, cut.blocks, n), dtype=torch.uint8)
+    layout = Layout(axis, n, length, dim, books, stages)
+    codes = torch.randint(0, 256, (stages, layout.blocks, n), dtype=torch.uint8)
     if by_rows:
         codes = codes.transpose(1, 2).contiguous().transpose(1, 2)
-    return cut, codes, torch.randn(stages, books, 256, dim).to(dtype)
+    return layout, codes, torch.randn(stages, books, 256, dim).to(dtype)
 
 
-def plain_weight(codes, books, scales, cut):
-    return reference.decode(codes, books, scales, cut, torch.float32)
+def plain_weight(codes, books, scales, layout):
+    return reference.decode(codes, books, scales, layout, torch.float32)
 
 
 def close(a, b, limit=2e-6):
@@ -55,75 +56,75 @@ def close(a, b, limit=2e-6):
 
 def set_tile_time(monkeypatch, time):
     for module in (costs, kernels):
-        monkeypatch.setattr(module, "tile_time", time)
+        monkeypatch.setattr(module, "amx_time", time)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 8, 9, 40, 100])
 @pytest.mark.parametrize("axis", ["in", "out"])
 @pytest.mark.parametrize("case", CASES)
 def test_linear_and_its_gradients(case, axis, tokens, monkeypatch):
-    cut, codes, books = make(axis, *CASES[case])
-    inputs = [torch.randn(tokens, cut.inputs), books, torch.rand(cut.outputs) + 0.5, torch.randn(cut.outputs)]
+    layout, codes, books = make(axis, *CASES[case])
+    inputs = [torch.randn(tokens, layout.inputs), books, torch.rand(layout.outputs) + 0.5, torch.randn(layout.outputs)]
     x, books, scales, bias = (t.requires_grad_() for t in inputs)
-    expected = x @ plain_weight(codes, books, scales, cut).T + bias
+    expected = x @ plain_weight(codes, books, scales, layout).T + bias
     gradient = torch.randn_like(expected)
     wanted = torch.autograd.grad(expected, inputs, gradient)
-    for function, by_tiles in ((linear, math.inf), (decoded_linear, math.inf), (linear, 0)):
-        set_tile_time(monkeypatch, lambda *_, time=by_tiles: time if amx.allowed() else math.inf)
-        out = function(x, codes, books, scales, bias, cut)
+    for function, by_amx in ((linear, math.inf), (decoded_linear, math.inf), (linear, 0)):
+        set_tile_time(monkeypatch, lambda *_, time=by_amx: time if amx.amx_allowed() else math.inf)
+        out = function(x, codes, books, scales, bias, layout)
         assert close(out, expected)
         for found, want in zip(torch.autograd.grad(out, inputs, gradient), wanted):
             assert close(found, want)
-        given = gradient, x.detach(), codes, books.detach(), scales.detach(), cut, (True,) * 3
+        given = gradient, x.detach(), codes, books.detach(), scales.detach(), layout, (True,) * 3
         for way in (kernels.linear_gradients, kernels.decoded_gradients):
             assert all(map(close, way(*given), wanted))
     with torch.no_grad():
-        assert close(linear(x, codes, books, scales, None, cut), expected - bias)
-        assert close(tiled_linear(x, codes, books, scales, bias, cut), expected)
+        assert close(linear(x, codes, books, scales, None, layout), expected - bias)
+        assert close(tiled_linear(x, codes, books, scales, bias, layout), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("axis", ["in", "out"])
 @pytest.mark.parametrize("case", CASES)
 def test_decode_gives_the_bits_of_plain_torch(case, axis, dtype):
-    cut, codes, books = make(axis, *CASES[case], dtype=torch.float16)
-    scales = torch.rand(cut.outputs).half()
-    table = books.reshape(cut.stages, cut.books * 256, cut.dim).float()
-    first = torch.arange(cut.blocks) * cut.books // cut.blocks * 256
-    matrix = sum(F.embedding(codes[s].T.int() + first, table[s]) for s in range(cut.stages))
-    matrix = matrix.flatten(1)[:, : cut.length].to(dtype)
+    layout, codes, books = make(axis, *CASES[case], dtype=torch.float16)
+    scales = torch.rand(layout.outputs).half()
+    table = books.reshape(layout.stages, layout.books * 256, layout.dim).float()
+    first = torch.arange(layout.blocks) * layout.books // layout.blocks * 256
+    matrix = sum(F.embedding(codes[s].T.int() + first, table[s]) for s in range(layout.stages))
+    matrix = matrix.flatten(1)[:, : layout.length].to(dtype)
     plain = matrix if axis == "in" else matrix.T
-    assert torch.equal(decode(codes, books, None, cut, dtype), plain)
-    assert torch.equal(decode(codes, books, scales, cut, dtype), plain * scales.to(dtype)[:, None])
+    assert torch.equal(decode(codes, books, None, layout, dtype), plain)
+    assert torch.equal(decode(codes, books, scales, layout, dtype), plain * scales.to(dtype)[:, None])
     if axis == "in":
-        index = torch.randint(0, cut.n, (37,))
-        rows = decode_rows(codes, books, scales, index, cut, dtype)
+        index = torch.randint(0, layout.n, (37,))
+        rows = decode_rows(codes, books, scales, index, layout, dtype)
         assert torch.equal(rows, (plain * scales.to(dtype)[:, None])[index])
 
 
 @pytest.mark.parametrize("axis", ["in", "out"])
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_of_decode(case, axis):
-    cut, codes, books = make(axis, *CASES[case])
-    inputs = [books.requires_grad_(), (torch.rand(cut.outputs) + 0.5).requires_grad_()]
-    expected = plain_weight(codes, *inputs, cut)
+    layout, codes, books = make(axis, *CASES[case])
+    inputs = [books.requires_grad_(), (torch.rand(layout.outputs) + 0.5).requires_grad_()]
+    expected = plain_weight(codes, *inputs, layout)
     gradient = torch.randn_like(expected)
-    out = decode(codes, *inputs, cut, torch.float32)
+    out = decode(codes, *inputs, layout, torch.float32)
     for found, want in zip(torch.autograd.grad(out, inputs, gradient), torch.autograd.grad(expected, inputs, gradient)):
         assert close(found, want)
 
 
 def test_gradient_of_a_gradient():
-    cut, codes, books = make("in", *CASES["one book per block"])
-    x = torch.randn(5, cut.inputs, dtype=torch.float32, requires_grad=True)
+    layout, codes, books = make("in", *CASES["one book per block"])
+    x = torch.randn(5, layout.inputs, dtype=torch.float32, requires_grad=True)
     books.requires_grad_()
 
     def penalty(product):
         (first,) = torch.autograd.grad(product.square().sum(), x, create_graph=True)
         return torch.autograd.grad(first.square().sum(), [x, books])
 
-    wanted = penalty(x @ plain_weight(codes, books, None, cut).T)
-    for found, want in zip(penalty(linear(x, codes, books, None, None, cut)), wanted):
+    wanted = penalty(x @ plain_weight(codes, books, None, layout).T)
+    for found, want in zip(penalty(linear(x, codes, books, None, None, layout)), wanted):
         assert close(found, want, 1e-5)
 
 
@@ -134,36 +135,37 @@ WHOLE = {
 }
 
 
+@pytest.mark.skipif(bool(NO_VBMI), reason=NO_VBMI)
 @pytest.mark.parametrize("case", WHOLE)
 @pytest.mark.parametrize("outlier", [1, 30])
 def test_whole_numbers_are_as_good_as_floats(case, outlier):
-    if not vectors.HAS_DOT:
-        pytest.skip("this processor has no AVX-512 VBMI and VNNI")
-    cut, codes, books = make(*WHOLE[case])
-    x = torch.randn(1, cut.inputs)
+    layout, codes, books = make(*WHOLE[case])
+    x = torch.randn(1, layout.inputs)
     x[0, 5] *= outlier
-    exact = x.double() @ plain_weight(codes, books, None, cut).double().T
-    error = float((linear(x, codes, books, None, None, cut) - exact).norm() / exact.norm())
+    exact = x.double() @ plain_weight(codes, books, None, layout).double().T
+    error = float((linear(x, codes, books, None, None, layout) - exact).norm() / exact.norm())
     assert error < 2e-6  # one ordinary product in float32 is off by 4e-7
-    call = kernels.call_of(cut.axis == "in", codes, books, cut)
-    assert (call.turns, call.digits is not None) == (
+    launch = kernels.launch_for(layout.axis == "in", codes, books, layout)
+    assert (launch.by_rows, launch.digits is not None) == (
         case.startswith("entries"),
         case == "digits",
     )  # each by its own way
-    assert sorted(one_token.NATURAL) == list(range(64))
+    assert sorted(one_token.POSITIONS) == list(range(64))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("axis", ["in", "out"])
 @pytest.mark.parametrize("case", ["one book per block", "dim 1, codes by rows", "dim 2"])
 def test_nan_and_infinity_do_not_come_out_as_numbers(case, axis, bad):
-    cut, codes, books = make(axis, *CASES[case])
+    layout, codes, books = make(axis, *CASES[case])
     for tokens in (1, 4, 20):
-        x = torch.randn(tokens, cut.inputs)
+        x = torch.randn(tokens, layout.inputs)
         x[0, 3] = bad
-        out = linear(x, codes, books, None, None, cut)
+        out = linear(x, codes, books, None, None, layout)
         assert not torch.isfinite(out[0]).any() and torch.isfinite(out[1:]).all()
-    assert torch.equal(linear(torch.zeros(1, cut.inputs), codes, books, None, None, cut), torch.zeros(1, cut.outputs))
+    assert torch.equal(
+        linear(torch.zeros(1, layout.inputs), codes, books, None, None, layout), torch.zeros(1, layout.outputs)
+    )
 
 
 @pytest.mark.parametrize("axis", ["in", "out"])
@@ -172,19 +174,19 @@ def test_nan_and_infinity_do_not_come_out_as_numbers(case, axis, bad):
     "cutting", [(1500, 1024, 8, 128, 1, False), (1500, 512, 2, 1, 1, False), (2500, 256, 2, 1, 1, True)]
 )
 def test_bits_do_not_depend_on_threads(cutting, axis, tokens, monkeypatch):
-    cut, codes, books = make(axis, *cutting)
-    x = torch.randn(tokens, cut.inputs, requires_grad=True)
+    layout, codes, books = make(axis, *cutting)
+    x = torch.randn(tokens, layout.inputs, requires_grad=True)
     books.requires_grad_()
 
     def run():
-        out = linear(x, codes, books, None, None, cut)
+        out = linear(x, codes, books, None, None, layout)
         return out, *torch.autograd.grad(out.square().sum(), [x, books])
 
     before = torch.get_num_threads()
     try:
         found = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
             found.append(run())
         monkeypatch.setattr(threads, "_openmp", lambda: None)  # the fallback: Python's threads
         found.append(run())
@@ -225,7 +227,7 @@ def test_tables_follow_the_codebooks():
         with torch.no_grad():
             change()
         assert close(layer(x), 2 * before, 1e-5)
-    assert ready(books, "lookup")[0] is ready(books, "lookup")[0]
+    assert prepared(books, "lookup")[0] is prepared(books, "lookup")[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -360,17 +362,17 @@ def test_decoded_keeps_weights_for_a_block():
             assert close(model(x), expected)
             with pytest.raises(RuntimeError, match="would be lost"):
                 model[1].weight.add_(1)
-    assert model[1].weight_rpq.kept is None
+    assert model[1].weight_rpq.caches.expanded is None
     with rpq.decoded(model):
         model(x).sum().backward()  # gradients are not cut off
     assert model[1].weight_rpq.codebooks.grad is not None
 
 
 def test_cost_prefers_codes_where_they_win(monkeypatch):
-    wide = Cut("in", 4096, 4096, 8, 512, 1)
+    wide = Layout("in", 4096, 4096, 8, 512, 1)
     assert max(cost(wide, t) for t in (1, 8, 64, 512)) < 1
     set_tile_time(monkeypatch, lambda *_: math.inf)
-    assert cost(Cut("out", 4096, 4096, 1, 1, 1), 512) > 1
+    assert cost(Layout("out", 4096, 4096, 1, 1, 1), 512) > 1
 
 
 def test_the_kernels_are_used(monkeypatch):

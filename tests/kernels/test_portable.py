@@ -57,14 +57,27 @@ def run(before: str, after: str, check: str, **environment: str) -> None:
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names a processor of another kind")
 def test_a_processor_without_avx_computes_the_same(tmp_path):
     run(
-        "from rpq_convert.kernels.jit import vectors\nassert not vectors.HAS_PICK and not vectors.HAS_HALF", "",
+        "from rpq_convert.kernels.jit import vectors\nassert not vectors.HAS_VBMI and not vectors.HAS_FLOAT16", "",
         "assert kernels.face('cpu').__name__.endswith('cpu')",
         NUMBA_CPU_NAME="x86-64", NUMBA_CPU_FEATURES="+sse2", NUMBA_CACHE_DIR=str(tmp_path),
     )  # fmt: skip
 
 
-def test_without_numba_torch_alone_computes_the_same():
+def test_without_numba_torch_alone_computes_the_same_and_one_warning_says_why():
     run(
-        "", "sys.modules['rpq_convert.kernels.cpu.backend'] = None\nkernels.face.cache_clear()",
-        "assert kernels.face('cpu').__name__.endswith('plain')",
+        "", "sys.modules['numba'] = None\nkernels.backend_for.cache_clear()\nkernels.numba_fails.cache_clear()\n"
+        "import warnings\ncaught = warnings.catch_warnings(record=True)\nseen = caught.__enter__()",
+        "assert kernels.backend_for('cpu').__name__.endswith('reference')\n"
+        "said = [str(w.message) for w in seen if 'numba' in str(w.message)]\n"
+        "assert len(said) == 1 and 'import of numba halted' in said[0] and 'pip install' in said[0], said\n"
+        "assert 'import of numba halted' in kernels.described()",
     )  # fmt: skip
+
+
+def test_an_error_of_our_own_kernels_is_not_taken_for_a_missing_numba():
+    code = (
+        "import sys, pytest\nfrom rpq_convert import kernels\nsys.modules['rpq_convert.kernels.cpu.backend'] = None\n"
+        "with pytest.raises(ImportError):\n    kernels.backend_for('cpu')\nprint('the same')"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.stdout.strip() == "the same", out.stderr[-2000:]

@@ -15,7 +15,7 @@ from torch.export import Dim
 from torch.nn import functional as F
 
 import rpq_convert as rpq
-from rpq_convert.core.layout import Cut
+from rpq_convert.core.layout import Layout
 from rpq_convert.kernels import reference, torch_ops
 from rpq_convert.layers.surgery import layers_of
 
@@ -184,40 +184,42 @@ def test_a_write_is_refused_under_the_compiler_too(write):
 
 def coded(axis, stages, n=33, length=20, dim=3, books=2, dtype=torch.float32):
     torch.manual_seed(1)
-    cut = Cut(axis, n, length, dim, books, stages)
-    codes = torch.randint(0, 256, (stages, cut.blocks, n), dtype=torch.uint8)
+    layout = Layout(axis, n, length, dim, books, stages)
+    codes = torch.randint(0, 256, (stages, layout.blocks, n), dtype=torch.uint8)
     books = torch.randn(stages, books, 256, dim).requires_grad_()
-    return cut, codes, books, (torch.rand(cut.outputs) + 0.5).to(dtype).requires_grad_()
+    return layout, codes, books, (torch.rand(layout.outputs) + 0.5).to(dtype).requires_grad_()
 
 
 @pytest.mark.parametrize("axis, stages", [("in", 1), ("out", 2)])
 def test_operators_pass_torchs_own_check(axis, stages):
-    cut, codes, books, scales = coded(axis, stages)
-    x = torch.randn(5, cut.inputs, requires_grad=True)
-    bias = torch.randn(cut.outputs, requires_grad=True)
+    layout, codes, books, scales = coded(axis, stages)
+    x = torch.randn(5, layout.inputs, requires_grad=True)
+    bias = torch.randn(layout.outputs, requires_grad=True)
     for one, two in ((scales, bias), (None, None)):
-        torch.library.opcheck(torch.ops.rpq.linear.default, (x, codes, books, one, two, axis, cut.length))
-        torch.library.opcheck(torch.ops.rpq.decode.default, (codes, books, one, None, axis, cut.length, torch.float32))
+        torch.library.opcheck(torch.ops.rpq.linear.default, (x, codes, books, one, two, axis, layout.length))
+        torch.library.opcheck(
+            torch.ops.rpq.decode.default, (codes, books, one, None, axis, layout.length, torch.float32)
+        )
     if axis == "in":
         index = torch.tensor([3, 32, 3])
         torch.library.opcheck(
-            torch.ops.rpq.decode.default, (codes, books, scales, index, axis, cut.length, torch.bfloat16)
+            torch.ops.rpq.decode.default, (codes, books, scales, index, axis, layout.length, torch.bfloat16)
         )
-    gradient = torch.randn(5, cut.outputs)
-    inputs = (gradient, *(t.detach() for t in (x, codes, books, scales)), axis, cut.length, [True, True, True])
+    gradient = torch.randn(5, layout.outputs)
+    inputs = (gradient, *(t.detach() for t in (x, codes, books, scales)), axis, layout.length, [True, True, True])
     torch.library.opcheck(torch.ops.rpq.linear_backward.default, inputs)
 
 
 @pytest.mark.parametrize("stages", [1, 3])
 @pytest.mark.parametrize("axis", ["in", "out"])
-def test_gradients_of_the_plain_face_are_autograds(axis, stages):
-    cut, codes, books, scales = coded(axis, stages)
-    x = torch.randn(5, cut.inputs, requires_grad=True)
+def test_gradients_of_the_reference_are_autograds(axis, stages):
+    layout, codes, books, scales = coded(axis, stages)
+    x = torch.randn(5, layout.inputs, requires_grad=True)
     index = torch.tensor([3, 32, 3, 0]) if axis == "in" else None
     for out, function in (
-        (reference.linear(x, codes, books, scales, None, cut), None),
-        (reference.decode(codes, books, scales, cut, torch.float32), reference.decode),
-        (reference.decode_rows(codes, books, scales, index, cut, torch.float32) if axis == "in" else None, index),
+        (reference.linear(x, codes, books, scales, None, layout), None),
+        (reference.decode(codes, books, scales, layout, torch.float32), reference.decode),
+        (reference.decode_rows(codes, books, scales, index, layout, torch.float32) if axis == "in" else None, index),
     ):
         if out is None:
             continue
@@ -226,10 +228,10 @@ def test_gradients_of_the_plain_face_are_autograds(axis, stages):
         wanted = torch.autograd.grad(out, inputs, gradient)
         with torch.no_grad():
             if function is None:
-                found = reference.linear_gradients(gradient, x, codes, books, scales, cut, (True,) * 3)
+                found = reference.linear_gradients(gradient, x, codes, books, scales, layout, (True,) * 3)
             else:
                 rows = index if function is index else None
-                found = reference.decode_gradients(gradient, codes, books, scales, rows, cut, (True,) * 2)
+                found = reference.decode_gradients(gradient, codes, books, scales, rows, layout, (True,) * 2)
         for a, b in zip(found, wanted):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
@@ -288,9 +290,9 @@ def test_inductor(small):
         torch.testing.assert_close(found, wanted[name], rtol=2e-3, atol=1e-4)  # those of codebooks are half precision
 
 
-def test_operators_have_the_face_of_the_kernels():
-    from rpq_convert.kernels import face
+def test_operators_have_the_functions_of_a_backend():
+    from rpq_convert.kernels import backend_for
 
-    for module in (reference, torch_ops, face("cpu")):
+    for module in (reference, torch_ops, backend_for("cpu")):
         assert all(hasattr(module, name) for name in ("linear", "decode", "decode_rows"))
-    assert face("meta") is reference
+    assert backend_for("meta") is reference

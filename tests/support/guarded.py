@@ -71,7 +71,7 @@ def weight(spec: Spec, shape: tuple[int, int], front: bool) -> RPQWeight:
 
 def exercise(rpq: RPQWeight, front: bool) -> None:
     """Multiply, decode, look up and differentiate."""
-    outputs, inputs = rpq.cut.outputs, rpq.cut.inputs
+    outputs, inputs = rpq.layout.outputs, rpq.layout.inputs
     bias = guarded(torch.randn(outputs), front=front)
     trains = rpq.codebooks.dtype != torch.float8_e4m3fn
     for tokens, dtype in itertools.product(TOKENS, (torch.float32, torch.bfloat16)):
@@ -79,34 +79,36 @@ def exercise(rpq: RPQWeight, front: bool) -> None:
         with torch.no_grad():
             codes, codebooks, scales = rpq.parts()
             given = bias.to(dtype) if dtype != torch.float32 else bias
-            backend.linear(x, codes, codebooks, scales, given, rpq.cut)
-            linear.linear(x, codes, codebooks, scales, given, rpq.cut)
-            backend.tiled_linear(x, codes, codebooks, scales, given, rpq.cut)
+            backend.linear(x, codes, codebooks, scales, given, rpq.layout)
+            linear.linear(x, codes, codebooks, scales, given, rpq.layout)
+            backend.tiled_linear(x, codes, codebooks, scales, given, rpq.layout)
         if trains:
             gradient = guarded(torch.randn(tokens, outputs).to(dtype), front=front)
             needs = (True, True, scales is not None)
             with torch.no_grad():
-                linear.linear_gradients(gradient, x, codes, codebooks, scales, rpq.cut, needs)
-                linear.decoded_gradients(gradient, x, codes, codebooks, scales, rpq.cut, needs)
+                linear.linear_gradients(gradient, x, codes, codebooks, scales, rpq.layout, needs)
+                linear.decoded_gradients(gradient, x, codes, codebooks, scales, rpq.layout, needs)
     with torch.no_grad():
         codes, codebooks, scales = rpq.parts()
-        backend.decode_again(codes, codebooks, scales, rpq.cut)
+        backend.decode_again(codes, codebooks, scales, rpq.layout)
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            backend.decode(codes, codebooks, scales, rpq.cut, dtype)
+            backend.decode(codes, codebooks, scales, rpq.layout, dtype)
         for images, pixels in ((1, 1), (2, 17), (1, 49)):
             picture = guarded(torch.randn(images, inputs, pixels), front=front)
-            backend.pointwise(picture, codes, codebooks, scales, bias, rpq.cut)
+            backend.pointwise(picture, codes, codebooks, scales, bias, rpq.layout)
         if rpq.spec.axis == "in":
             for count in (1, 3, 65):
                 index = guarded(torch.randint(0, outputs, (count,)), front=front)
                 for dtype in (torch.float32, torch.bfloat16):
-                    backend.decode_rows(codes, codebooks, scales, index, rpq.cut, dtype)
+                    backend.decode_rows(codes, codebooks, scales, index, rpq.layout, dtype)
                 if trains:
                     some = guarded(torch.randn(count, inputs), front=front)
-                    backend.decode_gradients(some, codes, codebooks, scales, index, rpq.cut, (True, scales is not None))
+                    backend.decode_gradients(
+                        some, codes, codebooks, scales, index, rpq.layout, (True, scales is not None)
+                    )
         if trains:
             whole = guarded(torch.randn(outputs, inputs), front=front)
-            backend.decode_gradients(whole, codes, codebooks, scales, None, rpq.cut, (True, scales is not None))
+            backend.decode_gradients(whole, codes, codebooks, scales, None, rpq.layout, (True, scales is not None))
 
 
 def main(front: bool, axis: str) -> None:

@@ -9,22 +9,20 @@ Not used: `fastmath=True` (it reorders sums that need not be).
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from rpq_convert.kernels.jit.cache import njit
+from rpq_convert.kernels.jit.memory import read_float
 from rpq_convert.kernels.jit.vectors import (
-    add,
     load,
     minimum,
     multiply_add,
-    no_codes,
-    note_code,
-    read_float,
+    select_code,
     spread,
     store,
     subtract,
     write_codes,
+    zero_codes,
 )
-from rpq_convert.kernels.jit.vectors import total as vector_total
 
 LARGE = np.float32(3e38)
 FUSE = {"contract", "nsz"}  # a * b + c may fuse; nothing is reordered
@@ -133,114 +131,6 @@ def errors_of(rows, weights, codes, codebook):
     return errors
 
 
-BATCH = 4  # seeds that are drawn at once: their points are then read once
-
-
-@njit(inline="always")
-def _shrink(points, weights, codebook, low, high, nearest, chunks):
-    """nearest = min(nearest, weighted squared distance to codewords low to high); chunks[i] = its sum over 256 points.
-
-    Inlined, and summed in an order of its own: a second compiled copy, optimised in another place, once gave other bits in
-    the process that compiled it than in those that read it from the cache.
-    """
-    r, total = points.shape
-    tag = np.int32(0)  # 32 lanes
-    weighted = weights.shape[1] > 1
-    last = weights.shape[0] - 1
-    d = np.empty(256, np.float32)
-    for c in range(chunks.shape[0]):
-        start = c * 256
-        if start + 256 <= total and not weighted:
-            at = points.ctypes.data + 4 * start
-            there = nearest.ctypes.data + 4 * start
-            chunk = spread(np.float32(0), tag)
-            for p in range(0, 1024, 256):  # two registers' sums at once
-                first, second = load(there + p, tag), load(there + p + 128, tag)
-                for k in range(low, high):
-                    s = spread(np.float32(0), tag)
-                    u = spread(np.float32(0), tag)
-                    for j in range(r):
-                        v = spread(codebook[k, j], tag)
-                        e = subtract(load(at + p + 4 * total * j, tag), v)
-                        s = multiply_add(e, e, s)
-                        e = subtract(load(at + p + 128 + 4 * total * j, tag), v)
-                        u = multiply_add(e, e, u)
-                    first, second = minimum(s, first), minimum(u, second)
-                store(there + p, first)
-                store(there + p + 128, second)
-                chunk = add(chunk, add(first, second))
-            chunks[c] = vector_total(chunk)
-            continue
-        count = min(256, total - start)
-        for k in range(low, high):
-            for p in range(count):
-                d[p] = 0
-            for j in range(r):
-                v = codebook[k, j]
-                for p in range(count):
-                    e = points[j, start + p] - v
-                    d[p] += e * e * (weights[min(j, last), start + p] if weighted else np.float32(1))
-            for p in range(count):
-                n = nearest[start + p]
-                nearest[start + p] = d[p] if d[p] < n else n
-        for p in range(256):
-            d[p] = nearest[start + p] if p < count else np.float32(0)
-        half = 128
-        while half > 0:  # pairs, then pairs of pairs
-            for p in range(half):
-                d[p] += d[p + half]
-            half //= 2
-        chunks[c] = d[0]
-
-
-@njit(cache=True, nogil=True, fastmath=FUSE, error_model="numpy")
-def seed_plus_plus(points, weights, first, uniforms, codebook):
-    """Choose 256 points by k-means++ (Arthur and Vassilvitskii 2007): each with odds of its distance to those before.
-
-    Up to BATCH are drawn from the same odds; one that the seeds drawn just before have come nearer to is kept with the
-    share of its odds that is left, which gives each the odds that it would have had alone.
-
-    points [r, N]; weights [1, 1], [1, N] or [r, N]; first: the index of the first; uniforms in [0, 1), read in a circle.
-    Writes codebook [256, r].
-    """
-    r, total = points.shape
-    weighted = weights.shape[1] > 1
-    last = weights.shape[0] - 1
-    nearest = np.full(total, np.inf, np.float32)
-    chunks = np.empty((total + 255) // 256, np.float64)
-    for j in range(r):
-        codebook[0, j] = points[j, first]
-    low, high, at = 0, 1, 0
-    while high < 256:
-        _shrink(points, weights, codebook, low, high, nearest, chunks)
-        whole = chunks.sum()
-        low = high
-        for _ in range(BATCH):
-            left = uniforms[at] * whole
-            chance = uniforms[at + 1]
-            at = (at + 2) % uniforms.shape[0]
-            c = 0
-            while c < chunks.shape[0] - 1 and left >= chunks[c]:
-                left -= chunks[c]
-                c += 1
-            pick = c * 256
-            end = min(pick + 256, total) - 1
-            while pick < end and (left >= nearest[pick] or nearest[pick] == 0):
-                left -= nearest[pick]
-                pick += 1
-            odds = nearest[pick]
-            for k in range(low, high):
-                d = np.float32(0)
-                for j in range(r):
-                    e = points[j, pick] - codebook[k, j]
-                    d += e * e * (weights[min(j, last), pick] if weighted else np.float32(1))
-                odds = min(odds, d)
-            if high < 256 and (high == low or chance * nearest[pick] < odds):
-                for j in range(r):
-                    codebook[high, j] = points[j, pick]
-                high += 1
-
-
 @njit(cache=True, nogil=True)
 def distinct(points, table, slots, count, codes):
     """Number the distinct points in order of appearance; stop, and return 257, at the 257th.
@@ -280,71 +170,6 @@ def distinct(points, table, slots, count, codes):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def prefix_sums(values, weights, out):
-    """Fill out [3, N + 1] with prefix sums of w, w x and w x^2; weights [1] (all one) or [N]."""
-    a = b = c = 0.0
-    out[:, 0] = 0
-    for p in range(values.shape[0]):
-        x = np.float64(values[p])
-        w = np.float64(weights[p]) if weights.shape[0] > 1 else 1.0
-        a += w
-        b += w * x
-        c += w * x * x
-        out[0, p + 1] = a
-        out[1, p + 1] = b
-        out[2, p + 1] = c
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def line_start(mass, first, second, pieces):
-    """Split a sorted line of M pieces into `pieces` cells with the least squared error; exact, by dynamic programming.
-
-    mass, first, second [M + 1]: prefix sums of w, w x, w x^2. Divide and conquer over monotone split points
-    (Gronlund et al. 2017): pieces * M * log M. Returns the cells' first pieces [pieces].
-    """
-    m = mass.shape[0] - 1
-    before = np.empty(m + 1)
-    now = np.empty(m + 1)
-    split = np.zeros((pieces, m + 1), np.int32)
-    for i in range(m + 1):
-        w = mass[i]
-        before[i] = second[i] - first[i] * first[i] / w if w > 0 else 0.0
-    stack = np.empty((64, 4), np.int64)
-    for k in range(1, pieces):
-        stack[0] = (1, m, 0, m - 1)
-        now[0] = 0.0
-        top = 1
-        while top > 0:
-            top -= 1
-            lo, hi, a, b = stack[top]
-            i = (lo + hi) >> 1
-            best = np.inf
-            at = a
-            for s in range(a, min(b, i - 1) + 1):
-                w = mass[i] - mass[s]
-                f = first[i] - first[s]
-                e = before[s] + (second[i] - second[s] - (f * f / w if w > 0 else 0.0))
-                if e < best:
-                    best = e
-                    at = s
-            now[i] = best
-            split[k, i] = at
-            if lo < i:
-                stack[top] = (lo, i - 1, a, at)
-                top += 1
-            if i < hi:
-                stack[top] = (i + 1, hi, at, b)
-                top += 1
-        before[:] = now
-    starts = np.zeros(pieces, np.int32)
-    i = m
-    for k in range(pieces - 1, 0, -1):
-        i = split[k, i]
-        starts[k] = i
-    return starts
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
 def neighbours(codebook, nearest, distance):
     """Write each codeword's nearest other codeword [256] and the squared distance to it [256]."""
     tag = np.int32(0)  # 32 lanes
@@ -360,10 +185,10 @@ def neighbours(codebook, nearest, distance):
             store(d.ctypes.data + i, s)
         d[k] = np.inf
         low = load(d.ctypes.data, tag)
-        which = no_codes(tag)
+        which = zero_codes(tag)
         for i in range(1, 8):
             s = load(d.ctypes.data + 128 * i, tag)
-            which = note_code(s, low, 32 * i, which)
+            which = select_code(s, low, 32 * i, which)
             low = minimum(s, low)
         store(best.ctypes.data, low)
         write_codes(codes.ctypes.data, which)

@@ -6,15 +6,15 @@ exists. Three forms of the score, each summed in one order:
 
 * difference: sum (x - c)^2, and sum w (x - c)^2 where each coordinate has a weight: right to the last bits of float32;
 * product: |c|^2 / 2 - x.c, half the work, but what is small beside the points' distance from zero gets lost;
-* product in tiles: the same in Intel's tile registers (`tiles.py`), with 2^-16 |x| |c| of error. Sixteen codewords are a
+* product in AMX tiles: the same in Intel's matrix unit (`kernels/jit/amx.py`), with 2^-16 |x| |c| of error. Sixteen codewords are a
   tile's rows, sixteen points its columns, so its least row says which codeword is the best. 1.7 times as fast as in
   vectors of AVX-512 at 4 coordinates, 2.5 times at 8, 3 times at 64.
 
-The products are for k-means' iterations, where a rare choice of the second best does no harm. What is kept is chosen by
-difference, so that a machine without tiles finds the same codes for the same codebook.
+The products are for k-means' iterations, where a rare choice of the second best does not hurt. What is kept is chosen by
+difference, so that a machine without AMX finds the same codes for the same codebook.
 
 Not used: BLAS products plus an argmin (nothing promises the same bits at every thread count). Not tried: float16
-arithmetic, twice the lanes (the processors that have it have tiles too); bounds that skip distances.
+arithmetic, twice the lanes (the processors that have it have AMX too); bounds that skip distances.
 """
 
 from __future__ import annotations
@@ -22,24 +22,25 @@ from __future__ import annotations
 from functools import cache
 
 import numpy as np
-from numba import njit
 
 from rpq_convert.kernels.jit.amx import (
     TILE,
-    allowed,
+    amx_allowed,
     code_of,
-    halves_of,
-    least_row,
+    column_minimum,
     load_tile,
+    load_tile_config,
     multiply_tiles,
-    read_shapes,
-    row_of,
-    set_shapes,
-    shapes,
+    row_of_minimum,
+    save_tile_config,
+    split_in_two,
     store_tile,
+    tile_config,
     write_pair,
     write_upper,
 )
+from rpq_convert.kernels.jit.cache import njit
+from rpq_convert.kernels.jit.memory import read_float
 from rpq_convert.kernels.jit.vectors import (
     FEATURES,
     LANES,
@@ -47,15 +48,14 @@ from rpq_convert.kernels.jit.vectors import (
     minimum,
     multiply,
     multiply_add,
-    no_codes,
-    note_code,
-    read_float,
+    select_code,
     spread,
     store,
     subtract,
     subtract_product,
     width,
     write_codes,
+    zero_codes,
 )
 
 CODEWORDS = 256
@@ -109,7 +109,7 @@ def search_by(form: str):
                     for p in range(count):
                         w[j, p] = weights[j, start + p]
             best = spread(LARGE, tag)
-            which = no_codes(tag)
+            which = zero_codes(tag)
             for k in range(0, 256, 4):
                 s0 = spread(halves[k] if product else zero, tag)
                 s1 = spread(halves[k + 1] if product else zero, tag)
@@ -124,13 +124,13 @@ def search_by(form: str):
                     s2 = closer(s2, v, u, spread(read_float(at + 2 * step), tag))
                     s3 = closer(s3, v, u, spread(read_float(at + 3 * step), tag))
                     at += 4
-                which = note_code(s0, best, k, which)
+                which = select_code(s0, best, k, which)
                 best = minimum(s0, best)
-                which = note_code(s1, best, k + 1, which)
+                which = select_code(s1, best, k + 1, which)
                 best = minimum(s1, best)
-                which = note_code(s2, best, k + 2, which)
+                which = select_code(s2, best, k + 2, which)
                 best = minimum(s2, best)
-                which = note_code(s3, best, k + 3, which)
+                which = select_code(s3, best, k + 3, which)
                 best = minimum(s3, best)
             write_codes(found.ctypes.data, which)
             for p in range(count):
@@ -139,7 +139,7 @@ def search_by(form: str):
     return search
 
 
-# ---- in tiles --------------------------------------------------------------------------------------------------------
+# ---- in AMX tiles --------------------------------------------------------------------------------------------------------
 
 POINTS = 32  # at a time: two tiles of them
 
@@ -169,7 +169,7 @@ def _lay_codewords(codebook, depth, codewords, sums):
         own = minus.ctypes.data + 4 * r * k
         at = codewords + TILE * depth * (k >> 4) + 64 * (k & 15)
         for j in range((r - 1) & ~15, -1, -16):  # the last first: its large parts may reach over the small ones
-            large, small = halves_of(load(own + 4 * j, tag))
+            large, small = split_in_two(load(own + 4 * j, tag))
             write_pair(at + TILE * (j >> 4), large, large)
             row = _small(r) + (j >> 1)
             write_upper(at + TILE * (row >> 4) + 4 * (row & 15), small)
@@ -181,19 +181,19 @@ def _lay_points(points, stride, r, panel):
     tag = np.int16(0)
     pairs = panel + 64 * _small(r)
     for j in range(0, r, 2):
-        large, small = halves_of(load(points + j * stride, tag))
+        large, small = split_in_two(load(points + j * stride, tag))
         write_pair(panel + 64 * j, small, large)
-        next_large = no_codes(tag)
+        next_large = zero_codes(tag)
         if j + 1 < r:
-            next_large, next_small = halves_of(load(points + (j + 1) * stride, tag))
+            next_large, next_small = split_in_two(load(points + (j + 1) * stride, tag))
             write_pair(panel + 64 * (j + 1), next_small, next_large)
         write_pair(pairs + 32 * j, large, next_large)
 
 
 @njit(inline="always")
 def _better(scores, tile, best, which):
-    least = least_row(scores)
-    return minimum(least, best), note_code(least, best, tile, which)
+    least = column_minimum(scores)
+    return minimum(least, best), select_code(least, best, tile, which)
 
 
 @njit(inline="always")
@@ -264,15 +264,15 @@ def _search_tiles(points, codebook, wanted, codes):
     _lay_codewords(codebook, depth, c, h)
     for k in range(0, 4 * TILE, 64):
         store(s + k, spread(LARGE, tag))  # before the first turn
-    read_shapes(old)
-    set_shapes(wanted.ctypes.data)
+    save_tile_config(old)
+    load_tile_config(wanted.ctypes.data)
     load_tile(1, s)
     load_tile(2, s)
     load_tile(3, s)
     best0 = spread(LARGE, tag)
     best1 = spread(LARGE, tag)
-    which0 = no_codes(tag)
-    which1 = no_codes(tag)
+    which0 = zero_codes(tag)
+    which1 = zero_codes(tag)
     out = codes.ctypes.data
     for first in range(0, total, POINTS):
         start = min(first, total - POINTS)  # the last ones overlap
@@ -282,8 +282,10 @@ def _search_tiles(points, codebook, wanted, codes):
         load_tile(6, b)
         load_tile(7, b + TILE * depth)
         best0, which0, best1, which1 = _turn(c, depth, b, h, s, 14, best0, which0, best1, which1)
-        write_codes(out, code_of(which0, row_of(best0)))  # of the points before these; the first time there are none
-        write_codes(out + 16, code_of(which1, row_of(best1)))
+        write_codes(
+            out, code_of(which0, row_of_minimum(best0))
+        )  # of the points before these; the first time there are none
+        write_codes(out + 16, code_of(which1, row_of_minimum(best1)))
         best0 = spread(LARGE, tag)
         best1 = spread(LARGE, tag)
         out = codes.ctypes.data + start
@@ -292,9 +294,9 @@ def _search_tiles(points, codebook, wanted, codes):
                 c + TILE * depth * g, depth, b, h + TILE * g, s, g - 2, best0, which0, best1, which1
             )
     best0, which0, best1, which1 = _turn(c, depth, b, h, s, 14, best0, which0, best1, which1)  # for the last ones
-    write_codes(out, code_of(which0, row_of(best0)))
-    write_codes(out + 16, code_of(which1, row_of(best1)))
-    set_shapes(old)
+    write_codes(out, code_of(which0, row_of_minimum(best0)))
+    write_codes(out + 16, code_of(which1, row_of_minimum(best1)))
+    load_tile_config(old)
     words[0] = 0  # used until here: nothing else tells numba that addresses point there
 
 
@@ -307,15 +309,15 @@ def nearest(points, weights, codebook, *, quick=False):
     """
     codebook = np.ascontiguousarray(codebook, np.float32)
     codes = np.empty(points.shape[1], np.uint8)
-    if quick and weights is None and len(codes) >= POINTS and allowed():
-        _search_tiles(points, codebook, _SHAPES, codes)
+    if quick and weights is None and len(codes) >= POINTS and amx_allowed():
+        _search_tiles(points, codebook, _TILE_CONFIG, codes)
     else:
         form = "weighted" if weights is not None else "product" if quick else "difference"
         search_by(form)(points, NONE if weights is None else weights, codebook, SIDE, codes)
     return codes
 
 
-_SHAPES = shapes()
+_TILE_CONFIG = tile_config()
 
 
 def blank(shape: tuple[int, int]) -> np.ndarray:

@@ -1,32 +1,28 @@
-"""Loops that decode: a whole matrix, or some of its rows, and the gradients of both.
+"""Loops that decode a whole matrix, or some of its rows, and the gradients of both.
 
-Codes are addressed as in `lookup`. Tables are [stages, books, 256, dim] where a sub-vector lies in one piece of the result
-(`axis` "in"), [stages, books, dim, 256] where it goes down a column ("out"). No index of eight bytes per weight and no
-array beside the result exists at any time. The arithmetic is that of torch's plain decode, in its order, so are the bits.
+Codes are addressed as in `lookup`. Tables are [stages, books, 256, dim] where a sub-vector is contiguous in the result (`axis` "in"), and
+[stages, books, dim, 256] where it runs along a column of the result ("out"). No index of eight bytes per weight and no array beside the
+result exists at any time. The arithmetic is that of `reference.decode`, in its order, so the bits are the same.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 
-from rpq_convert.kernels.jit.threads import COUNT, FIRST, NEXT
-from rpq_convert.kernels.jit.vectors import (
-    LANES,
+from rpq_convert.kernels.jit.cache import njit
+from rpq_convert.kernels.jit.memory import (
     address_of,
-    load,
-    multiply,
+    fetch_add,
     read_byte,
     read_float,
     read_long,
     read_short,
-    spread,
-    store,
-    take_number,
-    width,
     write_float,
     write_short,
 )
+from rpq_convert.kernels.jit.threads import COUNT, FIRST, NEXT
+from rpq_convert.kernels.jit.vectors import LANES, load, multiply, spread, store, width
 
 TOTAL = 32
 (
@@ -115,7 +111,7 @@ def _rows(a, low, high, begin, end):
                     _copy(code, a[BY_BLOCK], _book(a, s, first), by_table, to, count, dim, factor)
                 else:
                     _more(code, a[BY_BLOCK], _book(a, s, first), by_table, to, count, dim, factor)
-    for b in range(max(whole, begin), end):  # a block that the length cuts short, or codebooks shared by some blocks
+    for b in range(max(whole, begin), end):  # a padded last sub-vector, or codebooks shared by some blocks
         for p in range(low, high):
             r = _row(a, p)
             scale = read_float(a[SCALES] + 4 * r) if a[SCALES] != 0 else ONE
@@ -234,7 +230,7 @@ def _gradient_columns(a, low, high, grad):
 def rows(data):
     a, base = carray(data, TOTAL), address_of(data)
     while True:
-        part = take_number(base + 8 * NEXT)
+        part = fetch_add(base + 8 * NEXT)
         if part >= a[COUNT]:
             return
         high = min((part + 1) * a[STEP], a[ROWS])
@@ -245,7 +241,7 @@ def rows(data):
 def columns(data):
     a, base = carray(data, TOTAL), address_of(data)
     while True:
-        block = take_number(base + 8 * NEXT)
+        block = fetch_add(base + 8 * NEXT)
         if block >= a[COUNT]:
             return
         _columns(a, block)
@@ -254,7 +250,7 @@ def columns(data):
 def rows_short(data):
     a, base = carray(data, TOTAL), address_of(data)
     while True:
-        part = take_number(base + 8 * NEXT)
+        part = fetch_add(base + 8 * NEXT)
         if part >= a[COUNT]:
             return
         high = min((part + 1) * a[STEP], a[ROWS])
@@ -265,7 +261,7 @@ def rows_short(data):
 def columns_short(data):
     a, base = carray(data, TOTAL), address_of(data)
     while True:
-        block = take_number(base + 8 * NEXT)
+        block = fetch_add(base + 8 * NEXT)
         if block >= a[COUNT]:
             return
         _columns_short(a, block)
@@ -274,7 +270,7 @@ def columns_short(data):
 def gradient_rows(data):
     a, base = carray(data, TOTAL), address_of(data)
     while True:
-        part = take_number(base + 8 * NEXT)
+        part = fetch_add(base + 8 * NEXT)
         if part >= a[COUNT]:
             return
         _gradient_rows(a, part * a[STEP], min((part + 1) * a[STEP], a[ROWS]), a[GRAD] + part * a[GRAD_BYTES])
@@ -283,7 +279,7 @@ def gradient_rows(data):
 def gradient_columns(data):
     a, base = carray(data, TOTAL), address_of(data)
     while True:
-        part = take_number(base + 8 * NEXT)
+        part = fetch_add(base + 8 * NEXT)
         if part >= a[COUNT]:
             return
         _gradient_columns(a, part * a[STEP], min((part + 1) * a[STEP], a[BLOCKS]), a[GRAD] + part * a[GRAD_BYTES])

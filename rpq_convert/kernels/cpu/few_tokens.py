@@ -1,48 +1,36 @@
-"""A few tokens times the weight of a layer cut along its outputs, decoded in registers, in whole numbers.
+"""A few tokens times a weight whose sub-vectors run along its outputs: codes are decoded in registers, in integers.
 
-Bins are plain numbers, one code at a time: 2.3e9 a second of a core (Sapphire Rapids). But the codes of a block all have one
-codebook, and a codebook's coordinate is itself a table of 256: a byte table for each of three digits, from which AVX-512
-VBMI picks 64 at a time, and VNNI multiplies them by the digits of x. That takes 5 nanoseconds for 64 codes and coordinate,
-so bins are faster from dim 6 on.
+Bins take one code at a time: 2.3e9 a second of a core (Sapphire Rapids). But the codes of a block all have one codebook, and a
+coordinate of a codebook is itself a table of 256 numbers. It is kept as a byte table for each of three digits. AVX-512 VBMI reads 64
+entries at a time, and VNNI multiplies them by the digits of x. That takes 5 nanoseconds for 64 codes and a coordinate, so bins are
+faster from dim 6 on.
 
-Digits go from -128 to 127 with base 256. x and codewords have 24 bits, sums of whole numbers are exact, and the product of
-the lowest digits, which is left out, is 2^-32 of the highest: the result is as good as one in float32.
+Digits go from -128 to 127 with base 256. x and codewords have 24 bits, integer sums are exact, and the product of the lowest
+digits, which is left out, is 2^-32 of the highest: the result is as good as one in float32.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from rpq_convert.kernels.cpu.lookup import ZERO
 from rpq_convert.kernels.cpu.one_token import load_table
 from rpq_convert.kernels.jit.byte_tables import (
     add_ints,
+    bytes_of_128,
     dot_bytes,
-    halves,
+    ints_to_floats,
     load_bytes,
     load_first_bytes,
     load_ints,
-    no_ints,
-    pick,
     subtract_ints,
-    to_floats,
+    table_lookup,
     write_digits,
+    zero_ints,
 )
-from rpq_convert.kernels.jit.vectors import (
-    AHEAD,
-    absolute,
-    greater,
-    load,
-    multiply,
-    multiply_add,
-    prefetch,
-    read_float,
-    spread,
-    store,
-    total,
-    write_float,
-)
+from rpq_convert.kernels.jit.cache import njit
+from rpq_convert.kernels.jit.memory import AHEAD, prefetch, read_float, write_float
+from rpq_convert.kernels.jit.vectors import absolute, greater, load, multiply, multiply_add, spread, store, total
 
 LONGEST = 1 << 18  # codes of a row for which sums of products of digits stay below 2^31
 TOP = 8_355_000.0  # of what three digits hold: 127 (1 + 256 + 65536)
@@ -82,8 +70,8 @@ def digits(x, count, to):
     store(rest, last)
     unit = np.float64(high) / TOP + bad if high > 0 else 1.0 + bad
     factor = spread(np.float32(1 / unit), tag)
-    x0 = x1 = x2 = no_ints()
-    half = halves()
+    x0 = x1 = x2 = zero_ints()
+    half = bytes_of_128()
     for i in range(0, length, 64):
         v = x + 4 * i if i < whole else rest
         write_digits(
@@ -93,24 +81,24 @@ def digits(x, count, to):
         x0 = dot_bytes(x0, half, load_bytes(to + i))
         x1 = dot_bytes(x1, half, load_bytes(to + length + i))
         x2 = dot_bytes(x2, half, load_bytes(to + 2 * length + i))
-    top = subtract_ints(no_ints(), x2)
+    top = subtract_ints(zero_ints(), x2)
     following = subtract_ints(top, x1)
     store(rest, top)
     store(rest + 64, following)
     store(rest + 128, subtract_ints(following, x0))
-    store(rest + 192, subtract_ints(subtract_ints(no_ints(), x1), x0))
+    store(rest + 192, subtract_ints(subtract_ints(zero_ints(), x1), x0))
     write_float(rest + 256, np.float32(unit))
 
 
 @njit(cache=True, nogil=True)
-def start(x, length):
+def start_sums(x, length):
     """Return what the sums of a token's row start from: products of digits by their weight, the highest first."""
     rest = x + 3 * length
     return load_ints(rest), load_ints(rest + 64), load_ints(rest + 128), load_ints(rest + 192)
 
 
 @njit(cache=True, nogil=True)
-def step(low, middle, high, x, length, top, following, third, last):
+def add_products(low, middle, high, x, length, top, following, third, last):
     """Add the products of 64 codewords' digits and those of x to the sums; the lowest of all is left out."""
     x0, x1, x2 = load_bytes(x), load_bytes(x + length), load_bytes(x + 2 * length)
     top = dot_bytes(top, high, x2)
@@ -120,13 +108,13 @@ def step(low, middle, high, x, length, top, following, third, last):
 
 
 @njit(cache=True, nogil=True)
-def whole(sums):
+def join_sums(sums):
     """Return the value of a row's sums, over 2^16, as 16 parts."""
     tag = np.int16(0)
     top, following, third, last = sums
-    value = multiply_add(to_floats(last), spread(np.float32(1 / 256), tag), to_floats(third))
-    value = multiply_add(to_floats(following), spread(np.float32(256), tag), value)
-    return multiply_add(to_floats(top), spread(np.float32(65536), tag), value)
+    value = multiply_add(ints_to_floats(last), spread(np.float32(1 / 256), tag), ints_to_floats(third))
+    value = multiply_add(ints_to_floats(following), spread(np.float32(256), tag), value)
+    return multiply_add(ints_to_floats(top), spread(np.float32(65536), tag), value)
 
 
 @njit(cache=True, nogil=True)
@@ -143,20 +131,24 @@ def row_dot(row, count, book, x):
     l0, l1, l2, l3 = load_table(book)
     m0, m1, m2, m3 = load_table(book + 256)
     h0, h1, h2, h3 = load_table(book + 512)
-    top, following_a, third_a, last_a = start(x, length)
+    top, following_a, third_a, last_a = start_sums(x, length)
     following_b = third_b = third_c = last_b = (
-        no_ints()
+        zero_ints()
     )  # each product adds to its own: one after another they would wait
     for i in range(0, count, 64):
         k = codes_at(row, i, count)
-        low, middle, high = pick(k, l0, l1, l2, l3), pick(k, m0, m1, m2, m3), pick(k, h0, h1, h2, h3)
+        low, middle, high = (
+            table_lookup(k, l0, l1, l2, l3),
+            table_lookup(k, m0, m1, m2, m3),
+            table_lookup(k, h0, h1, h2, h3),
+        )
         x0, x1, x2 = load_bytes(x + i), load_bytes(x + length + i), load_bytes(x + 2 * length + i)
         top = dot_bytes(top, high, x2)
         following_a, following_b = dot_bytes(following_a, high, x1), dot_bytes(following_b, middle, x2)
         third_a, third_b = dot_bytes(third_a, high, x0), dot_bytes(third_b, middle, x1)
         third_c, last_a, last_b = dot_bytes(third_c, low, x2), dot_bytes(last_a, middle, x0), dot_bytes(last_b, low, x1)
     third = add_ints(add_ints(third_a, third_b), third_c)
-    return whole((top, add_ints(following_a, following_b), third, add_ints(last_a, last_b)))
+    return join_sums((top, add_ints(following_a, following_b), third, add_ints(last_a, last_b)))
 
 
 @njit(cache=True, nogil=True)
@@ -166,19 +158,28 @@ def row_dots(row, count, book, x, by):
     l0, l1, l2, l3 = load_table(book)
     m0, m1, m2, m3 = load_table(book + 256)
     h0, h1, h2, h3 = load_table(book + 512)
-    a, b, c, d = start(x, length), start(x + by, length), start(x + 2 * by, length), start(x + 3 * by, length)
+    a, b, c, d = (
+        start_sums(x, length),
+        start_sums(x + by, length),
+        start_sums(x + 2 * by, length),
+        start_sums(x + 3 * by, length),
+    )
     for i in range(0, count, 64):
         k = codes_at(row, i, count)
-        low, middle, high = pick(k, l0, l1, l2, l3), pick(k, m0, m1, m2, m3), pick(k, h0, h1, h2, h3)
-        a = step(low, middle, high, x + i, length, *a)
-        b = step(low, middle, high, x + by + i, length, *b)
-        c = step(low, middle, high, x + 2 * by + i, length, *c)
-        d = step(low, middle, high, x + 3 * by + i, length, *d)
-    return whole(a), whole(b), whole(c), whole(d)
+        low, middle, high = (
+            table_lookup(k, l0, l1, l2, l3),
+            table_lookup(k, m0, m1, m2, m3),
+            table_lookup(k, h0, h1, h2, h3),
+        )
+        a = add_products(low, middle, high, x + i, length, *a)
+        b = add_products(low, middle, high, x + by + i, length, *b)
+        c = add_products(low, middle, high, x + 2 * by + i, length, *c)
+        d = add_products(low, middle, high, x + 3 * by + i, length, *d)
+    return join_sums(a), join_sums(b), join_sums(c), join_sums(d)
 
 
 @njit(cache=True, nogil=True)
-def leave(sums, unit, to, scales, bias, out):
+def store_result(sums, unit, to, scales, bias, out):
     value = total(sums) * unit
     if scales != 0:
         value *= read_float(scales + 4 * to)
@@ -188,12 +189,15 @@ def leave(sums, unit, to, scales, bias, out):
 
 
 @njit(cache=True, nogil=True)
-def blocks_dot(codes, by_stage, by_block, books, steps, shape, low, high, x, tokens, wide_out, scales, bias, out):
-    """Write outputs [tokens, wide_out] of blocks `low` to `high`, scaled and shifted.
+def blocks_dot(coded, digits_of, shape, some_blocks, x, tokens, width_out, scales, bias, out):
+    """Write outputs [tokens, width_out] of some sub-vectors, (first, last + 1), scaled and shifted.
 
-    books [stages, books, dim, 3, 256] are the codewords' digits, steps [stages, books] 2^16 units of them; x the digits of
-    the tokens, with zeros up to a multiple of `TOGETHER` from two tokens on.
+    digits_of: the codewords' digits [stages, books, dim, 3, 256], and 2^16 units of them [stages, books]; x: the digits of the
+    tokens, with zeros up to a multiple of `TOGETHER` from two tokens on.
     """
+    codes, by_stage, by_block, _by_row = coded
+    books, steps = digits_of
+    low, high = some_blocks
     stages, count, blocks, dim, n, _half = shape
     tag = np.int16(0)
     by = 3 * padded(n) + REST
@@ -201,7 +205,7 @@ def blocks_dot(codes, by_stage, by_block, books, steps, shape, low, high, x, tok
     for b in range(low, high):
         for j in range(dim):
             to = b * dim + j
-            if to >= wide_out:
+            if to >= width_out:
                 return
             for t in range(0, tokens, TOGETHER):
                 s0 = s1 = s2 = s3 = spread(ZERO, tag)
@@ -215,10 +219,10 @@ def blocks_dot(codes, by_stage, by_block, books, steps, shape, low, high, x, tok
                         v0, v1, v2, v3 = row_dots(row, n, book, x + by * t, by)
                         s0, s1 = multiply_add(v0, unit, s0), multiply_add(v1, unit, s1)
                         s2, s3 = multiply_add(v2, unit, s2), multiply_add(v3, unit, s3)
-                leave(s0, read_float(units + by * t), to, scales, bias, out + 4 * wide_out * t)
+                store_result(s0, read_float(units + by * t), to, scales, bias, out + 4 * width_out * t)
                 if t + 1 < tokens:
-                    leave(s1, read_float(units + by * (t + 1)), to, scales, bias, out + 4 * wide_out * (t + 1))
+                    store_result(s1, read_float(units + by * (t + 1)), to, scales, bias, out + 4 * width_out * (t + 1))
                 if t + 2 < tokens:
-                    leave(s2, read_float(units + by * (t + 2)), to, scales, bias, out + 4 * wide_out * (t + 2))
+                    store_result(s2, read_float(units + by * (t + 2)), to, scales, bias, out + 4 * width_out * (t + 2))
                 if t + 3 < tokens:
-                    leave(s3, read_float(units + by * (t + 3)), to, scales, bias, out + 4 * wide_out * (t + 3))
+                    store_result(s3, read_float(units + by * (t + 3)), to, scales, bias, out + 4 * width_out * (t + 3))

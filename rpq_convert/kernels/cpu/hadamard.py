@@ -1,7 +1,7 @@
-"""Rotation of activations: the block-Hadamard transform of `rotation` by sums and differences, in numba.
+"""Rotation of activations: the block-Hadamard transform of `core.rotation` by sums and differences, in numba.
 
-A block of 64 takes 6 additions a number, where a product with the matrix takes 64 multiply-adds; four of the six rounds stay
-within a register of 16 floats.
+A block of 64 takes 6 additions a number, where a product with the matrix takes 64 multiply-adds. Four of the six rounds stay within a
+register of 16 floats.
 """
 
 from __future__ import annotations
@@ -17,18 +17,9 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from rpq_convert.core import rotation
+from rpq_convert.kernels.jit.memory import address_of, fetch_add
 from rpq_convert.kernels.jit.threads import COUNT, FIRST, NEXT, Work
-from rpq_convert.kernels.jit.vectors import (
-    LANES,
-    add,
-    address_of,
-    f32x16,
-    load,
-    multiply,
-    store,
-    subtract,
-    take_number,
-)
+from rpq_convert.kernels.jit.vectors import LANES, add, f32x16, load, multiply, store, subtract
 
 CHUNK = 1 << 13  # floats that a thread takes at a time
 LANE = 16  # least block
@@ -58,7 +49,7 @@ def blocks(data):
     a, base = carray(data, TOTAL), address_of(data)
     size = a[SIZE]
     while True:
-        part = take_number(base + 8 * NEXT)
+        part = fetch_add(base + 8 * NEXT)
         if part >= a[COUNT]:
             return
         step = max(CHUNK, size)

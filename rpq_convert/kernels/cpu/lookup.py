@@ -1,41 +1,39 @@
-"""Loops of the linear layer that never expands its weight.
+"""Loops of the linear layer that never expands its weight: lookups and bins, for 8 or 16 tokens at a time.
 
-With `M [n, L]` cut along L into blocks, a product with M or its transpose needs two primitives (tokens stand side by side
-in a vector register, "lanes"):
+The rows of `M [n, L]` are cut into sub-vectors ("blocks"). A product with M or its transpose needs two primitives. Tokens stand side
+by side in a vector register, one per lane:
 
 * lookup: `y[row] = sum_b T_b[code[b, row]]`, where `T_b[k] = <x_b, codeword k>` is a table of 256 rows made once per block;
-* bins: `B_b[code[b, row]] += x[row]`, then `y_b = codebook_b^T B_b`, the transpose of it.
+* bins: `B_b[code[b, row]] += x[row]`, then `y_b = codebook_b^T B_b`, its transpose.
 
-A layer cut along its inputs is a lookup forward and bins backward; one cut along its outputs the other way round. Both
-replace `n L` multiply-adds per token by `256 L` and `n L / dim` row additions.
+Sub-vectors along the inputs make a lookup forward and bins backward; along the outputs it is the reverse. Both replace `n L`
+multiply-adds per token by `256 L`, and `n L / dim` additions of rows. `one_token` and `few_tokens` serve fewer tokens.
 
-One token has no lanes: see `single` and `dots`.
-
-Everything is addressed by plain integers: `codes` with strides (stage, block, row) in bytes, codebooks as
-float32 or float16 [stages, books, dim, 256] (codewords side by side), the rest float32; shape is (stages, books, blocks,
-dim, n, half).
+Arguments that loops share, all addresses plain integers:
+    coded: the address of codes, and the bytes from stage to stage, from block to block, and from row to row.
+    books: the address of codebooks, float32 or float16 [stages, books, dim, 256], codewords side by side.
+    shape: (stages, books, blocks, dim, n, whether codebooks are float16).
+    tag: says by its type how many lanes a register has (`vectors.LANES`).
+Everything else is float32.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from rpq_convert.kernels.jit.cache import njit
+from rpq_convert.kernels.jit.memory import prefetch, read_byte, read_float, write_float
 from rpq_convert.kernels.jit.vectors import (
     add,
-    fold,
+    add_pairs,
     load,
-    load_half,
+    load_float16,
     multiply,
     multiply_add,
-    prefetch,
-    read_byte,
-    read_float,
     spread,
     store,
-    turn_floats,
+    transpose_floats,
     width,
-    write_float,
 )
 
 TOGETHER = 4  # blocks whose tables stand in the cache at once
@@ -51,17 +49,17 @@ def clear(address, floats):
 
 
 @njit(cache=True, nogil=True)
-def fetch(books, shape, stage, block, room):
+def fetch_codebook(books, shape, stage, block, room):
     """Return the address of a block's codebook as float32 [dim, 256]; float16 ones are widened into `room`.
 
-    It is read front to back here, or asked for in that order, because what follows strides through it.
+    It is read, or prefetched, from front to back here, as later loops read it with a stride.
     """
     _stages, count, blocks, dim, _n, half = shape
     at = stage * count + block * count // blocks
     if half:
         start = books + 512 * dim * at
         for i in range(0, 256 * dim, 16):
-            store(room + 4 * i, load_half(start + 2 * i))
+            store(room + 4 * i, load_float16(start + 2 * i))
         return room
     start = books + 1024 * dim * at
     if count > 1:
@@ -71,7 +69,7 @@ def fetch(books, shape, stage, block, room):
 
 
 @njit(cache=True, nogil=True)
-def enter(tag, x, by_token, by_column, tokens, length, padded, factors, to):
+def load_tokens(tag, x, by_token, by_column, tokens, length, padded, factors, to):
     """Write x [tokens, length] of any strides, times `factors [length]` if given, as [padded, lanes], the rest zeros.
 
     Sixteen columns at a time, a cache line of every token: rows a power of two apart share their place in the cache.
@@ -87,7 +85,7 @@ def enter(tag, x, by_token, by_column, tokens, length, padded, factors, to):
     for first in range(0, padded, 16):
         last = min(first + 16, padded)
         if full and width(tag) == 16 and by_column == 1 and first + 16 <= length:
-            turn_floats(x + 4 * first, 4 * by_token, to + row * first, row)
+            transpose_floats(x + 4 * first, 4 * by_token, to + row * first, row)
             continue
         for t in range(width(tag)):
             for i in range(first, last):
@@ -100,7 +98,7 @@ def enter(tag, x, by_token, by_column, tokens, length, padded, factors, to):
 
 
 @njit(cache=True, nogil=True)
-def table(tag, book, dim, x, out):
+def build_table(tag, book, dim, x, out):
     """out [256, lanes] = codewords [dim, 256] x [dim, lanes]."""
     row = 4 * width(tag)
     for k in range(0, 256, 4):
@@ -142,17 +140,18 @@ def sum_one(tag, codes, by_row, low, high, tables, y):
 
 
 @njit(cache=True, nogil=True)
-def lookup(tag, codes, by_stage, by_block, by_row, books, shape, low, high, x, tables, room, y):
+def lookup(tag, coded, books, shape, low, high, x, tables, room, y):
     """Add blocks `low` to `high` of the lookup to y [n, lanes]; x [blocks dim, lanes], tables and room are scratch."""
     row = 4 * width(tag)
+    codes, by_stage, by_block, by_row = coded
     stages, _count, _blocks, dim, n, _half = shape
     for s in range(stages):
         b = low
         while b < high:
             some = min(TOGETHER, high - b)
             for q in range(some):
-                book = fetch(books, shape, s, b + q, room)
-                table(tag, book, dim, x + row * dim * (b + q), tables + row * 256 * q)
+                book = fetch_codebook(books, shape, s, b + q, room)
+                build_table(tag, book, dim, x + row * dim * (b + q), tables + row * 256 * q)
             at = codes + s * by_stage + b * by_block
             if some == TOGETHER:
                 sum_four(tag, at, by_block, by_row, 0, n, tables, y)
@@ -163,7 +162,7 @@ def lookup(tag, codes, by_stage, by_block, by_row, books, shape, low, high, x, t
 
 
 @njit(cache=True, nogil=True)
-def product(tag, book, dim, bins_, y):
+def multiply_bins(tag, book, dim, bins_, y):
     """y [dim, lanes] += codewords [dim, 256] bins [256, lanes]."""
     row = 4 * width(tag)
     j = 0
@@ -198,7 +197,7 @@ def product(tag, book, dim, bins_, y):
 
 
 @njit(cache=True, nogil=True)
-def fill(tag, codes, by_block, by_row, some, n, x, bins_):
+def fill_bins(tag, codes, by_block, by_row, some, n, x, bins_):
     row = 4 * width(tag)
     clear(bins_, 256 * width(tag) * some)
     for r in range(n):
@@ -209,34 +208,39 @@ def fill(tag, codes, by_block, by_row, some, n, x, bins_):
 
 
 @njit(cache=True, nogil=True)
-def bins(tag, codes, by_stage, by_block, by_row, books, shape, low, high, x, bins_, room, y):
+def bins(tag, coded, books, shape, low, high, x, bins_, room, y):
     """Add to y [blocks dim, lanes] what blocks `low` to `high` make of x [n, lanes]; bins_ and room are scratch."""
     row = 4 * width(tag)
+    codes, by_stage, by_block, by_row = coded
     stages, _count, _blocks, dim, n, _half = shape
     for s in range(stages):
         b = low
         while b < high:
             some = min(2, high - b)
-            fill(tag, codes + s * by_stage + b * by_block, by_block, by_row, some, n, x, bins_)
+            fill_bins(tag, codes + s * by_stage + b * by_block, by_block, by_row, some, n, x, bins_)
             for q in range(some):
-                book = fetch(books, shape, s, b + q, room)
-                product(tag, book, dim, bins_ + row * 256 * q, y + row * dim * (b + q))
+                book = fetch_codebook(books, shape, s, b + q, room)
+                multiply_bins(tag, book, dim, bins_ + row * 256 * q, y + row * dim * (b + q))
             b += some
 
 
 @njit(cache=True, nogil=True)
-def leave(tag, y, parts, part_bytes, low, high, scales, bias, out, by_token, by_column, tokens):
-    """Write rows `low` to `high` of y [length, lanes], summed over its parts, as columns of out [tokens, length] of any strides.
+def store_results(tag, y, parts, rows, scales, bias, out, strides, tokens):
+    """Write rows of y [length, lanes], summed over its parts, as columns of out [tokens, length].
 
-    They are multiplied by `scales` and added to `bias` where given.
+    parts: (how many, the bytes from one to the next); rows: (first, last + 1); strides: floats of `out` from token to token and
+    from column to column. Results are multiplied by `scales` and added to `bias` [length] where given.
     """
     row = 4 * width(tag)
+    count, part_bytes = parts
+    low, high = rows
+    by_token, by_column = strides
     for first in range(low, high, 16):
         last = min(first + 16, high)
         for i in range(first, last):
-            if parts > 1 or scales != 0 or bias != 0:
+            if count > 1 or scales != 0 or bias != 0:
                 a = load(y + row * i, tag)
-                for p in range(1, parts):
+                for p in range(1, count):
                     a = add(a, load(y + p * part_bytes + row * i, tag))
                 if scales != 0:
                     a = multiply(a, spread(read_float(scales + 4 * i), tag))
@@ -247,7 +251,7 @@ def leave(tag, y, parts, part_bytes, low, high, scales, bias, out, by_token, by_
             for i in range(first, last):
                 store(out + 4 * i * by_column, load(y + row * i, tag))
         elif tokens == 16 and by_column == 1 and last == first + 16:
-            turn_floats(y + row * first, row, out + 4 * first, 4 * by_token)
+            transpose_floats(y + row * first, row, out + 4 * first, 4 * by_token)
         else:
             for t in range(tokens):
                 for i in range(first, last):
@@ -255,7 +259,7 @@ def leave(tag, y, parts, part_bytes, low, high, scales, bias, out, by_token, by_
 
 
 @njit(cache=True, nogil=True)
-def meet(tag, bins_, some, g, by_group, dim, grad, room):
+def add_outer_products(tag, bins_, some, g, by_group, dim, grad, room):
     """grad [dim, 256] += g [some, dim, lanes] bins [some, 256, lanes]^T, summed over lanes; groups of g lie `by_group` bytes apart.
 
     Eight bins and two columns at a time are summed in sixteen registers over all groups.
@@ -288,10 +292,14 @@ def meet(tag, bins_, some, g, by_group, dim, grad, room):
                 a6, c6 = multiply_add(v, u, a6), multiply_add(v, w, c6)
                 v = load(at + 7 * row, tag)
                 a7, c7 = multiply_add(v, u, a7), multiply_add(v, w, c7)
-            low = fold(fold(fold(a0, a1), fold(a2, a3)), fold(fold(a4, a5), fold(a6, a7)))
-            high = fold(fold(fold(c0, c1), fold(c2, c3)), fold(fold(c4, c5), fold(c6, c7)))
+            low = add_pairs(
+                add_pairs(add_pairs(a0, a1), add_pairs(a2, a3)), add_pairs(add_pairs(a4, a5), add_pairs(a6, a7))
+            )
+            high = add_pairs(
+                add_pairs(add_pairs(c0, c1), add_pairs(c2, c3)), add_pairs(add_pairs(c4, c5), add_pairs(c6, c7))
+            )
             if width(tag) == 16:
-                store(room, fold(low, high))
+                store(room, add_pairs(low, high))
             else:
                 store(room, low)
                 store(room + 32, high)
@@ -302,16 +310,20 @@ def meet(tag, bins_, some, g, by_group, dim, grad, room):
 
 
 @njit(cache=True, nogil=True)
-def book_gradient(
-    tag, codes, by_stage, by_block, by_row, books, shape, low, high, x, g, groups, at_once, bins_, room, grad, dx
-):
-    """Accumulate the codebooks' gradient of blocks `low` to `high`, and what the same bins give for the other operand.
+def book_gradient(tag, coded, books, shape, some_blocks, sides, groups, scratch, grad, dx):
+    """Accumulate the gradient of the codebooks of some sub-vectors, (first, last + 1), and what the same bins give for x.
 
-    x [groups, n, lanes] fills the bins, g [groups, blocks dim, lanes] meets them: grad [stages, books, dim, 256] gains
-    g bins^T. With `dx` [groups, blocks dim, lanes] (or 0), codewords^T bins is added to it. All blocks take `at_once` groups
-    before the next ones, as so many rows of x stay in the cache. bins_ is scratch for [at_once, 256, lanes].
+    sides: x [groups, n, lanes], which fills the bins, and g [groups, blocks dim, lanes], by which they are multiplied: grad
+    [stages, books, dim, 256] gains g bins^T. With `dx` [groups, blocks dim, lanes] (or 0), codewords^T bins is added to it.
+    groups: (how many, how many at once); all sub-vectors take so many before the next ones, as their rows of x stay in the
+    cache. scratch: bins [at once, 256, lanes], and room for a codebook.
     """
     row = 4 * width(tag)
+    codes, by_stage, by_block, by_row = coded
+    low, high = some_blocks
+    x, g = sides
+    groups, at_once = groups
+    bins_, room = scratch
     stages, count, blocks, dim, n, _half = shape
     by_group = row * dim * blocks
     for group in range(0, groups, at_once):
@@ -320,11 +332,11 @@ def book_gradient(
             for b in range(low, high):
                 for q in range(some):
                     filled, from_ = bins_ + row * 256 * q, x + row * n * (group + q)
-                    fill(tag, codes + s * by_stage + b * by_block, by_block, by_row, 1, n, from_, filled)
+                    fill_bins(tag, codes + s * by_stage + b * by_block, by_block, by_row, 1, n, from_, filled)
                 other = by_group * group + row * dim * b
                 at = s * count + b * count // blocks
-                meet(tag, bins_, some, g + other, by_group, dim, grad + 1024 * dim * at, room)
+                add_outer_products(tag, bins_, some, g + other, by_group, dim, grad + 1024 * dim * at, room)
                 if dx != 0:
-                    book = fetch(books, shape, s, b, room)
+                    book = fetch_codebook(books, shape, s, b, room)
                     for q in range(some):
-                        product(tag, book, dim, bins_ + row * 256 * q, dx + other + by_group * q)
+                        multiply_bins(tag, book, dim, bins_ + row * 256 * q, dx + other + by_group * q)

@@ -1,51 +1,39 @@
-"""Loops of the linear layer for one token, which has no lanes: `lookup`'s two primitives on plain numbers.
+"""Loops of the linear layer for one token: the two primitives of `lookup` without lanes.
 
-Its bins are plain numbers. Its tables are kept as whole numbers of 24 bits, three byte tables in vector registers, from
-which AVX-512 VBMI picks 64 at a time. The scale bounds every sum below 2^31, so the integer sums are exact and the result is
-as good as one in float32. Elsewhere it gathers. One core of a Sapphire Rapids makes 10e9 lookups a second: picks, and the
-interleaving that makes numbers of bytes, are 20 instructions for 64 that one port alone can run.
+Bins are single floats. Tables hold integers of 24 bits, as three byte tables in vector registers, from which AVX-512 VBMI reads 64
+entries at a time. The scale keeps every sum below 2^31, so integer sums are exact and the result is as good as one in float32.
+Without VBMI tables are float32 and entries are read one by one. One core of a Sapphire Rapids makes 10e9 lookups a second.
 
-Codes of an embedding lie entry by entry, those of different blocks side by side: 1024 entries at a time are turned around
-in the cache first, which takes two thirds as long as their lookups; gathering takes ten times as long as both.
+The codes of an embedding are stored entry by entry. They are transposed 1024 entries at a time in the cache first, which takes two
+thirds of the time of their lookups; reading them in place takes ten times as long as both.
 
-Addresses, codebooks and shapes as in `lookup`. Not used: 8-bit tables (1 % error) and 16-bit ones (1.6 times as fast, 5e-5).
+Arguments as in `lookup`. Not used: 8-bit tables (1 % error) and 16-bit ones (1.6 times as fast, 5e-5).
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
-from rpq_convert.kernels.cpu.lookup import TOGETHER, ZERO, clear, fetch
+from rpq_convert.kernels.cpu.lookup import TOGETHER, ZERO, clear, fetch_codebook
 from rpq_convert.kernels.jit.byte_tables import (
     add_planes,
     load_bytes,
     load_first_bytes,
-    natural,
-    pick,
-    turn,
+    position_of,
+    table_lookup,
+    transpose_bytes,
     write_planes,
 )
-from rpq_convert.kernels.jit.vectors import (
-    AHEAD,
-    load,
-    multiply_add,
-    prefetch,
-    read_byte,
-    read_float,
-    read_int,
-    spread,
-    store,
-    total,
-    write_float,
-)
+from rpq_convert.kernels.jit.cache import njit
+from rpq_convert.kernels.jit.memory import AHEAD, prefetch, read_byte, read_float, read_int, write_float
+from rpq_convert.kernels.jit.vectors import load, multiply_add, spread, store, total
 
-NATURAL = np.array([natural(i) for i in range(64)], np.int64)
-TURNED = 1024  # entries whose codes are turned around at a time
-TURNED_LINE = (
-    TURNED + 64
+POSITIONS = np.array([position_of(i) for i in range(64)], np.int64)
+ROWS_AT_ONCE = 1024  # entries whose codes are transposed at a time
+ROW_STRIDE = (
+    ROWS_AT_ONCE + 64
 )  # bytes of a block's codes then: blocks a power of two apart would share their place in the cache
-PLANES = 768  # bytes of a table's three byte tables
+TABLE_BYTES = 768  # bytes of a table's three byte tables
 
 
 @njit(cache=True, nogil=True)
@@ -143,16 +131,19 @@ def look_up(row, n, planes, y):
     for r in range(0, n, 64):
         prefetch(row + r + AHEAD)
         k = load_bytes(row + r) if r + 64 <= n else load_first_bytes(row + r, n - r)
-        add_planes(y + 4 * r, pick(k, a0, a1, a2, a3), pick(k, b0, b1, b2, b3), pick(k, c0, c1, c2, c3))
+        add_planes(
+            y + 4 * r, table_lookup(k, a0, a1, a2, a3), table_lookup(k, b0, b1, b2, b3), table_lookup(k, c0, c1, c2, c3)
+        )
 
 
 @njit(cache=True, nogil=True)
-def one_lookup_whole(codes, by_stage, by_block, books, shape, low, high, x, scale, planes, room, y):
+def one_lookup_integer(coded, books, shape, low, high, x, scale, planes, room, y):
     """Add blocks `low` to `high` of one token's lookup to y, as `look_up` has it; rows lie side by side."""
+    codes, by_stage, by_block, _by_row = coded
     stages, _count, _blocks, dim, n, _half = shape
     for s in range(stages):
         for b in range(low, high):
-            byte_table(fetch(books, shape, s, b, room), dim, x + 4 * dim * b, scale, planes)
+            byte_table(fetch_codebook(books, shape, s, b, room), dim, x + 4 * dim * b, scale, planes)
             look_up(codes + s * by_stage + b * by_block, n, planes, y)
 
 
@@ -162,38 +153,44 @@ def all_tables(books, shape, x, scale, room, to):
     stages, _count, blocks, dim, _n, _half = shape
     for s in range(stages):
         for b in range(blocks):
-            byte_table(fetch(books, shape, s, b, room), dim, x + 4 * dim * b, scale, to + PLANES * (s * blocks + b))
+            byte_table(
+                fetch_codebook(books, shape, s, b, room),
+                dim,
+                x + 4 * dim * b,
+                scale,
+                to + TABLE_BYTES * (s * blocks + b),
+            )
 
 
 @njit(cache=True, nogil=True)
-def turn_rows(codes, by_row, blocks, low, high, to, by_block):
+def transpose_codes(codes, by_row, blocks, low, high, to, by_block):
     """Write rows `low` to `high` of codes that lie row by row as [blocks padded to 64, rows padded to 16]."""
     for r in range(low, high, 16):
         for b in range(0, blocks, 64):
             tile = codes + r * by_row + b
-            turn(tile, by_row, min(16, high - r), min(64, blocks - b), to + by_block * b + r - low, by_block)
+            transpose_bytes(tile, by_row, min(16, high - r), min(64, blocks - b), to + by_block * b + r - low, by_block)
 
 
 @njit(cache=True, nogil=True)
-def entries(codes, by_stage, by_row, shape, low, high, tables, turned, y):
-    """Write the lookups of rows `low` to `high`, at most `TURNED`, whose codes lie row by row, to y, as `look_up` has it.
+def lookup_rows(codes, by_stage, by_row, shape, low, high, tables, transposed, y):
+    """Write the lookups of rows `low` to `high`, at most ROWS_AT_ONCE, whose codes lie row by row, to y, as `look_up` has it.
 
-    turned [blocks, padded to 64, TURNED_LINE] bytes is scratch.
+    turned [blocks, padded to 64, ROW_STRIDE] bytes is scratch.
     """
     stages, _count, blocks, _dim, _n, _half = shape
-    clear(y, TURNED)
+    clear(y, ROWS_AT_ONCE)
     for s in range(stages):
-        turn_rows(codes + s * by_stage, by_row, blocks, low, high, turned, TURNED_LINE)
+        transpose_codes(codes + s * by_stage, by_row, blocks, low, high, transposed, ROW_STRIDE)
         for b in range(blocks):
-            look_up(turned + TURNED_LINE * b, high - low, tables + PLANES * (s * blocks + b), y)
+            look_up(transposed + ROW_STRIDE * b, high - low, tables + TABLE_BYTES * (s * blocks + b), y)
 
 
 @njit(cache=True, nogil=True)
-def one_leave_whole(y, parts, part_stride, n, scale, first, scales, bias, out):
+def store_integers(y, parts, part_stride, n, scale, first, scales, bias, out):
     """Write the sums as rows `first` to `first + n` of out, float32, scaled and shifted; NaN where the scale is."""
     step = 1 / scale
     for r in range(n):
-        at = y + 4 * (r // 64 * 64 + NATURAL[r % 64])
+        at = y + 4 * (r // 64 * 64 + POSITIONS[r % 64])
         value = np.int64(read_int(at))
         for p in range(1, parts):
             value += read_int(at + p * part_stride)
@@ -206,15 +203,16 @@ def one_leave_whole(y, parts, part_stride, n, scale, first, scales, bias, out):
 
 
 @njit(cache=True, nogil=True)
-def one_lookup(codes, by_stage, by_block, by_row, books, shape, low, high, x, tables, room, y):
+def one_lookup(coded, books, shape, low, high, x, tables, room, y):
     """Add blocks `low` to `high` of one token's lookup to y [n] float32."""
+    codes, by_stage, by_block, by_row = coded
     stages, _count, _blocks, dim, n, _half = shape
     for s in range(stages):
         b = low
         while b < high:
             some = min(TOGETHER, high - b)
             for q in range(some):
-                float_table(fetch(books, shape, s, b + q, room), dim, x + 4 * dim * (b + q), tables + 1024 * q)
+                float_table(fetch_codebook(books, shape, s, b + q, room), dim, x + 4 * dim * (b + q), tables + 1024 * q)
             c = codes + s * by_stage + b * by_block
             for r in range(n):
                 value = read_float(y + 4 * r)
@@ -225,8 +223,9 @@ def one_lookup(codes, by_stage, by_block, by_row, books, shape, low, high, x, ta
 
 
 @njit(cache=True, nogil=True)
-def one_bins(codes, by_stage, by_block, by_row, books, shape, low, high, x, bins_, room, y):
+def one_bins(coded, books, shape, low, high, x, bins_, room, y):
     """Add to y [blocks dim] what blocks `low` to `high` make of one token x [n]."""
+    codes, by_stage, by_block, by_row = coded
     stages, _count, _blocks, dim, n, _half = shape
     tag = np.int16(0)
     for s in range(stages):
@@ -247,7 +246,7 @@ def one_bins(codes, by_stage, by_block, by_row, books, shape, low, high, x, bins
                         at = bins_ + 4 * (256 * q + read_byte(c + q * by_block + r * by_row))
                         write_float(at, read_float(at) + read_float(x + 4 * r))
             for q in range(some):
-                book = fetch(books, shape, s, b + q, room)
+                book = fetch_codebook(books, shape, s, b + q, room)
                 for j in range(dim):
                     a = spread(ZERO, tag)
                     for k in range(0, 256, 16):
@@ -258,7 +257,7 @@ def one_bins(codes, by_stage, by_block, by_row, books, shape, low, high, x, bins
 
 
 @njit(cache=True, nogil=True)
-def one_leave(y, parts, part_stride, n, scales, bias, out):
+def store_floats(y, parts, part_stride, n, scales, bias, out):
     """Write y [n], summed over its parts, scaled and shifted, as out [n]."""
     for r in range(n):
         value = read_float(y + 4 * r)

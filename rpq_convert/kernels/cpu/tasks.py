@@ -1,36 +1,42 @@
-"""What one thread does of a linear layer: the tasks that `team` runs over the loops of `lookup`.
+"""What one thread does of a linear layer: the tasks that `threads` runs over the loops of `lookup`, `one_token` and `few_tokens`.
 
-A task's array holds its arguments as whole numbers, in the order of `Fields`. Each task is written for one number of
-lanes, as plain C functions take no type.
+A task's array holds its arguments as integers, in the order of the field names below. Each task is written for one number of
+lanes, as C functions cannot take a type.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 
 from rpq_convert.kernels.cpu import few_tokens as d
 from rpq_convert.kernels.cpu import lookup as k
 from rpq_convert.kernels.cpu import one_token as t
+from rpq_convert.kernels.jit.cache import njit
+from rpq_convert.kernels.jit.memory import address_of, fetch_add, write_float
 from rpq_convert.kernels.jit.threads import COUNT, FIRST, NEXT, SCRATCH, SCRATCH_BYTES, SLOT
-from rpq_convert.kernels.jit.vectors import address_of, take_number, write_float
 
 TOTAL = 40
 ZERO = np.float32(0)
-# where the codes lie and their shape; one order for all tasks
+# the codes, the codebooks and their shape: one order for all tasks
 CODES, BY_STAGE, BY_BLOCK, BY_ROW, BOOKS, STAGES, BOOK_COUNT, BLOCKS, DIM, ROWS, HALF = range(FIRST, FIRST + 11)
-# linear: whether tables are looked up, what comes in and goes out, and how the work is cut
+# linear: lookups or bins, input and output, and how the work is divided
 (
-    LOOKS, X, WIDE_IN, ENTERS, FACTORS, TOKENS, OUT, WIDE_OUT, LEAVES, SCALES, BIAS, PART_BLOCKS, ENTERED, SUMS, SUMS_BYTES,
-    PARTS, DONE, BY_TOKEN_IN, BY_COLUMN_IN, BY_TOKEN_OUT, BY_COLUMN_OUT, LATER,
+    LOOKUP, X, WIDTH_IN, PADDED_IN, FACTORS, TOKENS, OUT, WIDTH_OUT, PADDED_OUT, SCALES, BIAS, PART_BLOCKS, LOADED, SUMS, SUMS_BYTES,
+    PARTS, DONE, BY_TOKEN_IN, BY_COLUMN_IN, BY_TOKEN_OUT, BY_COLUMN_OUT, ADD_LATER,
 ) = range(FIRST + 11, FIRST + 33)  # fmt: skip
-# gradient: sides [groups, columns, lanes] that fill and meet the bins
-FILL, MEET, GROUPS, AT_ONCE, GRAD, GRAD_BYTES, OTHER = range(FIRST + 11, FIRST + 18)
+# gradient: operands [groups, columns, lanes] that fill the bins, and that multiply them
+FILLING, MULTIPLYING, GROUPS, AT_ONCE, GRAD, GRAD_BYTES, INPUT_GRAD = range(FIRST + 11, FIRST + 18)
 
 
 @njit(cache=True, nogil=True)
 def _line(floats):
     return (floats + 15) // 16 * 16
+
+
+@njit(cache=True, nogil=True)
+def _coded(a):
+    return a[CODES], a[BY_STAGE], a[BY_BLOCK], a[BY_ROW]
 
 
 @njit(cache=True, nogil=True)
@@ -41,201 +47,200 @@ def _shape(a):
 @njit(cache=True, nogil=True)
 def _kernel(tag, a, low, high, x, tables, y):
     room = tables + 1024 * k.TOGETHER * k.width(tag)
-    codes, books, shape = a[CODES], a[BOOKS], _shape(a)
-    if a[LOOKS]:
-        k.lookup(tag, codes, a[BY_STAGE], a[BY_BLOCK], a[BY_ROW], books, shape, low, high, x, tables, room, y)
+    coded, books, shape = _coded(a), a[BOOKS], _shape(a)
+    if a[LOOKUP]:
+        k.lookup(tag, coded, books, shape, low, high, x, tables, room, y)
     else:
-        k.bins(tag, codes, a[BY_STAGE], a[BY_BLOCK], a[BY_ROW], books, shape, low, high, x, tables, room, y)
+        k.bins(tag, coded, books, shape, low, high, x, tables, room, y)
 
 
 @njit(cache=True, nogil=True)
-def _enter(tag, a, group, to):
+def _load_tokens(tag, a, group, to):
     lanes = k.width(tag)
     tokens = min(lanes, a[TOKENS] - group * lanes)
     x = a[X] + 4 * group * lanes * a[BY_TOKEN_IN]
-    k.enter(tag, x, a[BY_TOKEN_IN], a[BY_COLUMN_IN], tokens, a[WIDE_IN], a[ENTERS], a[FACTORS], to)
+    k.load_tokens(tag, x, a[BY_TOKEN_IN], a[BY_COLUMN_IN], tokens, a[WIDTH_IN], a[PADDED_IN], a[FACTORS], to)
     return tokens
 
 
 @njit(cache=True, nogil=True)
-def _leave(tag, a, group, y, parts, low, high):
+def _store_results(tag, a, group, y, parts, low, high):
     lanes = k.width(tag)
     tokens = min(lanes, a[TOKENS] - group * lanes)
     out = a[OUT] + 4 * group * lanes * a[BY_TOKEN_OUT]
-    by_token, by_column = a[BY_TOKEN_OUT], a[BY_COLUMN_OUT]
-    k.leave(tag, y, parts, a[SUMS_BYTES], low, high, a[SCALES], a[BIAS], out, by_token, by_column, tokens)
+    strides = a[BY_TOKEN_OUT], a[BY_COLUMN_OUT]
+    k.store_results(tag, y, (parts, a[SUMS_BYTES]), (low, high), a[SCALES], a[BIAS], out, strides, tokens)
 
 
 @njit(cache=True, nogil=True)
 def _groups(tag, a, base):
     """Serve whole groups of tokens, start to end."""
     lanes = k.width(tag)
-    x = a[SCRATCH] + take_number(base + 8 * SLOT) * a[SCRATCH_BYTES]
-    y = x + 4 * _line(lanes * a[ENTERS])
-    tables = y + 4 * _line(lanes * a[LEAVES])
+    x = a[SCRATCH] + fetch_add(base + 8 * SLOT) * a[SCRATCH_BYTES]
+    y = x + 4 * _line(lanes * a[PADDED_IN])
+    tables = y + 4 * _line(lanes * a[PADDED_OUT])
     while True:
-        group = take_number(base + 8 * NEXT)
+        group = fetch_add(base + 8 * NEXT)
         if group >= a[COUNT]:
             return
-        _enter(tag, a, group, x)
-        k.clear(y, lanes * a[LEAVES])
+        _load_tokens(tag, a, group, x)
+        k.clear(y, lanes * a[PADDED_OUT])
         _kernel(tag, a, 0, a[BLOCKS], x, tables, y)
-        _leave(tag, a, group, y, 1, 0, a[WIDE_OUT])
+        _store_results(tag, a, group, y, 1, 0, a[WIDTH_OUT])
 
 
 @njit(cache=True, nogil=True)
 def _parts(tag, a, base):
     """Serve ranges of blocks of one group: bins write rows of their own, lookups sums of their own.
 
-    Whoever finishes last adds the sums up and writes the result, unless that is worth a task of its own (LATER).
+    Whoever finishes last adds the sums up and writes the result, unless that is worth a task of its own (ADD_LATER).
     """
     lanes = k.width(tag)
     row, dim = 4 * lanes, a[DIM]
-    x = a[SCRATCH] + take_number(base + 8 * SLOT) * a[SCRATCH_BYTES]
-    tables = x + 4 * _line(lanes * a[ENTERS])
-    if not a[LOOKS]:
-        _enter(tag, a, 0, x)
+    x = a[SCRATCH] + fetch_add(base + 8 * SLOT) * a[SCRATCH_BYTES]
+    tables = x + 4 * _line(lanes * a[PADDED_IN])
+    if not a[LOOKUP]:
+        _load_tokens(tag, a, 0, x)
     while True:
-        part = take_number(base + 8 * NEXT)
+        part = fetch_add(base + 8 * NEXT)
         if part >= a[COUNT]:
             return
         low = part * a[PART_BLOCKS]
         high = min(low + a[PART_BLOCKS], a[BLOCKS])
         y = a[SUMS] + part * a[SUMS_BYTES]
-        if a[LOOKS]:  # its own columns of x are all that a part needs
+        if a[LOOKUP]:  # its own columns of x are all that a part needs
             first = low * dim
             factors = a[FACTORS] + 4 * first if a[FACTORS] != 0 else 0
-            k.enter(
+            k.load_tokens(
                 tag, a[X] + 4 * first * a[BY_COLUMN_IN], a[BY_TOKEN_IN], a[BY_COLUMN_IN], min(lanes, a[TOKENS]),
-                min(a[WIDE_IN], high * dim) - first, (high - low) * dim, factors, x + row * first,
+                min(a[WIDTH_IN], high * dim) - first, (high - low) * dim, factors, x + row * first,
             )  # fmt: skip
-            k.clear(y, lanes * a[LEAVES])
+            k.clear(y, lanes * a[PADDED_OUT])
             _kernel(tag, a, low, high, x, tables, y)
-            if not a[LATER] and take_number(base + 8 * DONE) == a[COUNT] - 1:
-                _leave(tag, a, 0, a[SUMS], a[PARTS], 0, a[WIDE_OUT])
+            if not a[ADD_LATER] and fetch_add(base + 8 * DONE) == a[COUNT] - 1:
+                _store_results(tag, a, 0, a[SUMS], a[PARTS], 0, a[WIDTH_OUT])
         else:
             for i in range(low * dim, high * dim):
                 k.store(y + row * i, k.spread(ZERO, tag))
             _kernel(tag, a, low, high, x, tables, y)
-            _leave(tag, a, 0, y, 1, low * dim, min(high * dim, a[WIDE_OUT]))
+            _store_results(tag, a, 0, y, 1, low * dim, min(high * dim, a[WIDTH_OUT]))
 
 
-CHUNK = 1024  # rows of a sum that leave at a time
+CHUNK = 1024  # rows of partial sums that are added at a time
 
 
 @njit(cache=True, nogil=True)
-def _leaves(tag, a, base):
+def _add_parts(tag, a, base):
     while True:
-        low = CHUNK * take_number(base + 8 * NEXT)
+        low = CHUNK * fetch_add(base + 8 * NEXT)
         if low >= CHUNK * a[COUNT]:
             return
-        _leave(tag, a, 0, a[SUMS], a[PARTS], low, min(low + CHUNK, a[WIDE_OUT]))
+        _store_results(tag, a, 0, a[SUMS], a[PARTS], low, min(low + CHUNK, a[WIDTH_OUT]))
 
 
 @njit(cache=True, nogil=True)
-def _enters(tag, a, base):
-    """Bring every group of one operand into lanes, for the gradient."""
+def _load_groups(tag, a, base):
+    """Write every group of tokens of one operand with tokens as lanes, for the gradient."""
     while True:
-        group = take_number(base + 8 * NEXT)
+        group = fetch_add(base + 8 * NEXT)
         if group >= a[COUNT]:
             return
-        _enter(tag, a, group, a[ENTERED] + 4 * k.width(tag) * a[ENTERS] * group)
+        _load_tokens(tag, a, group, a[LOADED] + 4 * k.width(tag) * a[PADDED_IN] * group)
 
 
 @njit(cache=True, nogil=True)
 def _gradient(tag, a, base):
     lanes = k.width(tag)
-    bins = a[SCRATCH] + take_number(base + 8 * SLOT) * a[SCRATCH_BYTES]
+    bins = a[SCRATCH] + fetch_add(base + 8 * SLOT) * a[SCRATCH_BYTES]
     while True:
-        part = take_number(base + 8 * NEXT)
+        part = fetch_add(base + 8 * NEXT)
         if part >= a[COUNT]:
             return
         low = part * a[PART_BLOCKS]
         k.book_gradient(
-            tag, a[CODES], a[BY_STAGE], a[BY_BLOCK], a[BY_ROW], a[BOOKS], _shape(a), low,
-            min(low + a[PART_BLOCKS], a[BLOCKS]), a[FILL], a[MEET], a[GROUPS], a[AT_ONCE], bins,
-            bins + 1024 * lanes * a[AT_ONCE], a[GRAD] + part * a[GRAD_BYTES], a[OTHER],
+            tag, _coded(a), a[BOOKS], _shape(a), (low, min(low + a[PART_BLOCKS], a[BLOCKS])), (a[FILLING], a[MULTIPLYING]),
+            (a[GROUPS], a[AT_ONCE]), (bins, bins + 1024 * lanes * a[AT_ONCE]), a[GRAD] + part * a[GRAD_BYTES], a[INPUT_GRAD],
         )  # fmt: skip
 
 
 @njit(cache=True, nogil=True)
-def _one(a, low, high, scale, tables, y):
+def _one_token(a, low, high, scale, tables, y):
     """Serve blocks `low` to `high` of a single token, with integer tables where the scale is a number."""
     room = tables + 1024 * k.TOGETHER
-    codes, books, shape = a[CODES], a[BOOKS], _shape(a)
+    coded, books, shape = _coded(a), a[BOOKS], _shape(a)
     if scale == scale:
-        t.one_lookup_whole(codes, a[BY_STAGE], a[BY_BLOCK], books, shape, low, high, a[X], scale, tables, room, y)
-    elif a[LOOKS]:
-        t.one_lookup(codes, a[BY_STAGE], a[BY_BLOCK], a[BY_ROW], books, shape, low, high, a[X], tables, room, y)
+        t.one_lookup_integer(coded, books, shape, low, high, a[X], scale, tables, room, y)
+    elif a[LOOKUP]:
+        t.one_lookup(coded, books, shape, low, high, a[X], tables, room, y)
     else:
-        t.one_bins(codes, a[BY_STAGE], a[BY_BLOCK], a[BY_ROW], books, shape, low, high, a[X], tables, room, y)
+        t.one_bins(coded, books, shape, low, high, a[X], tables, room, y)
 
 
-def one(data):
+def one_token(data):
     """Serve ranges of blocks of a single token; whoever finishes last adds their sums up and writes the result.
 
     FACTORS holds the norms where integer tables are possible. Lookups of a part have sums of their own, bins rows.
     """
     a, base = carray(data, TOTAL), address_of(data)
-    tables = a[SCRATCH] + take_number(base + 8 * SLOT) * a[SCRATCH_BYTES]
+    tables = a[SCRATCH] + fetch_add(base + 8 * SLOT) * a[SCRATCH_BYTES]
     scale = t.integer_scale(a[X], a[FACTORS], _shape(a)) if a[FACTORS] != 0 else np.nan
     while True:
-        part = take_number(base + 8 * NEXT)
+        part = fetch_add(base + 8 * NEXT)
         if part >= a[COUNT]:
             return
         low = part * a[PART_BLOCKS]
         high = min(low + a[PART_BLOCKS], a[BLOCKS])
         y = a[SUMS] + part * a[SUMS_BYTES]
-        if a[LOOKS]:
-            k.clear(y, d.padded(a[LEAVES]))
+        if a[LOOKUP]:
+            k.clear(y, d.padded(a[PADDED_OUT]))
         else:
             for i in range(low * a[DIM], high * a[DIM]):
                 write_float(y + 4 * i, ZERO)
-        _one(a, low, high, scale, tables, y)
-        if take_number(base + 8 * DONE) < a[COUNT] - 1:
+        _one_token(a, low, high, scale, tables, y)
+        if fetch_add(base + 8 * DONE) < a[COUNT] - 1:
             continue
         if scale == scale:
-            t.one_leave_whole(a[SUMS], a[PARTS], a[SUMS_BYTES], a[ROWS], scale, 0, a[SCALES], a[BIAS], a[OUT])
+            t.store_integers(a[SUMS], a[PARTS], a[SUMS_BYTES], a[ROWS], scale, 0, a[SCALES], a[BIAS], a[OUT])
         else:
-            t.one_leave(a[SUMS], a[PARTS], a[SUMS_BYTES], a[WIDE_OUT], a[SCALES], a[BIAS], a[OUT])
+            t.store_floats(a[SUMS], a[PARTS], a[SUMS_BYTES], a[WIDTH_OUT], a[SCALES], a[BIAS], a[OUT])
 
 
-def entries(data):
-    """Serve a single token of an embedding whose codes lie entry by entry, `TURNED` entries at a time."""
+def one_token_rows(data):
+    """Serve a single token of an embedding whose codes lie entry by entry, ROWS_AT_ONCE entries at a time."""
     a, base = carray(data, TOTAL), address_of(data)
-    tables = a[SCRATCH] + take_number(base + 8 * SLOT) * a[SCRATCH_BYTES]
+    tables = a[SCRATCH] + fetch_add(base + 8 * SLOT) * a[SCRATCH_BYTES]
     shape = _shape(a)
-    turned = tables + t.PLANES * a[STAGES] * a[BLOCKS]
-    y = turned + t.TURNED_LINE * d.padded(a[BLOCKS])
+    transposed = tables + t.TABLE_BYTES * a[STAGES] * a[BLOCKS]
+    y = transposed + t.ROW_STRIDE * d.padded(a[BLOCKS])
     scale = t.integer_scale(a[X], a[FACTORS], shape)
     t.all_tables(a[BOOKS], shape, a[X], scale, y, tables)
     while True:
-        low = take_number(base + 8 * NEXT) * t.TURNED
+        low = fetch_add(base + 8 * NEXT) * t.ROWS_AT_ONCE
         if low >= a[ROWS]:
             return
-        high = min(low + t.TURNED, a[ROWS])
-        t.entries(a[CODES], a[BY_STAGE], a[BY_ROW], shape, low, high, tables, turned, y)
-        t.one_leave_whole(y, 1, 0, high - low, scale, low, a[SCALES], a[BIAS], a[OUT])
+        high = min(low + t.ROWS_AT_ONCE, a[ROWS])
+        t.lookup_rows(a[CODES], a[BY_STAGE], a[BY_ROW], shape, low, high, tables, transposed, y)
+        t.store_integers(y, 1, 0, high - low, scale, low, a[SCALES], a[BIAS], a[OUT])
 
 
-def turns(data):
-    """Write codes that lie row by row to OUT [stages, blocks padded to 64, LEAVES bytes], `TURNED` rows at a time."""
+def transpose(data):
+    """Write codes that lie row by row to OUT [stages, blocks padded to 64, PADDED_OUT bytes], ROWS_AT_ONCE rows at a time."""
     a, base = carray(data, TOTAL), address_of(data)
-    by_stage = a[LEAVES] * d.padded(a[BLOCKS])
+    by_stage = a[PADDED_OUT] * d.padded(a[BLOCKS])
     while True:
-        low = take_number(base + 8 * NEXT) * t.TURNED
+        low = fetch_add(base + 8 * NEXT) * t.ROWS_AT_ONCE
         if low >= a[ROWS]:
             return
-        high = min(low + t.TURNED, a[ROWS])
+        high = min(low + t.ROWS_AT_ONCE, a[ROWS])
         for s in range(a[STAGES]):
             to = a[OUT] + s * by_stage + low
-            t.turn_rows(a[CODES] + s * a[BY_STAGE], a[BY_ROW], a[BLOCKS], low, high, to, a[LEAVES])
+            t.transpose_codes(a[CODES] + s * a[BY_STAGE], a[BY_ROW], a[BLOCKS], low, high, to, a[PADDED_OUT])
 
 
-def dots(data):
+def few_tokens(data):
     """Serve ranges of blocks of a few tokens by digits: BOOKS and FACTORS hold those of codewords and their units."""
     a, base = carray(data, TOTAL), address_of(data)
-    x = a[SCRATCH] + take_number(base + 8 * SLOT) * a[SCRATCH_BYTES]
+    x = a[SCRATCH] + fetch_add(base + 8 * SLOT) * a[SCRATCH_BYTES]
     by = 3 * d.padded(a[ROWS]) + d.REST
     for token in range(a[TOKENS]):
         d.digits(a[X] + 4 * token * a[BY_TOKEN_IN], a[ROWS], x + by * token)
@@ -243,13 +248,13 @@ def dots(data):
         for token in range(a[TOKENS], (a[TOKENS] + d.TOGETHER - 1) // d.TOGETHER * d.TOGETHER):
             k.clear(x + by * token, by // 4)
     while True:
-        part = take_number(base + 8 * NEXT)
+        part = fetch_add(base + 8 * NEXT)
         if part >= a[COUNT]:
             return
         low = part * a[PART_BLOCKS]
         d.blocks_dot(
-            a[CODES], a[BY_STAGE], a[BY_BLOCK], a[BOOKS], a[FACTORS], _shape(a), low, min(low + a[PART_BLOCKS], a[BLOCKS]),
-            x, a[TOKENS], a[WIDE_OUT], a[SCALES], a[BIAS], a[OUT],
+            _coded(a), (a[BOOKS], a[FACTORS]), _shape(a), (low, min(low + a[PART_BLOCKS], a[BLOCKS])), x, a[TOKENS],
+            a[WIDTH_OUT], a[SCALES], a[BIAS], a[OUT],
         )  # fmt: skip
 
 
@@ -269,20 +274,20 @@ def parts16(data):
     _parts(np.int16(0), carray(data, TOTAL), address_of(data))
 
 
-def leaves8(data):
-    _leaves(np.int8(0), carray(data, TOTAL), address_of(data))
+def add8(data):
+    _add_parts(np.int8(0), carray(data, TOTAL), address_of(data))
 
 
-def leaves16(data):
-    _leaves(np.int16(0), carray(data, TOTAL), address_of(data))
+def add16(data):
+    _add_parts(np.int16(0), carray(data, TOTAL), address_of(data))
 
 
-def enters8(data):
-    _enters(np.int8(0), carray(data, TOTAL), address_of(data))
+def load8(data):
+    _load_groups(np.int8(0), carray(data, TOTAL), address_of(data))
 
 
-def enters16(data):
-    _enters(np.int16(0), carray(data, TOTAL), address_of(data))
+def load16(data):
+    _load_groups(np.int16(0), carray(data, TOTAL), address_of(data))
 
 
 def gradient8(data):
@@ -294,6 +299,6 @@ def gradient16(data):
 
 
 TASKS = {
-    8: (groups8, parts8, leaves8, enters8, gradient8),
-    16: (groups16, parts16, leaves16, enters16, gradient16),
+    8: (groups8, parts8, add8, load8, gradient8),
+    16: (groups16, parts16, add16, load16, gradient16),
 }

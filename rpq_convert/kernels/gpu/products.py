@@ -1,9 +1,11 @@
 """Products with a coded matrix on a GPU, in Triton: tiles are decoded into registers and multiplied; the weight is never stored.
 
-With `M [n, length]`, a product sums over M's columns or over its rows: forward or backward, by the axis that is cut. One token
-multiplies and adds; more tokens go to the tensor cores (`tl.dot`), 16 or more at a time. The sum is cut into parts where the
-results alone do not make enough programs; parts are written side by side and added in order, so bits do not depend on
-scheduling. The gradient of codebooks is the one exception: programs add to it as they come (`gpu_tiles.add_tile`).
+With `M [n, length]`, a product sums over M's columns or over its rows: forward or backward, by the axis of the sub-vectors. One
+token multiplies and adds; more tokens go to the tensor cores (`tl.dot`), 16 or more at a time. The sum is divided into parts
+where the results alone do not make enough programs; parts are written side by side and added in order, so bits do not depend on
+scheduling. The gradient of codebooks is the one exception: programs add to it as they come (`tiles.add_tile`). Kernels have
+long signatures: Triton takes every address, stride and size as an argument of its own, and compiles by the constants in
+capitals.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rpq_convert.core.layout import Cut
+from rpq_convert.core.layout import Layout
 from rpq_convert.kernels.gpu.tiles import (
     add_tile,
     coded,
@@ -232,35 +234,35 @@ def _spans(results: int, entries: int, step: int) -> tuple[int, int]:
 
 
 def product(
-    x: Tensor, codes: Tensor, codebooks: Tensor, cut: Cut, over: str, *,
+    x: Tensor, codes: Tensor, codebooks: Tensor, layout: Layout, over: str, *,
     factors: Tensor | None = None, scales: Tensor | None = None, bias: Tensor | None = None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """Return `x M^T` (over "columns", x [tokens, length]) or `x M` (over "rows", x [tokens, n]), any strides, in `dtype`.
 
     `factors` multiply x's columns before, `scales` and `bias` the result's columns after.
     """
-    tokens, fixed = x.shape[0], constants(cut)
-    pieces, results = cut.blocks * (cut.dim // fixed["PIECE"]), cut.n if over == "columns" else cut.length
+    tokens, fixed = x.shape[0], constants(layout)
+    pieces, results = layout.blocks * (layout.dim // fixed["PIECE"]), layout.n if over == "columns" else layout.length
     one = tokens == 1
-    R, Q = tile(cut, 8 if one else 64)
+    R, Q = tile(layout, 8 if one else 64)
     if over == "columns":
-        outer, (parts, span) = triton.cdiv(cut.n, R), _spans(triton.cdiv(cut.n, R), pieces, Q)
+        outer, (parts, span) = triton.cdiv(layout.n, R), _spans(triton.cdiv(layout.n, R), pieces, Q)
     else:
-        outer, (parts, span) = triton.cdiv(pieces, Q), _spans(triton.cdiv(pieces, Q), cut.n, R)
+        outer, (parts, span) = triton.cdiv(pieces, Q), _spans(triton.cdiv(pieces, Q), layout.n, R)
     out = x.new_empty(tokens, results, dtype=dtype)
     to = out if parts == 1 else x.new_empty(parts, tokens, results, dtype=torch.float32)
     after = (scales, bias) if parts == 1 else (None, None)
-    matrix = coded(codes, codebooks.detach().contiguous(), cut)
+    matrix = coded(codes, codebooks.detach().contiguous(), layout)
     if one:
         by_entry = x.stride(1)
         launch(
-            inner_kernel, (outer, parts), x, *matrix, factors, None, cut.n, cut.n, cut.length, x, by_entry, by_entry,
+            inner_kernel, (outer, parts), x, *matrix, factors, None, layout.n, layout.n, layout.length, x, by_entry, by_entry,
             *after, to, span, **fixed, OVER=over, WHOLE=False, R=R, Q=Q,
         )  # fmt: skip
     else:
         T = max(16, min(64, triton.next_power_of_2(tokens)))
         launch(
-            dot_kernel, (outer, parts, triton.cdiv(tokens, T)), x, *matrix, factors, cut.n, cut.length,
+            dot_kernel, (outer, parts, triton.cdiv(tokens, T)), x, *matrix, factors, layout.n, layout.length,
             x, *x.stride(), tokens, *after, to, span, **fixed, OVER=over, T=T, R=R, Q=Q, **kinds(x.dtype),
         )  # fmt: skip
     if parts > 1:
@@ -270,32 +272,32 @@ def product(
 
 
 def book_gradient(
-    gradient: Tensor, x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, cut: Cut
+    gradient: Tensor, x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, layout: Layout
 ) -> Tensor:
     """Return the gradient of codebooks of a linear layer from x [tokens, inputs] and the result's gradient."""
-    grad = new_gradient(codebooks, cut)
-    a, b = (gradient, x) if cut.axis == "in" else (x, gradient)
-    R, Q = tile(cut, 64)
+    grad = new_gradient(codebooks, layout)
+    a, b = (gradient, x) if layout.axis == "in" else (x, gradient)
+    R, Q = tile(layout, 64)
     launch(
-        book_gradient_kernel, (grid(cut, cut.n, R, Q),), x, *coded(codes, grad, cut), scales, cut.n, cut.length,
+        book_gradient_kernel, (grid(layout, layout.n, R, Q),), x, *coded(codes, grad, layout), scales, layout.n, layout.length,
         a, *a.stride(), b, *b.stride(), x.shape[0], grad.stride(0), grad.shape[0],
-        **constants(cut), SCALED=scaled(cut, scales), T=32, R=R, Q=Q, **kinds(x.dtype),
+        **constants(layout), SCALED=scaled(layout, scales), T=32, R=R, Q=Q, **kinds(x.dtype),
     )  # fmt: skip
     return grad.sum(0).view(codebooks.shape).to(codebooks.dtype)
 
 
-def scale_gradient(gradient: Tensor, codes: Tensor, codebooks: Tensor, index: Tensor | None, cut: Cut) -> Tensor:
+def scale_gradient(gradient: Tensor, codes: Tensor, codebooks: Tensor, index: Tensor | None, layout: Layout) -> Tensor:
     """Return the sum of gradient times bare weight over inputs: of every output, or of rows `index` [k]; float32."""
-    R, Q = tile(cut, 64)
-    rows = cut.n if index is None else index.numel()
-    pieces = cut.blocks * (cut.dim // constants(cut)["PIECE"])
-    over, results, span = ("columns", rows, pieces) if cut.axis == "in" else ("rows", cut.length, rows)
-    programs = triton.cdiv(rows, R) if cut.axis == "in" else triton.cdiv(pieces, Q)
+    R, Q = tile(layout, 64)
+    rows = layout.n if index is None else index.numel()
+    pieces = layout.blocks * (layout.dim // constants(layout)["PIECE"])
+    over, results, span = ("columns", rows, pieces) if layout.axis == "in" else ("rows", layout.length, rows)
+    programs = triton.cdiv(rows, R) if layout.axis == "in" else triton.cdiv(pieces, Q)
     out = gradient.new_empty(results, dtype=torch.float32)
     if out.numel():
         launch(
-            inner_kernel, (programs, 1), gradient, *coded(codes, codebooks.detach().contiguous(), cut), None, index,
-            rows, cut.n, cut.length, gradient, *strides(gradient, cut), None, None, out, span,
-            **constants(cut), OVER=over, WHOLE=True, R=R, Q=Q,
+            inner_kernel, (programs, 1), gradient, *coded(codes, codebooks.detach().contiguous(), layout), None, index,
+            rows, layout.n, layout.length, gradient, *strides(gradient, layout), None, None, out, span,
+            **constants(layout), OVER=over, WHOLE=True, R=R, Q=Q,
         )  # fmt: skip
     return out

@@ -7,7 +7,8 @@ of a block stay in the L1 cache, and Triton has no gather from shared memory tha
 
 Positions that are multiplied by a stride are 64 bits wide, since codes and weights may have more than 2^31 elements.
 Arguments that change the machine code are the constants in capitals: few values each, none of them a size of a layer but
-`dim`, so that a model needs few compilations.
+`dim`, so that a model needs few compilations. Signatures are long because Triton takes every address, stride and size as an
+argument of its own.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rpq_convert.core.layout import Cut
+from rpq_convert.core.layout import Layout
 
 WEIGHTS = 4096  # of a tile
 
@@ -155,79 +156,79 @@ def launch(kernel: Any, programs: tuple[int, ...], on: Tensor, *arguments: Any, 
         kernel[programs](*arguments, **constants)
 
 
-def coded(codes: Tensor, table: Tensor, cut: Cut) -> tuple[Any, ...]:
+def coded(codes: Tensor, table: Tensor, layout: Layout) -> tuple[Any, ...]:
     """Return a coded matrix as the first arguments of every kernel; `table` may be a gradient of codebooks as well."""
-    return codes, *codes.stride(), table, cut.books * 256 * cut.dim, cut.books, cut.blocks
+    return codes, *codes.stride(), table, layout.books * 256 * layout.dim, layout.books, layout.blocks
 
 
-def constants(cut: Cut) -> dict[str, Any]:
-    """Return what a cut fixes at compilation."""
-    share = "one" if cut.books == 1 else "own" if cut.books == cut.blocks else "some"
-    piece = min(16, cut.dim & -cut.dim)
-    return {"DIM": cut.dim, "PIECE": piece, "STAGES": cut.stages, "SHARE": share}
+def constants(layout: Layout) -> dict[str, Any]:
+    """Return the constants that a layout fixes at compilation."""
+    share = "one" if layout.books == 1 else "own" if layout.books == layout.blocks else "some"
+    piece = min(16, layout.dim & -layout.dim)
+    return {"DIM": layout.dim, "PIECE": piece, "STAGES": layout.stages, "SHARE": share}
 
 
-def tile(cut: Cut, columns: int) -> tuple[int, int]:
+def tile(layout: Layout, columns: int) -> tuple[int, int]:
     """Return (R, Q) of a tile of WEIGHTS weights that is about so many columns wide."""
-    wide = max(columns, min(16, cut.dim & -cut.dim))
-    return WEIGHTS // wide, wide // min(16, cut.dim & -cut.dim)
+    wide = max(columns, min(16, layout.dim & -layout.dim))
+    return WEIGHTS // wide, wide // min(16, layout.dim & -layout.dim)
 
 
-def scaled(cut: Cut, scales: Tensor | None) -> str:
+def scaled(layout: Layout, scales: Tensor | None) -> str:
     """Return which axis of M has the scales, one per output."""
-    return "" if scales is None else "rows" if cut.axis == "in" else "columns"
+    return "" if scales is None else "rows" if layout.axis == "in" else "columns"
 
 
-def strides(weight: Tensor, cut: Cut) -> tuple[int, int]:
+def strides(weight: Tensor, layout: Layout) -> tuple[int, int]:
     """Return the strides of M's rows and columns in a weight [outputs, inputs]."""
     by_output, by_input = weight.stride()
-    return (by_output, by_input) if cut.axis == "in" else (by_input, by_output)
+    return (by_output, by_input) if layout.axis == "in" else (by_input, by_output)
 
 
-def grid(cut: Cut, rows: int, R: int, Q: int) -> int:
+def grid(layout: Layout, rows: int, R: int, Q: int) -> int:
     """Return how many tiles cover `rows` rows of M."""
-    pieces = cut.blocks * (cut.dim // min(16, cut.dim & -cut.dim))
+    pieces = layout.blocks * (layout.dim // min(16, layout.dim & -layout.dim))
     return triton.cdiv(rows, R) * triton.cdiv(pieces, Q)
 
 
 def decode(
-    codes: Tensor, codebooks: Tensor, scales: Tensor | None, index: Tensor | None, cut: Cut, dtype: torch.dtype
+    codes: Tensor, codebooks: Tensor, scales: Tensor | None, index: Tensor | None, layout: Layout, dtype: torch.dtype
 ) -> Tensor:
     """Return the weight [outputs, inputs], or its rows `index`, in `dtype`, contiguous; not differentiable."""
-    rows = cut.n if index is None else index.numel()
-    out = codes.new_empty(cut.outputs if index is None else rows, cut.inputs, dtype=dtype)
+    rows = layout.n if index is None else index.numel()
+    out = codes.new_empty(layout.outputs if index is None else rows, layout.inputs, dtype=dtype)
     if not out.numel():
         return out
-    R, Q = tile(cut, 64)
+    R, Q = tile(layout, 64)
     launch(
-        decode_kernel, (grid(cut, rows, R, Q),), out,
-        *coded(codes, codebooks.detach().contiguous(), cut), scales, index, rows, cut.n, cut.length,
-        out, *strides(out, cut), **constants(cut), SCALED=scaled(cut, scales), R=R, Q=Q,
+        decode_kernel, (grid(layout, rows, R, Q),), out,
+        *coded(codes, codebooks.detach().contiguous(), layout), scales, index, rows, layout.n, layout.length,
+        out, *strides(out, layout), **constants(layout), SCALED=scaled(layout, scales), R=R, Q=Q,
         debug=index is not None, sanitize_overflow=False,
     )  # fmt: skip
     return out
 
 
-def new_gradient(codebooks: Tensor, cut: Cut) -> Tensor:
+def new_gradient(codebooks: Tensor, layout: Layout) -> Tensor:
     """Return zeros [copies, stages, books, 256, dim] float32 that programs add to.
 
     Few codebooks have copies that programs take in turn, as additions to one place wait for each other.
     """
-    copies = max(1, min(16, cut.blocks) // cut.books)
-    return codebooks.new_zeros(copies, cut.stages, cut.books, 256, cut.dim, dtype=torch.float32)
+    copies = max(1, min(16, layout.blocks) // layout.books)
+    return codebooks.new_zeros(copies, layout.stages, layout.books, 256, layout.dim, dtype=torch.float32)
 
 
 def decode_gradient(
-    gradient: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, index: Tensor | None, cut: Cut
+    gradient: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, index: Tensor | None, layout: Layout
 ) -> Tensor:
     """Return the gradient of codebooks from that of the weight [outputs, inputs], or of its rows `index`."""
-    rows = cut.n if index is None else index.numel()
-    grad = new_gradient(codebooks, cut)
+    rows = layout.n if index is None else index.numel()
+    grad = new_gradient(codebooks, layout)
     if gradient.numel():
-        R, Q = tile(cut, 64)
+        R, Q = tile(layout, 64)
         launch(
-            decode_gradient_kernel, (grid(cut, rows, R, Q),), grad,
-            *coded(codes, grad, cut), scales, index, rows, cut.n, cut.length, gradient, *strides(gradient, cut),
-            grad.stride(0), grad.shape[0], **constants(cut), SCALED=scaled(cut, scales), R=R, Q=Q,
+            decode_gradient_kernel, (grid(layout, rows, R, Q),), grad,
+            *coded(codes, grad, layout), scales, index, rows, layout.n, layout.length, gradient, *strides(gradient, layout),
+            grad.stride(0), grad.shape[0], **constants(layout), SCALED=scaled(layout, scales), R=R, Q=Q,
         )  # fmt: skip
     return grad.sum(0).view(codebooks.shape).to(codebooks.dtype)

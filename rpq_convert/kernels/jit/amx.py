@@ -23,7 +23,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from rpq_convert.kernels.jit.vectors import FEATURES, f32x16, i32x16, least
+from rpq_convert.kernels.jit.vectors import FEATURES, emit_minimum, f32x16, i32x16
 
 BYTE, WORD, LONG = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 FLOATS, WHOLE = ir.VectorType(ir.FloatType(), 16), ir.VectorType(WORD, 16)
@@ -31,7 +31,7 @@ TILE = 1024  # bytes
 
 
 @cache
-def allowed() -> bool:
+def amx_allowed() -> bool:
     """Ask Linux for the tile registers, once; False where the processor or the kernel has none."""
     has = all(FEATURES.get(name) for name in ("amx-tile", "amx-bf16", "avx512f"))
     if not has or platform.system() != "Linux":
@@ -40,7 +40,7 @@ def allowed() -> bool:
     return int(ctypes.CDLL(None).syscall(request, permission, data)) == 0
 
 
-def shapes() -> np.ndarray:
+def tile_config() -> np.ndarray:
     """Return the 64 bytes that make every register 16 rows of 64 bytes."""
     wanted = np.zeros(64, np.uint8)
     wanted[0] = 1  # the palette
@@ -63,7 +63,7 @@ def _register(number: Any) -> Any:
 
 
 @intrinsic
-def read_shapes(context, address):
+def save_tile_config(context, address):
     """Write the shapes that this thread's registers have, 64 bytes."""
 
     def emit(context, builder, signature, args):
@@ -74,7 +74,7 @@ def read_shapes(context, address):
 
 
 @intrinsic
-def set_shapes(context, address):
+def load_tile_config(context, address):
     def emit(context, builder, signature, args):
         _call(builder, "ldtilecfg", _pointer(builder, args[0]))
         return context.get_dummy_value()
@@ -120,7 +120,7 @@ def _rounded(builder: Any, value: Any) -> Any:
 
 
 @intrinsic
-def halves_of(context, value):
+def split_in_two(context, value):
     """Split 16 float32 into two bfloat16 each: (large, small), the large part in the upper half of 32 bits."""
 
     def emit(context, builder, signature, args):
@@ -132,7 +132,7 @@ def halves_of(context, value):
 
 
 @intrinsic
-def thirds_of(context, value):
+def split_in_three(context, value):
     """Split 16 float32 into three bfloat16 each, largest first, in the upper halves of 32 bits: their sum is the number."""
 
     def emit(context, builder, signature, args):
@@ -171,7 +171,7 @@ def write_upper(context, address, value):
 
 
 @intrinsic
-def least_row(context, address):
+def column_minimum(context, address):
     """Return the least number of every column of a stored tile; its last four bits are changed to the row it stood in."""
 
     def emit(context, builder, signature, args):
@@ -182,14 +182,14 @@ def least_row(context, address):
             bits = builder.or_(builder.and_(bits, ir.Constant(WHOLE, [-16] * 16)), ir.Constant(WHOLE, [row] * 16))
             rows.append(builder.bitcast(bits, FLOATS))
         while len(rows) > 1:
-            rows = [least(builder, a, b) for a, b in zip(rows[::2], rows[1::2])]
+            rows = [emit_minimum(builder, a, b) for a, b in zip(rows[::2], rows[1::2])]
         return rows[0]
 
     return f32x16(types.int64), emit
 
 
 @intrinsic
-def row_of(context, value):
+def row_of_minimum(context, value):
     """Return the rows that `least_row` left in 16 numbers."""
 
     def emit(context, builder, signature, args):

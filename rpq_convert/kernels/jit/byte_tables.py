@@ -1,7 +1,7 @@
 """Tables of 256 bytes in four vector registers, and whole numbers in planes of bytes.
 
 A code picks a byte of its table in two permutations, 64 codes at a time; numbers of 24 bits are three such bytes. `pick` needs
-AVX-512 VBMI, `dot_bytes` VNNI: ask `vectors.HAS_PICK` and `HAS_DOT` first.
+AVX-512 VBMI, `dot_bytes` VNNI: ask `vectors.HAS_VBMI` and `HAS_VNNI` first.
 """
 
 from __future__ import annotations
@@ -13,17 +13,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from rpq_convert.kernels.jit.vectors import (
-    HAS_DOT,
-    HAS_PICK,
-    emit_load,
-    emit_prefetch,
-    f32x16,
-    i8x64,
-    i32x16,
-    llvm_type,
-    pointer_to,
-)
+from rpq_convert.kernels.jit.memory import emit_prefetch, pointer_to
+from rpq_convert.kernels.jit.vectors import HAS_VBMI, HAS_VNNI, emit_load, f32x16, i8x64, i32x16, llvm_type
 
 
 @intrinsic
@@ -59,7 +50,7 @@ def _shuffle(builder: Any, a: Any, b: Any, order: list[int]) -> Any:
 
 def _write_planes(builder: Any, address: Any, by: Any, registers: list[Any], signed: bool) -> None:
     """Emit `write_planes` and `write_digits`."""
-    if not HAS_PICK:  # compiled with its callers, but not run
+    if not HAS_VBMI:  # compiled with its callers, but not run
         return
     floats, ints, many, word = llvm_type(f32x16), llvm_type(i32x16), llvm_type(i8x64), ir.IntType(32)
     kind = ir.FunctionType(ints, [floats, ints, ir.IntType(16), word])
@@ -120,7 +111,7 @@ def _interleave(builder: Any, a: Any, b: Any, high: bool) -> Any:
 
 
 @intrinsic
-def turn(context, address, by, rows, columns, to, by_to):
+def transpose_bytes(context, address, by, rows, columns, to, by_to):
     """Write bytes [rows, columns], at most 16 and 64, `by` apart, turned around: [64, 16], `by_to` apart.
 
     What is not there reads as some byte. Four rounds of interleaving within lanes turn around four tiles of 16 x 16.
@@ -151,11 +142,11 @@ def turn(context, address, by, rows, columns, to, by_to):
 
 
 @intrinsic
-def pick(context, codes, t0, t1, t2, t3):
-    """Return table[code] for 64 codes and a table of 256 bytes; nothing of use where `HAS_PICK` is false."""
+def table_lookup(context, codes, t0, t1, t2, t3):
+    """Return table[code] for 64 codes and a table of 256 bytes; nothing of use where `HAS_VBMI` is false."""
 
     def emit(context, builder, signature, args):
-        if not HAS_PICK:  # compiled with its callers, but not run
+        if not HAS_VBMI:  # compiled with its callers, but not run
             return args[0]
         kind = llvm_type(i8x64)
         name = "llvm.x86.avx512.vpermi2var.qi.512"
@@ -170,10 +161,10 @@ def pick(context, codes, t0, t1, t2, t3):
 
 @intrinsic
 def dot_bytes(context, sums, a, b):
-    """Return sums [16] + the products of a's bytes, without a sign, and b's, with one, four by four; needs `HAS_DOT`."""
+    """Return sums [16] + the products of a's bytes, without a sign, and b's, with one, four by four; needs `HAS_VNNI`."""
 
     def emit(context, builder, signature, args):
-        if not HAS_DOT:  # compiled with its callers, but not run
+        if not HAS_VNNI:  # compiled with its callers, but not run
             return args[0]
         kind = llvm_type(i32x16)
         function = ir.FunctionType(kind, [kind, kind, kind])
@@ -194,18 +185,18 @@ def subtract_ints(context, a, b):
 
 
 @intrinsic
-def to_floats(context, a):
+def ints_to_floats(context, a):
     return f32x16(a), lambda context, builder, signature, args: builder.sitofp(args[0], llvm_type(f32x16))
 
 
 @intrinsic
-def halves(context):
+def bytes_of_128(context):
     """Return 64 bytes of 128."""
     return i8x64(), lambda context, builder, signature, args: ir.Constant(llvm_type(i8x64), [-128] * 64)
 
 
 @intrinsic
-def no_ints(context):
+def zero_ints(context):
     """Return 16 zeros."""
     return i32x16(), lambda context, builder, signature, args: ir.Constant(llvm_type(i32x16), [0] * 16)
 
@@ -237,7 +228,7 @@ def add_planes(context, address, b0, b1, b2):
     return types.void(types.int64, b0, b1, b2), emit
 
 
-def natural(number: int) -> int:
+def position_of(number: int) -> int:
     """Return where `add_planes` keeps a number of a group of 64."""
     lane, rest = divmod(number, 16)
     quarter, element = divmod(rest, 4)

@@ -1,7 +1,7 @@
-"""One kernel call on several threads: torch's own.
+"""Threads: one kernel on several threads, which are torch's own.
 
-torch multiplies in an OpenMP team whose idle threads spin for milliseconds, so a second pool of threads fights with the
-first for the cores. Here a compiled task runs in that same team, through the OpenMP library that torch has loaded: a
+torch multiplies with OpenMP threads, which spin for milliseconds when idle, so a second pool of threads would compete with
+them for the cores. Here a compiled task runs on those same threads, through the OpenMP library that torch has loaded: a
 dispatch costs 3 microseconds. Where that library is not found, ordinary Python threads run the task.
 
 A task is a C function of one argument, the address of an int64 array; it takes numbers from a counter there until none is
@@ -22,7 +22,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import cfunc, types
+from numba import types
+
+from rpq_convert.kernels.jit.cache import cfunc
 
 SIGNATURE = types.void(types.CPointer(types.int64))
 NEXT, COUNT, SLOT, SCRATCH, SCRATCH_BYTES = range(5)  # the first fields of every task's array
@@ -45,7 +47,7 @@ if hasattr(os, "register_at_fork"):
 @cache
 def compiled(task: Callable[..., None]) -> tuple[Any, Any]:
     """Compile a task (or read it from numba's cache on disk); return it as a function of an address, and its own address."""
-    function: Any = cfunc(SIGNATURE, cache=True)(task)
+    function: Any = cfunc(SIGNATURE, task)
     _keep.append(function)
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function.address), function.address
 
@@ -66,10 +68,10 @@ def _openmp() -> Any:
 
 
 class Work:
-    """A task with its own fields, to be run again and again: what does not change is laid out once, as microseconds count."""
+    """A task with its own fields, to be run many times: its array is prepared once, as microseconds count."""
 
     def __init__(self, task: Callable[..., None], fields: Any) -> None:
-        self.call, self.address = compiled(task)
+        self.function, self.address = compiled(task)
         self.kind = ctypes.c_int64 * (FIRST + len(fields))
         self.fields = self.kind(0, 0, 0, 0, 0, *fields)
 
@@ -92,9 +94,9 @@ class Work:
             data[SCRATCH], data[SCRATCH_BYTES] = _scratch(line * threads), 4 * line
         at = ctypes.addressof(data)
         if threads == 1:
-            self.call(at)
+            self.function(at)
         else:
-            _together(self.call, self.address, at, threads)
+            _together(self.function, self.address, at, threads)
 
 
 def run(task: Callable[..., None], fields: Any, stop: int, scratch_floats: int = 0, *, first: int = 0) -> None:
@@ -102,7 +104,7 @@ def run(task: Callable[..., None], fields: Any, stop: int, scratch_floats: int =
     Work(task, fields).run(stop, scratch_floats, first=first)
 
 
-def _together(call: Any, address: int, at: int, threads: int) -> None:
+def _together(function: Any, address: int, at: int, threads: int) -> None:
     """Call a task's function on several threads at once."""
     global _pool
     start = _openmp()
@@ -111,8 +113,8 @@ def _together(call: Any, address: int, at: int, threads: int) -> None:
         return
     if _pool is None:
         _pool = ThreadPoolExecutor(max(2, os.cpu_count() or 2), thread_name_prefix="rpq-kernel")
-    others = [_pool.submit(call, at) for _ in range(threads - 1)]
-    call(at)
+    others = [_pool.submit(function, at) for _ in range(threads - 1)]
+    function(at)
     for other in others:
         other.result()
 

@@ -1,7 +1,7 @@
 """Vector registers inside numba: a numba type for `<16 x float>` and its like, and the few operations that kernels use.
 
 LLVM vectorises simple loops by itself, but not "add this row of 16 tokens to that one, chosen by a code": it must be told
-that a row is one register. `load16(address)` and its siblings emit one LLVM instruction each; addresses are plain integers,
+that a row is one register. `load(address, tag)` and its like emit one LLVM instruction each; addresses are plain integers,
 which also makes calls from Python cheap. A vector type that the processor lacks is split by LLVM, so the code runs
 everywhere.
 """
@@ -18,6 +18,8 @@ from numba import config, types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
+from rpq_convert.kernels.jit.memory import pointer_to
+
 
 def _features() -> dict[str, bool]:
     """Return what the processor that numba compiles for can do: this one, or the one that NUMBA_CPU_FEATURES asks for."""
@@ -28,13 +30,21 @@ def _features() -> dict[str, bool]:
 
 
 FEATURES = _features()
-HAS_PICK = platform.machine() in ("x86_64", "AMD64") and bool(FEATURES.get("avx512vbmi"))
-HAS_DOT = HAS_PICK and bool(FEATURES.get("avx512vnni"))
-HAS_HALF = platform.machine() in ("aarch64", "arm64") or bool(FEATURES.get("f16c"))
+HAS_VBMI = platform.machine() in ("x86_64", "AMD64") and bool(FEATURES.get("avx512vbmi"))
+HAS_VNNI = HAS_VBMI and bool(FEATURES.get("avx512vnni"))
+HAS_FLOAT16 = platform.machine() in ("aarch64", "arm64") or bool(FEATURES.get("f16c"))
 HAS_BFLOAT16 = bool(FEATURES.get("avx512bf16"))  # dense products in bfloat16 are faster than in float32
 HAS_AMX = bool(FEATURES.get("amx-bf16"))  # and much faster
 # Intel's AVX-512 processors multiply two full registers a cycle, AMD's up to Zen 4 one: dense products gain, lookups do not
-TWO_FULL = bool(FEATURES.get("avx512f")) and not llvmlite.binding.get_host_cpu_name().startswith("znver")
+TWO_FMA_512 = bool(FEATURES.get("avx512f")) and not llvmlite.binding.get_host_cpu_name().startswith("znver")
+FLAGS = ("avx2", "avx512f", "avx512vnni", "avx512vbmi", "avx512bf16", "amx-bf16", "neon")  # that kernels ask for
+
+
+def flags() -> str:
+    """Return the features of this processor that kernels choose by, in words such as "avx2, avx512f"."""
+    return ", ".join(name for name in FLAGS if FEATURES.get(name))
+
+
 KINDS = {"f32": ir.FloatType(), "i8": ir.IntType(8), "i32": ir.IntType(32)}
 
 
@@ -58,10 +68,6 @@ class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
 
 f32x2, f32x4, f32x8, f32x16, f32x32 = (Vector("f32", lanes) for lanes in (2, 4, 8, 16, 32))
 i8x64, i32x16 = Vector("i8", 64), Vector("i32", 16)
-
-
-def pointer_to(builder: Any, address: Any, kind: Any) -> Any:
-    return builder.inttoptr(address, kind.as_pointer())
 
 
 # How many lanes a kernel uses is decided by the type of an argument, so that one source serves all and numba's cache on
@@ -99,11 +105,11 @@ def load(context, address, tag):
 
 
 @intrinsic
-def load_half(context, address):
+def load_float16(context, address):
     """Read 16 float16 as float32; NaN where `HAS_HALF` is false: LLVM would call a function that numba does not have."""
 
     def emit(context, builder, signature, args):
-        if not HAS_HALF:
+        if not HAS_FLOAT16:
             return ir.Constant(llvm_type(f32x16), [float("nan")] * 16)
         half = builder.load(pointer_to(builder, args[0], ir.VectorType(ir.HalfType(), 16)), align=1)
         return builder.fpext(half, llvm_type(f32x16))
@@ -111,34 +117,8 @@ def load_half(context, address):
     return f32x16(types.int64), emit
 
 
-def emit_prefetch(builder: Any, address: Any) -> None:
-    byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
-    kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
-    ask = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    flags = [ir.Constant(word, v) for v in (0, 2, 1)]  # read, keep in the second level, data
-    builder.call(ask, [builder.inttoptr(address, byte), *flags])
-
-
 @intrinsic
-def prefetch(context, address):
-    """Ask for the cache line of an address, to be read soon; it need not be there."""
-
-    def emit(context, builder, signature, args):
-        emit_prefetch(builder, args[0])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), emit
-
-
-# How many bytes before they are needed codes are asked for. A processor that fetches by itself stops at every page, and does
-# not see that the next block's codes follow: 16 layers of 4096 x 4096 at dim 2 one after another take half the time so
-# (Sapphire Rapids, one thread and layer: 2.07 ms without, 1.13 with 1024, 1.04 with 2048, 1.13 with 4096; the same layer
-# again and again, in the second level of the cache, 0.87)
-AHEAD = 2048
-
-
-@intrinsic
-def turn_floats(context, address, by, to, by_to):
+def transpose_floats(context, address, by, to, by_to):
     """Write 16 x 16 floats turned around; rows lie `by` bytes apart, those written `by_to`."""
 
     def emit(context, builder, signature, args):
@@ -226,7 +206,7 @@ def multiply_add(context, a, b, c):
 
 
 @intrinsic
-def fold(context, a, b):
+def add_pairs(context, a, b):
     """Return the sums of a's neighbouring lanes, then of b's."""
 
     def emit(context, builder, signature, args):
@@ -255,91 +235,10 @@ def total(context, a):
     return types.float32(a), emit
 
 
-@intrinsic
-def read_float(context, address):
-    def emit(context, builder, signature, args):
-        return builder.load(pointer_to(builder, args[0], ir.FloatType()), align=4)
-
-    return types.float32(types.int64), emit
-
-
-@intrinsic
-def write_float(context, address, value):
-    def emit(context, builder, signature, args):
-        builder.store(args[1], pointer_to(builder, args[0], ir.FloatType()), align=4)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.float32), emit
-
-
-@intrinsic
-def read_byte(context, address):
-    def emit(context, builder, signature, args):
-        return builder.zext(builder.load(pointer_to(builder, args[0], ir.IntType(8))), ir.IntType(64))
-
-    return types.int64(types.int64), emit
-
-
-@intrinsic
-def read_long(context, address):
-    def emit(context, builder, signature, args):
-        return builder.load(pointer_to(builder, args[0], ir.IntType(64)), align=8)
-
-    return types.int64(types.int64), emit
-
-
-@intrinsic
-def read_short(context, address):
-    """Read 16 bits, whatever they mean."""
-
-    def emit(context, builder, signature, args):
-        return builder.load(pointer_to(builder, args[0], ir.IntType(16)), align=2)
-
-    return types.int16(types.int64), emit
-
-
-@intrinsic
-def write_short(context, address, value):
-    def emit(context, builder, signature, args):
-        builder.store(args[1], pointer_to(builder, args[0], ir.IntType(16)), align=2)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int16), emit
-
-
-@intrinsic
-def read_int(context, address):
-    def emit(context, builder, signature, args):
-        return builder.load(pointer_to(builder, args[0], ir.IntType(32)), align=4)
-
-    return types.int32(types.int64), emit
-
-
-@intrinsic
-def take_number(context, address):
-    """Return the int64 at an address and add one to it, as one step that no other thread divides."""
-
-    def emit(context, builder, signature, args):
-        one, pointer = ir.Constant(ir.IntType(64), 1), pointer_to(builder, args[0], ir.IntType(64))
-        return builder.atomic_rmw("add", pointer, one, "seq_cst")
-
-    return types.int64(types.int64), emit
-
-
-@intrinsic
-def address_of(context, pointer):
-    """Return a C pointer as a whole number."""
-
-    def emit(context, builder, signature, args):
-        return builder.ptrtoint(args[0], ir.IntType(64))
-
-    return types.int64(pointer), emit
-
-
 # ---- the least of many numbers, and which it was ---------------------------------------------------------------------
 
 
-def least(builder: Any, a: Any, b: Any) -> Any:
+def emit_minimum(builder: Any, a: Any, b: Any) -> Any:
     """Emit the lesser of two vectors of numbers, none of them NaN: one instruction."""
     kind = ir.FunctionType(a.type, [a.type, a.type])
     name = f"llvm.minnum.v{a.type.count}f32"
@@ -348,7 +247,7 @@ def least(builder: Any, a: Any, b: Any) -> Any:
 
 @intrinsic
 def minimum(context, a, b):
-    return a(a, a), lambda context, builder, signature, args: least(builder, *args)
+    return a(a, a), lambda context, builder, signature, args: emit_minimum(builder, *args)
 
 
 @intrinsic
@@ -371,14 +270,14 @@ def subtract_product(context, c, a, b):
 
 
 @intrinsic
-def no_codes(context, tag):
+def zero_codes(context, tag):
     """Return a vector of int32 zeros, as many as the tag's lanes."""
     whole = Vector("i32", _of(tag).lanes)
     return whole(tag), lambda context, builder, signature, args: ir.Constant(llvm_type(whole), [0] * whole.lanes)
 
 
 @intrinsic
-def note_code(context, a, b, code, codes):
+def select_code(context, a, b, code, codes):
     """Return `code` in the lanes where a < b, else what `codes` has there."""
 
     def emit(context, builder, signature, args):

@@ -5,19 +5,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processor import NO_AMX
 
 from rpq_convert.fit import fit_kmeans
 from rpq_convert.fit import problem as fitting
 from rpq_convert.fit.loops import nearest as search
 from rpq_convert.fit.loops.nearest import nearest
 
-FORMS = ["vectors", pytest.param("tiles", marks=pytest.mark.skipif(not search.allowed(), reason="no tile registers"))]
+FORMS = [
+    "vectors",
+    pytest.param("tiles", marks=pytest.mark.skipif(bool(NO_AMX), reason=NO_AMX)),
+]
 
 
 @pytest.fixture(params=FORMS)
 def form(request, monkeypatch):
     if request.param == "vectors":
-        monkeypatch.setattr(search, "allowed", lambda: False)
+        monkeypatch.setattr(search, "amx_allowed", lambda: False)
     return request.param
 
 
@@ -72,7 +76,7 @@ def test_points_too_near_each_other_for_quick_scores(form, monkeypatch, dim):
     assert found < 1.01 * error()
 
 
-@pytest.mark.skipif(not search.allowed(), reason="no tile registers")
+@pytest.mark.skipif(bool(NO_AMX), reason=NO_AMX)
 def test_a_fit_with_tiles_is_as_good_and_other_kernels_keep_theirs(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     matrix, a = torch.randn(2048, 64, generator=generator), torch.randn(256, 256, generator=generator).bfloat16()
@@ -83,5 +87,5 @@ def test_a_fit_with_tiles_is_as_good_and_other_kernels_keep_theirs(monkeypatch):
         assert torch.equal(a @ a, product)
         near = torch.cat([fitted.codebooks[0, b][fitted.codes[0, b].long()] for b in range(8)], 1)
         errors.append(float((matrix - near).double().square().sum()))
-        monkeypatch.setattr(search, "allowed", lambda: False)
+        monkeypatch.setattr(search, "amx_allowed", lambda: False)
     assert abs(errors[0] / errors[1] - 1) < 0.004

@@ -10,9 +10,10 @@ import sys
 import pytest
 import torch
 from paths import SUPPORT
+from processor import NO_CUDA
 
 from rpq_convert import kernels
-from rpq_convert.core.layout import Cut
+from rpq_convert.core.layout import Layout
 from rpq_convert.kernels import reference
 
 triton = pytest.importorskip("triton")
@@ -31,15 +32,15 @@ def test_in_the_interpreter():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.skipif(bool(NO_CUDA), reason=NO_CUDA)
 def test_on_a_device():
     run_cases(TRITON_INTERPRET="0")
 
 
-def test_the_face_is_chosen_by_device_and_triton_is_imported_on_use():
+def test_the_backend_is_chosen_by_device_and_triton_is_imported_on_use():
     from rpq_convert.kernels.gpu import backend
 
-    assert kernels.face("cuda") is backend and kernels.face("meta") is reference
+    assert kernels.backend_for("cuda") is backend and kernels.backend_for("meta") is reference
     code = "import sys, rpq_convert, rpq_convert.nn; assert 'triton' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -92,23 +93,26 @@ def test_all_kernels_compile_for_real_devices(capability, monkeypatch):
         ("out", 5, 3, 2, torch.bfloat16, torch.float16, True),
         ("in", 64, 1, 1, torch.float32, torch.float32, True),
     ):
-        cut = Cut(axis, 2048, 256, dim, books, stages)
+        layout = Layout(axis, 2048, 256, dim, books, stages)
         codes, tables = (
-            torch.zeros(stages, cut.blocks, 2048, dtype=torch.uint8),
+            torch.zeros(stages, layout.blocks, 2048, dtype=torch.uint8),
             torch.zeros(stages, books, 256, dim).to(kind),
         )
-        scales = torch.ones(cut.outputs).to(kind) if scaled else None
-        bias = torch.zeros(cut.outputs) if scaled else None
+        scales = torch.ones(layout.outputs).to(kind) if scaled else None
+        bias = torch.zeros(layout.outputs) if scaled else None
         for tokens in (1, 3, 64) if capability == 80 or dim == 8 else (1, 3):
-            x, gradient = torch.zeros(tokens, cut.inputs, dtype=dtype), torch.zeros(tokens, cut.outputs, dtype=dtype)
-            backend.linear(x, codes, tables, scales, bias, cut)
-            backend.linear_gradients(gradient, x, codes, tables, scales, cut, (True, tokens == 3, scaled))
-        weight = backend.decode(codes, tables, scales, cut, dtype)
-        backend.decode_gradients(weight, codes, tables, scales, None, cut, (True, scaled))
+            x, gradient = (
+                torch.zeros(tokens, layout.inputs, dtype=dtype),
+                torch.zeros(tokens, layout.outputs, dtype=dtype),
+            )
+            backend.linear(x, codes, tables, scales, bias, layout)
+            backend.linear_gradients(gradient, x, codes, tables, scales, layout, (True, tokens == 3, scaled))
+        weight = backend.decode(codes, tables, scales, layout, dtype)
+        backend.decode_gradients(weight, codes, tables, scales, None, layout, (True, scaled))
         if axis == "in":
             index = torch.zeros(7, dtype=torch.long)
-            rows = tiles.decode(codes, tables, scales, index, cut, dtype)
-            backend.decode_gradients(rows, codes, tables, scales, index, cut, (True, scaled))
+            rows = tiles.decode(codes, tables, scales, index, layout, dtype)
+            backend.decode_gradients(rows, codes, tables, scales, index, layout, (True, scaled))
     assert set(seen) == {n for m in (tiles, products) for n in vars(m) if n.endswith("_kernel")}
     assert any("mma" in text for text in seen["dot_kernel"])  # tensor cores
     assert "assertfail" in "".join(seen["decode_kernel"])  # rows outside an embedding are noticed
