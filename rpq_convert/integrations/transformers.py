@@ -246,7 +246,12 @@ def attach(model: Any) -> None:
 
 @functools.cache
 def _fix_dtype() -> None:
-    """Let `model.dtype` be what weights expand to, where the first parameter is a codebook."""
+    """Let `model.dtype` be what weights expand to, where the first parameter is a codebook.
+
+    The property is replaced for all of transformers' models, with the first one that is converted; of all others it returns what
+    transformers' own returns. A generated class for the converted model alone would change `type(model)`, whose name and bases
+    transformers reads (`can_generate`, `architectures` in config.json).
+    """
     from transformers.modeling_utils import ModuleUtilsMixin
 
     plain: Any = ModuleUtilsMixin.dtype

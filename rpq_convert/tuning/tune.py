@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from rpq_convert.core.options import take
 from rpq_convert.errors import TuneError
 from rpq_convert.layers import surgery
-from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.running.blocks import recomputed
 from rpq_convert.running.call import call, without_padding
 from rpq_convert.running.digest import describe
@@ -35,6 +34,7 @@ from rpq_convert.storage.writer import write_tensors
 from rpq_convert.tuning.codes import EVERY, CodeUpdates
 from rpq_convert.tuning.losses import LOSSES, _main
 from rpq_convert.tuning.options import TuneOptions
+from rpq_convert.tuning.trained import coded_weights, trained_values, training
 
 Progress = Callable[[int, float], None]
 BETAS, EPSILON = (0.9, 0.99), 1e-12
@@ -138,9 +138,9 @@ class _Run:
         self.options, self.model, self.base, self.batches, self.judged = options, model, base, batches, judged
         self.progress = progress
         self.checkpoint = Path(checkpoint) if checkpoint else None
-        self.values = _trained(model)
+        self.values = trained_values(model)
         self.stored = {name: p.dtype for name, p in self.values.items()}
-        self.updates = CodeUpdates(_coded(model), options.recode) if options.recode else None
+        self.updates = CodeUpdates(coded_weights(model), options.recode) if options.recode else None
         self.loss = LOSSES[options.loss] if isinstance(options.loss, str) else options.loss
         o = options
         facts = [describe(batches), describe(judged), str(o.loss), o.steps, o.rate, o.interval, o.seed, str(o.autocast)]
@@ -151,7 +151,7 @@ class _Run:
         self.mark = hashlib.sha256(json.dumps([facts, shapes, start]).encode()).hexdigest()
 
     def run(self) -> Tuning:
-        with _training(self.model, self.values):
+        with training(self.model, self.values):
             sizes = {n: max(float(p.detach().square().mean().sqrt()), FLOOR) for n, p in self.values.items()}
             state = self._resume() or _State(self._copy(), {}, {}, 0, 0, [])
             if not state.history:
@@ -315,38 +315,3 @@ class _State:
     since: int = 0  # evaluations without a new best
     share: float = 1.0  # of the learning rate
     began: int = 0  # the step from which mean and square gather
-
-
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return what is trained: codebooks and scales, and every vector (norms, biases) beside them."""
-    inside = {id(p) for rpq in surgery.layers_of(model).values() for p in rpq.parameters()}
-    return {
-        name: p
-        for name, p in model.named_parameters()
-        if p.is_floating_point() and (id(p) in inside or p.ndim <= 1) and not p.is_meta
-    }
-
-
-def _coded(model: nn.Module) -> dict[str, RPQWeight]:
-    """Return every RPQWeight once, under the name of its codes."""
-    found = {id(rpq): rpq for rpq in surgery.layers_of(model).values()}
-    return {f"{path}.codes": found[id(m)] for path, m in model.named_modules() if id(m) in found}
-
-
-@contextmanager
-def _training(model: nn.Module, values: dict[str, nn.Parameter]) -> Iterator[None]:
-    """Gradients for these values alone, and those in fp32, as long as the block lasts."""
-    asked = {p: p.requires_grad for p in model.parameters()}
-    stored = {p: p.dtype for p in values.values()}
-    try:
-        for p in asked:
-            p.requires_grad_(False)
-        for p in values.values():
-            p.data = p.data.float()
-            p.requires_grad_(True)
-        yield
-    finally:
-        for p, dtype in stored.items():
-            p.data = p.data.to(dtype)
-        for p, wanted in asked.items():
-            p.requires_grad_(wanted)

@@ -71,7 +71,7 @@ def test_sensitivities_see_the_random_tokens_of_calibration():
 def test_pictures_have_the_dtype_that_a_model_computes_in(dtype):
     model = vit().to(dtype)
     assert {item["pixel_values"].dtype for item in rpq.own_inputs(model, samples=2)} == {dtype}
-    rpq.convert(model, bits=4, grow=True, fit="random", codebook_dtype="float16")
+    rpq.convert(model, bits=4, grow=True, fit="random")
     assert {item["pixel_values"].dtype for item in rpq.own_inputs(model, samples=2)} == {dtype}
     model(**rpq.own_inputs(model, samples=2)[0])
 
