@@ -83,7 +83,7 @@ def convert(
     if device != "cpu":
         raise typer.BadParameter("fits run on the CPU in this version; use --device cpu", param_hint="--device")
     folder = o.output_for(src, out)
-    from rpq_convert.calibration.sensitivity import asks
+    from rpq_convert.calibration.sensitivity import needs_sensitivities
     from rpq_convert.checkpoint.metadata import make_report
     from rpq_convert.checkpoint.opening import open_checkpoint
     from rpq_convert.conversion.plans import plan_opened
@@ -99,7 +99,7 @@ def convert(
     if opened.model is None and not dry_run:
         raise SourceError(f"{src} has no config.json: give --factory package:callable, which builds its model")
     data = None if calibrate is None else _calibration(calibrate, opened, samples, options.seed)
-    if asks(options) and (not dry_run or Path(src).exists()):
+    if needs_sensitivities(options) and (not dry_run or Path(src).exists()):
         if not quiet:
             say("measuring what the model is sensitive to")
         opened = opened.fetched()
@@ -194,11 +194,11 @@ def plan(
     """
     if sweep or sweep_out is not None:
         return _sweep(src, sweep_out, json, options, source)
-    from rpq_convert.calibration.sensitivity import asks
+    from rpq_convert.calibration.sensitivity import needs_sensitivities
     from rpq_convert.checkpoint.metadata import make_report
     from rpq_convert.conversion.plans import open_target, plan_opened
 
-    made = plan_opened(open_target(src, source, measured=asks(options)), options)
+    made = plan_opened(open_target(src, source, measured=needs_sensitivities(options)), options)
     warn(made.warnings)
     if explain is not None:
         text = printable(made.explain(explain), lines=True)

@@ -79,7 +79,7 @@ class _Constructor(type):
 
 
 class RPQLinear(metaclass=_Constructor):
-    """Build an `nn.Linear` whose weight is codes and `num_codebooks` codebooks, cut along the outputs.
+    """Build an `nn.Linear` whose weight is codes and `num_codebooks` codebooks, with sub-vectors along the outputs.
 
     Example:
         >>> RPQLinear(1024, 4096, num_codebooks=16)(torch.randn(1, 1, 1024)).shape
@@ -132,7 +132,7 @@ class RPQEmbedding(metaclass=_Constructor):
 
 
 class RPQBilinear(metaclass=_Constructor):
-    """Build an `nn.Bilinear` whose weight is codes and `num_codebooks` codebooks, cut along the outputs."""
+    """Build an `nn.Bilinear` whose weight is codes and `num_codebooks` codebooks, with sub-vectors along the outputs."""
 
     layer = nn.Bilinear
 

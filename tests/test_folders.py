@@ -104,7 +104,7 @@ def test_calibrate_on_inputs_of_its_own(spoken, tmp_path):
         "--json",
     )
     if kind == "encoder-decoder":
-        assert "cannot be made up" in run(*asked, code=4).stderr
+        assert "cannot be made" in run(*asked, code=4).stderr
         return
     before = torch.random.get_rng_state()
     report = json.loads(run(*asked).stdout)
@@ -126,7 +126,7 @@ def test_calibrate_on_inputs_of_its_own(spoken, tmp_path):
     assert all(torch.equal(t, found[name]) for name, t in model.state_dict().items())
 
 
-def test_pictures_are_made_up():
+def test_synthetic_pictures():
     torch.manual_seed(0)
     vit = tf.ViTModel(
         tf.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=(32, 48), num_channels=1)
@@ -150,7 +150,7 @@ def test_pictures_are_made_up():
         torch.nn.Linear(4, 4),
         tf.T5ForConditionalGeneration(tf.T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=1)),
     ):
-        with pytest.raises(CalibrationError, match=f"{type(model).__name__} cannot be made up"):
+        with pytest.raises(CalibrationError, match=f"{type(model).__name__} cannot be made"):
             rpq.own_inputs(model)
 
 
@@ -165,7 +165,7 @@ def test_a_model_of_texts_and_pictures_writes_texts():
     assert [list(b["input_ids"].shape) for b in found] == [[2, 5]]
 
 
-def test_made_up_pictures_serve_convolutions():
+def test_synthetic_pictures_serve_convolutions():
     torch.manual_seed(0)
     dense = torch.nn.Sequential(
         *(m for a, b in ((1, 32), (32, 32), (32, 32)) for m in (torch.nn.Conv2d(a, b, 3, padding=1), torch.nn.ReLU()))

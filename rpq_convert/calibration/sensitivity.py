@@ -1,6 +1,6 @@
-"""Sensitivity: how much the model's output suffers for each parameter's error, measured by running it.
+"""Sensitivity: how much each parameter's error changes the model's output, measured by running it.
 
-To second order the expected damage of small independent errors e is 1/2 sum F e^2, where F, the Fisher information's
+To second order the expected loss from small independent errors e is 1/2 sum F e^2, where F, the Fisher information's
 diagonal, is the mean square of the gradients of log p(y) for y drawn from the model itself: one backward pass serves every
 parameter. e is what a quick fit leaves (2 bits, dim 4), not noise of its size: k-means errs most on large weights, and on
 SmolLM2's embedding these matter 2.3 times as much as its average weight, on a value projection half as much.
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from rpq_convert.encoding.encode import build, encode
 from rpq_convert.errors import NothingToRun, PlanError
-from rpq_convert.inputs.synthetic import SEQUENCES, made_up
+from rpq_convert.inputs.synthetic import SEQUENCES, probe_inputs
 from rpq_convert.layers import surgery
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning import planner
@@ -37,10 +37,10 @@ from rpq_convert.running.modes import quiet
 PROBE = (4, 1)  # dim and stages of the quick fit
 STEPS = 8  # per octave, to which results are rounded: threads and machines add up in other orders
 LARGEST = 8 * 10**9  # bytes of a model that is loaded whole to be measured without being asked
-LEAST = 0.01  # of the average weight's: what never met its input is not worth nothing
-# What calibration leaves of the harm of a layer's errors; tables that are only looked up gain nothing by it. MiniLM at 2 bits loses
-# .30 of its mean cosine without and .18 with it, SmolLM2 at 4 bits .61 and .085 nats.
-FEEDBACK = 0.5
+LEAST = 0.01  # of the average weight's, at least: a weight that no input reached still counts
+# The share of the loss from a layer's errors that calibration leaves; tables that are only looked up gain nothing by it. MiniLM at
+# 2 bits loses .30 of its mean cosine without and .18 with it, SmolLM2 at 4 bits .61 and .085 nats.
+CALIBRATED = 0.5
 
 
 def sensitivities(
@@ -51,7 +51,7 @@ def sensitivities(
     Args:
         model: dense, in memory; it is the same afterwards.
         data: inputs such as the model will see (each a tensor, a tuple, or a dict of keyword arguments); a few suffice.
-            By default a language model writes its own text, other transformers models get random tokens or pixels.
+            By default synthetic inputs: a language model writes its own text, others get random tokens or smooth noise.
         seed: decides the drawn numbers.
         options: those of `rpq.plan` that say what is converted: rules, include, exclude, …
 
@@ -60,14 +60,14 @@ def sensitivities(
         squared weight error; rounded to eighths of an octave.
 
     Raises:
-        PlanError: no data, and none that could be made up for this model.
+        PlanError: no data, and no synthetic inputs for this model.
 
     Example:
         >>> rpq.convert(model, target_size="50MB", sensitivity=rpq.sensitivities(model, batches))
     """
     generator = torch.Generator().manual_seed(seed)
     with quiet(model):
-        items = made_up(model, generator) if data is None else list(data)
+        items = probe_inputs(model, generator) if data is None else list(data)
         if not items:
             raise NothingToRun(f"there is nothing to run {type(model).__name__} on: give data, or sensitivity='shape'")
         plan = planner.make_plan(walk(model), PlanOptions(dim=PROBE[0], stages=PROBE[1], seed=seed, **options))
@@ -149,8 +149,8 @@ def _backward(model: nn.Module, item: Any, generator: torch.Generator) -> float:
         return float(main.detach().double().square().sum())
 
 
-def asks(options: PlanOptions) -> bool:
-    """Say whether options ask for a plan that measured sensitivities would better."""
+def needs_sensitivities(options: PlanOptions) -> bool:
+    """Return whether the plan for these options needs measured sensitivities."""
     return bool(options.budgets.keys() - {"max_error"}) and options.sensitivity is None and options.fit != "random"
 
 
@@ -176,5 +176,5 @@ def measured(
         return None
     if data is not None:  # they will be calibrated on it
         tables = {s.name for s in walk(ready) if s.looked_up}
-        found = {name: value * (1 if name in tables else FEEDBACK) for name, value in found.items()}
+        found = {name: value * (1 if name in tables else CALIBRATED) for name, value in found.items()}
     return found

@@ -1,19 +1,19 @@
 """Calibration: layers are fitted one after another, each to the inputs that the layers converted before it give.
 
 Weight error says little of quality, and statistics of the dense model's inputs mislead (docs/architecture.md), so the walk
-is sequential: run the inputs up to a group of weights that multiply one tensor, sum `x x^T` over it, fit those weights with
-error feedback (`fit/feedback.py`), put them in, go on. Blocks whose output is the next one's input (the layers of a
-transformer, the stages of a convnet) are run one at a time from kept hidden states, so the whole costs a few forward
-passes; whatever is not such a chain is run from the model's start.
+is sequential. It runs the inputs up to a group of weights that multiply one tensor, sums `x x^T` over it, and yields the group
+with this Hessian. The caller fits these weights with GPTQ error compensation (`fit/gptq.py`), installs them, and asks for the
+next group. Blocks whose output is the next one's input (the layers of a transformer, the stages of a convnet) are run one at a
+time from kept hidden states, so the whole costs a few forward passes. Everything else is run from the model's start.
 
-Beside each block runs its dense twin, from the dense model's hidden states: what it multiplies shows how far the inputs
-have drifted, and encode.py makes up for half of that.
+A dense twin of each block runs beside it, on the dense model's hidden states. What the twin multiplies shows how far the inputs
+have drifted (asymmetric calibration, in `encoding/encode.py`).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rpq_convert.calibration.moments import Moments
+from rpq_convert.calibration.hessian import Hessian
 from rpq_convert.core.results import Statistics
 from rpq_convert.errors import CalibrationError
 from rpq_convert.layers import surgery
@@ -32,20 +32,50 @@ from rpq_convert.running.call import call, counted
 from rpq_convert.running.modes import quiet
 from rpq_convert.running.weight_reads import Reading, Watch
 
-Fit = Callable[[Mapping[str, Statistics | None]], None]  # fits jobs, by name, and puts them in
+Group = tuple[list[Job], dict[str, Statistics | None]]
 See = Callable[[str, Reading, int], None]
 KEPT = 1 << 30  # bytes of what dense blocks multiply that are kept rather than made again for every group of weights
+
+
+def walk(model: nn.Module, jobs: Sequence[Job], data: Sequence[Any]) -> Iterator[Group]:
+    """Yield all jobs in the order of execution, in groups, each with the statistics of what its weights multiply.
+
+    The caller installs a group before it asks for the next, whose inputs depend on it. It closes the iterator when it leaves
+    early, and drops a group's statistics before it asks for the next, or the Hessians of two groups are in memory.
+
+    Args:
+        model: in memory. Until the iterator ends it is in evaluation mode, without a cache of keys and values.
+        data: inputs, each a tensor, a tuple of arguments, or a dict of keyword arguments.
+
+    Yields:
+        Jobs, and their statistics by name: None for a weight that no operation multiplied anything by.
+
+    Raises:
+        CalibrationError: no data, or none of the jobs' weights was multiplied by anything.
+
+    Example:
+        >>> with closing(walk(model, jobs, data)) as groups:
+        ...     for group, statistics in groups:
+        ...         install(encode(group, statistics))
+        ...         del statistics
+    """
+    if len(data) == 0:
+        raise CalibrationError("the calibration data is empty; give some texts, images or other inputs")
+    with quiet(model):
+        yield from _Walk(model, jobs, data).groups()
 
 
 @dataclass
 class _Twin:
     """A block as it was before anything in it was converted, and the dense model's samples before it.
 
-    `seen` is, by sample, what its weights multiply, by name, and its output; empty where that is too much to keep.
+    `weights` are those of its jobs, by name. `seen` is, by sample, what they multiply, by name, and the block's output; empty
+    where that is too much to keep.
     """
 
     path: str
     block: nn.Module
+    weights: Mapping[str, Tensor]
     samples: list[Arrival]
     seen: list[tuple[dict[str, Reading], Tensor]] = field(default_factory=list)
 
@@ -62,33 +92,22 @@ class _Trace:
     calls: dict[str, int] = field(default_factory=dict)
 
 
-def calibrate(model: nn.Module, jobs: Sequence[Job], data: Sequence[Any], fit: Fit) -> None:
-    """Fit every job, in the order of execution.
-
-    Args:
-        model: in memory; `fit` changes it as the walk goes on.
-        data: inputs, each a tensor, a tuple of arguments, or a dict of keyword arguments.
-        fit: called with job names and their statistics: None for what no operation was seen to multiply by.
-
-    Raises:
-        CalibrationError: no data, or none of the jobs' weights was multiplied by anything.
-    """
-    if len(data) == 0:
-        raise CalibrationError("the calibration data is empty; give some texts, images or other inputs")
-    with quiet(model), torch.no_grad():
-        _Walk(model, jobs, data, fit).run()
+def _weights(root: nn.Module, paths: Mapping[str, str]) -> dict[str, Tensor]:
+    """Return the dense parameters under these paths, by the names that the paths stand for."""
+    found = {name: surgery.find(root, path) for name, path in paths.items()}
+    return {name: module._parameters[parameter] for name, (module, parameter) in found.items()}  # type: ignore[misc]
 
 
 class _Walk:
-    def __init__(self, model: nn.Module, jobs: Sequence[Job], data: Sequence[Any], fit: Fit) -> None:
-        self.model, self.fit = model, fit
-        self.items = data
+    def __init__(self, model: nn.Module, jobs: Sequence[Job], data: Sequence[Any]) -> None:
+        self.model, self.items = model, data
+        self.all = {job.name: job for job in jobs}
         self.jobs = {job.name: job for job in jobs if not job.is_random}
-        self.random = [job.name for job in jobs if job.is_random]
+        self.weights = _weights(model, {name: name for name in self.jobs})
         self.trace, self.chains = self._trace()
         self.dense: dict[str, list[Arrival]] = {}  # what the dense model's runs bring to chains, by first block
 
-    def run(self) -> None:
+    def groups(self) -> Iterator[Group]:
         groups = self.trace.groups
         if self.jobs and not groups:
             raise CalibrationError(
@@ -97,21 +116,20 @@ class _Walk:
         first = [n for n in self.jobs if not any(n in g for g in groups)]
         tied = [n for n in first if n in self.trace.calls]  # tables that are looked up first and multiplied at the end
         known = self._survey(tied)
-        self._fit({name: known.get(name) for name in (*self.random, *first)})
+        if names := [*(n for n in self.all if n not in self.jobs), *first]:
+            yield self._group(names, {name: known.get(name) for name in names})
+        del known
         done: set[str] = set()
         for group in groups:
             if group[0] in done:
                 continue
             chain = next((c for c in self.chains if inside(group[0], c)), None)
-            if chain is None:
-                self._fit_group(group, self._passes())
-                done.update(group)
-            else:
-                own = [g for g in groups if inside(g[0], chain)]
-                self._run_chain(chain, own)
-                done.update(n for g in own for n in g)
+            own = [group] if chain is None else [g for g in groups if inside(g[0], chain)]
+            yield from self._measured(group, self._passes()) if chain is None else self._run_chain(chain, own)
+            done.update(n for g in own for n in g)
 
-    def _survey(self, tied: Sequence[str]) -> dict[str, Moments]:
+    @torch.no_grad()
+    def _survey(self, tied: Sequence[str]) -> dict[str, Hessian]:
         """Run the dense model: note what arrives at its chains, and measure these tables in the same runs."""
         with ExitStack() as stack:
             found = {chain[0]: stack.enter_context(arriving(self.model, chain)) for chain in self.chains if tied}
@@ -126,49 +144,60 @@ class _Walk:
     def _passes(self) -> list[Run]:
         return [partial(call, self.model, item) for item in self.items]
 
-    def _watch(self, names: Iterable[str], see: See, twin: _Twin | None = None) -> Watch:
-        weights: dict[str, tuple[Tensor, Sequence[str]]] = {}
-        for name in names:
-            path, root = (name, self.model) if twin is None else (name.removeprefix(twin.path + "."), twin.block)
-            module, parameter = surgery.find(root, path)
-            weights[name] = module._parameters[parameter], self.jobs[name].weight_view.axes  # type: ignore[assignment]
-        return Watch(weights, see)
+    def _watch(self, weights: Mapping[str, Tensor], see: See) -> Watch:
+        return Watch({name: (weight, self.jobs[name].weight_view.axes) for name, weight in weights.items()}, see)
 
+    def _measured(self, group: list[str], runs: Sequence[Run], twin: _Twin | None = None) -> Iterator[Group]:
+        """Yield a group of weights that multiply one tensor, with its statistics."""
+        first = group[0]
+        once, parts = self.trace.calls[first] == 1, "expert" in self.jobs[first].weight_view.axes
+        found = self._measure([first], runs, once, twin if once and not parts else None)
+        yield self._group(group, dict.fromkeys(group, found[first]))
+
+    def _group(self, names: Sequence[str], found: Mapping[str, Hessian | None]) -> Group:
+        def statistics(name: str, hessian: Hessian | None) -> Statistics | None:
+            if hessian is None:
+                return None
+            axes, shape = self.jobs[name].weight_view.axes, self.jobs[name].shape
+            parts = shape[axes.index("expert")] if "expert" in axes else max(hessian.parts, default=0) + 1
+            matrix = hessian.matrix(parts)
+            return None if matrix is None else Statistics(matrix, hessian.rows, hessian.cross if parts == 1 else None)
+
+        return [self.all[name] for name in names], {name: statistics(name, found[name]) for name in names}
+
+    @torch.no_grad()
     def _measure(
         self, names: Sequence[str], runs: Sequence[Run], once: bool, twin: _Twin | None = None
-    ) -> dict[str, Moments]:
-        """Run every item, adding up what these weights are multiplied by; no further than that where it is `once` each."""
-        moments = {name: Moments() for name in names}
-        for i, (item, run) in enumerate(zip(self.items, runs, strict=True)):
-            dense, left = self._reading(names[0], twin, i) if twin else None, set(names)
+    ) -> dict[str, Hessian]:
+        """Run every item, adding up what these weights multiply; no further than that where each is read `once`."""
+        found = {name: Hessian() for name in names}
+        for number, run in enumerate(runs):
+            self._add_run(found, number, run, once, self._reading(names[0], twin, number) if twin else None)
+        return found
 
-            def see(
-                name: str,
-                reading: Reading,
-                part: int,
-                item: Any = item,
-                dense: Reading | None = dense,
-                left: set[str] = left,
-            ) -> None:
-                if reading.input is None:
-                    return
-                rows = counted(item, reading.input)
-                others = iter(()) if dense is None else dense.vectors()
-                for offset, x in reading.vectors():
-                    keep = slice(None) if rows is None or len(rows) != len(x) else rows
-                    moments[name].add(x[keep], part + offset)
-                    if other := next(others, None):
-                        moments[name].meet(other[1][keep], x[keep])
-                left.discard(name)
-                if once and not left:
-                    raise Stop
+    def _add_run(self, found: Mapping[str, Hessian], number: int, run: Run, once: bool, dense: Reading | None) -> None:
+        """Run one item, adding up what these weights multiply, and the cross-moment with what the dense one multiplies."""
+        item, left = self.items[number], set(found)
 
-            with suppress(Stop), self._watch(names, see):
-                run()
-        return moments
+        def see(name: str, reading: Reading, part: int) -> None:
+            if reading.input is None:
+                return
+            rows = counted(item, reading.input)
+            others = iter(()) if dense is None else dense.vectors()
+            for offset, x in reading.vectors():
+                keep = slice(None) if rows is None or len(rows) != len(x) else rows
+                found[name].add(x[keep], part + offset)
+                if other := next(others, None):
+                    found[name].add_cross(other[1][keep], x[keep])
+            left.discard(name)
+            if once and not left:
+                raise Stop
 
-    def _look(self, twin: _Twin, names: Sequence[str]) -> None:
-        """Run a dense block on all samples, keeping what these weights multiply, unless it is too much or may be written over."""
+        with suppress(Stop), self._watch({name: self.weights[name] for name in found}, see):
+            run()
+
+    def _look(self, twin: _Twin) -> None:
+        """Run a dense block on all samples, keeping what its weights multiply, unless it is too much or may be written over."""
         for sample in twin.samples:
             found: dict[str, tuple[Reading, Tensor, int | None]] = {}  # with its input and that one's version
 
@@ -176,7 +205,7 @@ class _Walk:
                 if (x := reading.input) is not None:
                     found[name] = reading, x, None if x.is_inference() else x._version  # those do not count versions
 
-            with self._watch(names, see, twin):
+            with self._watch(twin.weights, see):
                 output = sample.run(twin.path, twin.block)
             size = output.nbytes + sum(x.nbytes for _, x, _ in found.values())
             kept = size * len(twin.samples) <= KEPT
@@ -195,28 +224,11 @@ class _Walk:
             found.append(reading)
             raise Stop
 
-        with suppress(Stop), self._watch([name], see, twin):
+        with suppress(Stop), self._watch({name: twin.weights[name]}, see):
             twin.run(number)
         return found[0] if found else None
 
-    def _fit_group(self, group: list[str], runs: Sequence[Run], twin: _Twin | None = None) -> None:
-        first = group[0]
-        once, parts = self.trace.calls[first] == 1, "expert" in self.jobs[first].weight_view.axes
-        found = self._measure([first], runs, once, twin if once and not parts else None)
-        self._fit(dict.fromkeys(group, found[first]))
-
-    def _fit(self, found: Mapping[str, Moments | None]) -> None:
-        def statistics(name: str, moments: Moments | None) -> Statistics | None:
-            if moments is None:
-                return None
-            axes, shape = self.jobs[name].weight_view.axes, self.jobs[name].shape
-            parts = shape[axes.index("expert")] if "expert" in axes else max(moments.parts, default=0) + 1
-            matrix = moments.matrix(parts)
-            return None if matrix is None else Statistics(matrix, moments.rows, moments.cross if parts == 1 else None)
-
-        if found:
-            self.fit({name: statistics(name, moments) for name, moments in found.items()})
-
+    @torch.no_grad()
     def _trace(self) -> tuple[_Trace, list[list[str]]]:
         """Run one item, and see what multiplies what, in which order, and the chains of blocks."""
         trace = _Trace()
@@ -229,7 +241,7 @@ class _Walk:
                 inputs.setdefault(name, []).append(reading.input)
 
         lookups: set[str] = set()
-        with self._watch(self.jobs, see):
+        with self._watch(self.weights, see):
             found = chains(self.model, self.items[0])
         readers: dict[int, list[str]] = {}
         for name, tensors in inputs.items():
@@ -244,18 +256,28 @@ class _Walk:
             group.append(name)
         return trace, found
 
-    def _run_chain(self, blocks: list[str], groups: list[list[str]]) -> None:
-        """Fit what is inside a chain of blocks, from kept hidden states."""
+    def _run_chain(self, blocks: list[str], groups: list[list[str]]) -> Iterator[Group]:
+        """Yield what is inside a chain of blocks, measured from kept hidden states."""
         dense = self.dense.pop(blocks[0])
-        samples = arrivals(self.model, blocks, self._passes(), dense)
+        with torch.no_grad():
+            samples = arrivals(self.model, blocks, self._passes(), dense)
         for path in blocks:
             block = self.model.get_submodule(path)
-            twin = _Twin(path, copy.deepcopy(block), dense)
             own = [group for group in groups if inside(group[0], [path])]
-            self._look(twin, [group[0] for group in own])
+            twin = self._twin(path, block, dense, own)
             for group in own:
-                self._fit_group(group, [partial(sample.run, path, block) for sample in samples], twin)
-            for sample in samples:
-                sample.hidden = sample.run(path, block)
-            for number, sample in enumerate(dense):
-                sample.hidden = twin.run(number)
+                yield from self._measured(group, [partial(sample.run, path, block) for sample in samples], twin)
+            with torch.no_grad():
+                for sample in samples:
+                    sample.hidden = sample.run(path, block)
+                for number, sample in enumerate(dense):
+                    sample.hidden = twin.run(number)
+
+    @torch.no_grad()
+    def _twin(self, path: str, block: nn.Module, samples: list[Arrival], groups: Sequence[Sequence[str]]) -> _Twin:
+        """Return a block's dense twin, before anything in the block is converted; it runs on all samples."""
+        dense = copy.deepcopy(block)
+        firsts = {group[0]: group[0].removeprefix(path + ".") for group in groups}
+        twin = _Twin(path, dense, _weights(dense, firsts), samples)
+        self._look(twin)
+        return twin

@@ -20,7 +20,7 @@ from rpq_convert.core.options import take
 from rpq_convert.errors import SourceError
 from rpq_convert.hf import hub
 from rpq_convert.layers import surgery
-from rpq_convert.layers.surgery import AFTER, put_everywhere
+from rpq_convert.layers.surgery import AFTER
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning.plan import FORMAT_VERSION
 from rpq_convert.schemas import kinds
@@ -100,7 +100,7 @@ def fill(model: nn.Module, config: Mapping[str, Any], source: Any) -> None:
         for path in paths:
             description.check_place(path, what, surgery.parameter_at(model, path))
         description.check_stored(name, what, source)
-        put_everywhere(model, paths, RPQWeight.of(what, "meta"))
+        surgery.places(model, paths).install(RPQWeight.of(what, "meta"))
     homes: dict[int, tuple[Tensor, list[tuple[nn.Module, str, bool]], str]] = {}
     for path, module in model.named_modules():
         for table, is_buffer in ((module._parameters, False), (module._buffers, True)):

@@ -204,10 +204,8 @@ def empty_from_factory(factory: str | Factory) -> nn.Module:
         model = build()
     if not isinstance(model, nn.Module):
         raise SourceError(f"factory {factory!r} returned {type(model).__name__}, not a module")
-    dense: dict[int, nn.Parameter] = {}
-    for path, weight in surgery.layers_of(model).items():
-        empty = nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype, device="meta"))
-        surgery.take(*surgery.find(model, path), dense.setdefault(id(weight), empty))
+    for weight, places in surgery.places_of(model).items():
+        places.remove(nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype, device="meta")))
     return model.eval()
 
 

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rpq_convert.calibration.sequential import calibrate
+from rpq_convert.calibration.sequential import walk
 from rpq_convert.checkpoint.described import report_of
 from rpq_convert.checkpoint.opening import Opened
 from rpq_convert.conversion.jobs import run_jobs
 from rpq_convert.conversion.plans import plan_opened
 from rpq_convert.core.options import take
-from rpq_convert.core.results import Encoded, Statistics
+from rpq_convert.core.results import Encoded
 from rpq_convert.encoding.encode import build
 from rpq_convert.errors import PlanError
 from rpq_convert.layers import surgery
-from rpq_convert.layers.surgery import AFTER, put_everywhere
+from rpq_convert.layers.surgery import AFTER, Places
+from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning.options import PlanOptions
 from rpq_convert.planning.plan import Job, Plan
 from rpq_convert.report.schema import Report
@@ -81,7 +83,7 @@ def convert(
                 progress(by_name[encoded.name], encoded)
         source.clear()
         for job in plan.jobs:
-            swap(model, job, results.pop(job.name))
+            swap(surgery.places(model, (job.name, *job.aliases)), job, results.pop(job.name))
     return finish(model, plan)
 
 
@@ -111,33 +113,32 @@ def convert_calibrated(
     how: Mapping[str, Any],
     stored: Callable[[Job], Encoded | None] = lambda job: None,
 ) -> None:
-    """Fit and swap layer by layer, but for what an earlier run has `stored`; whatever fails, the model is as it was."""
+    """Fit and install layer by layer, but for what an earlier run has `stored`; whatever fails, the model is as it was."""
     if _on_meta(source):
         raise PlanError("a model on meta has no outputs to calibrate; convert it with fit='random' or load its weights")
     by_name = {job.name: job for job in plan.jobs}
-    dense: dict[str, Any] = {n: surgery.find(model, n)[0]._parameters[surgery.find(model, n)[1]] for n in by_name}
+    where = {job.name: surgery.places(model, (job.name, *job.aliases)) for job in plan.jobs}
+    dense: dict[str, Any] = {name: places.parameter for name, places in where.items()}
 
-    def fit(known: Mapping[str, Statistics | None]) -> None:
-        found = {name: stored(by_name[name]) for name in known}
-        for name, encoded in found.items():
-            if encoded is not None:
-                swap(model, by_name[name], encoded)
-                if progress:
-                    progress(by_name[name], None)
-        waiting = [by_name[name] for name, encoded in found.items() if encoded is None]
-        for encoded in run_jobs(waiting, source, statistics=known, **how):
-            swap(model, by_name[encoded.name], encoded)
-            if progress:
-                progress(by_name[encoded.name], encoded)
+    def install(job: Job, encoded: Encoded, new: bool) -> None:
+        swap(where[job.name], job, encoded)
+        if progress:
+            progress(job, encoded if new else None)
 
     try:
-        calibrate(model, plan.jobs, data, fit)
+        with closing(walk(model, plan.jobs, data)) as groups:
+            for group, statistics in groups:
+                found = {job.name: stored(job) for job in group}
+                for job in group:
+                    if (encoded := found[job.name]) is not None:
+                        install(job, encoded, new=False)
+                waiting = [job for job in group if found[job.name] is None]
+                for encoded in run_jobs(waiting, source, statistics=statistics, **how):
+                    install(by_name[encoded.name], encoded, new=True)
+                del statistics  # before the next group's Hessian is made
     except BaseException:
-        for job in plan.jobs:
-            for path in (job.name, *job.aliases):
-                module, name = surgery.find(model, path)
-                if name in getattr(module, "_rpq_names", ()):
-                    surgery.take(module, name, dense[job.name])
+        for name, places in where.items():
+            places.remove(dense[name])
         raise
 
 
@@ -156,10 +157,10 @@ def _cast_rest(model: nn.Module, dtype: torch.dtype) -> None:
                 module._buffers[name] = b.to(dtype)
 
 
-def swap(model: nn.Module, job: Job, encoded: Encoded) -> None:
-    """Put one result in the place of its parameter, under every name it has."""
-    module, name = surgery.find(model, job.name)
-    old = getattr(module, name)
+def swap(places: Places, job: Job, encoded: Encoded) -> RPQWeight:
+    """Replace a parameter by its encoding, under every name it has; return the weight."""
+    old = places.parameter
+    assert old is not None  # the plan was checked against the model
     device = old.device if not old.is_meta else torch.device("cpu")
     rpq = build(job, {k: t.to(device) for k, t in encoded.tensors.items()}, encoded.zero_row)
     rpq.record = {  # type: ignore[assignment]
@@ -169,5 +170,6 @@ def swap(model: nn.Module, job: Job, encoded: Encoded) -> None:
     for parameter in rpq.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(old.requires_grad)
-    rpq.train(module.training)
-    put_everywhere(model, (job.name, *job.aliases), rpq)
+    rpq.train(places.module.training)
+    places.install(rpq)
+    return rpq

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from rpq_convert.calibration.sensitivity import asks, measure_for, measured
+from rpq_convert.calibration.sensitivity import measure_for, measured, needs_sensitivities
 from rpq_convert.checkpoint.opening import Opened, open_checkpoint
 from rpq_convert.core.options import take
 from rpq_convert.planning import budget
@@ -38,7 +38,7 @@ def plan(target: nn.Module | str | Path | Any, **options: Any) -> Plan:
         >>> rpq.plan(model, bits=4).explain("layers.0.fc1")
     """
     asked, source = take(options, PlanOptions, SourceOptions)
-    return plan_opened(open_target(target, source, measured=asks(asked)), asked)
+    return plan_opened(open_target(target, source, measured=needs_sensitivities(asked)), asked)
 
 
 def sweep(target: nn.Module | str | Path | Any, *, points: int = 24, **options: Any) -> Curve:
@@ -71,7 +71,7 @@ def open_target(target: Any, source: SourceOptions, *, measured: bool) -> Opened
 
 def plan_opened(opened: Opened, options: PlanOptions, *, data: Calibration | None = None) -> Plan:
     """Plan a conversion; where sizes are chosen to a budget and the weights are at hand, the model is measured."""
-    if asks(options) and opened.model is not None:
+    if needs_sensitivities(options) and opened.model is not None:
         options = measure_for(options, opened.filled, data)
     rules = None if opened.model is None else head_rules(opened.model)
     return budget.make_plan(opened.slots(), options, head_rules=rules, warnings=_notes(opened))

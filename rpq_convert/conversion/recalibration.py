@@ -16,7 +16,6 @@ from rpq_convert.checkpoint.described import plan_of
 from rpq_convert.conversion.memory import Progress, convert_calibrated, finish
 from rpq_convert.errors import CalibrationError
 from rpq_convert.layers import surgery
-from rpq_convert.layers.surgery import put_everywhere
 from rpq_convert.report.schema import Report
 from rpq_convert.running.digest import describe
 
@@ -54,16 +53,17 @@ def recalibrate(
     dense = {job.name: _dense(base, job.name, job.shape) for job in jobs}
     found = surgery.layers_of(model)
     before = {job.name: found[job.name] for job in jobs}
+    where = {job.name: surgery.places(model, (job.name, *job.aliases)) for job in jobs}
     start = {name: {k: t.detach().cpu() for k, t in rpq.stored().items()} for name, rpq in before.items()}
     try:
-        for job in jobs:
-            _each(model, (job.name, *job.aliases), dense[job.name])
+        for name, places in where.items():
+            places.remove(dense[name])
         how: dict[str, Any] = {"executor": executor, "workers": workers, "start": start}
         source = {name: p.detach() for name, p in dense.items()}
         convert_calibrated(model, replace(plan, jobs=jobs), source, items, progress, how)
     except BaseException:
-        for job in jobs:
-            put_everywhere(model, (job.name, *job.aliases), before[job.name])
+        for name, places in where.items():
+            places.install(before[name])
         raise
     return finish(model, replace(plan, jobs=jobs, options={**plan.options, "calibration": describe(items)}))
 
@@ -79,11 +79,3 @@ def _dense(base: nn.Module, name: str, shape: tuple[int, ...]) -> nn.Parameter:
             f"{name} {list(shape)} is no dense parameter of the base; give the model it was made from"
         )
     return parameter
-
-
-def _each(model: nn.Module, paths: Iterable[str], parameter: nn.Parameter) -> None:
-    """Make a parameter dense again under all of its names."""
-    for path in paths:
-        module, key = surgery.find(model, path)
-        if key in getattr(module, "_rpq_names", ()):
-            surgery.take(module, key, parameter)

@@ -11,15 +11,9 @@ from rpq_convert.layers.surgery import AFTER
 
 def restore(model: nn.Module) -> nn.Module:
     """Turn a converted model back into a dense one, in place: every class and parameter as before conversion."""
-    done: dict[int, nn.Parameter] = {}
-    for path, rpq in surgery.layers_of(model).items():
-        module, name = surgery.find(model, path)
-        if not isinstance(module, surgery.RPQLayer) or name not in module._rpq_names:
-            continue  # a shared module, restored under its other path
-        if id(rpq) not in done:
-            with torch.no_grad():
-                done[id(rpq)] = nn.Parameter(rpq(), requires_grad=rpq.trainable)
-        surgery.take(module, name, done[id(rpq)])
+    for rpq, places in surgery.places_of(model).items():
+        with torch.no_grad():
+            places.remove(nn.Parameter(rpq(), requires_grad=rpq.trainable))
     for act in AFTER:
         act(model)
     return model

@@ -14,12 +14,12 @@ class Statistics:
     """What a weight was multiplied by in calibration.
 
     Args:
-        moments: `sum x x^T` [inputs, inputs], or [parts, inputs, inputs]: experts, or groups of a convolution.
+        hessian: `sum x x^T` [inputs, inputs], or [parts, inputs, inputs]: experts, or groups of a convolution.
         inputs: how many input vectors that is a sum over.
-        cross: `sum d x^T` [inputs, inputs], where d is what the dense model's weight multiplies in place of x.
+        cross: the cross-moment `sum d x^T` [inputs, inputs], where d is what the dense model's weight multiplies in place of x.
     """
 
-    moments: Tensor
+    hessian: Tensor
     inputs: int
     cross: Tensor | None = None
 

@@ -2,7 +2,7 @@
 
 A text or a folder of texts, as a checkpoint's own tokenizer cuts it; a folder of pictures, through its own image processor; or,
 for any module at all, a safetensors file whose tensors are named after the arguments of the model's forward, one sample a
-row. Without any, inputs are made up: a language model writes texts, others get random tokens or smooth noise.
+row. Synthetic inputs, for models without data, are in `synthetic.py`.
 """
 
 from __future__ import annotations

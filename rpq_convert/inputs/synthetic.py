@@ -1,25 +1,33 @@
-"""Synthetic inputs: text that a language model writes, random tokens, smooth noise."""
+"""Synthetic inputs: text that a language model writes, random tokens, smooth noise.
+
+Calibration without data and sensitivities without data take their inputs from here.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rpq_convert.errors import CalibrationError
+from rpq_convert.layers.weight import RPQWeight
 
-OWN_ROWS = 8  # of inputs that are made up: the first batch is run some times more than the others
+BATCH = 8  # rows of a batch: calibration runs the first batch some times more than the others
 PICTURE = 224  # pixels of a side, where a model does not say; convnets take any
 SENTENCE = 4, 25  # random tokens of one, from and below
-COLOUR = 0.3  # share of a made-up picture's variance that channels do not share
+COLOUR = 0.3  # share of a picture's variance that channels do not share
+SEQUENCES, TOKENS = 8, 128  # to measure sensitivities on: texts, and tokens of each
+PICTURES = 8  # to measure sensitivities on
+
+Shape = tuple[int, int, int]  # channels, height and width of a picture
 
 
 def own_inputs(
-    model: Any, *, samples: int = 64, window: int = 128, batch: int = 64, seed: int = 0,
-    shape: tuple[int, int, int] | None = None,
-) -> list[Any]:  # fmt: skip
-    """Return inputs that are made up, to calibrate a model where no data is at hand.
+    model: Any, *, samples: int = 64, window: int = 128, batch: int = 64, seed: int = 0, shape: Shape | None = None
+) -> list[Any]:
+    """Return synthetic inputs, to calibrate a model where no data is at hand.
 
     A causal language model writes texts itself. Any other transformers model of token ids gets random ones, in as many tokens;
     one of pictures, smooth noise.
@@ -32,76 +40,136 @@ def own_inputs(
             know theirs.
 
     Raises:
-        CalibrationError: inputs of this model cannot be made up.
+        CalibrationError: synthetic inputs of this model cannot be made.
 
     Example:
         >>> rpq.convert(model, bits=4, calibration=rpq.own_inputs)
         >>> rpq.convert(resnet50(), bits=4, calibration=partial(rpq.own_inputs, shape=(3, 224, 224)))
     """
     g = torch.Generator().manual_seed(seed)
-    config: Any = getattr(model, "config", None)
-    kind = getattr(model, "main_input_name", None)
-    decodes = getattr(config, "is_encoder_decoder", False)
-    mixed = decodes or (
-        hasattr(config, "text_config") and hasattr(config, "vision_config")
-    )  # takes several kinds of inputs
-    if not isinstance(kind, str):
-        shape = shape or (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
-    elif kind == "pixel_values":
-        size = getattr(config, "image_size", PICTURE)
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        shape = shape or (getattr(config, "num_channels", 3), height, width)
-    elif kind == "input_ids" and model.can_generate() and not decodes:
-        return _written(model, samples, window, batch, g)
-    elif kind == "input_ids" and not mixed:
-        return _random_tokens(model, samples * window, g)
-    if shape is None or mixed:
+    kind = _kind(model, shape)
+    if kind is None:
         raise CalibrationError(
-            f"inputs of {type(model).__name__} cannot be made up; give it some, or, if it takes pictures, "
+            f"synthetic inputs of {type(model).__name__} cannot be made; give it some, or, if it takes pictures, "
             "own_inputs(model, shape=(channels, height, width))"
         )
-    pictures = [part.to(_device(model)) for part in _noise(samples, shape, g).split(OWN_ROWS)]
-    return [{kind: part} for part in pictures] if kind else pictures
+    if kind == "tokens":
+        return _random_tokens(model, samples * window, g)
+    if kind != "text":
+        return _pictures(model, samples, kind, g, BATCH)
+    found: list[Any] = []
+    for start in range(0, samples, batch):
+        first = torch.randint(_vocabulary(model), (min(batch, samples - start), 1), generator=g)
+        ids = _text(model, first, window, lambda logits: _inverted(logits, g))
+        found += [{"input_ids": part} for part in ids.split(BATCH)]
+    return found
+
+
+def probe_inputs(model: Any, g: torch.Generator) -> list[Any]:
+    """Return a few synthetic inputs to measure sensitivities on, or none where they cannot be made.
+
+    A language model's texts begin with its first token, or a random one where it has none.
+    """
+    kind = _kind(model)
+    if kind is None:
+        return []
+    if kind == "tokens":
+        return _random_tokens(model, SEQUENCES * TOKENS, g)
+    if kind != "text":
+        return _pictures(model, PICTURES, kind, g, 1)
+    begin = getattr(model.config, "bos_token_id", None)
+    known = isinstance(begin, int)
+    first = (
+        torch.full((SEQUENCES, 1), begin) if known else torch.randint(_vocabulary(model), (SEQUENCES, 1), generator=g)
+    )
+    length = min(TOKENS, getattr(model.config, "max_position_embeddings", None) or TOKENS)
+    return [{"input_ids": ids[None]} for ids in _text(model, first, length, lambda logits: _drawn(logits, g))]
+
+
+def _kind(model: Any, shape: Shape | None = None) -> str | Shape | None:
+    """Return what a model takes: "text" that it writes itself, "tokens", pictures of a shape; None where that is not known."""
+    config: Any = getattr(model, "config", None)
+    name = getattr(model, "main_input_name", None)
+    decodes = getattr(config, "is_encoder_decoder", False)
+    if name == "input_ids" and not decodes and model.can_generate():
+        return "text"
+    if decodes or (hasattr(config, "text_config") and hasattr(config, "vision_config")):
+        return None  # it takes several kinds of inputs
+    if not isinstance(name, str):
+        return shape or (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+    if name == "input_ids":
+        return "tokens"
+    if name == "pixel_values":
+        size = getattr(config, "image_size", PICTURE)
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        return shape or (getattr(config, "num_channels", 3), height, width)
+    return shape
+
+
+def _vocabulary(model: Any) -> int:
+    size: int = model.get_input_embeddings().weight.shape[0]
+    return size
 
 
 def _device(model: Any) -> torch.device:
     return next(model.parameters()).device
 
 
+def _dtype(model: Any) -> torch.dtype:
+    """Return what a model computes in; its first parameter may be a codebook, which says nothing of that."""
+    for module in model.modules():
+        if isinstance(module, RPQWeight):
+            return module.dtype
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.is_floating_point():
+                return parameter.dtype
+    return torch.get_default_dtype()
+
+
 @torch.no_grad()
-def _written(model: Any, samples: int, window: int, batch: int, g: torch.Generator) -> list[Any]:
-    """Return texts, each started by a random token and sampled at temperature 1 (LLM-QAT, Liu et al. 2023, arXiv:2305.17888)."""
-    training, found = model.training, []
+def _text(model: Any, first: Tensor, length: int, draw: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return ids [rows, length] that a language model writes after the first [rows, 1].
+
+    Tokens are drawn at temperature 1 (LLM-QAT, Liu et al. 2023, arXiv:2305.17888): `draw` takes logits [rows, words] and returns
+    ids [rows, 1]. `generate` of transformers would draw from the global generator.
+    """
+    training, ids, cache = model.training, first.to(_device(model)), None
     model.eval()
     try:
-        for start in range(0, samples, batch):
-            size = min(batch, samples - start)
-            words = model.get_input_embeddings().weight.shape[0]
-            ids, past = torch.randint(words, (size, 1), generator=g).to(_device(model)), None
-            while ids.shape[1] < window:  # by hand: `generate` draws from the global generator
-                out = model(input_ids=ids if past is None else ids[:, -1:], past_key_values=past, use_cache=True)
-                past = getattr(out, "past_key_values", None)
-                summed = (
-                    out.logits[:, -1].cpu().double().softmax(-1).cumsum(-1)
-                )  # torch.multinomial takes ten times as long
-                drawn = torch.searchsorted(
-                    summed, torch.rand(size, 1, generator=g, dtype=summed.dtype) * summed[:, -1:]
-                )
-                ids = torch.cat([ids, drawn.clamp_max(words - 1).to(ids.device)], 1)
-            found += [{"input_ids": part} for part in ids.split(OWN_ROWS)]
+        while ids.shape[1] < length:
+            output = model(input_ids=ids if cache is None else ids[:, -1:], past_key_values=cache, use_cache=True)
+            cache = getattr(output, "past_key_values", None)
+            ids = torch.cat([ids, draw(output.logits[:, -1]).to(ids.device)], 1)
     finally:
         model.train(training)
-    return found
+    return ids
+
+
+def _inverted(logits: Tensor, g: torch.Generator) -> Tensor:
+    """Draw from softmax(logits) by inversion in fp64: torch.multinomial takes ten times as long on many rows."""
+    summed = logits.cpu().double().softmax(-1).cumsum(-1)
+    drawn = torch.searchsorted(summed, torch.rand(len(summed), 1, generator=g, dtype=summed.dtype) * summed[:, -1:])
+    return drawn.clamp_max(summed.shape[1] - 1)
+
+
+def _drawn(logits: Tensor, g: torch.Generator) -> Tensor:
+    return torch.multinomial(logits.float().softmax(-1).cpu(), 1, generator=g)
 
 
 def _random_tokens(model: Any, tokens: int, g: torch.Generator) -> list[Any]:
     """Return batches of random tokens, each as short as some sentence."""
-    words, found = model.get_input_embeddings().weight.shape[0], []
+    words, found = _vocabulary(model), []
     while tokens > 0:
         size = int(torch.randint(*SENTENCE, (1,), generator=g))
-        found.append({"input_ids": torch.randint(words, (OWN_ROWS, size), generator=g).to(_device(model))})
-        tokens -= OWN_ROWS * size
+        found.append({"input_ids": torch.randint(words, (BATCH, size), generator=g).to(_device(model))})
+        tokens -= BATCH * size
     return found
+
+
+def _pictures(model: Any, samples: int, shape: Shape, g: torch.Generator, batch: int) -> list[Any]:
+    name = getattr(model, "main_input_name", None)
+    pictures = [part.to(_device(model), _dtype(model)) for part in _noise(samples, shape, g).split(batch)]
+    return [{name: part} for part in pictures] if name else pictures
 
 
 def _noise(samples: int, shape: tuple[int, int, int], g: torch.Generator) -> Tensor:
@@ -121,45 +189,3 @@ def _noise(samples: int, shape: tuple[int, int, int], g: torch.Generator) -> Ten
     grey = smooth.mean(1, keepdim=True) * (channels * (1 - COLOUR)) ** 0.5
     mixed = grey + smooth * COLOUR**0.5
     return mixed / mixed.std((1, 2, 3), keepdim=True) + 0.5 * torch.randn(samples, channels, 1, 1, generator=g)
-
-
-SEQUENCES, TOKENS = 8, 128  # of the text that a model writes for itself
-IMAGES = 8
-
-
-def made_up(model: Any, generator: torch.Generator) -> list[Any]:
-    """Return inputs for a transformers model from its config alone, or none."""
-    config = getattr(model, "config", None)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    words, size = getattr(config, "vocab_size", None), getattr(config, "image_size", None)
-    if isinstance(words, int) and getattr(model, "main_input_name", "") == "input_ids":
-        writes = getattr(model, "can_generate", lambda: False)() and not getattr(config, "is_encoder_decoder", False)
-        if writes:
-            return [{"input_ids": ids[None]} for ids in _sampled(model, words, generator, device)]
-        if not getattr(config, "is_encoder_decoder", False):
-            tokens = torch.randint(words, (SEQUENCES, TOKENS), generator=generator).to(device)
-            return [{"input_ids": ids[None]} for ids in tokens]
-    if isinstance(size, int) and getattr(model, "main_input_name", "") == "pixel_values":
-        shape = (IMAGES, 1, getattr(config, "num_channels", 3), size, size)
-        dtype = next(p.dtype for p in model.parameters())
-        return [{"pixel_values": x} for x in torch.randn(shape, generator=generator).to(device, dtype)]
-    return []
-
-
-@torch.no_grad()
-def _sampled(model: Any, words: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    """Return text [sequences, tokens] that a language model writes from its first token on, drawn from its logits."""
-    first = getattr(model.config, "bos_token_id", None)
-    start = (
-        torch.full((SEQUENCES, 1), first)
-        if isinstance(first, int)
-        else torch.randint(words, (SEQUENCES, 1), generator=generator)
-    )
-    length = min(TOKENS, getattr(model.config, "max_position_embeddings", None) or TOKENS)
-    text, cache = start, None
-    while text.shape[1] < length:
-        output = model(input_ids=text[:, -1:].to(device), past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        chances = output.logits[:, -1].float().softmax(-1).cpu()
-        text = torch.cat((text, torch.multinomial(chances, 1, generator=generator)), 1)
-    return text.to(device)

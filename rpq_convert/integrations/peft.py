@@ -1,7 +1,8 @@
-"""Adapters: PEFT runs on RPQ layers as it is, since they are what they were and their `weight` reads like a tensor.
+"""Adapters of PEFT: merged into converted layers.
 
-What it cannot do is add an adapter to codes: that write raises, and nothing is lost. `merge_adapter` does it: the adapted
-layers become dense, PEFT merges, and they are encoded again as they were, each with its own error in the report.
+PEFT runs on converted layers without changes: they keep their class and their `weight` reads like a tensor. It cannot add an
+adapter to codes: that write raises. `merge_adapter` makes the adapted layers dense, lets PEFT merge, and encodes them again with
+the same settings. The report gives the error of each.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from torch import nn
 from rpq_convert.checkpoint.described import plan_of
 from rpq_convert.conversion.memory import convert
 from rpq_convert.layers import surgery
-from rpq_convert.layers.surgery import put_everywhere
 from rpq_convert.planning.plan import Plan
 from rpq_convert.report.schema import Report
 
@@ -43,18 +43,14 @@ def merge_adapter(model: Any, *, adapters: list[str] | None = None) -> tuple[nn.
     if not jobs:
         raise ValueError(f"{type(base).__name__} has no RPQ layer with an adapter; use merge_and_unload()")
     found = surgery.layers_of(base)
-    codes = {j.name: found[j.name] for j in jobs}
-    for job in jobs:
-        parameter = nn.Parameter(codes[job.name]().detach(), requires_grad=False)
-        for path in (job.name, *job.aliases):
-            module, name = surgery.find(base, path)
-            if isinstance(module, surgery.RPQLayer) and name in module._rpq_names:
-                surgery.take(module, name, parameter)
+    changed = [(found[j.name], surgery.places(base, (j.name, *j.aliases))) for j in jobs]
+    for rpq, places in changed:
+        places.remove(nn.Parameter(rpq().detach(), requires_grad=False))
     try:
         merged = model.merge_and_unload(adapter_names=adapters)
     except Exception:
-        for job in jobs:
-            put_everywhere(base, (job.name, *job.aliases), codes[job.name])
+        for rpq, places in changed:
+            places.install(rpq)
         raise
     again = tuple(
         replace(j, name=_plain(j.name), aliases=tuple(map(_plain, j.aliases)), fit="kmeans" if j.is_random else j.fit)

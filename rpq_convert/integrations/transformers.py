@@ -22,7 +22,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from rpq_convert.calibration.sensitivity import asks
+from rpq_convert.calibration.sensitivity import needs_sensitivities
 from rpq_convert.checkpoint.described import plan_of
 from rpq_convert.checkpoint.metadata import quantization_config
 from rpq_convert.checkpoint.opening import Opened
@@ -35,7 +35,7 @@ from rpq_convert.core.spec import dtype_of
 from rpq_convert.encoding.encode import encode
 from rpq_convert.errors import SourceError
 from rpq_convert.layers import surgery
-from rpq_convert.layers.surgery import AFTER, put_everywhere
+from rpq_convert.layers.surgery import AFTER
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning.options import PlanOptions
 from rpq_convert.planning.plan import FORMAT_VERSION, Job, Plan
@@ -84,9 +84,8 @@ class Encode(ConversionOps):
             job, tensor = self.jobs[name], value[0] if isinstance(value, list) else value
             if _computed(model, job.name):
                 continue  # a tied one that the checkpoint holds twice
-            swap(model, job, encode(job, tensor.to(dtype_of(job.dtype))))
-            module, parameter = surgery.find(model, job.name)
-            rpq: Any = module._modules[parameter + surgery.SUFFIX]
+            places = surgery.places(model, (job.name, *job.aliases))
+            rpq = swap(places, job, encode(job, tensor.to(dtype_of(job.dtype))))
             rpq.to(tensor.device)
             for part in rpq.parameters():
                 part._is_hf_initialized = True
@@ -126,7 +125,7 @@ class RPQQuantizer(HfQuantizer):
             if infos and (wrong := description.misfit(what.tensors, description.of_weight(name, infos))):
                 raise SourceError(f"{name}_rpq.{wrong}")
             given: Any = surgery.parameter_at(model, home)
-            put_everywhere(model, paths, RPQWeight.of(replace(what, dtype=given.dtype), "meta"))
+            surgery.places(model, paths).install(RPQWeight.of(replace(what, dtype=given.dtype), "meta"))
             placed[home] = paths[1:]
         if contents.modules and not placed:
             raise SourceError(f"no weight of the checkpoint has a place in {type(model).__name__}")
@@ -134,7 +133,7 @@ class RPQQuantizer(HfQuantizer):
         for alias in [a for a, source in ties.items() if source in placed]:
             source = ties.pop(alias)
             if alias not in infos:  # else a head that was restored, and is its own now
-                put_everywhere(model, [alias], surgery.layers_of(model)[source])
+                surgery.places(model, [alias]).install(surgery.layers_of(model)[source])
                 placed[source].append(alias)
         for name, others in placed.items():
             parts = [p for p, _ in surgery.layers_of(model)[name].named_parameters()]
@@ -148,7 +147,7 @@ class RPQQuantizer(HfQuantizer):
     def _plan(self, model: Any) -> None:
         """Plan a conversion on load; one whose sizes depend on the weights waits until they are there."""
         (options,) = take(self.quantization_config.options, PlanOptions)
-        if asks(options):
+        if needs_sensitivities(options):
             return
         tied = copy.deepcopy(model)  # on meta; transformers ties weights when they are loaded
         for alias, name in model.all_tied_weights_keys.items():
@@ -170,7 +169,7 @@ class RPQQuantizer(HfQuantizer):
             new = dict(model.named_parameters(remove_duplicate=False))  # a head that the checkpoint does not have
             for job in self.plan.jobs:
                 if job.name in new:
-                    swap(model, job, encode(job, new[job.name].detach()))
+                    swap(surgery.places(model, (job.name, *job.aliases)), job, encode(job, new[job.name].detach()))
             finish(model, self.plan)
         elif not self.pre_quantized:
             convert(model, **self.quantization_config.options)
@@ -247,7 +246,12 @@ def attach(model: Any) -> None:
 
 @functools.cache
 def _fix_dtype() -> None:
-    """Let `model.dtype` be what weights expand to, where the first parameter is a codebook."""
+    """Let `model.dtype` be what weights expand to, where the first parameter is a codebook.
+
+    The property is replaced for all of transformers' models, with the first one that is converted; of all others it returns what
+    transformers' own returns. A generated class for the converted model alone would change `type(model)`, whose name and bases
+    transformers reads (`can_generate`, `architectures` in config.json).
+    """
     from transformers.modeling_utils import ModuleUtilsMixin
 
     plain: Any = ModuleUtilsMixin.dtype
@@ -266,7 +270,7 @@ def _computed(model: nn.Module, path: str) -> bool:
         module, name = surgery.find(model, path)
     except AttributeError:
         return False
-    return isinstance(module, surgery.RPQLayer) and name in module._rpq_names
+    return surgery.is_rpq(module, name)
 
 
 def _path(model: Any, name: str) -> str | None:

@@ -2,7 +2,8 @@
 
 A converted module stays the object that it was. Its parameter `weight` becomes a child module `weight_rpq`, and its class
 becomes a generated `RPQ<Name>(RPQLayer, <its class>)` that differs in one thing: `weight` is a read-only property that
-returns a `ComputedWeight`. Forward, hooks, aliases and attributes are inherited.
+returns a `ComputedWeight`. Forward, hooks, aliases and attributes are inherited. `Places` does this under all names of a
+parameter at once, and undoes it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,14 +23,6 @@ from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning.layer_types import original_class
 
 AFTER: list[Callable[[nn.Module], None]] = []  # called with every model whose layers were converted, loaded or restored
-
-
-def put_everywhere(model: nn.Module, paths: Iterable[str], rpq: nn.Module) -> None:
-    """Install one RPQWeight under several paths, which may lead to one module."""
-    for path in paths:
-        module, name = find(model, path)
-        if name in module._parameters:
-            put(module, name, rpq)  # type: ignore[arg-type]
 
 
 SUFFIX = "_rpq"
@@ -127,7 +121,7 @@ def rpq_class(original: Any, names: tuple[str, ...]) -> type[nn.Module]:
     return type(f"RPQ{original.__name__}", (RPQLayer, original), space)
 
 
-def put(module: nn.Module, name: str, rpq: RPQWeight) -> None:
+def install(module: nn.Module, name: str, rpq: nn.Module) -> None:
     """Replace the parameter `name` of this module by an RPQWeight, in place."""
     names = (*module._rpq_names, name) if isinstance(module, RPQLayer) else (name,)
     kind = rpq_class(original_class(module), names)
@@ -137,8 +131,8 @@ def put(module: nn.Module, name: str, rpq: RPQWeight) -> None:
     module.add_module(name + SUFFIX, rpq)
 
 
-def take(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Undo `put`: give the module an ordinary parameter again."""
+def remove(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Undo `install`: give the module an ordinary parameter again."""
     assert isinstance(module, RPQLayer)
     names = tuple(n for n in module._rpq_names if n != name)
     original = module._rpq_original
@@ -147,6 +141,54 @@ def take(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
     module.register_parameter(name, parameter)  # type: ignore[attr-defined]
     if isinstance(module, nn.RNNBase) and not names:
         module._init_flat_weights()
+
+
+def is_rpq(module: nn.Module, name: str) -> bool:
+    """Return whether this parameter of the module is an RPQWeight."""
+    return isinstance(module, RPQLayer) and name in module._rpq_names
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where one parameter lies in a model: (module, parameter name) for each of its paths, which may lead to one module."""
+
+    places: tuple[tuple[nn.Module, str], ...]
+
+    @property
+    def module(self) -> nn.Module:
+        """The module under the first path."""
+        return self.places[0][0]
+
+    @property
+    def parameter(self) -> nn.Parameter | None:
+        """The dense parameter; None where the module has none of that name, or it is an RPQWeight."""
+        module, name = self.places[0]
+        return module._parameters.get(name)
+
+    def install(self, rpq: nn.Module) -> None:
+        """Replace the dense parameter by one RPQWeight, under all of its names."""
+        for module, name in self.places:
+            if name in module._parameters:
+                install(module, name, rpq)
+
+    def remove(self, parameter: nn.Parameter) -> None:
+        """Make the RPQWeight this dense parameter again, under all of its names."""
+        for module, name in self.places:
+            if is_rpq(module, name):
+                remove(module, name, parameter)
+
+
+def places(model: nn.Module, paths: Iterable[str]) -> Places:
+    """Return where the parameter with these dotted paths lies. AttributeError: a path leads to no module."""
+    return Places(tuple(find(model, path) for path in paths))
+
+
+def places_of(model: nn.Module) -> dict[RPQWeight, Places]:
+    """Return every RPQWeight of a model -> where it lies."""
+    paths: dict[RPQWeight, list[str]] = {}
+    for path, rpq in layers_of(model).items():
+        paths.setdefault(rpq, []).append(path)
+    return {rpq: places(model, own) for rpq, own in paths.items()}
 
 
 @contextmanager

@@ -1,8 +1,8 @@
-"""Which operations read a weight, and what they multiply it by.
+"""Weight reads: which operations read a weight, and what they multiply it by.
 
 `Watch` sees every torch function that runs within it, and tells of those in `READERS` that read one of its weights. So
 whatever a module's forward does, its weights are found in use: a layer's own forward, tied weights, raw parameters, one
-expert of a fused tensor, transposed views. Rejected: hooks on modules, which know only the layer types they were told of.
+expert of a fused tensor, transposed views. Rejected: hooks on modules, which see only the layer types that they were written for.
 """
 
 from __future__ import annotations

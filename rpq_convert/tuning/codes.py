@@ -1,9 +1,9 @@
-"""Recoding: codes that follow the gradient while codebooks are tuned, a few at a time.
+"""Code updates: codes that follow the gradient while codebooks are tuned, a few at a time (as in PV-tuning).
 
-A code cannot take a small step. So every weight gathers its own steps (RMSprop's, on the gradient of the expanded weight) as a
-pull away from its codeword, and where a pull has grown so long that another codeword is nearer to its end, the code may
-change; what the change gives is taken off the pull. Only the longest pulls change at a time (PV-tuning, Malinovskii et al. 2024,
-arXiv:2405.14852): codes that change together do not know of each other, and 1 % of them at once undo what they gain, where
+A code cannot take a small step. So every weight accumulates its own steps (RMSprop's, on the gradient of the expanded weight) as
+an offset from its codeword. Where an offset has grown so long that another codeword is nearer to its end, the code may change, and
+what the change gives is taken off the offset. Only the longest offsets change their code at a time (PV-tuning, Malinovskii et al.
+2024, arXiv:2405.14852). Codes that change together do not know of each other: 1 % of them at once undo what they gain, where
 0.05 % every fourth step take MiniLM at 2 bits from a relative error of 0.206 to 0.183 in 150 steps.
 """
 
@@ -22,14 +22,14 @@ from rpq_convert.core.rotation import rotate
 from rpq_convert.core.spec import CODEWORDS
 from rpq_convert.layers.weight import RPQWeight
 
-RATE = 1e-2  # of a weight's step, relative to the root mean square of its layer
-EVERY = 4  # steps between two changes of codes
-LOOK = 16  # times as many pulls are looked at as may change a code: not every long one ends nearer to another
+RATE = 1e-2  # learning rate of weights, relative to the root mean square of their layer
+EVERY = 4  # steps between two code updates
+CANDIDATES = 16  # for each code that may change: not every long offset ends nearer to another codeword
 MEMORY, EPSILON = 0.95, 1e-12
 
 
-class Recoding:
-    """What the weights of some layers have gathered.
+class CodeUpdates:
+    """The offsets that the weights of some layers have accumulated, and the code updates that follow from them.
 
     Args:
         weights: by name; those whose expanded weight has no gradient in a step keep their codes in it.
@@ -40,7 +40,7 @@ class Recoding:
         self.weights, self.share = dict(weights), share
         with torch.no_grad():
             self.sizes = {name: float(rpq().float().square().mean().sqrt()) for name, rpq in weights.items()}
-        self.pulls: dict[str, Tensor] = {}  # [n, L], as the codes see the weight
+        self.offsets: dict[str, Tensor] = {}  # [n, L], as the codes see the weight
         self.squares: dict[str, Tensor] = {}  # running mean of the gradient's square, likewise
         self.steps: dict[str, Tensor] = {}  # how many gradients that is the mean of
 
@@ -61,37 +61,37 @@ class Recoding:
                 rpq.caches.drop()
 
     @torch.no_grad()
-    def pull(self, gradients: Sequence[Tensor | None], factor: float) -> None:
-        """Add a step down these gradients of the expanded weights, in the order of `expanded`; `factor` is of its rate."""
+    def accumulate(self, gradients: Sequence[Tensor | None], factor: float) -> None:
+        """Add a step down these gradients of the expanded weights, in the order of `expanded`; `factor` is of the learning rate."""
         for (name, rpq), gradient in zip(self.weights.items(), gradients, strict=True):
             if gradient is None:
                 continue
             g = _coded(rpq, gradient.float())
-            pull = self.pulls.setdefault(name, torch.zeros_like(g))
+            offset = self.offsets.setdefault(name, torch.zeros_like(g))
             square = self.squares.setdefault(name, torch.zeros_like(g)).lerp_(g.square(), 1 - MEMORY)
             steps = self.steps.setdefault(name, torch.zeros((), dtype=torch.int64)).add_(1)
             scale = (square / (1 - MEMORY ** int(steps))).sqrt_().add_(EPSILON)
-            pull.addcdiv_(g, scale, value=-factor * RATE * self.sizes[name])
+            offset.addcdiv_(g, scale, value=-factor * RATE * self.sizes[name])
 
     @torch.no_grad()
-    def change(self) -> int:
-        """Change the codes of the longest pulls; return how many."""
-        return sum(self._change(self.weights[name], pull) for name, pull in self.pulls.items())
+    def update(self) -> int:
+        """Change the codes of the longest offsets; return how many."""
+        return sum(self._update(self.weights[name], offset) for name, offset in self.offsets.items())
 
-    def _change(self, rpq: RPQWeight, pull: Tensor) -> int:
+    def _update(self, rpq: RPQWeight, offset: Tensor) -> int:
         layout, codes = rpq.layout, rpq.stages_codes()
         tables = rpq.codebooks.float().view(layout.stages, layout.books, CODEWORDS, layout.dim)
         pad = (0, layout.blocks * layout.dim - layout.length)
-        length = F.pad(pull.square(), pad).view(layout.n, layout.blocks, layout.dim).sum(-1).flatten()
+        length = F.pad(offset.square(), pad).view(layout.n, layout.blocks, layout.dim).sum(-1).flatten()
         limit = math.ceil(self.share * len(length))
-        long = length.topk(min(LOOK * limit, len(length))).indices  # sub-vectors, longest pull first
+        long = length.topk(min(CANDIDATES * limit, len(length))).indices  # sub-vectors, longest offset first
         row, block = long // layout.blocks, long % layout.blocks
-        columns = block[:, None] * layout.dim + torch.arange(layout.dim, device=pull.device)
+        columns = block[:, None] * layout.dim + torch.arange(layout.dim, device=offset.device)
         inside = columns < layout.length
         columns = columns.clamp_max(layout.length - 1)
         scales = rpq.scale_matrix()
         scale = torch.ones(()) if scales is None else scales[row[:, None], columns].float()
-        end = torch.where(inside & (scale != 0), pull[row[:, None], columns] / scale, 0.0)  # [sub-vectors, dim]
+        end = torch.where(inside & (scale != 0), offset[row[:, None], columns] / scale, 0.0)  # [sub-vectors, dim]
         book = block * layout.books // layout.blocks
         changed = 0
         for stage in range(layout.stages):
@@ -103,7 +103,7 @@ class Recoding:
             end[some] -= tables[stage, book[some], new[some].long()] - own[some]
             changed += len(some)
         kept = torch.where(inside & (scale != 0), end * scale, 0.0)
-        pull[row[:, None].expand_as(columns)[inside], columns[inside]] = kept[inside]
+        offset[row[:, None].expand_as(columns)[inside], columns[inside]] = kept[inside]
         return changed
 
 

@@ -1,8 +1,8 @@
-"""Tuning: codebooks, scales, norms and biases trained against the dense model, and codes if asked (recoding.py).
+"""Tuning: codebooks, scales, norms and biases trained against the dense model, and codes if asked (codes.py).
 
-What layers lose together, no fit of single layers gives back; a few hundred steps of distillation do, as every codeword is
+No fit of single layers gives back what layers lose together. A few hundred steps of distillation do, as every codeword is
 shared by thousands of weights and follows the sum of their gradients. Adam steps are relative to the size of each tensor,
-so one rate serves codebooks, scales and norms. What is kept is judged on held-out data, at the precision that is stored.
+so one learning rate serves codebooks, scales and norms. The result is judged on held-out data, at the precision that is stored.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from rpq_convert.core.options import take
 from rpq_convert.errors import TuneError
 from rpq_convert.layers import surgery
-from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.running.blocks import recomputed
 from rpq_convert.running.call import call, without_padding
 from rpq_convert.running.digest import describe
@@ -32,17 +31,18 @@ from rpq_convert.running.modes import quiet
 from rpq_convert.schemas import kinds
 from rpq_convert.schemas.checking import check, parse_json
 from rpq_convert.storage.writer import write_tensors
-from rpq_convert.tuning.codes import EVERY, Recoding
+from rpq_convert.tuning.codes import EVERY, CodeUpdates
 from rpq_convert.tuning.losses import LOSSES, _main
 from rpq_convert.tuning.options import TuneOptions
+from rpq_convert.tuning.trained import coded_weights, trained_values, training
 
 Progress = Callable[[int, float], None]
 BETAS, EPSILON = (0.9, 0.99), 1e-12
 ANEW = "; remove it to start anew"  # what to do about a checkpoint that does not serve
 FLOOR = 1e-2  # size that a step on an all but zero tensor is relative to
-WARM = 0.05  # share of the steps in which the rate grows
-LAST = 0.1  # of the rate, at the last step
-BACK = 0.25  # of the rate is left where steps help no more, or have made it worse (depthwise convolutions bear a tenth of others')
+WARM = 0.05  # share of the steps in which the learning rate grows
+LAST = 0.1  # of the learning rate, at the last step
+BACK = 0.25  # of the learning rate is left where steps help no more, or hurt (depthwise convolutions bear a tenth of others')
 
 
 @dataclass(frozen=True)
@@ -138,20 +138,20 @@ class _Run:
         self.options, self.model, self.base, self.batches, self.judged = options, model, base, batches, judged
         self.progress = progress
         self.checkpoint = Path(checkpoint) if checkpoint else None
-        self.values = _trained(model)
+        self.values = trained_values(model)
         self.stored = {name: p.dtype for name, p in self.values.items()}
-        self.recoding = Recoding(_coded(model), options.recode) if options.recode else None
+        self.updates = CodeUpdates(coded_weights(model), options.recode) if options.recode else None
         self.loss = LOSSES[options.loss] if isinstance(options.loss, str) else options.loss
         o = options
         facts = [describe(batches), describe(judged), str(o.loss), o.steps, o.rate, o.interval, o.seed, str(o.autocast)]
         facts += [o.recode, BACK, o.patience]
         shapes = {name: [str(p.dtype), *p.shape] for name, p in self.values.items()}
-        begins = {**self.values, **(self.recoding.codes if self.recoding else {})}
+        begins = {**self.values, **(self.updates.codes if self.updates else {})}
         start = {n: hashlib.sha256(p.detach().cpu().float().numpy().tobytes()).hexdigest() for n, p in begins.items()}
         self.mark = hashlib.sha256(json.dumps([facts, shapes, start]).encode()).hexdigest()
 
     def run(self) -> Tuning:
-        with _training(self.model, self.values):
+        with training(self.model, self.values):
             sizes = {n: max(float(p.detach().square().mean().sqrt()), FLOOR) for n, p in self.values.items()}
             state = self._resume() or _State(self._copy(), {}, {}, 0, 0, [])
             if not state.history:
@@ -183,7 +183,7 @@ class _Run:
 
     def _all(self) -> dict[str, Tensor]:
         """Return everything that tuning changes."""
-        return {**self.values, **(self.recoding.codes if self.recoding else {})}
+        return {**self.values, **(self.updates.codes if self.updates else {})}
 
     def _copy(self) -> dict[str, Tensor]:
         """Return what is tuned as it would be stored."""
@@ -195,7 +195,7 @@ class _Run:
             p.copy_(values[name])
 
     def _go_back(self, state: _State) -> None:
-        """Return to the best step, with nothing gathered and a smaller rate."""
+        """Return to the best step, with nothing accumulated and a smaller learning rate."""
         self._put(state.best)
         for gathered in (state.mean, state.square, *self._gathered().values()):
             gathered.clear()
@@ -220,13 +220,13 @@ class _Run:
         return self.loss(output, wanted)
 
     def _step(self, state: _State, sizes: dict[str, float]) -> float:
-        expanded: AbstractContextManager[list[Tensor]] = self.recoding.expanded() if self.recoding else nullcontext([])
+        expanded: AbstractContextManager[list[Tensor]] = self.updates.expanded() if self.updates else nullcontext([])
         with expanded as weights:
             loss = self._compare(self.batches[self._order(state.step)])
             gradients = torch.autograd.grad(loss, [*self.values.values(), *weights], allow_unused=True)
         found = dict(zip(self.values, gradients))
         if not all(bool(torch.isfinite(g).all()) for g in gradients if g is not None):
-            return float(loss.detach())  # a batch that overflows teaches nothing
+            return float(loss.detach())  # a batch that overflows changes nothing
         warm = max(1, round(WARM * self.options.steps))
         left = max(0.0, (state.step - warm) / max(1, self.options.steps - warm))
         factor = state.share * min((state.step + 1) / warm, LAST + (1 - LAST) * (1 + math.cos(math.pi * left)) / 2)
@@ -239,10 +239,10 @@ class _Run:
                 t = state.step + 1 - state.began
                 step = mean / (1 - BETAS[0] ** t) / ((square / (1 - BETAS[1] ** t)).sqrt() + EPSILON)
                 self.values[name].sub_(step, alpha=self.options.rate * factor * sizes[name])
-        if self.recoding:
-            self.recoding.pull(gradients[len(self.values) :], factor)
+        if self.updates:
+            self.updates.accumulate(gradients[len(self.values) :], factor)
             if (state.step + 1) % EVERY == 0:
-                self.recoding.change()
+                self.updates.update()
         return float(loss.detach())
 
     @torch.no_grad()
@@ -268,8 +268,8 @@ class _Run:
         write_tensors(self.checkpoint, tensors, {"rpq_tune": json.dumps(facts)})
 
     def _gathered(self) -> dict[str, dict[str, Tensor]]:
-        r = self.recoding
-        return {"pull": r.pulls, "pull_square": r.squares, "pull_steps": r.steps} if r else {}
+        u = self.updates
+        return {"pull": u.offsets, "pull_square": u.squares, "pull_steps": u.steps} if u else {}
 
     def _resume(self) -> _State | None:
         if self.checkpoint is None or not self.checkpoint.is_file():
@@ -313,40 +313,5 @@ class _State:
     best_step: int
     history: list[tuple[int, float]]
     since: int = 0  # evaluations without a new best
-    share: float = 1.0  # of the rate
+    share: float = 1.0  # of the learning rate
     began: int = 0  # the step from which mean and square gather
-
-
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return what is trained: codebooks and scales, and every vector (norms, biases) beside them."""
-    inside = {id(p) for rpq in surgery.layers_of(model).values() for p in rpq.parameters()}
-    return {
-        name: p
-        for name, p in model.named_parameters()
-        if p.is_floating_point() and (id(p) in inside or p.ndim <= 1) and not p.is_meta
-    }
-
-
-def _coded(model: nn.Module) -> dict[str, RPQWeight]:
-    """Return every RPQWeight once, under the name of its codes."""
-    found = {id(rpq): rpq for rpq in surgery.layers_of(model).values()}
-    return {f"{path}.codes": found[id(m)] for path, m in model.named_modules() if id(m) in found}
-
-
-@contextmanager
-def _training(model: nn.Module, values: dict[str, nn.Parameter]) -> Iterator[None]:
-    """Gradients for these values alone, and those in fp32, as long as the block lasts."""
-    asked = {p: p.requires_grad for p in model.parameters()}
-    stored = {p: p.dtype for p in values.values()}
-    try:
-        for p in asked:
-            p.requires_grad_(False)
-        for p in values.values():
-            p.data = p.data.float()
-            p.requires_grad_(True)
-        yield
-    finally:
-        for p, dtype in stored.items():
-            p.data = p.data.to(dtype)
-        for p, wanted in asked.items():
-            p.requires_grad_(wanted)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertModel
 
 import rpq_convert as rpq
-from rpq_convert.calibration import moments, sequential
+from rpq_convert.calibration import hessian, sequential
 from rpq_convert.core import results
 from rpq_convert.encoding import encode
 from rpq_convert.fit import fit_gptq, fit_kmeans, gptq
@@ -90,7 +90,7 @@ def test_compiled_steps_equal_those_of_torch(shape, axis, dim, books, scaled, mo
 @pytest.mark.parametrize("inputs", [3, 383, 384, 600])
 def test_gram(inputs):
     x = torch.randn(50, inputs, generator=torch.Generator().manual_seed(0))
-    found = moments.gram(x)
+    found = hessian.gram(x)
     torch.testing.assert_close(found, x.T @ x)
     assert torch.equal(found, found.T) or inputs < 384
 
@@ -144,9 +144,9 @@ def test_statistics_that_cannot_be_are_refused(hessian, said):
 # What is measured: moments of everything that reads a weight.
 
 
-def moments_of(module, name, view, *inputs):
-    """Return Moments of one parameter as `Watch` sees them."""
-    found = moments.Moments()
+def hessian_of(module, name, view, *inputs):
+    """Return the Hessian of one parameter as `Watch` sees them."""
+    found = hessian.Hessian()
 
     def see(_, reading, part):
         for offset, x in reading.vectors():
@@ -183,7 +183,7 @@ def test_moments_give_the_energy_of_the_output(name):
     layer = build()
     layer.bias = None
     x = torch.randn(shape)
-    found = moments_of(layer, "weight", view, x)
+    found = hessian_of(layer, "weight", view, x)
     groups = getattr(layer, "groups", 1)
     weight = rpq.WeightView(view).to_matrix(layer.weight.detach(), "in").double()  # [outputs, inputs]
     if "in out" in view and groups > 1:  # stored [in, out / groups, …]: a group's inputs are a run of the first axis
@@ -199,13 +199,13 @@ def test_moments_of_bilinear_and_attention():
     bilinear = nn.Bilinear(3, 4, 5, bias=False)
     a, b = torch.randn(7, 3), torch.randn(7, 4)
     w = bilinear.weight.detach().reshape(5, 12).double()
-    found = moments_of(bilinear, "weight", "out in in2", a, b).matrix()
+    found = hessian_of(bilinear, "weight", "out in in2", a, b).matrix()
     assert float(((w @ found) * w).sum()) == pytest.approx(
         float(bilinear(a, b).detach().double().square().sum()), rel=1e-4
     )
 
     attention, x = nn.MultiheadAttention(8, 2, batch_first=True).eval(), torch.randn(2, 5, 8)
-    found = moments_of(attention, "in_proj_weight", "out in", x, x, x)
+    found = hessian_of(attention, "in_proj_weight", "out in", x, x, x)
     flat = x.reshape(-1, 8).double()
     assert found.rows == 10 and torch.allclose(found.matrix(), flat.T @ flat, atol=1e-4)
 
@@ -229,13 +229,13 @@ class AllExpertsAtOnce(OneExpertAtATime):
 @pytest.mark.parametrize("kind", [OneExpertAtATime, AllExpertsAtOnce])
 def test_experts_have_moments_of_their_own(kind):
     x = torch.randn(3, 5, 4)
-    found = moments_of(kind(), "up_proj", "expert out in", x).matrix(3)
+    found = hessian_of(kind(), "up_proj", "expert out in", x).matrix(3)
     assert torch.allclose(found, torch.stack([a.T.double() @ a.double() for a in x]), atol=1e-4)
 
 
 def test_moments_in_a_stream_are_those_at_once():
     x = torch.randn(1000, 16)
-    once, stream = moments.Moments(), moments.Moments()
+    once, stream = hessian.Hessian(), hessian.Hessian()
     once.add(x)
     for part in x.split(33):
         stream.add(part)
@@ -432,15 +432,15 @@ def test_checkpoint_equals_memory_and_goes_on_after_a_kill(tokens, tmp_path):
     assert ours.keys() == theirs.keys() and all(torch.equal(t, theirs[k]) for k, t in ours.items())
 
 
-def test_half_of_the_drift_is_made_up_for():
+def test_asymmetric_calibration_goes_half_way():
     """Inputs that drifted by an invertible map: the matrix that undoes it is known."""
     g = torch.Generator().manual_seed(0)
     dense, x = torch.randn(6, 8, generator=g), torch.randn(5000, 8, generator=g)
     back = torch.eye(8) + 0.3 * torch.randn(8, 8, generator=g)  # the dense inputs are x back^T
-    seen = moments.Moments()
+    seen = hessian.Hessian()
     seen.add(x)
-    seen.meet(x @ back.T, x)
-    found = encode._making_up(dense, results.Statistics(seen.matrix(), len(x), seen.cross))
+    seen.add_cross(x @ back.T, x)
+    found = encode._asymmetric(dense, results.Statistics(seen.matrix(), len(x), seen.cross))
     torch.testing.assert_close(found, dense + (dense @ back - dense) / 2, rtol=0.05, atol=0.05)
 
 
@@ -453,7 +453,7 @@ def test_a_block_is_given_the_drift_of_the_blocks_before_it(tokens, monkeypatch)
     data = [torch.randn(256, 48) for _ in range(8)]
     found = {}
     for share in (0.0, 0.5):
-        monkeypatch.setattr(encode, "MAKE_UP", share)
+        monkeypatch.setattr(encode, "ASYMMETRIC", share)
         model = copy.deepcopy(base)
         rpq.convert(model, bits=2, grow=True, calibration=data)
         found[share] = rpq.evaluate(base, model, [torch.randn(2000, 48)]).metrics["relative_error"]

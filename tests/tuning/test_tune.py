@@ -11,7 +11,7 @@ from torch import nn
 import rpq_convert as rpq
 from rpq_convert.layers.surgery import layers_of
 from rpq_convert.tuning import codes
-from rpq_convert.tuning.codes import Recoding
+from rpq_convert.tuning.codes import CodeUpdates
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_tuning_helps_on_text_that_was_not_seen(pair):
 
 def test_codes_that_follow_the_gradient_help_more_than_codebooks_alone(monkeypatch):
     """From random codes: what codebooks can do about them is little, what codes can do is nearly all."""
-    monkeypatch.setattr(codes, "RATE", 0.05)  # so that pulls grow long in few steps
+    monkeypatch.setattr(codes, "RATE", 0.05)  # so that offsets grow long in few steps
     torch.manual_seed(0)
     dense = nn.Sequential(nn.Linear(48, 64), nn.Tanh(), nn.Linear(64, 16))
     data = [torch.randn(64, 48) for _ in range(20)]
@@ -78,27 +78,27 @@ def test_codes_that_follow_the_gradient_help_more_than_codebooks_alone(monkeypat
         (nn.ConvTranspose2d(6, 8, 3), {"dim": 4}),
     ],
 )
-def test_a_change_of_codes_goes_where_the_weights_are_pulled_to(layer, options, share):
-    """A weight and its pull together say where it should be: a change moves the weight nearer and takes that off the pull."""
+def test_a_code_update_goes_where_the_gradients_lead(layer, options, share):
+    """A weight and its offset together say where it should be: an update moves the weight nearer and takes that off the offset."""
     model = nn.Sequential(copy.deepcopy(layer))
     rpq.convert(model, grow=True, **options)
     rpq_weight = next(iter(layers_of(model).values()))
-    gone = Recoding({"w": rpq_weight}, share)
+    gone = CodeUpdates({"w": rpq_weight}, share)
     g = torch.Generator().manual_seed(0)
     with gone.expanded() as (weight,):
         assert weight.requires_grad
     assert rpq_weight.caches.expanded is None
-    gone.pull([torch.randn(rpq_weight.shape, generator=g)], 1.0)
-    gone.pulls["w"].mul_(50)
+    gone.accumulate([torch.randn(rpq_weight.shape, generator=g)], 1.0)
+    gone.offsets["w"].mul_(50)
     before = rpq_weight.matrix_rows(0, rpq_weight.layout.n)
-    pull, codes = gone.pulls["w"].clone(), rpq_weight.codes.clone()
-    changed = gone.change()
+    offset, codes = gone.offsets["w"].clone(), rpq_weight.codes.clone()
+    changed = gone.update()
     after = rpq_weight.matrix_rows(0, rpq_weight.layout.n)
     assert 0 < changed <= max(1, math.ceil(share * codes.numel()))
     assert int((codes != rpq_weight.codes).sum()) == changed
-    torch.testing.assert_close(after + gone.pulls["w"], before + pull, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(after + gone.offsets["w"], before + offset, rtol=1e-5, atol=1e-5)
     scale = 1.0 if (found := rpq_weight.scale_matrix()) is None else found  # nearer is judged among codewords
-    assert (gone.pulls["w"] / scale).norm() < (pull / scale).norm()
+    assert (gone.offsets["w"] / scale).norm() < (offset / scale).norm()
 
 
 def test_a_share_of_codes_is_a_share(pair):

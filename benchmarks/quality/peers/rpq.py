@@ -41,7 +41,7 @@ SETTINGS = {
 
 
 def _own(model: nn.Module) -> list[Any]:
-    """Return what is made up for a model: for the small networks more and smaller pictures, in all as many as data would be."""
+    """Return synthetic inputs for a model: for the small networks more and smaller pictures, in all as many as data would be."""
     import rpq_convert as rpq
 
     size = getattr(model, "picture_size", None)

@@ -1,4 +1,4 @@
-"""Second moments of the inputs of a weight: the Hessian X^T X, and the cross-moment with the dense inputs."""
+"""The Hessian X^T X of what a weight multiplies, and the cross-moment D^T X with the dense model's inputs."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 
-class Moments:
-    """Second moments of what a weight multiplies, summed in fp64: one matrix for each part with inputs of its own.
+class Hessian:
+    """Sums over the inputs x of one weight, in fp64: `sum x x^T` of each part that has inputs of its own.
 
-    `cross` are those of the dense model's inputs with these, `sum d x^T`.
+    `cross` is the cross-moment `sum d x^T`, where d is what the dense model's weight multiplies in place of x; None without it.
+    `rows` counts the input vectors.
     """
 
     def __init__(self) -> None:
@@ -18,18 +19,21 @@ class Moments:
         self.rows = 0
 
     def add(self, x: Tensor, part: int = 0) -> None:
-        """Add input vectors [rows, inputs]."""
+        """Add input vectors [rows, inputs] of a part."""
         found = gram(x.float()).double()
         self.parts[part] = self.parts[part].add_(found) if part in self.parts else found
         self.rows += len(x)
 
-    def meet(self, dense: Tensor, x: Tensor) -> None:
-        """Add pairs of input vectors [rows, inputs]: the dense model's, and this one's in their place."""
+    def add_cross(self, dense: Tensor, x: Tensor) -> None:
+        """Add pairs of input vectors, both [rows, inputs]: the dense model's, and the converted model's in their place."""
         found = (dense.float().T @ x.float()).double()
         self.cross = found if self.cross is None else self.cross.add_(found)
 
     def matrix(self, parts: int = 1) -> Tensor | None:
-        """Return `sum x x^T` [inputs, inputs], or [parts, inputs, inputs] with zeros for parts that saw nothing."""
+        """Return `sum x x^T` [inputs, inputs], or [parts, inputs, inputs] with zeros for parts that were not reached.
+
+        None where no part was reached.
+        """
         if not self.parts:
             return None
         zero = torch.zeros_like(next(iter(self.parts.values())))

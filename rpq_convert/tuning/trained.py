@@ -1,0 +1,46 @@
+"""What tuning trains: codebooks, scales and vectors, in fp32 meanwhile; and the weights whose codes may change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from rpq_convert.layers import surgery
+from rpq_convert.layers.weight import RPQWeight
+
+
+def trained_values(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what is trained: codebooks and scales, and every vector (norms, biases) beside them."""
+    inside = {id(p) for rpq in surgery.layers_of(model).values() for p in rpq.parameters()}
+    return {
+        name: p
+        for name, p in model.named_parameters()
+        if p.is_floating_point() and (id(p) in inside or p.ndim <= 1) and not p.is_meta
+    }
+
+
+def coded_weights(model: nn.Module) -> dict[str, RPQWeight]:
+    """Return every RPQWeight once, under the name of its codes."""
+    found = {id(rpq): rpq for rpq in surgery.layers_of(model).values()}
+    return {f"{path}.codes": found[id(m)] for path, m in model.named_modules() if id(m) in found}
+
+
+@contextmanager
+def training(model: nn.Module, values: dict[str, nn.Parameter]) -> Iterator[None]:
+    """Gradients for these values alone, and those in fp32, as long as the block lasts."""
+    asked = {p: p.requires_grad for p in model.parameters()}
+    stored = {p: p.dtype for p in values.values()}
+    try:
+        for p in asked:
+            p.requires_grad_(False)
+        for p in values.values():
+            p.data = p.data.float()
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p, dtype in stored.items():
+            p.data = p.data.to(dtype)
+        for p, wanted in asked.items():
+            p.requires_grad_(wanted)
