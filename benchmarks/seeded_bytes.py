@@ -23,7 +23,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import rpq_convert as rpq
+from rpq_convert.hf import torchvision
 
+torchvision.fix()  # or transformers and vit-pytorch do not import beside a CPU build of torch
 RECORD = Path(__file__).with_suffix(".json")
 
 

@@ -20,7 +20,8 @@ def test_the_page_runs(tmp_path):
     LlamaForCausalLM(config).save_pretrained(tmp_path / "tiny")
     blocks = BLOCK.findall((ROOT / "docs" / "stack.md").read_text("utf8"))
     assert len(blocks) > 8
-    prepared = "import torch\nwords = torch.randint(128, (2, 12), generator=torch.Generator().manual_seed(0))\n"
+    prepared = "from rpq_convert.hf import torchvision\ntorchvision.fix()\n"  # transformers needs one that works
+    prepared += "import torch\nwords = torch.randint(128, (2, 12), generator=torch.Generator().manual_seed(0))\n"
     (tmp_path / "page.py").write_text(prepared + "\n".join(blocks), "utf8")
     done = subprocess.run(
         [sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True,

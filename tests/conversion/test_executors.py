@@ -124,10 +124,11 @@ def test_an_unknown_executor_is_refused_by_name():
 
 
 INTERRUPTED = """
-import sys, time
+import signal, sys, time
 from rpq_convert.conversion.executors import run
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs with ctrl-C ignored
     def items():
         for number in range(10_000):
             if number == 4:

@@ -153,6 +153,8 @@ out["uncached"] = fail(rpq.plan, "team/other", local_files_only=True)
 PUSH = (
     FAIL
     + """
+from rpq_convert.hf import torchvision
+torchvision.fix()  # transformers needs one that works
 from transformers import AutoModel
 import torch
 folder, broken, many = sys.argv[1:]
