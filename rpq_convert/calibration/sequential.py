@@ -13,7 +13,7 @@ have drifted (asymmetric calibration, in `encoding/encode.py`).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,7 +37,7 @@ See = Callable[[str, Reading, int], None]
 KEPT = 1 << 30  # bytes of what dense blocks multiply that are kept rather than made again for every group of weights
 
 
-def walk(model: nn.Module, jobs: Sequence[Job], data: Sequence[Any]) -> Iterator[Group]:
+def walk(model: nn.Module, jobs: Sequence[Job], data: Sequence[Any]) -> Generator[Group, None, None]:
     """Yield all jobs in the order of execution, in groups, each with the statistics of what its weights multiply.
 
     The caller installs a group before it asks for the next, whose inputs depend on it. It closes the iterator when it leaves

@@ -55,7 +55,7 @@ def own_inputs(
         )
     if kind == "tokens":
         return _random_tokens(model, samples * window, g)
-    if kind != "text":
+    if not isinstance(kind, str):
         return _pictures(model, samples, kind, g, BATCH)
     found: list[Any] = []
     for start in range(0, samples, batch):
@@ -75,13 +75,13 @@ def probe_inputs(model: Any, g: torch.Generator) -> list[Any]:
         return []
     if kind == "tokens":
         return _random_tokens(model, SEQUENCES * TOKENS, g)
-    if kind != "text":
+    if not isinstance(kind, str):
         return _pictures(model, PICTURES, kind, g, 1)
     begin = getattr(model.config, "bos_token_id", None)
-    known = isinstance(begin, int)
-    first = (
-        torch.full((SEQUENCES, 1), begin) if known else torch.randint(_vocabulary(model), (SEQUENCES, 1), generator=g)
-    )
+    if isinstance(begin, int):
+        first = torch.full((SEQUENCES, 1), begin)
+    else:
+        first = torch.randint(_vocabulary(model), (SEQUENCES, 1), generator=g)
     length = min(TOKENS, getattr(model.config, "max_position_embeddings", None) or TOKENS)
     return [{"input_ids": ids[None]} for ids in _text(model, first, length, lambda logits: _drawn(logits, g))]
 

@@ -88,7 +88,7 @@ class Encode(ConversionOps):
             rpq = swap(places, job, encode(job, tensor.to(dtype_of(job.dtype))))
             rpq.to(tensor.device)
             for part in rpq.parameters():
-                part._is_hf_initialized = True
+                part._is_hf_initialized = True  # type: ignore[attr-defined]
             missing_keys.difference_update((job.name, *job.aliases))
         return {}
 
