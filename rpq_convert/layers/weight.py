@@ -119,7 +119,8 @@ class RPQWeight(nn.Module):
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return (codes [stages, blocks, n], codebooks, scales) for compiled kernels; the view of codes is cached."""
-        stored, codebooks, scales = (self.stored_tensor(name) for name in ("codes", "codebooks", "scales"))
+        find = self.stored_tensor
+        stored, codebooks, scales = find("codes"), find("codebooks"), find("scales")
         cached = self.caches.codes
         if (
             cached is None
