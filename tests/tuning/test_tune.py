@@ -235,10 +235,10 @@ def test_blocks_are_tuned_one_after_another(monkeypatch):
     assert set(done) == {"0", "1", "2"}  # the outermost chain
     assert done["1"].after < done["1"].before and all(d.after <= d.before for d in done.values())
     assert rpq.evaluate(base, model, held).metrics["relative_error"] < before
-    codes = {k: t.clone() for k, t in model.state_dict().items() if t.dtype == torch.uint8}
+    before = {k: t.clone() for k, t in model.state_dict().items() if t.dtype == torch.uint8}
     monkeypatch.setattr(codes, "RATE", 0.1)
     done = rpq.tune_blocks(model, base, data, steps=40, every=10, recode=0.02)
-    changed = {k.partition(".")[0] for k, t in codes.items() if not torch.equal(t, model.state_dict()[k])}
+    changed = {k.partition(".")[0] for k, t in before.items() if not torch.equal(t, model.state_dict()[k])}
     assert "1" in changed <= {path for path, d in done.items() if d.best}
     with pytest.raises(rpq.TuneError, match="no chain"):
         rpq.tune_blocks(model[0], base[0], data)
