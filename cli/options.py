@@ -31,6 +31,22 @@ Samples = Annotated[
     Option(min=1, help="Windows of 512 tokens, lines or pictures to calibrate on; 128 by default, 64 with 'self'."),
 ]
 Base = Annotated[Path, Argument(metavar="BASE", help="The dense checkpoint.")]
+Out = Annotated[
+    Path | None,
+    Option("--out", "-o", metavar="FOLDER", help="Where to write; the source's name and -rpq by default."),
+]
+Device = Annotated[Literal["cpu", "cuda"], Option(help="Where fits run; in this version on the CPU.")]
+Calibrate = Annotated[
+    str | None,
+    Option(
+        metavar="PATH|self",
+        help=f"Fit each layer to its inputs on {DATA}; or 'self': on synthetic inputs (text that a language model writes, tokens, noise).",
+    ),
+]
+Workers = Annotated[int | None, Option(min=1, help="Fits at once; up to 4 by default.")]
+Executor = Annotated[Literal["serial", "threads", "processes"], Option(help="How fits run.")]
+DryRun = Annotated[bool, Option("--dry-run", help="Show the plan and the exact sizes; write nothing.")]
+PushTo = Annotated[str | None, Option(metavar="REPO", help="Upload the result to this repository of the hub.")]
 OutFolder = Annotated[Path, Option("--out", "-o", metavar="FOLDER", help="Where to write the new model.")]
 
 Factory = Annotated[

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,39 @@ from rpq_convert.tuning.options import TuneOptions
 from rpq_convert.tuning.tune import Tuning, tune_with
 
 
+@dataclass(frozen=True)
+class Pair:
+    """A converted folder, and the dense checkpoint that it was made from.
+
+    Args:
+        factory: builds a model that is not transformers'.
+    """
+
+    base: str | Path
+    folder: str | Path
+    factory: str | Factory | None = None
+
+    def load(self) -> tuple[Any, Any]:
+        """Return the dense model and the converted one, in evaluation mode."""
+        converted: Any = load(self.folder, factory=self.factory)
+        converted._rpq_options = {}
+        if (Path(self.folder) / REPORT).is_file():
+            converted._rpq_options = dict(audit(self.folder).options)  # for the next report and card
+        if self.factory is not None:
+            return open_checkpoint(self.base, SourceOptions(factory=self.factory)).filled().eval(), converted
+        refuse_links(self.base)
+        try:
+            return type(converted).from_pretrained(self.base, trust_remote_code=False).eval(), converted
+        except (OSError, ValueError) as e:
+            raise SourceError(f"{self.base}: {str(e).strip().splitlines()[0]}") from None
+
+
 def evaluate_folder(
-    base: str | Path,
-    folder: str | Path,
+    pair: Pair,
     *,
     text: Path | None = None,
     pairs: Path | None = None,
     inputs: Path | None = None,
-    factory: str | Factory | None = None,
     window: int = 512,
     windows: int | None = None,
     layers: bool = False,
@@ -47,12 +72,10 @@ def evaluate_folder(
     """Evaluate a converted folder against its dense checkpoint.
 
     Args:
-        base, folder: the dense checkpoint and its conversion.
         text: a causal language model predicts windows of it; of any other text model the mean-pooled embeddings of its lines
             are compared.
         pairs: CSV of sentence, sentence, score: the rank correlation of the cosine of two embeddings with the score.
         inputs: .safetensors of named arguments, for any model; with `labels`, the accuracy of a classifier. Or a folder of pictures.
-        factory: builds a model that is not transformers'.
         window, windows: tokens of one window, and at most so many windows, lines or samples.
         layers: measure the error that each converted layer adds as well.
         keep: write what was found into the folder's report and model card.
@@ -65,13 +88,14 @@ def evaluate_folder(
     on = [path for path in given.values() if path is not None]
     if len(on) != 1:
         raise EvaluateError("give one thing to measure on: a text, pairs or inputs")
-    if keep and not (Path(folder) / REPORT).is_file():  # said before hours of measuring, not after
-        raise SourceError(f"{folder} has no {REPORT} to write into; leave out --save")
-    if keep:
-        read_manifest(Path(folder))
-    dense, converted = _both(base, folder, factory)
+    folder = Path(pair.folder)
+    if keep:  # said before hours of measuring, not after
+        if not (folder / REPORT).is_file():
+            raise SourceError(f"{folder} has no {REPORT} to write into; leave out --save")
+        read_manifest(folder)
+    dense, converted = pair.load()
     if text is not None and converted.can_generate():
-        words = tokenizer_of(base)
+        words = tokenizer_of(pair.base)
         ids = words(read_text(text), return_tensors="pt", add_special_tokens=False).input_ids[0]
         ids = ids[: windows * window] if windows else ids
         found = evaluate(
@@ -79,42 +103,25 @@ def evaluate_folder(
         )
         batches: list[Any] = [{"input_ids": part[None]} for part in ids[: 4 * window].split(window)]
     elif pairs is not None:
-        found, batches = evaluate_pairs(dense, converted, base, pairs, window, windows, say)
+        found, batches = evaluate_pairs(dense, converted, pair.base, pairs, window, windows, say)
     else:
-        batches = read_inputs(on[0], base, model=dense, window=window, samples=windows, labels=True)
+        batches = read_inputs(on[0], pair.base, model=dense, window=window, samples=windows, labels=True)
         told = progress_lines(say, "batches", len(batches))
         a, b = (dense, converted) if text is None else (Pooled(dense), Pooled(converted))
         found = evaluate(a, b, batches, progress=told)
     if layers:
         found = replace(found, layers=layer_errors(dense, converted, batches))
     if keep:
-        add_evaluation(Path(folder), on[0].name, found)
+        add_evaluation(folder, on[0].name, found)
     return found
 
 
-def _both(base: str | Path, folder: str | Path, factory: str | Factory | None) -> tuple[Any, Any]:
-    """Return the dense model and the converted one."""
-    converted: Any = load(folder, factory=factory)
-    converted._rpq_options = {}
-    if (Path(folder) / REPORT).is_file():
-        converted._rpq_options = dict(audit(folder).options)  # for the next report and card
-    if factory is not None:
-        return open_checkpoint(base, SourceOptions(factory=factory)).filled().eval(), converted
-    refuse_links(base)
-    try:
-        return type(converted).from_pretrained(base, trust_remote_code=False).eval(), converted
-    except (OSError, ValueError) as e:
-        raise SourceError(f"{base}: {str(e).strip().splitlines()[0]}") from None
-
-
 def tune_folder(
-    base: str | Path,
-    folder: str | Path,
+    pair: Pair,
     out: str | Path,
     data: Path,
     options: TuneOptions,
     *,
-    factory: str | Factory | None = None,
     window: int = 256,
     samples: int = 512,
     blocks: int = 0,
@@ -124,8 +131,8 @@ def tune_folder(
     """Tune a converted folder against its dense checkpoint, into another folder.
 
     Args:
-        base, folder, out: the dense checkpoint, its conversion, and the folder to make.
-        data, window, samples, factory: as for `read_inputs` and `load`.
+        out: the folder to make.
+        data, window, samples: as for `read_inputs`.
         blocks: steps on each transformer block alone, before all are tuned together; the same options, except the loss.
         overwrite: replace `out`.
         options: how to tune. A killed run continues when it is repeated; blocks are then tuned again first.
@@ -134,8 +141,8 @@ def tune_folder(
         SourceError, FolderError: as `load` and `save`. CalibrationError: no data. TuneError: as `tune`.
     """
     place = _free(out, overwrite)
-    dense, model = _both(base, folder, factory)
-    items = read_inputs(data, base, model=dense, window=window, samples=samples)
+    dense, model = pair.load()
+    items = read_inputs(data, pair.base, model=dense, window=window, samples=samples)
     told = None if say is None else lambda step, loss: say(f"step {step}: loss {loss:.4g}")
     if blocks:
         for path, done in tune_blocks_with(replace(options, steps=blocks, loss="mse"), model, dense, items).items():
@@ -144,17 +151,15 @@ def tune_folder(
     file = place.with_name(place.name + ".tuning.safetensors")
     tuned = tune_with(options, model, dense, items, checkpoint=file, progress=told)
     model._rpq_options["tuning"] = {"steps": tuned.best, "before": tuned.before, "after": tuned.after}
-    save(model, place, overwrite=overwrite, files=extra_files(folder), base=base_in(Path(folder)))
+    save(model, place, overwrite=overwrite, files=extra_files(pair.folder), base=base_in(Path(pair.folder)))
     return tuned
 
 
 def recalibrate_folder(
-    base: str | Path,
-    folder: str | Path,
+    pair: Pair,
     out: str | Path,
     data: Path | None,
     *,
-    factory: str | Factory | None = None,
     window: int = 512,
     samples: int | None = None,
     overwrite: bool = False,
@@ -163,16 +168,18 @@ def recalibrate_folder(
     """Fit a converted folder to inputs, starting from its codebooks, into another folder.
 
     Args:
-        base, folder, out, factory, overwrite: as for `tune_folder`.
+        out, overwrite: as for `tune_folder`.
         data, window, samples: as for `read_inputs`; None for synthetic inputs (`own_inputs`).
         options: those of `recalibrate`.
     """
     place = _free(out, overwrite)
-    dense, model = _both(base, folder, factory)
+    dense, model = pair.load()
     some: dict[str, Any] = {} if samples is None else {"samples": samples}
-    items = own_inputs(dense, **some) if data is None else read_inputs(data, base, model=dense, window=window, **some)
+    items = (
+        own_inputs(dense, **some) if data is None else read_inputs(data, pair.base, model=dense, window=window, **some)
+    )
     recalibrate(model, dense, items, **options)
-    return save(model, place, overwrite=overwrite, files=extra_files(folder), base=base_in(Path(folder)))
+    return save(model, place, overwrite=overwrite, files=extra_files(pair.folder), base=base_in(Path(pair.folder)))
 
 
 def _free(out: str | Path, overwrite: bool) -> Path:

@@ -14,7 +14,7 @@ from rpq_convert.planning.rules import Rule, as_rule, mixes
 SIZE, WHAT = "Size and quality", "What to convert"
 DEFAULT_PRESET = "5bit"  # the smallest within 10 % of SmolLM2-135M: docs/default-preset.md
 DEFAULT_SHARD = "5GB"
-FITS = ("kmeans", "additive", "random")
+FITS = ("kmeans", "additive", "random")  # the names of fit.FITTERS, which a plan must not import
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +60,7 @@ class PlanOptions:
     axis: Literal["out", "in"] | None = setting(
         None, "Axis that sub-vectors run along, where both are possible.", record=ALWAYS, panel=SIZE
     )
-    fit: Literal["kmeans", "additive", "random"] | None = setting(
-        None, "How codebooks are found.", record=ALWAYS, panel=SIZE
-    )
+    fit: str | None = setting(None, "How codebooks are found.", choices=FITS, record=ALWAYS, panel=SIZE)
     seed: int = setting(0, "Decides every random number.", least=0, record=ALWAYS, panel=SIZE)
     stages: int | None = setting(
         None, "With `dim`: how many codewords are summed for one sub-vector.", panel=SIZE, flag=None

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rpq_convert.fit import FITTERS, Fitted
+from rpq_convert.planning.options import FITS
 
 kmeans, additive, random = FITTERS["kmeans"], FITTERS["additive"], FITTERS["random"]
 
@@ -52,6 +53,10 @@ def assert_nearest(fitted: Fitted, matrix: torch.Tensor, dim: int, importance: t
         distance = ((x[:, None] - c[None]) ** 2 * w[:, None]).sum(2)  # [n, 256]
         chosen = distance.gather(1, fitted.codes[0, b].long()[:, None])[:, 0]
         assert (chosen <= distance.min(1).values * (1 + 1e-5) + 1e-12).all()
+
+
+def test_plans_know_every_fitter():
+    assert set(FITS) == set(FITTERS)
 
 
 @pytest.mark.parametrize("name", FITTERS)

@@ -16,7 +16,7 @@ from torch import nn
 
 import rpq_convert as rpq
 from rpq_convert.planning.allocation import allocate
-from rpq_convert.planning.budget import interpolate
+from rpq_convert.planning.choices import interpolate
 
 
 def llama(tied=True, seed=0):

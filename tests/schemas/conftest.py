@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from wrong_files import net
 
 import rpq_convert as rpq
-from rpq_convert.folders import evaluate_folder
+from rpq_convert.folders import Pair, evaluate_folder
 
 
 @pytest.fixture(scope="session")
@@ -21,9 +21,8 @@ def whole(tmp_path_factory):
     rpq.convert_checkpoint(place / "base.safetensors", place / "out", **options)
     rpq.convert_checkpoint(place / "base.safetensors", place / "sharded", max_shard_size="20KB", **options)
     save_file({"input": torch.arange(60).reshape(3, 20)}, place / "data.safetensors")
-    evaluate_folder(
-        place / "base.safetensors", place / "out", inputs=place / "data.safetensors", factory=net, keep=True
-    )
+    pair = Pair(place / "base.safetensors", place / "out", net)
+    evaluate_folder(pair, inputs=place / "data.safetensors", keep=True)
     return place
 
 

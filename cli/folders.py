@@ -1,0 +1,212 @@
+"""The commands for a converted folder: its audit, what it still knows, tuning, checks, the way back."""
+
+import json as jsonlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from typer import Argument, Option
+
+from rpq_convert.showing import printable
+from rpq_convert.storage.options import HubOptions
+from rpq_convert.tuning.options import TuneOptions
+
+from . import options as o
+from .app import examples, group
+from .errors import catching
+from .show import fits, say, show_report, width
+
+
+@group.command(epilog=examples("rpq audit opt-125m-rpq", "rpq audit opt-125m-rpq --format html --output audit.html"))
+@catching
+@o.with_options
+def audit(
+    folder: Annotated[str, Argument(metavar="FOLDER", help="A folder that rpq-convert wrote, or its repository's id.")],
+    source: HubOptions,
+    format: Annotated[
+        Literal["terminal", "json", "markdown", "csv", "html"], Option(help="How to write it.")
+    ] = "terminal",
+    output: Annotated[
+        Path | None, Option("--output", "-o", metavar="FILE", help="Write to a file instead of stdout.")
+    ] = None,
+    json: Annotated[bool, Option("--json", help="The same as --format json.")] = False,
+) -> None:
+    """Show a converted folder's size audit: every tensor, its bytes and its measured error."""
+    from rpq_convert.checkpoint.verifying import audit as read
+
+    report = read(folder, **source.hub)
+    views = {
+        "terminal": lambda: report.to_terminal(width()), "json": report.to_json, "markdown": report.to_markdown,
+        "csv": report.to_csv, "html": report.to_html,
+    }  # fmt: skip
+    text = views["json" if json else format]().rstrip("\n")
+    if output is None:
+        print(text)
+    else:
+        output.write_text(text + "\n", "utf8")
+        say(f"wrote {output}")
+
+
+@group.command(epilog=examples("rpq diff opt-125m-2bit opt-125m-4bit"))
+@catching
+def diff(
+    a: Annotated[Path, Argument(metavar="A", help="A converted folder.")],
+    b: Annotated[Path, Argument(metavar="B", help="Another, usually of the same model.")],
+) -> None:
+    """Show what differs in size and error between two converted folders."""
+    from rpq_convert.checkpoint.verifying import audit as read
+    from rpq_convert.report.text import diff as compare
+
+    print(printable(compare(read(a), read(b)), lines=True))
+
+
+@group.command(
+    epilog=examples(
+        "rpq eval opt-125m/ opt-125m-rpq --text wikitext.txt --save",
+        "rpq eval minilm/ minilm-rpq --pairs stsb.csv",
+        "rpq eval net.safetensors net-rpq --factory mymodel:build --inputs test.safetensors",
+    )
+)
+@catching
+def eval(
+    base: o.Base,
+    folder: o.OutputFolder,
+    text: Annotated[Path | None, Option(metavar="FILE", help="Text to measure on; not what a fit has seen.")] = None,
+    pairs: Annotated[
+        Path | None,
+        Option(metavar="FILE.csv", help="Sentence, sentence, score: the rank correlation of cosines and scores."),
+    ] = None,
+    inputs: Annotated[
+        Path | None,
+        Option(
+            metavar="PATH",
+            help="Tensors named after the arguments of the model's forward (.safetensors), with labels for accuracy; or a folder of pictures.",
+        ),
+    ] = None,
+    factory: o.Factory = None,
+    window: Annotated[int, Option(min=2, help="Tokens of one window.")] = 512,
+    windows: Annotated[int | None, Option(min=1, help="At most so many windows, lines, pairs or samples.")] = None,
+    layers: Annotated[bool, Option("--layers", help="Measure what each converted layer adds as well.")] = False,
+    save: Annotated[bool, Option("--save", help="Write the result into FOLDER's report and model card.")] = False,
+    quiet: o.Quiet = False,
+    json: o.Json = False,
+) -> None:
+    """Compare a converted model with its base: perplexity, divergence and agreement; cosines; a task's score; accuracy."""
+    if sum(x is not None for x in (text, pairs, inputs)) != 1:
+        raise typer.BadParameter("give one of --text, --pairs and --inputs to measure on", param_hint="rpq eval")
+    o.find_modules(factory)
+    from rpq_convert.folders import Pair, evaluate_folder
+
+    found = evaluate_folder(
+        Pair(base, folder, factory), text=text, pairs=pairs, inputs=inputs, window=window, windows=windows,
+        layers=layers, keep=save, say=None if quiet else say,
+    )  # fmt: skip
+    print(found.to_json() if json else printable(str(found), lines=True))
+
+
+@group.command(epilog=examples("rpq tune opt-125m/ opt-125m-rpq --data wikitext-train.txt --out opt-125m-tuned"))
+@catching
+@o.with_options
+def tune(
+    base: o.Base,
+    folder: o.OutputFolder,
+    data: o.Data,
+    out: o.OutFolder,
+    options: TuneOptions,
+    blocks: Annotated[
+        int, Option(min=0, help="Steps on each transformer block alone, before all are tuned together.")
+    ] = 0,
+    bfloat16: Annotated[
+        bool, Option("--bfloat16", help="Multiply in bfloat16: faster where the processor has it.")
+    ] = False,
+    window: Annotated[int, Option(min=2, help="Tokens of one window.")] = 256,
+    samples: Annotated[int, Option(min=2, help="Windows, lines or pictures.")] = 512,
+    factory: o.Factory = None,
+    overwrite: o.Overwrite = False,
+    quiet: o.Quiet = False,
+    json: o.Json = False,
+) -> None:
+    """Train a converted model's codebooks, scales, norms and biases against its base; with --recode also codes."""
+    import torch
+
+    o.find_modules(factory)
+    from rpq_convert.folders import Pair, tune_folder
+
+    options = replace(options, autocast=torch.bfloat16 if bfloat16 else None)
+    found = tune_folder(
+        Pair(base, folder, factory), out, data, options, window=window, samples=samples, blocks=blocks, overwrite=overwrite,
+        say=None if quiet else say,
+    )  # fmt: skip
+    print(found.to_json() if json else printable(str(found), lines=True))
+
+
+@group.command(
+    epilog=examples(
+        "rpq recalibrate opt-125m/ opt-125m-rpq --data wikitext-train.txt --out opt-125m-fed",
+        "rpq recalibrate opt-125m/ opt-125m-rpq --data self --out opt-125m-fed",
+    )
+)
+@catching
+def recalibrate(
+    base: o.Base,
+    folder: o.OutputFolder,
+    data: o.Data,
+    out: o.OutFolder,
+    samples: o.Samples = None,
+    factory: o.Factory = None,
+    workers: o.Workers = None,
+    overwrite: o.Overwrite = False,
+    quiet: o.Quiet = False,
+    json: o.Json = False,
+) -> None:
+    """Fit a converted model to its inputs, from the codebooks that it has; 'self' as data: synthetic inputs."""
+    o.find_modules(factory)
+    from rpq_convert.folders import Pair, recalibrate_folder
+
+    report = recalibrate_folder(
+        Pair(base, folder, factory), out, None if str(data) == "self" else data, samples=samples, workers=workers,
+        overwrite=overwrite, progress=None if quiet else fits(),
+    )  # fmt: skip
+    show_report(report, json=json)
+
+
+@group.command(epilog=examples("rpq verify opt-125m-rpq"))
+@catching
+def verify(folder: o.OutputFolder, json: o.Json = False) -> None:
+    """Check a converted folder: hashes, headers, index, shapes, and that every number is finite."""
+    from rpq_convert.checkpoint.verifying import verify as check
+
+    files = check(folder)
+    print(
+        jsonlib.dumps({"folder": str(folder), "files": files})
+        if json
+        else printable(f"{folder} is whole: {len(files)} files checked")
+    )
+
+
+@group.command(epilog=examples("rpq restore opt-125m-rpq opt-125m-dense"))
+@catching
+def restore(
+    folder: o.OutputFolder,
+    out: Annotated[Path, Argument(metavar="OUT", help="Where to write the dense checkpoint.")],
+    overwrite: o.Overwrite = False,
+) -> None:
+    """Write a plain dense checkpoint from a converted folder."""
+    o.apart(folder, out)
+    from rpq_convert.checkpoint.restoring import restore_checkpoint
+
+    written = restore_checkpoint(folder, out, overwrite=overwrite)
+    print(f"{out}: {written.file_bytes:,} bytes of dense weights")
+
+
+@group.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog=examples("rpq serve smollm2-rpq", "rpq serve smollm2-rpq --port 9000 --log-level info"),
+)
+@catching
+def serve(context: typer.Context, folder: o.OutputFolder) -> None:
+    """Serve a converted language model over HTTP as OpenAI's interface: `transformers serve`, which takes all other options."""
+    from rpq_convert.integrations.serving import serve as run
+
+    run([str(folder), *context.args])
