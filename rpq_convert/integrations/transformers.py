@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.core_model_loading import ConversionOps
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightRenaming, rename_source_key
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -39,7 +40,7 @@ from rpq_convert.layers.surgery import AFTER
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning.options import PlanOptions
 from rpq_convert.planning.plan import FORMAT_VERSION, Job, Plan
-from rpq_convert.storage.reader import read_header
+from rpq_convert.storage.reader import TensorInfo, read_header
 
 METHOD = "rpq"
 STORED = ("modules", "tied", "guard", "plan_sha256", "version")
@@ -114,7 +115,9 @@ class RPQQuantizer(HfQuantizer):
             return model
         contents = description.read_all(self.quantization_config.stored)
         tied, files = contents.aliases(), kwargs.get("checkpoint_files") or ()
-        infos = {k: i for f in files if str(f).endswith(".safetensors") for k, i in read_header(f).items()}
+        infos = _under_names_of(
+            model, {k: i for f in files if str(f).endswith(".safetensors") for k, i in read_header(f).items()}
+        )
         placed: dict[str, list[str]] = {}
         for name, what in contents.modules.items():
             if (home := _path(model, name)) is None:
@@ -205,6 +208,14 @@ class RPQQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _under_names_of(model: Any, infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Return the entries of a checkpoint's headers under their own names, and those that transformers renames under the model's."""
+    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
+    state, prefix = model.state_dict(), model.base_model_prefix
+    renamed = {rename_source_key(key, renamings, [], prefix, state)[0]: info for key, info in infos.items()}
+    return {**renamed, **infos}
 
 
 def _check_loaded(path: str, weight: RPQWeight) -> None:

@@ -1,11 +1,13 @@
 """Outliers: the largest weights of every output beside the codes; layers compute as dense ones with the weight that comes back."""
 
 import copy
+import json
 import math
 
 import pytest
 import torch
 from rpq_convert.cli import group
+from safetensors.torch import load_file, save_file
 from test_rotation import MODELS, every, run
 from torch import nn
 from torch.nn import functional as F
@@ -13,6 +15,7 @@ from typer.testing import CliRunner
 
 import rpq_convert as rpq
 from rpq_convert.layers.surgery import layers_of
+from rpq_convert.storage.writer import sha256
 
 SHARE = 0.05
 
@@ -192,11 +195,22 @@ def test_where_there_are_none():
 def test_positions_that_no_input_has_are_refused(tmp_path):
     _, model, x, _ = converted("tied")
     held = layers_of(model)["table.weight"]
+    rpq.save(model, tmp_path / "saved")
     held.positions.data[5, 0] = 24
     with pytest.raises((RuntimeError, IndexError)), torch.no_grad():
         model(x)
-    rpq.save(model, tmp_path / "saved")
-    with pytest.raises(rpq.VerifyError, match="positions names inputs 0 to 24, of 24"):
+    wrong = "positions names inputs 0 to 24, of 24"
+    with pytest.raises(rpq.SourceError, match=wrong):
+        rpq.save(model, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+    file = tmp_path / "saved" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["table.weight_rpq.positions"][5, 0] = 24
+    save_file(tensors, file, metadata={"format": "pt"})
+    manifest = json.loads((tmp_path / "saved" / "rpq_manifest.json").read_text())
+    manifest["files"][file.name]["sha256"] = sha256(file)
+    (tmp_path / "saved" / "rpq_manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(rpq.VerifyError, match=wrong):
         rpq.verify(tmp_path / "saved")
 
 
