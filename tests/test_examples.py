@@ -82,7 +82,8 @@ def test_every_notebook_is_run():
     assert set(NAMES) == set(CHECKS)
 
 
-@pytest.mark.parametrize("name", CHECKS)
+# The others train models for a minute.
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "quickstart")) for n in CHECKS])
 def test_notebook(name, tmp_path):
     """It says what it promises, and what was stored is of this code: sizes are exact, and change with a file's content."""
     notebook, stored = execute(name, tmp_path), read(name)

@@ -659,12 +659,14 @@ def program(*arguments, **environment):
     )
 
 
+# One of five weights meets every kind of codebook, number of stages and of books; `make test-slow` takes all.
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("axis", ["in", "out"])
 @pytest.mark.parametrize("side", ["back", "front"])
-def test_no_kernel_touches_the_page_beside_its_tensors(side, axis):
-    done = program(SUPPORT / "guarded.py", side, axis)
+def test_no_kernel_touches_the_page_beside_its_tensors(side, axis, every):
+    done = program(SUPPORT / "guarded.py", side, axis, str(every))
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[-2000:]
-    assert int(done.stdout.split()[-2]) > 100
+    assert int(done.stdout.split()[-2]) > 300 // every
 
 
 @pytest.mark.slow

@@ -363,6 +363,7 @@ print(digest.hexdigest())
 """
 
 
+@pytest.mark.slow
 def test_compiled_afresh_or_from_the_cache_the_bits_are_the_same(tmp_path):
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", FRESH]

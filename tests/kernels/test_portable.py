@@ -54,6 +54,7 @@ def run(before: str, after: str, check: str, **environment: str) -> None:
     assert out.stdout.strip() == "the same", out.stderr[-2000:]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names a processor of another kind")
 def test_a_processor_without_avx_computes_the_same(tmp_path):
     run(

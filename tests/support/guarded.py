@@ -111,7 +111,7 @@ def exercise(rpq: RPQWeight, front: bool) -> None:
             backend.decode_gradients(whole, codes, codebooks, scales, None, rpq.layout, (True, scales is not None))
 
 
-def main(front: bool, axis: str) -> None:
+def main(front: bool, axis: str, every: int) -> None:
     faulthandler.enable()
     torch.manual_seed(0)
     guard_prepared(front)
@@ -128,11 +128,12 @@ def main(front: bool, axis: str) -> None:
             )
             dtype, scales = next(itertools.islice(kinds, count % 4, None))
             spec = Spec(dim, books, stages, axis, dtype, scales, layout)
-            print(shape, spec.describe(), layout, flush=True)
-            exercise(weight(spec, shape, front), front)
             count += 1
-    print(f"{count} weights")
+            if count % every == 0:
+                print(shape, spec.describe(), layout, flush=True)
+                exercise(weight(spec, shape, front), front)
+    print(f"{count // every} weights")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] == "front", sys.argv[2])
+    main(sys.argv[1] == "front", sys.argv[2], int(sys.argv[3]))
