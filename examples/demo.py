@@ -111,7 +111,7 @@ def main() -> None:
     for command in (
         f"{tool} audit {OUT}/4bit",
         f"{tool} convert {source} --bits 2 --calibrate self --out {OUT}/2bit",
-        f"{tool} convert {source} --target-size 10MB --out {OUT}/10MB",
+        f"{tool} convert {source} --target-size 10MB --calibrate self --out {OUT}/10MB",
     ):
         say(f"  {command}", soft_wrap=True)
 
