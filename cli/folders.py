@@ -96,10 +96,10 @@ def eval(
     if sum(x is not None for x in (text, pairs, inputs)) != 1:
         raise typer.BadParameter("give one of --text, --pairs and --inputs to measure on", param_hint="rpq eval")
     o.find_modules(factory)
-    from rpq_convert.folders import Pair, evaluate_folder
+    from rpq_convert.folders import WithBase, evaluate_folder
 
     found = evaluate_folder(
-        Pair(base, folder, factory), text=text, pairs=pairs, inputs=inputs, window=window, windows=windows,
+        WithBase(base, folder, factory), text=text, pairs=pairs, inputs=inputs, window=window, windows=windows,
         layers=layers, keep=save, say=None if quiet else say,
     )  # fmt: skip
     print(found.to_json() if json else printable(str(found), lines=True))
@@ -131,11 +131,11 @@ def tune(
     import torch
 
     o.find_modules(factory)
-    from rpq_convert.folders import Pair, tune_folder
+    from rpq_convert.folders import WithBase, tune_folder
 
     options = replace(options, autocast=torch.bfloat16 if bfloat16 else None)
     found = tune_folder(
-        Pair(base, folder, factory), out, data, options, window=window, samples=samples, blocks=blocks, overwrite=overwrite,
+        WithBase(base, folder, factory), out, data, options, window=window, samples=samples, blocks=blocks, overwrite=overwrite,
         say=None if quiet else say,
     )  # fmt: skip
     print(found.to_json() if json else printable(str(found), lines=True))
@@ -162,10 +162,10 @@ def recalibrate(
 ) -> None:
     """Fit a converted model to its inputs, from the codebooks that it has; 'self' as data: synthetic inputs."""
     o.find_modules(factory)
-    from rpq_convert.folders import Pair, recalibrate_folder
+    from rpq_convert.folders import WithBase, recalibrate_folder
 
     report = recalibrate_folder(
-        Pair(base, folder, factory), out, None if str(data) == "self" else data, samples=samples, workers=workers,
+        WithBase(base, folder, factory), out, None if str(data) == "self" else data, samples=samples, workers=workers,
         overwrite=overwrite, progress=None if quiet else fits(),
     )  # fmt: skip
     show_report(report, json=json)

@@ -31,7 +31,7 @@ from rpq_convert.tuning.tune import Tuning, tune_with
 
 
 @dataclass(frozen=True)
-class Pair:
+class WithBase:
     """A converted folder, and the dense checkpoint that it was made from.
 
     Args:
@@ -58,7 +58,7 @@ class Pair:
 
 
 def evaluate_folder(
-    pair: Pair,
+    which: WithBase,
     *,
     text: Path | None = None,
     pairs: Path | None = None,
@@ -88,14 +88,14 @@ def evaluate_folder(
     on = [path for path in given.values() if path is not None]
     if len(on) != 1:
         raise EvaluateError("give one thing to measure on: a text, pairs or inputs")
-    folder = Path(pair.folder)
+    folder = Path(which.folder)
     if keep:  # said before hours of measuring, not after
         if not (folder / REPORT).is_file():
             raise SourceError(f"{folder} has no {REPORT} to write into; leave out --save")
         read_manifest(folder)
-    dense, converted = pair.load()
+    dense, converted = which.load()
     if text is not None and converted.can_generate():
-        words = tokenizer_of(pair.base)
+        words = tokenizer_of(which.base)
         ids = words(read_text(text), return_tensors="pt", add_special_tokens=False).input_ids[0]
         ids = ids[: windows * window] if windows else ids
         found = evaluate(
@@ -103,9 +103,9 @@ def evaluate_folder(
         )
         batches: list[Any] = [{"input_ids": part[None]} for part in ids[: 4 * window].split(window)]
     elif pairs is not None:
-        found, batches = evaluate_pairs(dense, converted, pair.base, pairs, window, windows, say)
+        found, batches = evaluate_pairs(dense, converted, which.base, pairs, window, windows, say)
     else:
-        batches = read_inputs(on[0], pair.base, model=dense, window=window, samples=windows, labels=True)
+        batches = read_inputs(on[0], which.base, model=dense, window=window, samples=windows, labels=True)
         told = progress_lines(say, "batches", len(batches))
         a, b = (dense, converted) if text is None else (Pooled(dense), Pooled(converted))
         found = evaluate(a, b, batches, progress=told)
@@ -117,7 +117,7 @@ def evaluate_folder(
 
 
 def tune_folder(
-    pair: Pair,
+    which: WithBase,
     out: str | Path,
     data: Path,
     options: TuneOptions,
@@ -141,8 +141,8 @@ def tune_folder(
         SourceError, FolderError: as `load` and `save`. CalibrationError: no data. TuneError: as `tune`.
     """
     place = _free(out, overwrite)
-    dense, model = pair.load()
-    items = read_inputs(data, pair.base, model=dense, window=window, samples=samples)
+    dense, model = which.load()
+    items = read_inputs(data, which.base, model=dense, window=window, samples=samples)
     told = None if say is None else lambda step, loss: say(f"step {step}: loss {loss:.4g}")
     if blocks:
         for path, done in tune_blocks_with(replace(options, steps=blocks, loss="mse"), model, dense, items).items():
@@ -151,12 +151,12 @@ def tune_folder(
     file = place.with_name(place.name + ".tuning.safetensors")
     tuned = tune_with(options, model, dense, items, checkpoint=file, progress=told)
     model._rpq_options["tuning"] = {"steps": tuned.best, "before": tuned.before, "after": tuned.after}
-    save(model, place, overwrite=overwrite, files=extra_files(pair.folder), base=base_in(Path(pair.folder)))
+    save(model, place, overwrite=overwrite, files=extra_files(which.folder), base=base_in(Path(which.folder)))
     return tuned
 
 
 def recalibrate_folder(
-    pair: Pair,
+    which: WithBase,
     out: str | Path,
     data: Path | None,
     *,
@@ -173,13 +173,13 @@ def recalibrate_folder(
         options: those of `recalibrate`.
     """
     place = _free(out, overwrite)
-    dense, model = pair.load()
+    dense, model = which.load()
     some: dict[str, Any] = {} if samples is None else {"samples": samples}
     items = (
-        own_inputs(dense, **some) if data is None else read_inputs(data, pair.base, model=dense, window=window, **some)
+        own_inputs(dense, **some) if data is None else read_inputs(data, which.base, model=dense, window=window, **some)
     )
     recalibrate(model, dense, items, **options)
-    return save(model, place, overwrite=overwrite, files=extra_files(pair.folder), base=base_in(Path(pair.folder)))
+    return save(model, place, overwrite=overwrite, files=extra_files(which.folder), base=base_in(Path(which.folder)))
 
 
 def _free(out: str | Path, overwrite: bool) -> Path:

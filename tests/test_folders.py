@@ -321,7 +321,7 @@ def test_a_folder_of_texts_and_one_of_pictures(spoken, tmp_path):
     (tmp_path / "texts" / "more").mkdir(parents=True)
     (tmp_path / "texts" / "a.txt").write_text("\n".join(lines[:20]))
     (tmp_path / "texts" / "more" / "b.md").write_text("\n".join(lines[20:]))
-    model = open_checkpoint(base, need="config").model
+    model = open_checkpoint(base, need="headers").model
     one, many = (read_inputs(path, base, model=model, samples=9) for path in (text, tmp_path / "texts"))
     assert len(one) == len(many) == 3
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(one, many))

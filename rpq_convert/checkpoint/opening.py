@@ -89,8 +89,13 @@ class Opened:
 
     def give_filled(self) -> nn.Module:
         """Return `filled()` to a caller who changes it, and keep it no longer."""
-        model, self._filled = self.filled(), None
+        model = self.filled()
+        self.drop_filled()
         return model
+
+    def drop_filled(self) -> None:
+        """Free the weights that `filled()` keeps."""
+        self._filled = None
 
 
 def fill(model: nn.Module, source: Mapping[str, Tensor]) -> nn.Module:
@@ -113,7 +118,7 @@ def open_checkpoint(
     src: str | Path,
     options: SourceOptions = DEFAULT,
     *,
-    need: Literal["config", "headers", "weights"] = "weights",
+    need: Literal["headers", "weights"] = "weights",
     model: nn.Module | None = None,
 ) -> Opened:
     """Find a checkpoint and pair it with its empty model.
@@ -160,7 +165,7 @@ def open_checkpoint(
     if need == "weights":
         found, opened.has_weights = _tensors(folder, repository, options, need)
     else:
-        found, opened.notes = _look(repository if need == "headers" else None, options.allow_pickle)
+        found, opened.notes = _look(repository, options.allow_pickle)
     if found is not None:
         opened.source = loading.ModuleSource(opened.model, found)
         opened.source.check()

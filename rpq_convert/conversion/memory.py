@@ -47,7 +47,7 @@ def convert(
         model: any module; on meta with `fit="random"` it stays on meta but for codes and codebooks.
         plan: a plan made before; otherwise one is made from the options.
         calibration: inputs such as the model will see, each a tensor, a tuple or a dict of keyword arguments: layers are
-            then fitted in the order of execution to what they are given (calibration.py), which keeps far more quality
+            then fitted in the order of execution to what they are given, which keeps far more quality
             from 2 to 5 bits and takes some forward passes over them. Or a function of the dense model that returns such
             inputs (`rpq.own_inputs`).
         options: fields of `PlanOptions`: preset, bits, dim, codebooks, rules, include, exclude, fit, seed, …

@@ -95,6 +95,7 @@ def convert_opened(
         model = opened.give_filled()
         convert_calibrated(model, plan, parameters_of(model), data, keep, how, stored=folder.get)
     else:
+        opened.drop_filled()  # measured for a budget before: a stream needs one tensor at a time
         for job in plan.jobs:
             if folder.done(job):
                 keep(job, None)

@@ -9,9 +9,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import field, fields
-from typing import Any, TypeVar
+from typing import Any
 
-Options = TypeVar("Options")
 ALWAYS, IF_SET, NEVER = "always", "if set", "never"  # whether a plan's record holds a setting
 
 

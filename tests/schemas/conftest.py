@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from wrong_files import net
 
 import rpq_convert as rpq
-from rpq_convert.folders import Pair, evaluate_folder
+from rpq_convert.folders import WithBase, evaluate_folder
 
 
 @pytest.fixture(scope="session")
@@ -21,8 +21,8 @@ def whole(tmp_path_factory):
     rpq.convert_checkpoint(place / "base.safetensors", place / "out", **options)
     rpq.convert_checkpoint(place / "base.safetensors", place / "sharded", max_shard_size="20KB", **options)
     save_file({"input": torch.arange(60).reshape(3, 20)}, place / "data.safetensors")
-    pair = Pair(place / "base.safetensors", place / "out", net)
-    evaluate_folder(pair, inputs=place / "data.safetensors", keep=True)
+    which = WithBase(place / "base.safetensors", place / "out", net)
+    evaluate_folder(which, inputs=place / "data.safetensors", keep=True)
     return place
 
 
