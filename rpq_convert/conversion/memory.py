@@ -27,6 +27,7 @@ from rpq_convert.planning.plan import Job, Plan
 from rpq_convert.report.schema import Report
 from rpq_convert.running.data import Calibration, inputs_of
 from rpq_convert.running.digest import describe
+from rpq_convert.running.offload import refuse_offloaded
 
 Progress = Callable[[Job, Encoded | None], None]
 
@@ -62,6 +63,7 @@ def convert(
         >>> report = rpq.convert(model, bits=4); print(report)
     """
     (asked,) = take(options, PlanOptions)
+    refuse_offloaded(model, "convert")
     data = inputs_of(calibration, model)
     plan = plan or plan_opened(Opened(model, None), asked, data=data)
     source = parameters_of(model)

@@ -7,10 +7,12 @@ from torch import nn
 
 from rpq_convert.layers import surgery
 from rpq_convert.layers.surgery import AFTER
+from rpq_convert.running.offload import refuse_offloaded
 
 
 def restore(model: nn.Module) -> nn.Module:
     """Turn a converted model back into a dense one, in place: every class and parameter as before conversion."""
+    refuse_offloaded(model, "restore")
     for rpq, places in surgery.places_of(model).items():
         with torch.no_grad():
             places.remove(nn.Parameter(rpq(), requires_grad=rpq.trainable))

@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from rpq_convert.layers.weight import RPQWeight
+from rpq_convert.running.offload import onloaded
 
 # Operations that do better than decode-then-call; a handler that returns NotImplemented falls back to decoding.
 HANDLERS: dict[Any, Callable[..., Any]] = {}
@@ -123,6 +125,18 @@ class ComputedWeight(Tensor):
             return func(*_decode_in(args, decoded), **_decode_in(kwargs or {}, decoded))
 
 
+class OffloadedWeight(ComputedWeight):
+    """A computed weight whose tensors accelerate keeps elsewhere: they come for the time of each operation."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in ATTRIBUTES and func not in PLACES:
+            return ATTRIBUTES[func](args[0])
+        weights = [w for w in tree_leaves((args, kwargs)) if isinstance(w, ComputedWeight)]
+        with onloaded(*{id(rpq): rpq for rpq in map(rpq_of, weights)}.values()):
+            return super().__torch_function__(func, types, args, kwargs)
+
+
 def _decode_in(value: Any, decoded: dict[int, Tensor]) -> Any:
     """Return the argument tree with every computed weight decoded, each module once."""
     if isinstance(value, ComputedWeight):
@@ -165,3 +179,4 @@ ATTRIBUTES: dict[Any, Callable[[ComputedWeight], Any]] = {
     Tensor.is_complex: lambda w: False,
     Tensor.is_contiguous: lambda w: True,
 }
+PLACES = {Tensor.device.__get__, Tensor.is_meta.__get__, Tensor.is_cuda.__get__}  # type: ignore[attr-defined]

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from rpq_convert.layers.lazy_weight import ComputedWeight, DecodedView, refuse
+from rpq_convert.layers.lazy_weight import ComputedWeight, DecodedView, OffloadedWeight, refuse
 from rpq_convert.layers.traced_weight import TracedWeight
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning.layer_types import original_class
+from rpq_convert.running.offload import is_hooked
 
 AFTER: list[Callable[[nn.Module], None]] = []  # called with every model whose layers were converted, loaded or restored
 
@@ -78,6 +79,8 @@ def _computed(name: str) -> property:
             return rpq()  # torch's own functions that compute a weight from it take tensors alone
         if compiling:
             return TracedWeight(rpq, f"{type(self).__name__}.{name}")  # type: ignore[return-value]
+        if is_hooked(rpq):
+            return OffloadedWeight(rpq, f"{type(self).__name__}.{name}")
         kind = (rpq._probe.dtype, rpq.stored_tensor("codes").device, type(self), name)
         lazy = caches.lazy
         if lazy is None or lazy[0] != kind:

@@ -7,7 +7,7 @@ operation can work on the codes (operations.py). The file is long because all th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -121,6 +121,18 @@ class RPQWeight(nn.Module):
         """Return all tensors that the weight consists of, codes and positions as ordinary ones, by name."""
         found = {name: self.stored_tensor(name) for name in description.PARTS}  # FSDP has attributes in their place
         return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Return parameters, and codes with them: accelerate offloads what a module itself says are its parameters.
+
+        A model's `parameters()` asks no module, and has no codes.
+        """
+        yield from super().named_parameters(*args, **kwargs)
+        yield from super().named_buffers(*args, **kwargs)  # type: ignore[misc]
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        """Return nothing: codes are with the parameters, where this module is asked alone."""
+        yield from ()
 
     def stored_tensor(self, name: str) -> Any:
         """Return `self.<name>`, half a microsecond sooner than nn.Module looks it up, codes as an ordinary tensor."""
