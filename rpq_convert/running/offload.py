@@ -12,6 +12,11 @@ from rpq_convert.errors import SourceError
 HOOK = "_hf_hook"  # where accelerate keeps a module's hook
 
 
+def is_placed(module: nn.Module) -> bool:
+    """Return whether accelerate places this module's own tensors, or is about to."""
+    return "_old_forward" in module.__dict__
+
+
 def is_hooked(module: nn.Module) -> bool:
     """Return whether accelerate brings this module's own tensors for each call."""
     return HOOK in module.__dict__
