@@ -20,6 +20,7 @@ from rpq_convert.core.results import Encoded
 from rpq_convert.encoding.encode import build
 from rpq_convert.errors import PlanError
 from rpq_convert.layers import surgery
+from rpq_convert.layers.rollback import unchanged_on_failure
 from rpq_convert.layers.surgery import AFTER, Places
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning.options import PlanOptions
@@ -62,15 +63,22 @@ def convert(
         >>> report = rpq.convert(model, bits=4); print(report)
     """
     (asked,) = take(options, PlanOptions)
-    data = inputs_of(calibration, model)
-    plan = plan or plan_opened(Opened(model, None), asked, data=data)
+    how: dict[str, Any] = {"executor": executor, "workers": workers}
+    with unchanged_on_failure(model):
+        data = inputs_of(calibration, model)
+        plan = plan or plan_opened(Opened(model, None), asked, data=data)
+        return _convert(model, plan, data, progress, how)
+
+
+def _convert(
+    model: nn.Module, plan: Plan, data: Sequence[Any] | None, progress: Progress | None, how: Mapping[str, Any]
+) -> Report:
     source = parameters_of(model)
     unknown = [j.name for j in plan.jobs if j.name not in source]
     if unknown:
         raise PlanError(f"the plan is for another model: it has no parameter {unknown[0]}")
     config = getattr(model, "config", None)  # OPT and a few others call it init_std
     std = next((v for n in ("initializer_range", "init_std") if (v := getattr(config, n, None))), None)
-    how: dict[str, Any] = {"executor": executor, "workers": workers}
     if data is not None:
         plan = replace(plan, options={**plan.options, "calibration": describe(data)})
         convert_calibrated(model, plan, source, data, progress, how)
@@ -97,7 +105,7 @@ def finish(model: nn.Module, plan: Plan) -> Report:
     dtype = plan.options.get("dtype")
     if dtype:
         _cast_rest(model, getattr(torch, dtype))
-    model._rpq_options = dict(plan.options)  # type: ignore[assignment]
+    model.__dict__["_rpq_options"] = dict(plan.options)  # a class may refuse assignments
     report = report_of(model, plan)
     for act in AFTER:
         act(model)
@@ -113,33 +121,27 @@ def convert_calibrated(
     how: Mapping[str, Any],
     stored: Callable[[Job], Encoded | None] = lambda job: None,
 ) -> None:
-    """Fit and install layer by layer, but for what an earlier run has `stored`; whatever fails, the model is as it was."""
+    """Fit and install layer by layer, but for what an earlier run has `stored`."""
     if _on_meta(source):
         raise PlanError("a model on meta has no outputs to calibrate; convert it with fit='random' or load its weights")
     by_name = {job.name: job for job in plan.jobs}
     where = {job.name: surgery.places(model, (job.name, *job.aliases)) for job in plan.jobs}
-    dense: dict[str, Any] = {name: places.parameter for name, places in where.items()}
 
     def install(job: Job, encoded: Encoded, new: bool) -> None:
         swap(where[job.name], job, encoded)
         if progress:
             progress(job, encoded if new else None)
 
-    try:
-        with closing(walk(model, plan.jobs, data)) as groups:
-            for group, statistics in groups:
-                found = {job.name: stored(job) for job in group}
-                for job in group:
-                    if (encoded := found[job.name]) is not None:
-                        install(job, encoded, new=False)
-                waiting = [job for job in group if found[job.name] is None]
-                for encoded in run_jobs(waiting, source, statistics=statistics, **how):
-                    install(by_name[encoded.name], encoded, new=True)
-                del statistics  # before the next group's Hessian is made
-    except BaseException:
-        for name, places in where.items():
-            places.remove(dense[name])
-        raise
+    with closing(walk(model, plan.jobs, data)) as groups:
+        for group, statistics in groups:
+            found = {job.name: stored(job) for job in group}
+            for job in group:
+                if (encoded := found[job.name]) is not None:
+                    install(job, encoded, new=False)
+            waiting = [job for job in group if found[job.name] is None]
+            for encoded in run_jobs(waiting, source, statistics=statistics, **how):
+                install(by_name[encoded.name], encoded, new=True)
+            del statistics  # before the next group's Hessian is made
 
 
 def _on_meta(source: Mapping[str, Tensor]) -> bool:

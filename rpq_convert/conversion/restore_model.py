@@ -6,16 +6,18 @@ import torch
 from torch import nn
 
 from rpq_convert.layers import surgery
+from rpq_convert.layers.rollback import unchanged_on_failure
 from rpq_convert.layers.surgery import AFTER
 
 
 def restore(model: nn.Module) -> nn.Module:
     """Turn a converted model back into a dense one, in place: every class and parameter as before conversion."""
-    for rpq, places in surgery.places_of(model).items():
-        with torch.no_grad():
-            places.remove(nn.Parameter(rpq(), requires_grad=rpq.trainable))
-    for act in AFTER:
-        act(model)
+    with unchanged_on_failure(model):
+        for rpq, places in surgery.places_of(model).items():
+            with torch.no_grad():
+                places.remove(nn.Parameter(rpq(), requires_grad=rpq.trainable))
+        for act in AFTER:
+            act(model)
     return model
 
 

@@ -1,14 +1,15 @@
 """Surgery on modules: change the parameter, inherit the layer.
 
 A converted module stays the object that it was. Its parameter `weight` becomes a child module `weight_rpq`, and its class
-becomes a generated `RPQ<Name>(RPQLayer, <its class>)` that differs in one thing: `weight` is a read-only property that
-returns a `ComputedWeight`. Forward, hooks, aliases and attributes are inherited. `Places` does this under all names of a
-parameter at once, and undoes it.
+becomes a generated `RPQ<Name>` that differs in one thing: `weight` is a read-only property that returns a `ComputedWeight`.
+Forward, hooks, aliases and attributes are inherited. `Places` does this under all names of a parameter at once, and undoes
+it; `rollback.py` undoes a conversion that fails.
 """
 
 from __future__ import annotations
 
 import functools
+from abc import ABCMeta
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,12 +32,18 @@ SUFFIX = "_rpq"
 class RPQLayer:
     """Mixed into the class of a converted module; the weights it names are computed, not stored."""
 
+    __slots__ = ()
     _rpq_names: tuple[str, ...] = ()
     _rpq_original: Any  # the class it had
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Make an ordinary layer: code that builds another one with `type(layer)(…)`, as PEFT does, means that."""
         return cls._rpq_original(*args, **kwargs)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Tell the original's hook of no class but those that somebody derives from a generated one."""
+        if "_rpq_original" not in vars(cls):
+            super().__init_subclass__(**kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in self._rpq_names:
@@ -106,19 +113,48 @@ EXTRAS: dict[type, dict[str, Any]] = {
 }
 
 
+class _Before:
+    """Puts `RPQLayer` before the original class in the order of methods, though the original is the only base.
+
+    So a generated class has the memory layout of its original, which Python asks of an object that changes its class, whatever
+    the original's bases are (ABC, Generic, classes with `__slots__`). `RPQLayer` as the first base would give another one.
+    """
+
+    def mro(cls: Any) -> list[type]:
+        if (original := vars(cls).get("_rpq_original")) is not None:
+            return [cls, RPQLayer, *original.__mro__]
+        return type.mro(cls)  # type: ignore[no-any-return]  # a class that someone derives from a generated one
+
+
+@functools.cache
+def _metaclass(kind: Any) -> Any:
+    return type.__new__(type, f"RPQ{kind.__name__}", (_Before, kind), {"__module__": __name__})
+
+
 @functools.cache
 def rpq_class(original: Any, names: tuple[str, ...]) -> type[nn.Module]:
-    """Return the class `RPQ<original>` in which these parameters are computed; the same class for the same question."""
+    """Return the class `RPQ<original>` in which these parameters are computed; the same class for the same question.
+
+    It is announced to nobody: neither the original's `__init_subclass__` nor its metaclass is called, which may ask for arguments,
+    refuse, or keep a register.
+    """
     space: dict[str, Any] = {name: _computed(name) for name in names}
     space |= {
         "_rpq_names": names,
         "_rpq_original": original,
         "__module__": original.__module__,
         "__doc__": original.__doc__,
+        "__slots__": (),
     }
     for kind, more in EXTRAS.items():
         space |= more if issubclass(original, kind) else {}
-    return type(f"RPQ{original.__name__}", (RPQLayer, original), space)
+    meta: Any = _metaclass(original.__class__)
+    make: Any = ABCMeta.__new__ if issubclass(meta, ABCMeta) else type.__new__
+    return make(meta, f"RPQ{original.__name__}", (original,), space)
+
+
+# The attribute of `object`: a class may refuse assignments, or have a property of this name.
+set_class = object.__dict__["__class__"].__set__
 
 
 def install(module: nn.Module, name: str, rpq: nn.Module) -> None:
@@ -126,7 +162,7 @@ def install(module: nn.Module, name: str, rpq: nn.Module) -> None:
     names = (*module._rpq_names, name) if isinstance(module, RPQLayer) else (name,)
     kind = rpq_class(original_class(module), names)
     del module._parameters[name]
-    module.__class__ = kind
+    set_class(module, kind)
     module.__dict__.pop("_flat_weights", None)  # a recurrent layer's list, which would keep the dense weight alive
     module.add_module(name + SUFFIX, rpq)
 
@@ -137,7 +173,7 @@ def remove(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
     names = tuple(n for n in module._rpq_names if n != name)
     original = module._rpq_original
     del module._modules[name + SUFFIX]  # type: ignore[attr-defined]
-    module.__class__ = rpq_class(original, names) if names else original  # type: ignore[assignment]
+    set_class(module, rpq_class(original, names) if names else original)
     module.register_parameter(name, parameter)  # type: ignore[attr-defined]
     if isinstance(module, nn.RNNBase) and not names:
         module._init_flat_weights()

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from rpq_convert.core.axes import WeightView
+from rpq_convert.errors import PlanError
 from rpq_convert.planning.layer_types import class_names, find_view, is_rpq, original_class
 
 
@@ -63,15 +65,17 @@ def _reason(module: nn.Module, name: str, tensor: Tensor) -> str:
         return "old-style weight_norm or spectral_norm: a hook computes the weight from it"
     if not tensor.is_floating_point():
         return f"{str(tensor.dtype).removeprefix('torch.')}: not a floating-point parameter"
-    if isinstance(tensor, nn.parameter.UninitializedParameter):
-        return "lazy: its shape is not known before the first forward"
     if tensor.ndim < 2:
         return "one axis: nothing to cut"
     return ""
 
 
 def walk(model: nn.Module) -> tuple[Slot, ...]:
-    """Return the slots of a model, in the order of its state dict; the model may be on meta."""
+    """Return the slots of a model, in the order of its state dict; the model may be on meta.
+
+    Raises:
+        PlanError: a lazy module that has not seen an input yet.
+    """
     found: dict[int, list[tuple[str, nn.Module, str, Tensor, bool]]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for name, tensor in module._parameters.items():
@@ -81,6 +85,9 @@ def walk(model: nn.Module) -> tuple[Slot, ...]:
         for name, tensor in module._buffers.items():
             if tensor is not None and name not in module._non_persistent_buffers_set:
                 found.setdefault(id(tensor), []).append((f"{path}.{name}".lstrip("."), module, name, tensor, True))
+    for (path, module, _, tensor, _), *_ in found.values():
+        if is_lazy(tensor):
+            raise PlanError(f"{path} of {type(module).__name__} has no shape yet; run the model once on data first")
     return tuple(_slot(places) for places in found.values())
 
 
@@ -100,14 +107,13 @@ def _slot(places: list[tuple[str, nn.Module, str, Tensor, bool]]) -> Slot:
     # a tensor shared by an embedding and a head is read by rows: the embedding's view serves both
     best = next((p for p in places if isinstance(p[1], (nn.Embedding, nn.EmbeddingBag))), places[0])
     _, module, name, tensor, is_buffer = best
-    shape = () if isinstance(tensor, nn.parameter.UninitializedParameter) else tuple(tensor.shape)
     reason = "buffer" if is_buffer else _reason(module, name, tensor)
     if getattr(module, "is_rpq_weight", False):
         reason = "part of an RPQ weight already"
     reason = reason or next((r for _, m, n, t, b in places if not b and (r := _reason(m, n, t))), "")
     view = None if reason else find_view(module, name)
-    if view is not None and len(view.axes) != len(shape):
-        reason = f"stored with {len(shape)} axes where {original_class(module).__name__} has {len(view.axes)}"
+    if view is not None and len(view.axes) != tensor.ndim:
+        reason = f"stored with {tensor.ndim} axes where {original_class(module).__name__} has {len(view.axes)}"
         view = None
     names = tuple(dict.fromkeys(p[0] for p in places))
     return Slot(
@@ -115,7 +121,7 @@ def _slot(places: list[tuple[str, nn.Module, str, Tensor, bool]]) -> Slot:
         aliases=names[1:],
         layer=original_class(module).__name__,
         kinds=tuple(dict.fromkeys(k for p in places for k in class_names(type(p[1])))),
-        shape=shape,
+        shape=tuple(tensor.shape),
         dtype=tensor.dtype,
         view=view,
         reason=reason,
