@@ -23,6 +23,7 @@ from rpq_convert.layers import surgery
 from rpq_convert.layers.rollback import unchanged_on_failure
 from rpq_convert.layers.surgery import AFTER, Places
 from rpq_convert.layers.weight import RPQWeight
+from rpq_convert.planning.holders import optimizers_of
 from rpq_convert.planning.options import PlanOptions
 from rpq_convert.planning.plan import Job, Plan
 from rpq_convert.report.schema import Report
@@ -64,10 +65,22 @@ def convert(
     """
     (asked,) = take(options, PlanOptions)
     how: dict[str, Any] = {"executor": executor, "workers": workers}
+    optimizers = optimizers_of(model)
     with unchanged_on_failure(model):
         data = inputs_of(calibration, model)
         plan = plan or plan_opened(Opened(model, None), asked, data=data)
+        plan = replace(plan, warnings=(*plan.warnings, *_stale(model, plan, optimizers)))
         return _convert(model, plan, data, progress, how)
+
+
+def _stale(model: nn.Module, plan: Plan, optimizers: Sequence[tuple[str, frozenset[int]]]) -> list[str]:
+    """Return warnings about optimizers that would go on with parameters that are no longer there."""
+    dense = {id(surgery.parameter_at(model, job.name)) for job in plan.jobs}
+    return [
+        f"{name} holds {len(held & dense)} of the converted weights and will not train their codebooks; make the optimizer anew"
+        for name, held in optimizers
+        if held & dense
+    ]
 
 
 def _convert(

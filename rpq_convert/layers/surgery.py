@@ -22,8 +22,10 @@ from rpq_convert.layers.lazy_weight import ComputedWeight, DecodedView, refuse
 from rpq_convert.layers.traced_weight import TracedWeight
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning.layer_types import original_class
+from rpq_convert.running.hooked import compute_again, hooked, source_of
 
-AFTER: list[Callable[[nn.Module], None]] = []  # called with every model whose layers were converted, loaded or restored
+# called with every model whose layers were converted, loaded or restored
+AFTER: list[Callable[[nn.Module], None]] = [compute_again]
 
 
 SUFFIX = "_rpq"
@@ -52,6 +54,12 @@ class RPQLayer:
             self._modules[name + SUFFIX] = object.__getattribute__(value, "_rpq")  # type: ignore[attr-defined]
             return None
         raise refuse("assigning to it", f"{type(self).__name__}.{name}")
+
+    def __delattr__(self, name: str) -> None:
+        """Refuse the first step of `remove_weight_norm` and its like, which would fail at the second one."""
+        if name in hooked(self) and source_of(self, name) in self._rpq_names:  # type: ignore[arg-type]
+            raise refuse("removing its hook", f"{type(self).__name__}.{source_of(self, name)}")  # type: ignore[arg-type]
+        super().__delattr__(name)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Pass over a checkpoint's guard, so that its weight files load by `load_state_dict` too (Trainer resumes so)."""

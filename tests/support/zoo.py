@@ -233,6 +233,64 @@ def spectral_norm() -> nn.Module:
     return nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 8)))
 
 
+@torch.no_grad()  # a weight with a history cannot be copied
+def old_weight_norm() -> nn.Module:
+    return nn.utils.weight_norm(nn.Conv1d(4, 6, 3), dim=2)  # of outputs, scales would cancel and have no gradient
+
+
+@torch.no_grad()
+def old_weight_norm_of_inputs() -> nn.Module:
+    return nn.utils.weight_norm(nn.ConvTranspose1d(4, 6, 3))  # as HiFi-GAN's ups
+
+
+@torch.no_grad()
+def old_spectral_norm() -> nn.Module:
+    return nn.Sequential(nn.utils.spectral_norm(nn.Linear(6, 8)).eval())
+
+
+@torch.no_grad()
+def pruned() -> nn.Module:
+    layer = nn.Linear(6, 8)
+    nn.utils.prune.l1_unstructured(layer, "weight", 0.3)
+    return layer
+
+
+class OtherLinear(nn.Module):
+    """A linear layer of another library (PyG's, Megatron's): no subclass of torch's, and square."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels = 6, 6
+        self.weight = nn.Parameter(torch.randn(6, 6))
+        self.bias = nn.Parameter(torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class MyLinear(nn.Module):
+    """A linear layer that says nothing of its sizes, stored the other way round, as its bias shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(6, 9)), nn.Parameter(torch.zeros(9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+class EqualizedConv(nn.Module):
+    """StyleGAN's: a convolution with a gain, whose class is its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels = 3, 5
+        self.weight = nn.Parameter(torch.randn(5, 3, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight * 0.2, padding=1)
+
+
 def hf_conv1d() -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 
@@ -398,6 +456,13 @@ ZOO = [
     Row(
         "spectral norm", spectral_norm, normal(2, 6), {"0.parametrizations.weight.original": LINEAR}, parametrized=True
     ),
+    Row("old weight norm", old_weight_norm, normal(2, 4, 7), {"weight_v": CONV1}),
+    Row("old weight norm of inputs", old_weight_norm_of_inputs, normal(2, 4, 7), {"weight_v": UP1}),
+    Row("old spectral norm", old_spectral_norm, normal(2, 6), {"0.weight_orig": LINEAR}),
+    Row("pruned", pruned, normal(2, 6), {"weight_orig": LINEAR}),
+    _layer("Linear of another library", OtherLinear, normal(2, 6), LINEAR),
+    _layer("Linear of its own, turned", MyLinear, normal(2, 6), "in out"),
+    _layer("convolution of its own", EqualizedConv, normal(1, 3, 5, 5), CONV2),
     Row(
         "LSTM",
         lambda: nn.LSTM(5, 6, 2, bidirectional=True, proj_size=4),
