@@ -20,6 +20,7 @@ from rpq_convert.core.results import Encoded
 from rpq_convert.encoding.encode import build
 from rpq_convert.errors import PlanError
 from rpq_convert.layers import surgery
+from rpq_convert.layers.encoders import padded
 from rpq_convert.layers.rollback import unchanged_on_failure
 from rpq_convert.layers.surgery import AFTER, Places
 from rpq_convert.layers.weight import RPQWeight
@@ -66,7 +67,7 @@ def convert(
     (asked,) = take(options, PlanOptions)
     how: dict[str, Any] = {"executor": executor, "workers": workers}
     optimizers = optimizers_of(model)
-    with unchanged_on_failure(model):
+    with unchanged_on_failure(model), torch.inference_mode(False):  # whose tensors would never train
         data = inputs_of(calibration, model)
         plan = plan or plan_opened(Opened(model, None), asked, data=data)
         plan = replace(plan, warnings=(*plan.warnings, *_stale(model, plan, optimizers)))
@@ -139,6 +140,7 @@ def convert_calibrated(
         raise PlanError("a model on meta has no outputs to calibrate; convert it with fit='random' or load its weights")
     by_name = {job.name: job for job in plan.jobs}
     where = {job.name: surgery.places(model, (job.name, *job.aliases)) for job in plan.jobs}
+    padded(model)  # it runs while some layers are converted and others not yet
 
     def install(job: Job, encoded: Encoded, new: bool) -> None:
         swap(where[job.name], job, encoded)

@@ -12,7 +12,7 @@ from rpq_convert.layers.surgery import AFTER
 
 def restore(model: nn.Module) -> nn.Module:
     """Turn a converted model back into a dense one, in place: every class and parameter as before conversion."""
-    with unchanged_on_failure(model):
+    with unchanged_on_failure(model), torch.inference_mode(False):
         for rpq, places in surgery.places_of(model).items():
             with torch.no_grad():
                 places.remove(nn.Parameter(rpq(), requires_grad=rpq.trainable))

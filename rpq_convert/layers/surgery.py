@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import _symbolic_trace
 
+from rpq_convert.layers.encoders import padded_where_converted
 from rpq_convert.layers.lazy_weight import ComputedWeight, DecodedView, refuse
 from rpq_convert.layers.traced_weight import TracedWeight
 from rpq_convert.layers.weight import RPQWeight
@@ -25,7 +27,7 @@ from rpq_convert.planning.layer_types import original_class
 from rpq_convert.running.hooked import compute_again, hooked, source_of
 
 # called with every model whose layers were converted, loaded or restored
-AFTER: list[Callable[[nn.Module], None]] = [compute_again]
+AFTER: list[Callable[[nn.Module], None]] = [compute_again, padded_where_converted]
 
 
 SUFFIX = "_rpq"
@@ -93,6 +95,9 @@ def _computed(name: str) -> property:
             return rpq()  # torch's own functions that compute a weight from it take tensors alone
         if compiling:
             return TracedWeight(rpq, f"{type(self).__name__}.{name}")  # type: ignore[return-value]
+        if _symbolic_trace._is_fx_tracing_flag:  # its tracer gives out proxies of parameters
+            tracer = rpq.codebooks.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(rpq), (), {})  # type: ignore[no-any-return]
         kind = (rpq._probe.dtype, rpq.stored_tensor("codes").device, type(self), name)
         lazy = caches.lazy
         if lazy is None or lazy[0] != kind:
@@ -110,6 +115,22 @@ def _flat(self: Any) -> list[Any]:
     return [getattr(self, name, None) for name in self._flat_weights_names]
 
 
+def _some(self: Any, index: Any) -> Any:
+    """Return a list of the parameters in a slice that shares their weights, as torch's would share parameters."""
+    if not isinstance(index, slice):
+        return nn.ParameterList.__getitem__(self, index)
+    names = [str(i) for i in range(*index.indices(len(self)))]
+    some = nn.ParameterList([None] * len(names))
+    for number, name in enumerate(names):
+        if is_rpq(self, name):
+            delattr(some, str(number))
+            some._parameters[str(number)] = None
+            install(some, str(number), self._modules[name + SUFFIX])
+        else:
+            some[number] = getattr(self, name)
+    return some
+
+
 def _refuse_inverse(self: Any, value: Any) -> None:
     raise refuse("assigning to it", type(self).__name__)
 
@@ -117,6 +138,7 @@ def _refuse_inverse(self: Any, value: Any) -> None:
 # What a generated class needs besides its computed parameters.
 EXTRAS: dict[type, dict[str, Any]] = {
     nn.RNNBase: {"_flat_weights": property(_flat, lambda self, value: None), "flatten_parameters": lambda self: None},
+    nn.ParameterList: {"__getitem__": _some},
     nn.utils.parametrize.ParametrizationList: {"right_inverse": _refuse_inverse},  # how `layer.weight = x` ends
 }
 
@@ -169,7 +191,9 @@ def install(module: nn.Module, name: str, rpq: nn.Module) -> None:
     """Replace the parameter `name` of this module by an RPQWeight, in place."""
     names = (*module._rpq_names, name) if isinstance(module, RPQLayer) else (name,)
     kind = rpq_class(original_class(module), names)
-    del module._parameters[name]
+    dense = module._parameters.pop(name)
+    if dense is not None and isinstance(rpq, RPQWeight):
+        rpq.keep_attributes(dense.__dict__)
     set_class(module, kind)
     module.__dict__.pop("_flat_weights", None)  # a recurrent layer's list, which would keep the dense weight alive
     module.add_module(name + SUFFIX, rpq)

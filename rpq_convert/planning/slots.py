@@ -65,6 +65,8 @@ def _reason(module: nn.Module, name: str, tensor: Tensor) -> str:
     """Return why this parameter cannot be converted, or an empty text."""
     if isinstance(module, torch.jit.ScriptModule):
         return "inside a ScriptModule, whose class is compiled"
+    if isinstance(module, torch.fx.GraphModule):
+        return "owned by a GraphModule, whose class is made anew with its code"
     listed = isinstance(module, parametrize.ParametrizationList) and not _other_parametrizations(module)
     if listed or name in [f"{w}_g" for w in hooked(module)]:
         return "parametrized: a factor of the weight that is computed from it"
@@ -74,6 +76,8 @@ def _reason(module: nn.Module, name: str, tensor: Tensor) -> str:
         return f"{str(tensor.dtype).removeprefix('torch.')}: not a floating-point parameter"
     if tensor.ndim < 2:
         return "one axis: nothing to cut"
+    if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
+        return "hooks on its gradient: nothing would call them"
     return ""
 
 

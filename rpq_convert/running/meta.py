@@ -73,10 +73,9 @@ def _to_meta(module: nn.Module, name: str, param: nn.Parameter) -> nn.Parameter 
     if moved is None or param.is_meta or isinstance(param, nn.parameter.UninitializedParameter):
         return None
     if id(param) not in moved:
-        kind, attributes = type(param), dict(param.__dict__)
+        kind = type(param)
         meta = param.detach().to("meta")
         empty = nn.Parameter(meta, requires_grad=param.requires_grad) if kind is nn.Parameter else kind(meta)
-        empty.__dict__.update(attributes)
         moved[id(param)] = (param, become(param, empty))
     return moved[id(param)][1]
 
@@ -87,6 +86,7 @@ def become(tensor: Tensor, other: Tensor) -> Tensor:
     Where torch cannot (weak references, a graph that was recorded), the memory of the tensor is freed, and holders keep an
     empty one.
     """
+    other.__dict__.update(tensor.__dict__)
     try:
         swap_tensors(tensor, other)
     except RuntimeError:
