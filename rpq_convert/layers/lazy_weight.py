@@ -88,6 +88,10 @@ def _becomes_parameter(func: Any, args: tuple[Any, ...]) -> Tensor | None:
     return None
 
 
+# What prints, copies or stores a tensor has no use for our class.
+PLAIN = {Tensor.__format__, Tensor.__repr__, Tensor.__deepcopy__, Tensor.__reduce_ex__}
+
+
 class DecodedView(_ForParameter):
     """A read-only alias of a decoded weight (a slice, a transpose): reads like any tensor, refuses writes."""
 
@@ -99,8 +103,8 @@ class DecodedView(_ForParameter):
         kwargs = kwargs or {}
         if (begun := _becomes_parameter(func, args)) is not None:
             return begun
-        if func is Tensor.__format__:
-            return args[0].as_subclass(Tensor).__format__(*args[1:])
+        if func in PLAIN and isinstance(args[0], DecodedView):
+            return func(args[0].as_subclass(Tensor), *args[1:], **kwargs)
         if _writes(func, args, kwargs, DecodedView):
             raise refuse(f"{getattr(func, '__name__', 'this')} on a view of it", "A weight")
         if any(issubclass(t, ComputedWeight) for t in types):
@@ -211,6 +215,14 @@ def _freeze(weight: ComputedWeight, wanted: bool = True) -> ComputedWeight:
     return weight
 
 
+def _copy(weight: ComputedWeight, memo: dict[int, Any]) -> Tensor:
+    """Return what a copy of a parameter is: a parameter with memory of its own."""
+    with torch.no_grad():
+        copied = nn.Parameter(rpq_of(weight)().clone(), requires_grad=rpq_of(weight).trainable)
+    memo[id(weight)] = copied
+    return copied
+
+
 def _size(weight: ComputedWeight, dim: int | None = None) -> Any:
     size = torch.Size(rpq_of(weight).shape)
     return size if dim is None else size[dim]
@@ -235,4 +247,9 @@ ATTRIBUTES: dict[Any, Callable[[ComputedWeight], Any]] = {
     Tensor.is_complex: lambda w: False,
     Tensor.is_contiguous: lambda w: True,
 }
-HANDLERS |= {Tensor.requires_grad_: _freeze, Tensor.requires_grad.__set__: _freeze}  # type: ignore[attr-defined]
+HANDLERS |= {
+    Tensor.requires_grad_: _freeze,
+    Tensor.requires_grad.__set__: _freeze,  # type: ignore[attr-defined]
+    Tensor.__deepcopy__: _copy,
+}
+#

@@ -40,7 +40,7 @@ class Held:
 
 
 def held_elsewhere(model: nn.Module) -> dict[int, list[Held]]:
-    """Return the tensors that are held besides the tables of a model's modules, by `storage_of`."""
+    """Return the tensors that are held besides the modules' tables of parameters, by `storage_of`."""
     modules = dict(model.named_modules())
     found: dict[int, list[Held]] = {}
     waiting: list[tuple[Any, Any]] = []
@@ -50,6 +50,9 @@ def held_elsewhere(model: nn.Module) -> dict[int, list[Held]]:
         if not getattr(module, "is_rpq_weight", False):
             waiting += [(v, (start, f".{k}")) for k, v in module.__dict__.items() if k not in skipped and not _empty(v)]
             waiting += [(f, (start, f".{k}")) for k, f in _methods(type(module))]
+            for name, buffer in module._buffers.items():  # one that is a view of a parameter
+                if buffer is not None:
+                    found.setdefault(storage_of(buffer), []).append(Held(f"{start[1]}.{name}", buffer))
     seen = {id(m) for m in modules.values()}
     for _ in range(MOST):
         if not waiting:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import pytest
 import torch
@@ -73,7 +74,26 @@ def test_values_are_formatted():
     layer = converted()
     value = float(layer.weight.detach()[0, 0])
     assert f"{layer.weight[0, 0]:.3f} {layer.weight.data[0, 0]:>9.2e}" == f"{value:.3f} {value:>9.2e}"
-    assert f"{layer.weight[:2]}".startswith("tensor(") or "DecodedView" in f"{layer.weight[:2]}"
+    assert all(repr(w).startswith("tensor(") for w in (layer.weight, layer.weight[:2], layer.weight.data[0, 0]))
+
+
+def test_copies_and_files_of_a_weight_are_ordinary_tensors():
+    layer = converted()
+    expected = layer.weight.detach().clone()
+    copied = copy.deepcopy({"w": layer.weight, "again": layer.weight})
+    assert type(copied["w"]) is nn.Parameter and copied["again"] is copied["w"] and torch.equal(copied["w"], expected)
+    rows = copy.deepcopy(layer.weight.data[:3])
+    assert type(rows) is torch.Tensor and torch.equal(rows.add_(1), expected[:3] + 1)
+    file = io.BytesIO()
+    torch.save({"whole": layer.weight, "data": layer.weight.data, "rows": layer.weight.detach()[:3]}, file)
+    file.seek(0)
+    read = torch.load(file, weights_only=True)
+    assert (
+        torch.equal(read["data"], expected)
+        and torch.equal(read["whole"], expected)
+        and torch.equal(read["rows"], expected[:3])
+    )
+    assert torch.equal(layer.weight, expected)
 
 
 def test_a_slice_of_a_list_of_parameters_shares_its_weights():

@@ -114,6 +114,15 @@ class AsView(Base):
         return self.turned.t()
 
 
+class AsBuffer(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("turned", self.held.weight.detach().t(), persistent=False)
+
+    def weight_again(self) -> Tensor:
+        return self.turned.t()
+
+
 class InHook(Base):
     def __init__(self) -> None:
         super().__init__()
@@ -156,6 +165,7 @@ HOLDERS = {
     InDataclass: "InDataclass.pair.weight",
     InHiddenModule: "InHiddenModule.hidden[0].weight",
     AsView: "AsView.turned",
+    AsBuffer: "AsBuffer.turned",
     InHook: "free._forward_hooks[",
     InGlobal: "InGlobal.weight_again's global TABLE[0]",
     made_in_a_function: "InClassBody.weight_again's variable weight",

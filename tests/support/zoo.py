@@ -6,13 +6,16 @@ library's own layer table, so a wrong view there makes its row fail.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,18 @@ class OwnForward(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.tanh(), self.bias) * 3
+
+
+class Adapter(ABC, Generic[T]):
+    """What libraries put before a torch layer; its objects are laid out in another way than a module's."""
+
+    @abstractmethod
+    def name(self) -> str: ...
+
+
+class AdaptedLinear(Adapter[int], nn.Linear):
+    def name(self) -> str:
+        return "adapted"
 
 
 class Standardised(nn.Conv2d):
@@ -291,6 +306,10 @@ class EqualizedConv(nn.Module):
         return F.conv2d(x, self.weight * 0.2, padding=1)
 
 
+def orthogonal() -> nn.Module:
+    return nn.utils.parametrizations.orthogonal(nn.Linear(6, 6), use_trivialization=False)
+
+
 def hf_conv1d() -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 
@@ -456,6 +475,8 @@ ZOO = [
     Row(
         "spectral norm", spectral_norm, normal(2, 6), {"0.parametrizations.weight.original": LINEAR}, parametrized=True
     ),
+    Row("orthogonal", orthogonal, normal(2, 6), {"parametrizations.weight.original": LINEAR}, parametrized=True),
+    _layer("Linear behind an abstract generic class", lambda: AdaptedLinear(6, 9), normal(2, 6), LINEAR),
     Row("old weight norm", old_weight_norm, normal(2, 4, 7), {"weight_v": CONV1}),
     Row("old weight norm of inputs", old_weight_norm_of_inputs, normal(2, 4, 7), {"weight_v": UP1}),
     Row("old spectral norm", old_spectral_norm, normal(2, 6), {"0.weight_orig": LINEAR}),
