@@ -7,7 +7,7 @@ operation can work on the codes (operations.py). The file is long because all th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -298,6 +298,19 @@ class RPQWeight(nn.Module):
                 tensor = narrow if torch.equal(narrow.float(), tensor) else tensor
             kept[name] = tensor
         return kept
+
+    def keep_attributes(self, attributes: Mapping[str, Any]) -> None:
+        """Give what trains in place of a dense parameter the attributes that were set on that."""
+        for part in (self.codebooks, self.scales, self.outliers):
+            if part is not None:
+                part.__dict__.update(attributes)
+
+    def requires_grad_(self, requires_grad: bool = True) -> RPQWeight:
+        """Freeze codebooks, scales and outliers, or let them train; codes have no gradient."""
+        for part in (self.codebooks, self.scales, self.outliers):
+            if part is not None:
+                part.requires_grad_(requires_grad)
+        return self.train(self.training)
 
     def train(self, mode: bool = True) -> RPQWeight:
         """Set the mode. For training, codebooks and scales narrower than the weight become float32.
