@@ -24,6 +24,7 @@ from rpq_convert.layers.surgery import AFTER, Places
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning.options import PlanOptions
 from rpq_convert.planning.plan import Job, Plan
+from rpq_convert.planning.quantized import refuse_model
 from rpq_convert.report.schema import Report
 from rpq_convert.running.data import Calibration, inputs_of
 from rpq_convert.running.digest import describe
@@ -62,6 +63,7 @@ def convert(
         >>> report = rpq.convert(model, bits=4); print(report)
     """
     (asked,) = take(options, PlanOptions)
+    refuse_model(model)
     data = inputs_of(calibration, model)
     plan = plan or plan_opened(Opened(model, None), asked, data=data)
     source = parameters_of(model)
