@@ -89,7 +89,7 @@ class Encode(ConversionOps):
             places = surgery.places(model, (job.name, *job.aliases))
             rpq = swap(places, job, encode(job, tensor.to(dtype_of(job.dtype))))
             rpq.to(tensor.device)
-            for part in rpq.parameters():
+            for part in (*rpq.parameters(), *rpq.buffers()):
                 part._is_hf_initialized = True  # type: ignore[attr-defined]
             missing_keys.difference_update((job.name, *job.aliases))
         return {}
@@ -129,7 +129,9 @@ class RPQQuantizer(HfQuantizer):
             if infos and (wrong := description.misfit(what.tensors, description.of_weight(name, infos))):
                 raise SourceError(f"{name}_rpq.{wrong}")
             given: Any = surgery.parameter_at(model, home)
-            surgery.places(model, paths).install(RPQWeight.of(replace(what, dtype=given.dtype), "meta"))
+            weight = RPQWeight.of(replace(what, dtype=given.dtype), "meta")
+            weight.unguard()
+            surgery.places(model, paths).install(weight)
             placed[home] = paths[1:]
         if contents.modules and not placed:
             raise SourceError(f"no weight of the checkpoint has a place in {type(model).__name__}")
@@ -140,7 +142,7 @@ class RPQQuantizer(HfQuantizer):
                 surgery.places(model, [alias]).install(surgery.layers_of(model)[source])
                 placed[source].append(alias)
         for name, others in placed.items():
-            parts = [p for p, _ in surgery.layers_of(model)[name].named_parameters()]
+            parts = surgery.layers_of(model)[name].tensors()
             ties |= {f"{other}_rpq.{p}": f"{name}_rpq.{p}" for other in others for p in parts}
         model.all_tied_weights_keys = ties
         if guard := contents.guard:
@@ -181,9 +183,9 @@ class RPQQuantizer(HfQuantizer):
         elif not self.pre_quantized:
             convert(model, **self.quantization_config.options)
         for path, weight in surgery.layers_of(model).items():
+            weight.guard()
             _check_loaded(path, weight)
             weight._probe = torch.empty(0, dtype=weight.dtype, device=weight.codes.device)
-            weight.codes.requires_grad_(False)
         attach(model)
         return model
 
