@@ -109,7 +109,7 @@ def write_rest(
     folder.write(CARD, model_card(report, config, folder.out.name, folder.files(), base))
     sizes = tuple(FileRow(name, p.stat().st_size) for name, p in folder.files().items() if name != REPORT)
     report = make_report(plan, facts, title, sizes)
-    if odd := sorted(folder.not_finite - {s.name for s in plan.skips if s.buffer}):
+    if odd := sorted(folder.broken()):
         said = f"NaN or infinite values, as where they come from: {', '.join(odd[:4])}"
         report = replace(report, warnings=(*report.warnings, said))
     folder.write(REPORT, report.to_json())

@@ -168,7 +168,11 @@ def open_checkpoint(
     has_config = (folder / CONFIG).is_file()
     is_bare = not has_config and (repository is not None or folder.is_dir() or folder.suffix == ".safetensors")
     if options.factory is not None or is_bare:
+        names = repository.files if repository is not None else files_in(folder) if folder.is_dir() else {}
+        refuse_config(read_json(folder / CONFIG, kinds.DENSE_CONFIG, SourceError) if has_config else {}, names, src)
         opened.source, opened.has_weights = _tensors(folder, repository, options, need)
+        if has_config and opened.has_weights:
+            _take_beside(opened, folder, repository)
         opened.notes += getattr(opened.source, "notes", [])
         if options.factory is not None:
             opened.model = model or empty_from_factory(options.factory)
@@ -193,13 +197,11 @@ def _open_transformers(opened: Opened, folder: Path, repository: hub.Repository 
     refuse_config(raw, names, opened.src)
     if "adapter_config.json" in names:
         raise SourceError(f"{opened.src} holds an adapter (adapter_config.json): merge it into its base and save that")
-    config, pickle, named = loading.load_config(folder), opened.options.allow_pickle, raw.get("transformers_weights")
+    config, named = loading.load_config(folder), raw.get("transformers_weights")
     opened.config = {k: v for k, v in raw.items() if k != "transformers_weights"}
     opened.model = opened.model or loading.build_empty(config)
     if need == "weights":
-        if repository is not None:
-            repository.fetch_beside(allow_pickle=pickle)
-        opened.files = files_beside(folder, allow_pickle=pickle)
+        _take_beside(opened, folder, repository)
         found, opened.has_weights = _tensors(folder, repository, opened.options, need, named)
     else:
         found, said = _look(folder, repository, opened.options, named)
@@ -210,6 +212,13 @@ def _open_transformers(opened: Opened, folder: Path, repository: hub.Repository 
         opened.source = ModuleSource(opened.model, unwrapped(found), at_hand=at_hand)
         opened.source.check()
         opened.notes += opened.source.notes()
+
+
+def _take_beside(opened: Opened, folder: Path, repository: hub.Repository | None) -> None:
+    """Note what belongs beside the weights of a model's folder; of a repository it is fetched."""
+    if repository is not None:
+        repository.fetch_beside(allow_pickle=opened.options.allow_pickle)
+    opened.files = files_beside(folder, allow_pickle=opened.options.allow_pickle)
 
 
 def _tensors(

@@ -89,9 +89,8 @@ def _kind(tensor: Tensor) -> str:
 def _packed(tensors: Mapping[str, Tensor]) -> str:
     """Return the name of whole or one-byte numbers in the place of a weight, with scales beside them, or an empty text."""
     scaled = any(SCALE.fullmatch(n) for n in tensors)
-    weights = [
-        n for n, t in tensors.items() if t.dtype in PACKED and t.ndim > 1 and ("weight" in n or n.startswith("q"))
-    ]
+    low = [n for n, t in tensors.items() if t.dtype in PACKED or (t.is_floating_point() and t.dtype.itemsize == 1)]
+    weights = [n for n in low if tensors[n].ndim > 1 and ("weight" in n or n.startswith("q"))]
     return f"{weights[0]} is {tensors[weights[0]].dtype}, with scales beside it" if scaled and weights else ""
 
 
@@ -118,7 +117,7 @@ def _announced(config: Any) -> str:
     for key, value in config.items():
         if key in KEYS and (any(value.values()) if isinstance(value, Mapping) else value):
             method = value.get("quant_method") or value.get("quant_algo") if isinstance(value, Mapping) else None
-            return f"{key}: {method}" if method else key
+            return str(method or key)
         if found := _announced(value):
             return found
     return ""

@@ -171,7 +171,7 @@ class ManifestEntry(Struct):
 class ManifestFile(Struct):
     """rpq_manifest.json: every other file of the folder. Unknown fields are ignored.
 
-    `not_finite` names the tensors that held NaN or infinite values where they came from, such as attention masks.
+    `not_finite` names the buffers that held NaN or infinite values where they came from, such as attention masks.
     """
 
     files: dict[str, ManifestEntry]

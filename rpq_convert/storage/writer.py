@@ -58,7 +58,7 @@ class Folder:
 
     def __init__(self, out: str | Path, plan: Plan, *, overwrite: bool = False, origin: str = "") -> None:
         self.out, self.plan, self.overwrite = Path(out), plan, overwrite
-        self.not_finite: set[str] = set()  # tensors that hold NaN or infinite values where they come from
+        self.not_finite: set[str] = set()  # dense tensors that hold NaN or infinite values where they come from
         for key, (dtype, _) in plan.entries.items():
             if dtype not in SAFETENSORS_NAMES:
                 raise FolderError(
@@ -194,6 +194,10 @@ class Folder:
             else:
                 shutil.copyfile(file, place)
 
+    def broken(self) -> set[str]:
+        """Return the names of parameters that held NaN or infinite values. In a buffer, such as a mask, they are meant."""
+        return self.not_finite - {s.name for s in self.plan.skips if s.buffer}
+
     def files(self) -> dict[str, Path]:
         """Return path inside the folder -> file, of everything that stays in it when it is finished."""
         inside = {p.relative_to(self.work).as_posix(): p for p in sorted(self.work.rglob("*")) if p.is_file()}
@@ -202,7 +206,8 @@ class Folder:
     def finish(self) -> Path:
         """Write the manifest, remove the pieces (late, since a run may be killed while it hashes), rename."""
         files = {n: {"bytes": p.stat().st_size, "sha256": sha256(p)} for n, p in self.files().items() if n != MANIFEST}
-        odd = {"not_finite": sorted(self.not_finite)} if self.not_finite else {}
+        masks = sorted(self.not_finite - self.broken())
+        odd = {"not_finite": masks} if masks else {}
         write_text(self.work / MANIFEST, json.dumps({"files": files, **odd}, indent=1))
         shutil.rmtree(self.pieces)
         self.origin.unlink()

@@ -122,6 +122,8 @@ def test_parameters_that_were_not_finite_are_named(tmp_path):
         model.fc.bias[3] = float("nan")
     rpq.convert(model, **OPTIONS)
     assert any("fc.bias" in w for w in rpq.save(model, tmp_path / "out").warnings)
+    with pytest.raises(VerifyError, match=r"fc\.bias holds NaN"):
+        rpq.verify(tmp_path / "out")
 
 
 class Buffered(nn.Module):
