@@ -27,6 +27,7 @@ from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning.holders import optimizers_of
 from rpq_convert.planning.options import PlanOptions
 from rpq_convert.planning.plan import Job, Plan
+from rpq_convert.planning.quantized import refuse_model
 from rpq_convert.report.schema import Report
 from rpq_convert.running.data import Calibration, inputs_of
 from rpq_convert.running.digest import describe
@@ -68,6 +69,7 @@ def convert(
     (asked,) = take(options, PlanOptions)
     how: dict[str, Any] = {"executor": executor, "workers": workers}
     optimizers = optimizers_of(model)
+    refuse_model(model)
     refuse_offloaded(model, "convert")
     with unchanged_on_failure(model), torch.inference_mode(False):  # whose tensors would never train
         data = inputs_of(calibration, model)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from rpq_convert.errors import CalibrationError, SourceError
-from rpq_convert.storage.reader import refuse_links
+from rpq_convert.storage.files import refuse_links
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 TEXTS = (".txt", ".md", ".rst")
