@@ -66,7 +66,7 @@ def sensitivities(
         >>> rpq.convert(model, target_size="50MB", sensitivity=rpq.sensitivities(model, batches))
     """
     generator = torch.Generator().manual_seed(seed)
-    with quiet(model):
+    with quiet(model) as restore:
         items = probe_inputs(model, generator) if data is None else list(data)
         if not items:
             raise NothingToRun(f"there is nothing to run {type(model).__name__} on: give data, or sensitivity='shape'")
@@ -74,7 +74,7 @@ def sensitivities(
         probes = {j.name: probe for j in plan.jobs if not j.is_random if (probe := _probe(model, j)) is not None}
         sums = dict.fromkeys(probes, 0.0)
         with _collecting(model, probes, sums):
-            count = sum(_backward(model, item, generator) for item in items)
+            count = sum(_backward(model, item, generator, restore) for item in items)
     found = {n: sums[n] / count / probe.error for n, probe in probes.items() if probe.error}
     weights = {n: math.prod(probes[n].weight.shape) for n in found}
     least = LEAST * sum(found.values()) / max(1, sum(weights.values()))
@@ -130,8 +130,9 @@ def _collecting(model: nn.Module, probes: Mapping[str, Probe], sums: dict[str, f
                 parameter.grad = gradient
 
 
-def _backward(model: nn.Module, item: Any, generator: torch.Generator) -> float:
+def _backward(model: nn.Module, item: Any, generator: torch.Generator, restore: Callable[[], None]) -> float:
     """Run one input forward and a random question backward; return by what the squared gradients are to be divided."""
+    restore()  # what an earlier run left may hold on to its graph
     with torch.enable_grad():
         output = call(model, item)
         logits = getattr(output, "logits", None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ def encode(
     if tensor.is_meta and not job.is_random:
         raise EncodeError(f"{job.name}: the tensor is on meta, so there is nothing to fit; use fit='random'")
     dense = tensor.detach().to("cpu", torch.float32) if not tensor.is_meta else tensor
+    statistics = statistics and _grouped(statistics, job)
     if not tensor.is_meta and not torch.isfinite(dense.sum()) and not torch.isfinite(dense).all():
         bad = int((~torch.isfinite(dense)).sum())
         raise EncodeError(f"{job.name} {list(job.shape)} holds {bad} NaN or infinite values; fix or exclude it")
@@ -138,13 +140,23 @@ def _fit(
             large = spec.stages == 1 and spec.dim <= LARGE
             fitted = before or FITTERS[job.fit](matrix, importance="size" if large else None, **common)
         else:
-            hessian = statistics.hessian
-            if hessian.ndim == 3 and spec.axis == "out" and "expert" not in view.axes:
-                hessian = hessian.mean(0)  # a sub-vector runs over outputs of several groups
-            fitted = fit_gptq(matrix, hessian, axis=spec.axis, scales=exact, start=before, **common)
+            fitted = fit_gptq(matrix, statistics.hessian, axis=spec.axis, scales=exact, start=before, **common)
     except ValueError as e:
         raise EncodeError(f"{job.name} {list(job.shape)}: {e}") from e
     return tensors | _stored(job, fitted.codebooks, fitted.codes), fitted.dead, zero_row
+
+
+def _grouped(statistics: Statistics, job: Job) -> Statistics:
+    """Return the statistics of a convolution's groups as parts that are equal runs of the matrix's rows, or as one whole."""
+    view, hessian = job.weight_view, statistics.hessian
+    if hessian.ndim == 2 or "expert" in view.axes:
+        return statistics
+    if view.axes.index("in") < view.axes.index("out"):  # transposed: a group is a run of inputs
+        if job.spec.axis == "in" or job.spec.rotation:
+            return replace(statistics, hessian=torch.block_diag(*hessian))
+    elif job.spec.axis == "out":
+        return replace(statistics, hessian=hessian.mean(0))  # a sub-vector runs over outputs of several groups
+    return statistics
 
 
 def _rotated(statistics: Statistics, rotation: int) -> Statistics:

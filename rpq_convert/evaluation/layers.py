@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from rpq_convert.errors import EvaluateError
-from rpq_convert.evaluation.evaluate import main_output
+from rpq_convert.evaluation.outputs import main_output
 from rpq_convert.layers import surgery
 from rpq_convert.running.call import call, without_padding
+from rpq_convert.running.state import kept
 
 
 @torch.inference_mode()
@@ -47,9 +48,11 @@ def layer_errors(base: nn.Module, model: nn.Module, data: Iterable[Any]) -> dict
     try:
         for home in homes:
             hooks.append(base.get_submodule(home).register_forward_hook(watch(home), with_kwargs=True))
-        for item in data:
-            current = {k: v for k, v in item.items() if k != "labels"} if isinstance(item, Mapping) else item
-            call(base, current)
+        with kept(base, model) as restore:
+            for item in data:
+                restore()
+                current = {k: v for k, v in item.items() if k != "labels"} if isinstance(item, Mapping) else item
+                call(base, current)
     finally:
         for handle in hooks:
             handle.remove()

@@ -120,8 +120,9 @@ def tune_with(
         raise TuneError("too little data: at least one batch to train on and one to judge on are needed")
     if not surgery.layers_of(model):
         raise TuneError(f"{type(model).__name__} has no RPQ layer to tune; convert it first")
-    with quiet(model), quiet(base), recomputed(model) if options.recompute else nullcontext():
-        return _Run(options, model, base, batches, judged, checkpoint, progress).run()
+    again = recomputed(model) if options.recompute else nullcontext()
+    with again, quiet(model) as mine, quiet(base) as its:
+        return _Run(options, model, base, batches, judged, checkpoint, progress, (mine, its)).run()
 
 
 class _Run:
@@ -134,7 +135,9 @@ class _Run:
         judged: Sequence[Any],
         checkpoint: str | Path | None,
         progress: Progress | None,
+        restore: Sequence[Callable[[], None]],
     ) -> None:
+        self.restore = restore
         self.options, self.model, self.base, self.batches, self.judged = options, model, base, batches, judged
         self.progress = progress
         self.checkpoint = Path(checkpoint) if checkpoint else None
@@ -209,6 +212,8 @@ class _Run:
 
     def _compare(self, item: Any) -> Tensor:
         device = next(iter(self.values.values())).device.type
+        for restore in self.restore:  # recurrent state would hold on to the graph of the step before
+            restore()
         with torch.autocast(device, self.options.autocast or torch.bfloat16, enabled=self.options.autocast is not None):
             with torch.no_grad():
                 wanted = call(self.base, item)
