@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from rpq_convert.core.results import Evaluation
 from rpq_convert.errors import EvaluateError
 from rpq_convert.evaluation.outputs import Comparison
+from rpq_convert.inputs.items import prepare
 from rpq_convert.running.call import call
 from rpq_convert.running.state import kept
 
@@ -27,8 +28,9 @@ Progress = Callable[[int], None]
 def evaluate(
     base: nn.Module,
     model: nn.Module,
-    data: Tensor | Iterable[Any],
+    data: Any,
     *,
+    tokenizer: Any = None,
     window: int = 512,
     batch: int = 4,
     progress: Progress | None = None,
@@ -37,8 +39,9 @@ def evaluate(
 
     Args:
         base, model: both in eval mode.
-        data: token ids [n] int64, for language models; else an iterable of inputs: a tensor, a tuple, or a dict of
-            keyword arguments, in which `labels` [outputs] int64 are the right classes. The models do not see the labels.
+        data: token ids [n] int64, for language models; else inputs as for `rpq.convert(calibration=)`. In a dict, `labels`
+            [outputs] int64 are the right classes; the models do not see them.
+        tokenizer: as for `rpq.convert`.
         window, batch: tokens of one window, each predicted on its own, and windows at a time.
         progress: called with the number of windows or inputs done.
 
@@ -57,7 +60,7 @@ def evaluate(
     """
     if isinstance(data, Tensor) and data.ndim == 1 and not data.is_floating_point():
         return _language(base, model, data, window, batch, progress)
-    return _outputs(base, model, data, progress)
+    return _outputs(base, model, prepare(data, base, "data", tokenizer=tokenizer, labels=True), progress)
 
 
 def _language(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rpq_convert.core.options import take
 from rpq_convert.errors import TuneError
+from rpq_convert.inputs.items import prepare
 from rpq_convert.layers import surgery
 from rpq_convert.running.blocks import Arrival, arrivals, chains, runs_of
 from rpq_convert.running.modes import quiet
@@ -39,7 +40,7 @@ def tune_blocks(
         >>> rpq.tune_blocks(model, base, batches); rpq.tune(model, base, batches)
     """
     (asked,) = take({**options, "loss": "mse", "steps": steps, "seed": seed}, TuneOptions)
-    return tune_blocks_with(asked, model, base, data)
+    return tune_blocks_with(asked, model, base, prepare(data, base, "data"))
 
 
 def tune_blocks_with(options: TuneOptions, model: nn.Module, base: nn.Module, data: Iterable[Any]) -> dict[str, Tuning]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from rpq_convert.core.options import take
 from rpq_convert.errors import TuneError
+from rpq_convert.inputs.items import prepare
 from rpq_convert.layers import surgery
 from rpq_convert.running.blocks import recomputed
 from rpq_convert.running.call import call, without_padding
@@ -72,9 +73,10 @@ class Tuning:
 def tune(
     model: nn.Module,
     base: nn.Module,
-    data: Iterable[Any],
+    data: Any,
     *,
-    held_out: Iterable[Any] | None = None,
+    held_out: Any = None,
+    tokenizer: Any = None,
     checkpoint: str | Path | None = None,
     progress: Progress | None = None,
     **options: Any,
@@ -85,6 +87,7 @@ def tune(
         model, base: the converted model and the dense one; both run in evaluation mode.
         data: inputs as for `convert(calibration=)`, a batch each; steps take them in an order drawn from the seed.
         held_out: inputs to judge on; by default every tenth of `data`, which is then not trained on.
+        tokenizer: as for `convert`.
         checkpoint: a file that is written at every evaluation; a killed run goes on from it, and it is removed at the end.
         progress: called with the step and its loss.
         options: fields of `TuneOptions`: loss, steps, rate, every, patience, seed, autocast, recompute, recode.
@@ -99,7 +102,10 @@ def tune(
         >>> print(rpq.tune(model, base, batches, steps=100))
     """
     (asked,) = take(options, TuneOptions)
-    return tune_with(asked, model, base, data, held_out=held_out, checkpoint=checkpoint, progress=progress)
+    items = prepare(data, base, "data", tokenizer=tokenizer)
+    if held_out is not None:
+        held_out = prepare(held_out, base, "held_out", tokenizer=tokenizer)
+    return tune_with(asked, model, base, items, held_out=held_out, checkpoint=checkpoint, progress=progress)
 
 
 def tune_with(
@@ -112,7 +118,7 @@ def tune_with(
     checkpoint: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Tuning:
-    """Tune by options that were made before; all else is as for `tune`."""
+    """Tune by options that were made before on inputs that are ready; all else is as for `tune`."""
     batches, judged = list(data), None if held_out is None else list(held_out)
     if judged is None:
         judged, batches = batches[::10], [b for i, b in enumerate(batches) if i % 10]
