@@ -20,7 +20,7 @@ from rpq_convert.report.schema import FileRow, Report, read_report
 from rpq_convert.storage.writer import CARD, CONFIG, REPORT, Folder, amend
 from rpq_convert.version import __version__
 
-FACTS = ("error", "dead", "seconds", "inputs")  # what a fit measures
+FACTS = ("error", "dead", "seconds", "inputs", "worst")  # what a fit measures
 
 
 def make_report(

@@ -77,6 +77,7 @@ def save(
                 record.get("seconds", 0.0),
                 rpq.zero_row,
                 record.get("inputs"),
+                record.get("worst"),
             )
         )
 

@@ -12,13 +12,13 @@ from torch import nn
 from rpq_convert.calibration.sensitivity import measure_for, measured, needs_sensitivities
 from rpq_convert.checkpoint.opening import Opened, open_checkpoint
 from rpq_convert.core.options import take
+from rpq_convert.inputs.items import Calibration
 from rpq_convert.planning import budget
 from rpq_convert.planning.heads import head_rules
 from rpq_convert.planning.options import PlanOptions
 from rpq_convert.planning.plan import Plan
 from rpq_convert.planning.quantized import refuse_model
 from rpq_convert.report.curve import Curve
-from rpq_convert.running.data import Calibration
 from rpq_convert.storage.options import SourceOptions
 
 

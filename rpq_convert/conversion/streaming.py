@@ -16,10 +16,10 @@ from rpq_convert.core.options import take
 from rpq_convert.core.results import Encoded
 from rpq_convert.core.spec import dtype_name
 from rpq_convert.errors import PlanError, SourceError
+from rpq_convert.inputs.items import Calibration, prepare
 from rpq_convert.planning.options import PlanOptions
 from rpq_convert.planning.plan import Job, Plan, Skip
 from rpq_convert.report.schema import Dropped, Report
-from rpq_convert.running.data import Calibration, inputs_of
 from rpq_convert.running.digest import describe
 from rpq_convert.storage.options import SourceOptions
 from rpq_convert.storage.writer import Folder
@@ -35,6 +35,7 @@ def convert_checkpoint(
     progress: Progress | None = None,
     plan: Plan | None = None,
     calibration: Calibration | None = None,
+    tokenizer: Any = None,
     **options: Any,
 ) -> Report:
     """Convert a checkpoint tensor by tensor, whatever its size, into a folder.
@@ -46,7 +47,7 @@ def convert_checkpoint(
         executor: how fits run: `serial`, `threads` or `processes`. workers: how many at once; up to 4 by default.
         progress: called with each job and its result, or None where an earlier run had done it.
         plan: a plan made before, for this checkpoint; otherwise one is made from the options.
-        calibration: as for `convert`; the model is then loaded and run.
+        calibration, tokenizer: as for `convert`; the model is then loaded and run.
         options: fields of `PlanOptions` and of `SourceOptions`, as for `rpq.plan`.
 
     Raises:
@@ -54,7 +55,9 @@ def convert_checkpoint(
     """
     asked, source = take(options, PlanOptions, SourceOptions)
     opened = open_checkpoint(src, source)
-    data = calibration if calibration is None or opened.model is None else inputs_of(calibration, opened.filled())
+    data = calibration
+    if calibration is not None and opened.model is not None:
+        data = prepare(calibration, opened.filled(), "calibration", tokenizer=tokenizer)
     plan = plan or plan_opened(opened, asked, data=data)
     how: dict[str, Any] = {"executor": executor, "workers": workers, "progress": progress}
     return convert_opened(opened, out, plan, data, overwrite=overwrite, **how)
@@ -80,7 +83,7 @@ def convert_opened(
         raise SourceError(
             f"{opened.src} has no config.json: give factory='package.module:callable' that builds its model"
         )
-    data = None if calibration is None else inputs_of(calibration, opened.filled())
+    data = None if calibration is None else prepare(calibration, opened.filled(), "calibration")
     if data is not None:
         plan = replace(plan, options={**plan.options, "calibration": describe(data)})
     plan = _checked(plan, opened)

@@ -143,6 +143,13 @@ def tokenizer_of(src: str | Path, **where: Any) -> Any:
     return _companion(AutoTokenizer, src, **where)
 
 
+def processor_of(src: str | Path, **where: Any) -> Any:
+    """Return a checkpoint's processor of pictures, and of texts where it has one for both."""
+    from transformers import AutoProcessor
+
+    return _companion(AutoProcessor, src, **where)
+
+
 def _companion(reader: Any, src: str | Path, **options: Any) -> Any:
     """Return a checkpoint's tokenizer or processor; one that needs code of the checkpoint is refused."""
     refuse_links(src)

@@ -17,6 +17,7 @@ from rpq_convert.schemas import kinds
 from rpq_convert.schemas.checking import check, parse_json, read_text
 
 SCHEMA_VERSION = 1
+LOST = 1 - 1e-6  # error of an output that decodes to zeros
 MANY_DENSE = 0.1  # share of parameters left dense above which a report warns
 
 
@@ -34,6 +35,7 @@ class Row:
         seconds: wall time of the fit.
         dead: codewords that no code uses.
         inputs: input vectors that it was calibrated on, if any.
+        worst: the measured error of its worst output.
         aliases: other names of the same tensor.
     """
 
@@ -55,6 +57,7 @@ class Row:
     seconds: float | None = None
     dead: int | None = None
     inputs: int | None = None
+    worst: float | None = None
     aliases: tuple[str, ...] = ()
 
     @property
@@ -155,6 +158,12 @@ class Report:
         return mean_error(self.rows)
 
     @property
+    def worst(self) -> Row | None:
+        """The row with the worst output; None before a fit."""
+        measured = [r for r in self.rows if r.worst is not None]
+        return max(measured, key=lambda r: r.worst or 0.0, default=None)
+
+    @property
     def file_bytes(self) -> int:
         return sum(f.bytes for f in self.files)
 
@@ -164,17 +173,28 @@ class Report:
 
     @property
     def all_warnings(self) -> tuple[str, ...]:
-        """The plan's warnings, and one where more than 10 % of the parameters were left dense."""
+        """The plan's warnings, and those that follow from the rows: outputs that were lost, many parameters left dense."""
+        return (*self.warnings, *self._lost(), *self._left_dense())
+
+    def _lost(self) -> tuple[str, ...]:
+        lost = [r.name for r in self.rows if r.worst is not None and r.worst >= LOST]
+        if not lost:
+            return ()
+        return (
+            f"some outputs of {len(lost)} weights are lost (an error of 1), first in {lost[0]}; use scales='float32'",
+        )
+
+    def _left_dense(self) -> tuple[str, ...]:
         dense = [r for r in self.rows if r.decision == "dense"]
         left = sum(r.params for r in dense)
         if not self.params or left <= MANY_DENSE * self.params:
-            return self.warnings
+            return ()
         reasons: dict[str, int] = {}
         for r in dense:
             reasons[r.reason] = reasons.get(r.reason, 0) + r.params
         top = sorted(reasons.items(), key=lambda kv: -kv[1])[:3]
         why = "; ".join(f"{100 * n / self.params:.1f} % {reason}" for reason, n in top)
-        return (*self.warnings, f"{100 * left / self.params:.1f} % of the parameters stay dense: {why}")
+        return (f"{100 * left / self.params:.1f} % of the parameters stay dense: {why}",)
 
     def to_dict(self) -> dict[str, Any]:
         return {"schema_version": SCHEMA_VERSION} | without_empty(asdict(self), "dropped")

@@ -125,6 +125,7 @@ class RowEntry(Struct, forbid_unknown_fields=True):
     seconds: NotNegative | None = None
     dead: Size | None = None
     inputs: Size | None = None
+    worst: NotNegative | None = None
 
     def __post_init__(self) -> None:
         _check_numbers(self.shape)
@@ -268,6 +269,7 @@ class PieceFacts(Struct, forbid_unknown_fields=True):
     seconds: NotNegative
     zero_row: Size | None
     inputs: Size | None
+    worst: NotNegative | None = None
 
 
 class TuningFacts(Struct):

@@ -40,7 +40,7 @@ PLAN, REPORT, MANIFEST, CONFIG, CARD = (
 )
 ORIGIN = "rpq_source.json"  # only in unfinished folders
 AGAIN = "; delete it and run the same command again"  # what to do about a piece that does not serve
-FACTS = ("name", "error", "dead", "seconds", "zero_row", "inputs")  # of a finished job
+FACTS = ("name", "error", "dead", "seconds", "zero_row", "inputs", "worst")  # of a finished job
 
 
 class Folder:
