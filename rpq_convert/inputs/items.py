@@ -202,7 +202,7 @@ class _Maker:
             raise CalibrationError(f"{self.at} needs a tokenizer or processor; give tokenizer= ({e})") from None
 
     def _window(self) -> int:
-        config = getattr(self.model, "config", None)
+        config: Any = getattr(self.model, "config", None)
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         return min(WINDOW, getattr(text, "max_position_embeddings", None) or WINDOW)
 
