@@ -17,6 +17,7 @@ from rpq_convert.errors import SourceError
 from rpq_convert.hf.model_card import Base, base_of
 from rpq_convert.layers import surgery
 from rpq_convert.planning import layer_types
+from rpq_convert.planning.planner import warnings_of
 from rpq_convert.report.schema import Report
 from rpq_convert.storage.writer import Folder
 
@@ -45,7 +46,8 @@ def save(
     """
     plan = plan_of(model, max_shard_size)
     if not plan.jobs:
-        raise SourceError(f"{type(model).__name__} has no RPQ weight; convert it first")
+        why = warnings_of(plan)[0] if plan.options else "convert it first"
+        raise SourceError(f"{type(model).__name__} has no RPQ weight; {why}")
     found = surgery.layers_of(model)
     for name, rpq in found.items():
         expected = rpq.spec.tensors(rpq.view, rpq.shape)

@@ -83,9 +83,11 @@ def _to_meta(module: nn.Module, name: str, param: nn.Parameter) -> nn.Parameter 
 def become(tensor: Tensor, other: Tensor) -> Tensor:
     """Make a tensor object another tensor, so that whoever holds it has that one; return the object that is `other` now.
 
-    Where torch cannot (weak references, a graph that was recorded), the memory of the tensor is freed, and holders keep an
+    Where that cannot be (another class, weak references, a recorded graph), the memory of the tensor is freed, and holders keep an
     empty one.
     """
+    if type(tensor) is not type(other):
+        return other
     other.__dict__.update(tensor.__dict__)
     try:
         swap_tensors(tensor, other)
