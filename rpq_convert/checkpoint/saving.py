@@ -19,6 +19,7 @@ from rpq_convert.layers import surgery
 from rpq_convert.planning import layer_types
 from rpq_convert.planning.planner import warnings_of
 from rpq_convert.report.schema import Report
+from rpq_convert.running.offload import is_hooked, onloaded
 from rpq_convert.storage.writer import Folder
 
 
@@ -58,7 +59,8 @@ def save(
     for job in plan.jobs:
         rpq = found[job.name]
         facts[job.name] = {**getattr(rpq, "record", {}), "zero_row": rpq.zero_row}
-        tensors = {k: t.cpu().contiguous() for k, t in rpq.stored().items()}
+        with onloaded(rpq):
+            tensors = {k: t.cpu().contiguous() for k, t in rpq.stored().items()}
         record = facts[job.name]
         folder.put(
             Encoded(
@@ -75,7 +77,13 @@ def save(
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
-    folder.write_weights(lambda name: state[name])
+
+    def tensor(name: str) -> Any:
+        module, key = surgery.find(model, name)
+        with onloaded(module):
+            return {**module._parameters, **module._buffers}[key] if is_hooked(module) else state[name]
+
+    folder.write_weights(tensor)
     folder.copy([*files])
     config = _config_of(model)
     if base is None and config is not None:

@@ -30,6 +30,7 @@ from rpq_convert.planning.plan import Job, Plan
 from rpq_convert.report.schema import Report
 from rpq_convert.running.data import Calibration, inputs_of
 from rpq_convert.running.digest import describe
+from rpq_convert.running.offload import refuse_offloaded
 
 Progress = Callable[[Job, Encoded | None], None]
 
@@ -67,6 +68,7 @@ def convert(
     (asked,) = take(options, PlanOptions)
     how: dict[str, Any] = {"executor": executor, "workers": workers}
     optimizers = optimizers_of(model)
+    refuse_offloaded(model, "convert")
     with unchanged_on_failure(model), torch.inference_mode(False):  # whose tensors would never train
         data = inputs_of(calibration, model)
         plan = plan or plan_opened(Opened(model, None), asked, data=data)

@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import swap_tensors
+from torch.utils._pytree import tree_leaves
 
 from rpq_convert.layers.weight import RPQWeight
+from rpq_convert.running.offload import onloaded
 
 # Operations that do better than decode-then-call; a handler that returns NotImplemented falls back to decoding.
 HANDLERS: dict[Any, Callable[..., Any]] = {}
@@ -191,6 +193,18 @@ class ComputedWeight(_ForParameter):
             return func(*_decode_in(args, decoded), **_decode_in(kwargs or {}, decoded))
 
 
+class OffloadedWeight(ComputedWeight):
+    """A computed weight whose tensors accelerate keeps elsewhere: they come for the time of each operation."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in ATTRIBUTES and func not in PLACES:
+            return ATTRIBUTES[func](args[0])
+        weights = [w for w in tree_leaves((args, kwargs)) if isinstance(w, ComputedWeight)]
+        with onloaded(*{id(rpq): rpq for rpq in map(rpq_of, weights)}.values()):
+            return super().__torch_function__(func, types, args, kwargs)
+
+
 def _decode_in(value: Any, decoded: dict[int, Tensor]) -> Any:
     """Return the argument tree with every computed weight decoded, each module once."""
     if isinstance(value, ComputedWeight):
@@ -252,4 +266,4 @@ HANDLERS |= {
     Tensor.requires_grad.__set__: _freeze,  # type: ignore[attr-defined]
     Tensor.__deepcopy__: _copy,
 }
-#
+PLACES = {Tensor.device.__get__, Tensor.is_meta.__get__, Tensor.is_cuda.__get__}  # type: ignore[attr-defined]

@@ -20,11 +20,12 @@ from torch import nn
 from torch.fx import _symbolic_trace
 
 from rpq_convert.layers.encoders import padded_where_converted
-from rpq_convert.layers.lazy_weight import ComputedWeight, DecodedView, refuse
+from rpq_convert.layers.lazy_weight import ComputedWeight, DecodedView, OffloadedWeight, refuse
 from rpq_convert.layers.traced_weight import TracedWeight
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning.layer_types import original_class
 from rpq_convert.running.hooked import compute_again, hooked, source_of
+from rpq_convert.running.offload import is_hooked
 
 # called with every model whose layers were converted, loaded or restored
 AFTER: list[Callable[[nn.Module], None]] = [compute_again, padded_where_converted]
@@ -98,6 +99,8 @@ def _computed(name: str) -> property:
         if _symbolic_trace._is_fx_tracing_flag:  # its tracer gives out proxies of parameters
             tracer = rpq.codebooks.tracer
             return tracer.create_proxy("call_module", tracer.path_of_module(rpq), (), {})  # type: ignore[no-any-return]
+        if is_hooked(rpq):
+            return OffloadedWeight(rpq, f"{type(self).__name__}.{name}")
         kind = (rpq._probe.dtype, rpq.stored_tensor("codes").device, type(self), name)
         lazy = caches.lazy
         if lazy is None or lazy[0] != kind:
