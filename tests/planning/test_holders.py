@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import types
+import weakref
 
 import pytest
 import torch
@@ -240,3 +241,23 @@ def test_an_optimizer_made_before_conversion_is_named():
     del optimizer, other
     fresh = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
     assert not rpq.convert(fresh, bits=8, grow=True).warnings
+
+
+class InClass(Base):
+    shared: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        InClass.shared = self.held.weight
+
+
+class ByReference(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.reference = weakref.ref(self.held.weight)
+
+
+@pytest.mark.parametrize("build, place", [(InClass, "InClass.shared"), (ByReference, "ByReference.reference()")])
+def test_classes_and_weak_references_hold_too(build, place):
+    plan = rpq.plan(build(), bits=8, grow=True)
+    assert [s.reason.partition(" as well")[0] for s in plan.skips if s.name == "held.weight"] == [f"held by {place}"]
