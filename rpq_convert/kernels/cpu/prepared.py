@@ -44,6 +44,8 @@ class Prepared:
 
 def _values(tensor: Tensor) -> Any:
     """Return a tensor's bytes, or evenly spread values of a large one. numpy would keep FSDP from freeing the memory."""
+    if not tensor.data_ptr():  # its memory was given back
+        return None
     if tensor.nbytes <= WHOLE and tensor.is_contiguous():
         return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
     return tensor.detach().reshape(-1)[:: max(1, tensor.numel() // 64)].tolist()

@@ -21,7 +21,6 @@ class Base(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(0)
         self.embed, self.free = nn.Embedding(40, 32), nn.Linear(32, 32)
         self.held = nn.Linear(32, 32, bias=False)
 
@@ -205,6 +204,23 @@ def test_a_calibrated_stream_runs_what_closures_hold(tmp_path):
     )
     out = rpq.load(tmp_path / "out", factory=InClosure)(IDS)
     assert (out - expected).norm() < 0.02 * expected.norm()
+
+
+class Looking(AsView):
+    """A constructor that looks at weights, so that it is built for real; its first weights are others each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn.init.normal_(self.held.weight, generator=torch.Generator().manual_seed(torch.seed() % 1000))
+        self.bound = float(self.held.weight.detach().abs().max()) and 1.0
+
+
+@torch.no_grad()
+def test_a_view_in_a_model_that_is_built_for_real_loads(tmp_path):
+    model = Looking().eval()
+    rpq.convert(model, bits=8, grow=True)
+    rpq.save(model, tmp_path / "out")
+    assert torch.equal(rpq.load(tmp_path / "out", factory=Looking)(IDS), model(IDS))
 
 
 class Ordinary(nn.Module):
