@@ -92,7 +92,7 @@ def _computed(name: str) -> property:
             return caches.expanded
         if caches.expanded is not None and not (torch.is_grad_enabled() and rpq.trainable):
             return caches.expanded if compiling else caches.read_only
-        if compiling and isinstance(self, nn.utils.parametrize.ParametrizationList):
+        if compiling and (isinstance(self, nn.utils.parametrize.ParametrizationList) or name.endswith(("_v", "_orig"))):
             return rpq()  # torch's own functions that compute a weight from it take tensors alone
         if compiling:
             return TracedWeight(rpq, f"{type(self).__name__}.{name}")  # type: ignore[return-value]

@@ -18,8 +18,8 @@ from torch.nn.utils.parametrizations import _OrthMaps, _Orthogonal
 
 from rpq_convert.core.axes import WeightView
 from rpq_convert.errors import PlanError
-from rpq_convert.planning.holders import held_elsewhere, storage_of
 from rpq_convert.planning.layer_types import class_names, find_view, is_rpq, original_class
+from rpq_convert.running.holders import held_elsewhere, storage_of
 from rpq_convert.running.hooked import hooked, source_of
 
 EXTRA = "_extra_state"  # torch's name of what `get_extra_state` adds to a state dict
