@@ -19,7 +19,7 @@ from rpq_convert.kernels.jit.vectors import HAS_FLOAT16
 SMALL = 1 << 16  # codebooks of fewer numbers are kept wide
 
 
-WHOLE = 1 << 18  # bytes of a tensor that are compared whole, in some microseconds
+WHOLE = 1 << 15  # bytes of a tensor that are compared whole, in two microseconds
 
 
 class Prepared:
