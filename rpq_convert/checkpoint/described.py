@@ -72,5 +72,5 @@ def report_of(model: nn.Module, plan: Plan) -> Report:
     """Return the report of a converted model in memory."""
     found = surgery.layers_of(model)
     facts = {j.name: getattr(found[j.name], "record", {}) for j in plan.jobs if j.name in found}
-    model._rpq_reasons = {s.name: s.reason for s in plan.skips}  # type: ignore[assignment]
+    model.__dict__["_rpq_reasons"] = {s.name: s.reason for s in plan.skips}
     return make_report(plan, facts, title=type(model).__name__)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,26 +82,36 @@ def write_rest(
     facts: Mapping[str, Mapping[str, Any]],
     title: str,
     base: Base | None = None,
+    *,
+    extra: Sequence[str] = (),
+    extra_state: Mapping[str, Any] | None = None,
 ) -> Report:
-    """Write config, report and model card beside the weights, and finish the folder."""
+    """Write config, report and model card beside the weights, and finish the folder.
+
+    Args:
+        config: the config.json of a transformers model. facts: what the fits measured. title: of the report. base: for the card.
+        extra: tensors that the model has no place for. extra_state: states of modules that are no tensors.
+    """
     plan = folder.plan
     merged: dict[str, Any] = dict(config) if config is not None else {"library_name": "rpq-convert"}
-    merged["quantization_config"] = quantization_config(plan, facts)
+    beside = {"extra": [*extra], "extra_state": dict(extra_state or {})}
+    merged["quantization_config"] = quantization_config(plan, facts) | {k: v for k, v in beside.items() if v}
     if plan.options.get("dtype") and config is not None:
         merged["dtype"] = plan.options["dtype"]
         merged.pop("torch_dtype", None)
     elif config is not None and not (merged.get("dtype") or merged.get("torch_dtype")):
-        merged["dtype"] = plan.jobs[0].dtype  # transformers would take the first tensor's, which is a codebook's
+        first = plan.jobs[0].dtype if plan.jobs else plan.skips[0].dtype
+        merged["dtype"] = first  # transformers would take the first tensor's, which is a codebook's
     folder.write(CONFIG, json.dumps(merged, indent=1))
     report = make_report(plan, facts, title)
     if base is not None and base.card is not None:
         shutil.copyfile(base.card, folder.work / BASE_CARD)
-    files = {p.name for p in folder.work.iterdir()}
-    folder.write(CARD, model_card(report, config, folder.out.name, files, base))
-    sizes = tuple(
-        FileRow(p.name, p.stat().st_size) for p in sorted(folder.work.iterdir()) if p.is_file() and p.name != REPORT
-    )
+    folder.write(CARD, model_card(report, config, folder.out.name, folder.files(), base))
+    sizes = tuple(FileRow(name, p.stat().st_size) for name, p in folder.files().items() if name != REPORT)
     report = make_report(plan, facts, title, sizes)
+    if odd := sorted(folder.broken()):
+        said = f"NaN or infinite values, as where they come from: {', '.join(odd[:4])}"
+        report = replace(report, warnings=(*report.warnings, said))
     folder.write(REPORT, report.to_json())
     folder.finish()
     return report

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rpq_convert.checkpoint.loading import read_config
 from rpq_convert.core import description
@@ -16,8 +16,9 @@ from rpq_convert.core.spec import dtype_name
 from rpq_convert.errors import SourceError
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning.plan import Plan, Skip
-from rpq_convert.storage.reader import open_folder
-from rpq_convert.storage.writer import CARD, CONFIG, MANIFEST, REPORT, Folder
+from rpq_convert.storage.files import files_beside
+from rpq_convert.storage.folder import open_folder
+from rpq_convert.storage.writer import CONFIG, Folder
 
 
 def restore_checkpoint(
@@ -43,9 +44,8 @@ def restore_checkpoint(
         if name in kept:
             return source[name]
         module = RPQWeight.of(contents.modules[name], "meta")
-        for part, _ in list(module.named_parameters()):
-            tensor = source[f"{name}_rpq.{part}"]
-            module.register_parameter(part, nn.Parameter(tensor, requires_grad=False))
+        for part in module.tensors():
+            module.set_tensor(part, source[f"{name}_rpq.{part}"])
         module._probe = torch.empty(0, dtype=module.dtype)
         with torch.no_grad():
             return module()
@@ -53,8 +53,7 @@ def restore_checkpoint(
     target.write_weights(dense)
     if "model_type" in config:
         target.write(CONFIG, json.dumps(config, indent=1))
-    names = {CONFIG, CARD, REPORT, MANIFEST, "rpq_plan.json"}
-    target.copy([p for p in folder.iterdir() if p.is_file() and p.name not in names and "safetensors" not in p.name])
+    target.copy(files_beside(folder))
     (target.work / "rpq_plan.json").unlink()
     target.finish()
     return plan

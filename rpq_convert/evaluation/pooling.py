@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rpq_convert.errors import EvaluateError
-from rpq_convert.storage.reader import refuse_links
+from rpq_convert.storage.files import refuse_links
 
 
 def _mean(hidden: Tensor, mask: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from rpq_convert.errors import CalibrationError, SourceError
 from rpq_convert.inputs.tables import plain_text, table_texts
-from rpq_convert.storage.reader import refuse_links
+from rpq_convert.storage.files import refuse_links
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 TEXTS = (".txt", ".md", ".rst")

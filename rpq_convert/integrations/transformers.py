@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +35,7 @@ from rpq_convert.core.options import take
 from rpq_convert.core.spec import dtype_of
 from rpq_convert.encoding.encode import encode
 from rpq_convert.errors import SourceError
+from rpq_convert.hf.module_source import account
 from rpq_convert.layers import surgery
 from rpq_convert.layers.surgery import AFTER
 from rpq_convert.layers.weight import RPQWeight
@@ -88,7 +89,7 @@ class Encode(ConversionOps):
             places = surgery.places(model, (job.name, *job.aliases))
             rpq = swap(places, job, encode(job, tensor.to(dtype_of(job.dtype))))
             rpq.to(tensor.device)
-            for part in rpq.parameters():
+            for part in (*rpq.parameters(), *rpq.buffers()):
                 part._is_hf_initialized = True  # type: ignore[attr-defined]
             missing_keys.difference_update((job.name, *job.aliases))
         return {}
@@ -111,7 +112,7 @@ class RPQQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if not self.pre_quantized:
-            self._plan(model)
+            self._plan(model, kwargs.get("checkpoint_files") or ())
             return model
         contents = description.read_all(self.quantization_config.stored)
         tied, files = contents.aliases(), kwargs.get("checkpoint_files") or ()
@@ -128,7 +129,9 @@ class RPQQuantizer(HfQuantizer):
             if infos and (wrong := description.misfit(what.tensors, description.of_weight(name, infos))):
                 raise SourceError(f"{name}_rpq.{wrong}")
             given: Any = surgery.parameter_at(model, home)
-            surgery.places(model, paths).install(RPQWeight.of(replace(what, dtype=given.dtype), "meta"))
+            weight = RPQWeight.of(replace(what, dtype=given.dtype), "meta")
+            weight.unguard()
+            surgery.places(model, paths).install(weight)
             placed[home] = paths[1:]
         if contents.modules and not placed:
             raise SourceError(f"no weight of the checkpoint has a place in {type(model).__name__}")
@@ -139,7 +142,7 @@ class RPQQuantizer(HfQuantizer):
                 surgery.places(model, [alias]).install(surgery.layers_of(model)[source])
                 placed[source].append(alias)
         for name, others in placed.items():
-            parts = [p for p, _ in surgery.layers_of(model)[name].named_parameters()]
+            parts = surgery.layers_of(model)[name].tensors()
             ties |= {f"{other}_rpq.{p}": f"{name}_rpq.{p}" for other in others for p in parts}
         model.all_tied_weights_keys = ties
         if guard := contents.guard:
@@ -147,16 +150,19 @@ class RPQQuantizer(HfQuantizer):
             model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
         return model
 
-    def _plan(self, model: Any) -> None:
+    def _plan(self, model: Any, files: Sequence[str]) -> None:
         """Plan a conversion on load; one whose sizes depend on the weights waits until they are there."""
         (options,) = take(self.quantization_config.options, PlanOptions)
-        if needs_sensitivities(options):
-            return
         tied = copy.deepcopy(model)  # on meta; transformers ties weights when they are loaded
         for alias, name in model.all_tied_weights_keys.items():
             module, parameter = surgery.find(tied, alias)
             source, known = surgery.find(tied, name)
             module._parameters[parameter] = source._parameters[known]
+        found = account(tied, files)
+        for name in () if found is None else found.untied:
+            model.all_tied_weights_keys.pop(name, None)
+        if needs_sensitivities(options):
+            return
         self.plan = plan_opened(Opened(tied, None), options)
         self.jobs = {name: job for job in self.plan.jobs for name in (job.name, *job.aliases)}
         model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if k not in self.jobs}
@@ -177,9 +183,9 @@ class RPQQuantizer(HfQuantizer):
         elif not self.pre_quantized:
             convert(model, **self.quantization_config.options)
         for path, weight in surgery.layers_of(model).items():
+            weight.guard()
             _check_loaded(path, weight)
             weight._probe = torch.empty(0, dtype=weight.dtype, device=weight.codes.device)
-            weight.codes.requires_grad_(False)
         attach(model)
         return model
 

@@ -21,7 +21,7 @@ from rpq_convert.core.axes import WeightView
 from rpq_convert.core.safetensors import file_size
 from rpq_convert.core.spec import Spec, dtype_of
 from rpq_convert.errors import PlanError
-from rpq_convert.report.schema import Report, Row
+from rpq_convert.report.schema import Dropped, Report, Row, dropped_of, without_empty
 from rpq_convert.schemas import kinds
 from rpq_convert.schemas.checking import check
 from rpq_convert.version import __version__
@@ -93,6 +93,7 @@ class Plan:
         options: what was asked, for the record.
         max_shard_size: bytes of tensor data in one weight file.
         warnings: plain sentences for the user.
+        dropped: tensors of the source that are not written.
     """
 
     jobs: tuple[Job, ...]
@@ -100,6 +101,7 @@ class Plan:
     options: Mapping[str, Any]
     max_shard_size: int
     warnings: tuple[str, ...] = ()
+    dropped: tuple[Dropped, ...] = ()
 
     @cached_property
     def entries(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -168,7 +170,7 @@ class Plan:
         """Return the plan as a size audit, nothing measured yet."""
         return Report(
             title=title, rows=self.rows(), warnings=self.warnings, options=dict(self.options),
-            predicted_bytes=self.file_bytes, version=__version__,
+            predicted_bytes=self.file_bytes, version=__version__, dropped=self.dropped,
         )  # fmt: skip
 
     def __repr__(self) -> str:
@@ -199,7 +201,7 @@ class Plan:
         raise PlanError(f"no parameter named {name!r} in the plan")
 
     def to_dict(self) -> dict[str, Any]:
-        return {"format_version": FORMAT_VERSION} | asdict(self)
+        return {"format_version": FORMAT_VERSION} | without_empty(asdict(self), "dropped")
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1)
@@ -228,6 +230,7 @@ class Plan:
             options=data["options"],
             max_shard_size=data["max_shard_size"],
             warnings=tuple(data["warnings"]),
+            dropped=dropped_of(data.get("dropped", ())),
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rpq_convert.report.schema import Report, mean_error
-from rpq_convert.report.text import group, megabytes, number, quality, totals, worst
+from rpq_convert.report.text import group, left_out, megabytes, number, quality, totals, worst
 from rpq_convert.showing import html_text
 
 STYLE = """
@@ -48,6 +48,7 @@ def fragment(report: Report) -> str:
     )
     warnings = "".join(f"<div class=warn>{html_text(w)}</div>" for w in report.all_warnings)
     measured = "".join(f"<p>{html_text(line)}</p>" for line in quality(report))
+    dropped = "".join(f"<li>{html_text(line)}</li>" for line in left_out(report, len(report.dropped)))
     files = "".join(f"<li>{html_text(f.name)}: {f.bytes:,} bytes</li>" for f in report.files)
     head = "".join(
         f"<th>{h}</th>"
@@ -57,6 +58,7 @@ def fragment(report: Report) -> str:
         f"<div class=rpq><style>{STYLE}</style><h1>{html_text(report.title)}</h1><p class=sum>{html_text(totals(report))}</p>"
         f"<div class=cards>{cards}</div>{measured}{warnings}<input placeholder='filter' aria-label='filter'>"
         f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        f"{f'<p>Left out of the source:</p><ul>{dropped}</ul>' if dropped else ''}"
         f"{f'<ul>{files}</ul>' if files else ''}<script>{SCRIPT}</script></div>"
     )
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,21 @@ class FileRow:
 
 
 @dataclass(frozen=True)
+class Dropped:
+    """A tensor of the source that is left out, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    reason: str
+
+
+def dropped_of(entries: Iterable[Mapping[str, Any]]) -> tuple[Dropped, ...]:
+    """Return what a checked file lists as left out."""
+    return tuple(Dropped(**{**e, "shape": tuple(e["shape"])}) for e in entries)
+
+
+@dataclass(frozen=True)
 class Report:
     """A size audit.
 
@@ -92,6 +107,7 @@ class Report:
         files: the files of the folder, once written.
         predicted_bytes: size of the weight files by plan, headers included; equals `weight_file_bytes` on disk.
         evaluations: what was measured later: each `on` (what), `kind`, `samples` and `metrics`.
+        dropped: tensors of the source that are left out.
     """
 
     title: str
@@ -102,6 +118,7 @@ class Report:
     predicted_bytes: int | None = None
     version: str = ""
     evaluations: tuple[Mapping[str, Any], ...] = ()
+    dropped: tuple[Dropped, ...] = ()
 
     def __repr__(self) -> str:
         return f"<Report of {self.title}: {len(self.rows)} tensors, {self.dense_bytes:,} bytes become {self.bytes:,}>"
@@ -152,7 +169,7 @@ class Report:
 
     @property
     def weight_file_bytes(self) -> int:
-        return sum(f.bytes for f in self.files if f.name.endswith(".safetensors"))
+        return sum(f.bytes for f in self.files if f.name.endswith(".safetensors") and "/" not in f.name)
 
     @property
     def all_warnings(self) -> tuple[str, ...]:
@@ -180,7 +197,7 @@ class Report:
         return (f"{100 * left / self.params:.1f} % of the parameters stay dense: {why}",)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"schema_version": SCHEMA_VERSION} | asdict(self)
+        return {"schema_version": SCHEMA_VERSION} | without_empty(asdict(self), "dropped")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "the value") -> Report:
@@ -202,7 +219,8 @@ class Report:
         rows = tuple(Row(**{**r, "shape": tuple(r["shape"]), "aliases": tuple(r["aliases"])}) for r in rest.pop("rows"))
         files = tuple(FileRow(**f) for f in rest.pop("files"))
         warnings, found = tuple(rest.pop("warnings")), tuple(rest.pop("evaluations", ()))  # earlier versions have none
-        return cls(rows=rows, files=files, warnings=warnings, evaluations=found, **rest)
+        dropped = dropped_of(rest.pop("dropped", ()))
+        return cls(rows=rows, files=files, warnings=warnings, evaluations=found, dropped=dropped, **rest)
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1)
@@ -248,6 +266,11 @@ def read_report(path: str | Path) -> Report:
         SourceError: it holds none.
     """
     return Report.from_json(read_text(path, kinds.REPORT, SourceError), str(path))
+
+
+def without_empty(data: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a record without a field that most records do not need, where it is empty."""
+    return {k: v for k, v in data.items() if k != name or v}
 
 
 def ratio(before: int, after: int) -> float:

@@ -118,6 +118,12 @@ def terminal(report: Report, width: int = 80) -> str:
             lines.append(f"{short(text, width - 17):<{width - 17}} {len(rows):>5} {size / 2**20:>10.3f}")
         if reasons:
             lines.append("")
+    if report.dropped:
+        lines += [
+            f"left out of the source ({len(report.dropped)})",
+            *(short(f"  {line}", width) for line in left_out(report)),
+            "",
+        ]
     for part in ("codebook", "code", "scale", "outlier", "other"):
         n = report.total(f"{part}_bytes")
         if part == "outlier" and n == 0:
@@ -148,6 +154,12 @@ def quality(report: Report) -> list[str]:
         f"{e['on']} ({e['samples']:,} {e['kind']}): " + ", ".join(f"{k} {v:.4f}" for k, v in e["metrics"].items())
         for e in report.evaluations
     ]
+
+
+def left_out(report: Report, most: int = 20) -> list[str]:
+    """Return a line per tensor of the source that is left out, at most so many."""
+    lines = [f"{d.name} {list(d.shape)} {d.dtype}: {d.reason}" for d in report.dropped[:most]]
+    return lines + ([f"and {len(report.dropped) - most} more"] if len(report.dropped) > most else [])
 
 
 def totals(report: Report) -> str:
@@ -181,6 +193,8 @@ def markdown(report: Report) -> str:
             number(worst(g.rows)),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
+    if report.dropped:
+        lines += ["", "Left out of the source:", "", *(f"- {markdown_text(line)}" for line in left_out(report))]
     lines += [f"\n> **Warning**: {markdown_text(w)}" for w in report.all_warnings]
     return "\n".join(lines)
 

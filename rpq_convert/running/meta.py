@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,14 +23,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
+from torch.utils import swap_tensors
 
 LARGE = 1 << 30  # bytes
 
 
 class _Building(threading.local):
-    """The parameters that this thread has moved: id -> (original, its meta twin). None where it builds nothing."""
+    """The parameters that this thread has moved: id -> (the parameter, what is registered for it). None where it builds nothing."""
 
-    moved: dict[int, tuple[nn.Parameter, nn.Parameter]] | None = None
+    moved: dict[int, tuple[nn.Parameter, Any]] | None = None
 
 
 _BUILDING = _Building()
@@ -61,6 +62,51 @@ def parameters_on_meta() -> Iterator[None]:
         _BUILDING.moved = None
 
 
+def build_empty(build: Callable[[], Any]) -> Any:
+    """Return what a function builds, with parameters on meta and real buffers.
+
+    A constructor that looks at weights (a trial run for a size, an orthogonal start, `.item()`) fails on meta, or keeps a tensor
+    that it computed from them. Such a model is built for real, which takes the memory of its weights for a moment.
+
+    Raises:
+        MemoryError: it is too large for that. Whatever the function raises.
+    """
+    first: Exception | None = None
+    try:
+        with parameters_on_meta():
+            model = build()
+    except Exception as e:  # what fails on meta is of many kinds; what fails for another reason fails again
+        first = e
+    else:
+        if not isinstance(model, nn.Module) or not _holds_meta(model):
+            return model
+    try:
+        model = build()
+    except (MemoryError, RuntimeError) as e:
+        if isinstance(e, MemoryError) or "allocate memory" in str(e):
+            why = "it keeps tensors computed from weights" if first is None else str(first).strip().splitlines()[0]
+            raise MemoryError(f"its constructor looks at weights ({why}), and they do not fit in memory: {e}") from None
+        raise
+    if isinstance(model, nn.Module):
+        _move_to_meta(model)
+    return model
+
+
+def _holds_meta(model: nn.Module) -> bool:
+    """Return whether a module has a plain attribute that was computed from weights on meta."""
+    values = (v for m in model.modules() for v in m.__dict__.values())
+    return any(isinstance(v, Tensor) and v.is_meta and not isinstance(v, nn.Parameter) for v in values)
+
+
+def _move_to_meta(model: nn.Module) -> None:
+    """Move all parameters to meta; each stays the object that it is, whoever else holds it."""
+    for parameter in {id(p): p for p in model.parameters() if not p.is_meta}.values():
+        if not isinstance(parameter, nn.parameter.UninitializedParameter):
+            empty = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+            empty.__dict__.update(parameter.__dict__)
+            torch.utils.swap_tensors(parameter, empty)
+
+
 @functools.cache
 def _register_hook() -> None:
     register_module_parameter_registration_hook(_to_meta)  # type: ignore[arg-type]  # its stub forgets what it returns
@@ -72,10 +118,24 @@ def _to_meta(module: nn.Module, name: str, param: nn.Parameter) -> nn.Parameter 
     if moved is None or param.is_meta or isinstance(param, nn.parameter.UninitializedParameter):
         return None
     if id(param) not in moved:
-        kind, attributes = type(param), dict(param.__dict__)
+        kind = type(param)
         meta = param.detach().to("meta")
         empty = nn.Parameter(meta, requires_grad=param.requires_grad) if kind is nn.Parameter else kind(meta)
-        empty.__dict__.update(attributes)
-        param.data = param.data.new_empty(0)  # frees the memory; the object stays known, and its id its own
-        moved[id(param)] = (param, empty)
+        moved[id(param)] = (param, become(param, empty))
     return moved[id(param)][1]
+
+
+def become(tensor: Tensor, other: Tensor) -> Tensor:
+    """Make a tensor object another tensor, so that whoever holds it has that one; return the object that is `other` now.
+
+    Where torch cannot (weak references, a graph that was recorded), the memory of the tensor is freed, and holders keep an
+    empty one.
+    """
+    other.__dict__.update(tensor.__dict__)
+    try:
+        swap_tensors(tensor, other)
+    except RuntimeError:
+        if not tensor.is_meta:
+            tensor.data = tensor.data.new_empty(0)
+        return other
+    return tensor
