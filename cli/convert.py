@@ -40,6 +40,7 @@ def convert(
     device: o.Device = "cpu",
     calibrate: o.Calibrate = None,
     samples: o.Samples = None,
+    text_field: o.TextField = None,
     workers: o.Workers = None,
     executor: o.Executor = "threads",
     dry_run: o.DryRun = False,
@@ -68,7 +69,7 @@ def convert(
     opened = open_checkpoint(src, source, need="headers")
     if opened.model is None and not dry_run:
         raise SourceError(f"{src} has no config.json: give --factory package:callable, which builds its model")
-    data = None if calibrate is None else _calibration(calibrate, opened, samples, options.seed)
+    data = None if calibrate is None else _calibration(calibrate, opened, samples, text_field, options.seed)
     if needs_sensitivities(options) and (not dry_run or Path(src).exists()):
         if not quiet:
             say("measuring what the model is sensitive to")
@@ -95,7 +96,7 @@ def convert(
         _push(folder, push_to, public=public, token=source.token)
 
 
-def _calibration(where: str, opened: "Opened", samples: int | None, seed: int) -> Any:
+def _calibration(where: str, opened: "Opened", samples: int | None, field: str | None, seed: int) -> Any:
     """Return the inputs to calibrate on, or the function of the dense model that makes them."""
     from rpq_convert.inputs.files import read_inputs
     from rpq_convert.inputs.synthetic import own_inputs
@@ -107,7 +108,7 @@ def _calibration(where: str, opened: "Opened", samples: int | None, seed: int) -
     some: dict[str, Any] = {} if samples is None else {"samples": samples}
     if where == "self":
         return partial(own_inputs, seed=seed, **some)
-    return read_inputs(where, opened.src, model=opened.model, **opened.options.hub, **some)
+    return read_inputs(where, opened.src, model=opened.model, field=field, **opened.options.hub, **some)
 
 
 def _push(folder: Path, repo: str, *, public: bool, token: str | bool | None, revision: str | None = None) -> None:

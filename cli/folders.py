@@ -86,6 +86,7 @@ def eval(
     ] = None,
     factory: o.Factory = None,
     window: Annotated[int, Option(min=2, help="Tokens of one window.")] = 512,
+    text_field: o.TextField = None,
     windows: Annotated[int | None, Option(min=1, help="At most so many windows, lines, pairs or samples.")] = None,
     layers: Annotated[bool, Option("--layers", help="Measure what each converted layer adds as well.")] = False,
     save: Annotated[bool, Option("--save", help="Write the result into FOLDER's report and model card.")] = False,
@@ -99,7 +100,7 @@ def eval(
     from rpq_convert.folders import WithBase, evaluate_folder
 
     found = evaluate_folder(
-        WithBase(base, folder, factory), text=text, pairs=pairs, inputs=inputs, window=window, windows=windows,
+        WithBase(base, folder, factory), text=text, pairs=pairs, inputs=inputs, window=window, windows=windows, field=text_field,
         layers=layers, keep=save, say=None if quiet else say,
     )  # fmt: skip
     print(found.to_json() if json else printable(str(found), lines=True))
@@ -122,6 +123,7 @@ def tune(
     ] = False,
     window: Annotated[int, Option(min=2, help="Tokens of one window.")] = 256,
     samples: Annotated[int, Option(min=2, help="Windows, lines or pictures.")] = 512,
+    text_field: o.TextField = None,
     factory: o.Factory = None,
     overwrite: o.Overwrite = False,
     quiet: o.Quiet = False,
@@ -135,7 +137,7 @@ def tune(
 
     options = replace(options, autocast=torch.bfloat16 if bfloat16 else None)
     found = tune_folder(
-        WithBase(base, folder, factory), out, data, options, window=window, samples=samples, blocks=blocks, overwrite=overwrite,
+        WithBase(base, folder, factory), out, data, options, window=window, samples=samples, field=text_field, blocks=blocks, overwrite=overwrite,
         say=None if quiet else say,
     )  # fmt: skip
     print(found.to_json() if json else printable(str(found), lines=True))
@@ -154,6 +156,7 @@ def recalibrate(
     data: o.Data,
     out: o.OutFolder,
     samples: o.Samples = None,
+    text_field: o.TextField = None,
     factory: o.Factory = None,
     workers: o.Workers = None,
     overwrite: o.Overwrite = False,
@@ -165,7 +168,7 @@ def recalibrate(
     from rpq_convert.folders import WithBase, recalibrate_folder
 
     report = recalibrate_folder(
-        WithBase(base, folder, factory), out, None if str(data) == "self" else data, samples=samples, workers=workers,
+        WithBase(base, folder, factory), out, None if str(data) == "self" else data, samples=samples, field=text_field, workers=workers,
         overwrite=overwrite, progress=None if quiet else fits(),
     )  # fmt: skip
     show_report(report, json=json)

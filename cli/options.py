@@ -22,13 +22,20 @@ Overwrite = Annotated[
 ]
 
 DATA = (
-    "a text or a folder of texts or pictures such as the model will see, "
+    "a text, a table of texts (.jsonl, .json, .csv, .parquet), or a folder of texts or pictures such as the model will see, "
     "or a .safetensors file of tensors named after the arguments of its forward"
 )
 Data = Annotated[Path, Option("--data", "--text", metavar="PATH", help=f"{DATA.capitalize()}.")]
 Samples = Annotated[
     int | None,
     Option(min=1, help="Windows of 512 tokens, lines or pictures to calibrate on; 128 by default, 64 with 'self'."),
+]
+TextField = Annotated[
+    str | None,
+    Option(
+        metavar="NAME",
+        help="The column of texts in a table; by default text, content, messages, prompt and completion, …",
+    ),
 ]
 Base = Annotated[Path, Argument(metavar="BASE", help="The dense checkpoint.")]
 Out = Annotated[

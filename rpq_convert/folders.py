@@ -16,7 +16,8 @@ from rpq_convert.core.results import Evaluation
 from rpq_convert.errors import EvaluateError, FolderError, SourceError
 from rpq_convert.evaluation.evaluate import evaluate
 from rpq_convert.evaluation.layers import layer_errors
-from rpq_convert.evaluation.pairs import Pooled, Say, evaluate_pairs, progress_lines
+from rpq_convert.evaluation.pairs import Say, evaluate_pairs, progress_lines
+from rpq_convert.evaluation.pooling import Pooled
 from rpq_convert.hf.model_card import base_in
 from rpq_convert.inputs.files import read_inputs, read_text, tokenizer_of
 from rpq_convert.inputs.synthetic import own_inputs
@@ -64,6 +65,7 @@ def evaluate_folder(
     inputs: Path | None = None,
     window: int = 512,
     windows: int | None = None,
+    field: str | None = None,
     layers: bool = False,
     keep: bool = False,
     say: Say | None = None,
@@ -71,10 +73,12 @@ def evaluate_folder(
     """Evaluate a converted folder against its dense checkpoint.
 
     Args:
-        text: a causal language model predicts windows of it; of any other text model the mean-pooled embeddings of its lines
-            are compared.
-        pairs: CSV of sentence, sentence, score: the rank correlation of the cosine of two embeddings with the score.
+        text: a causal language model predicts windows of it; of any other text model the embeddings of its lines, pooled
+            as the base's folder says, are compared.
+        pairs: CSV of sentence, sentence, score: the rank correlation of the cosine of two embeddings, or of what a cross-encoder
+            gives, with the score.
         inputs: .safetensors of named arguments, for any model; with `labels`, the accuracy of a classifier. Or a folder of pictures.
+        field: the column of texts in a table; see `read_text`.
         window, windows: tokens of one window, and at most so many windows, lines or samples.
         layers: measure the error that each converted layer adds as well.
         keep: write what was found into the folder's report and model card.
@@ -95,7 +99,7 @@ def evaluate_folder(
     dense, converted = which.load()
     if text is not None and converted.can_generate():
         words = tokenizer_of(which.base)
-        ids = words(read_text(text), return_tensors="pt", add_special_tokens=False).input_ids[0]
+        ids = words(read_text(text, field), return_tensors="pt", add_special_tokens=False).input_ids[0]
         ids = ids[: windows * window] if windows else ids
         found = evaluate(
             dense, converted, ids, window=window, progress=progress_lines(say, "windows", len(ids) // window)
@@ -104,9 +108,9 @@ def evaluate_folder(
     elif pairs is not None:
         found, batches = evaluate_pairs(dense, converted, which.base, pairs, window, windows, say)
     else:
-        batches = read_inputs(on[0], which.base, model=dense, window=window, samples=windows, labels=True)
+        batches = read_inputs(on[0], which.base, model=dense, window=window, samples=windows, labels=True, field=field)
         told = progress_lines(say, "batches", len(batches))
-        a, b = (dense, converted) if text is None else (Pooled(dense), Pooled(converted))
+        a, b = (dense, converted) if text is None else (Pooled(dense, which.base), Pooled(converted, which.base))
         found = evaluate(a, b, batches, progress=told)
     if layers:
         found = replace(found, layers=layer_errors(dense, converted, batches))
@@ -123,6 +127,7 @@ def tune_folder(
     *,
     window: int = 256,
     samples: int = 512,
+    field: str | None = None,
     blocks: int = 0,
     overwrite: bool = False,
     say: Say | None = None,
@@ -131,7 +136,7 @@ def tune_folder(
 
     Args:
         out: the folder to make.
-        data, window, samples: as for `read_inputs`.
+        data, window, samples, field: as for `read_inputs`.
         blocks: steps on each transformer block alone, before all are tuned together; the same options, except the loss.
         overwrite: replace `out`.
         options: how to tune. A killed run continues when it is repeated; blocks are then tuned again first.
@@ -141,7 +146,7 @@ def tune_folder(
     """
     place = _free(out, overwrite)
     dense, model = which.load()
-    items = read_inputs(data, which.base, model=dense, window=window, samples=samples)
+    items = read_inputs(data, which.base, model=dense, window=window, samples=samples, field=field)
     told = None if say is None else lambda step, loss: say(f"step {step}: loss {loss:.4g}")
     if blocks:
         for path, done in tune_blocks_with(replace(options, steps=blocks, loss="mse"), model, dense, items).items():
@@ -161,6 +166,7 @@ def recalibrate_folder(
     *,
     window: int = 512,
     samples: int | None = None,
+    field: str | None = None,
     overwrite: bool = False,
     **options: Any,
 ) -> Report:
@@ -168,14 +174,16 @@ def recalibrate_folder(
 
     Args:
         out, overwrite: as for `tune_folder`.
-        data, window, samples: as for `read_inputs`; None for synthetic inputs (`own_inputs`).
+        data, window, samples, field: as for `read_inputs`; None for synthetic inputs (`own_inputs`).
         options: those of `recalibrate`.
     """
     place = _free(out, overwrite)
     dense, model = which.load()
     some: dict[str, Any] = {} if samples is None else {"samples": samples}
     items = (
-        own_inputs(dense, **some) if data is None else read_inputs(data, which.base, model=dense, window=window, **some)
+        own_inputs(dense, **some)
+        if data is None
+        else read_inputs(data, which.base, model=dense, window=window, field=field, **some)
     )
     recalibrate(model, dense, items, **options)
     return save(model, place, overwrite=overwrite, files=files_beside(which.folder), base=base_in(Path(which.folder)))

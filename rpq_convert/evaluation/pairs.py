@@ -1,4 +1,4 @@
-"""Sentence pairs: rank correlation of the cosine of two embeddings with a given score."""
+"""Sentence pairs: rank correlation of a model's score, such as the cosine of two embeddings, with a given one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 from rpq_convert.core.results import Evaluation
 from rpq_convert.errors import EvaluateError, SourceError
-from rpq_convert.inputs.files import read_text, tokenized, tokenizer_of
+from rpq_convert.evaluation.pooling import Pooled
+from rpq_convert.inputs.files import tokenized, tokenizer_of
+from rpq_convert.inputs.tables import plain_text
+from rpq_convert.running.state import kept
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:
@@ -39,23 +42,40 @@ def progress_lines(say: Say | None, what: str, total: int) -> Callable[[int], No
 def evaluate_pairs(
     dense: Any, converted: Any, base: str | Path, file: Path, window: int, limit: int | None, say: Say | None
 ) -> tuple[Evaluation, list[Any]]:
+    """Rank scored pairs by both models: by the cosine of two embeddings, pooled as the base's folder says, or by a cross-encoder.
+
+    Raises:
+        EvaluateError: too few pairs, or a classifier of more classes than a score.
+    """
     rows = list(_scored(file))[:limit]
     if len(rows) < 2:
         raise EvaluateError(f"{file} holds {len(rows)} pairs; at least two are needed")
-    words, sentences = tokenizer_of(base), [s for a, b, _ in rows for s in (a, b)]
-    batches = [dict(batch) for batch in tokenized(words, sentences, window)]
+    scores = torch.tensor([score for *_, score in rows], dtype=torch.float32)
+    words = tokenizer_of(base)
+    crosses = type(dense).__name__.endswith("ForSequenceClassification")
+    if crosses and dense.config.num_labels != 1:
+        raise EvaluateError(f"{base} gives {dense.config.num_labels} classes; a cross-encoder of pairs gives one score")
+    texts: list[Any] = [(a, b) for a, b, _ in rows] if crosses else [s for a, b, _ in rows for s in (a, b)]
+    batches = [dict(batch) for batch in tokenized(words, texts, window)]
+    models = [m if crosses else Pooled(m, base) for m in (dense, converted)]
     found: tuple[list[Tensor], list[Tensor]] = ([], [])
     told = progress_lines(say, "batches", len(batches))
-    for done, batch in enumerate(batches, 1):
-        for parts, model in zip(found, (dense, converted)):
-            parts.append(nn.functional.normalize(Pooled(model)(**batch).float(), dim=-1))
-        if told:
-            told(done)
-    before, after = (torch.cat(parts) for parts in found)  # [2 pairs, width]
-    scores = torch.tensor([score for *_, score in rows], dtype=torch.float32)
-    likeness = [(e[::2] * e[1::2]).sum(-1) for e in (before, after)]
-    metrics = {
-        "cosine": float((before * after).sum(-1).mean()),
+    with kept(dense, converted):
+        for done, batch in enumerate(batches, 1):
+            for parts, model in zip(found, models):
+                output = model(**batch)
+                parts.append((output.logits[:, 0] if crosses else output).float())
+            if told:
+                told(done)
+    before, after = (torch.cat(parts) for parts in found)
+    if crosses:
+        metrics = {"mean_difference": float((before - after).abs().mean())}
+        likeness = [before, after]
+    else:
+        before, after = (nn.functional.normalize(e, dim=-1) for e in (before, after))  # [2 pairs, width]
+        metrics = {"cosine": float((before * after).sum(-1).mean())}
+        likeness = [(e[::2] * e[1::2]).sum(-1) for e in (before, after)]
+    metrics |= {
         "spearman": rank_correlation(likeness[1], scores),
         "base_spearman": rank_correlation(likeness[0], scores),
     }
@@ -64,7 +84,7 @@ def evaluate_pairs(
 
 def _scored(file: Path) -> Iterator[tuple[str, str, float]]:
     """Yield (sentence, sentence, score) of a csv; a first line whose third field is no number is a heading."""
-    for number, row in enumerate(csv.reader(io.StringIO(read_text(file))), 1):
+    for number, row in enumerate(csv.reader(io.StringIO(plain_text(file))), 1):
         try:
             a, b, score = row[0], row[1], float(row[2])
         except (IndexError, ValueError):
@@ -72,15 +92,3 @@ def _scored(file: Path) -> Iterator[tuple[str, str, float]]:
                 continue
             raise SourceError(f"{file}, line {number}: not sentence, sentence, score") from None
         yield a, b, score
-
-
-class Pooled(nn.Module):
-    """A text encoder's mean over tokens of its last hidden state: [sentences, width]."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, **inputs: Tensor) -> Tensor:
-        mask = inputs["attention_mask"].unsqueeze(-1)
-        return (self.model(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)

@@ -15,10 +15,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from rpq_convert.errors import CalibrationError, SourceError
+from rpq_convert.inputs.tables import plain_text, table_texts
 from rpq_convert.storage.files import refuse_links
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 TEXTS = (".txt", ".md", ".rst")
+TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")  # rows with texts in them
 ROWS = 16  # samples of a batch
 LABELS = "labels"  # of a file: what a classifier should say; only an evaluation reads them
 
@@ -31,16 +33,19 @@ def read_inputs(
     window: int = 512,
     samples: int | None = 128,
     labels: bool = False,
+    field: str | None = None,
     **where: Any,
 ) -> list[Any]:
     """Return what a file or folder holds as batches for a model.
 
     Args:
-        file: a text, a folder of texts or of pictures, or a .safetensors file of named arguments, samples along the first axis.
+        file: a text, a table of texts (.jsonl, .json, .csv, .tsv, .parquet), a folder of texts or of pictures, or a .safetensors
+            file of named arguments, samples along the first axis.
         src: the checkpoint whose tokenizer or image processor reads it; tensors need neither.
         model: its transformers model, perhaps on meta, which says how it takes a text.
         window, samples: tokens of one sample of text, and at most so many samples.
         labels: keep tensors of that name.
+        field: the column of texts in a table; see `read_text`.
         where: revision, token, local_files_only of a checkpoint on the hub.
 
     Raises:
@@ -52,20 +57,24 @@ def read_inputs(
     pictures = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES) if path.is_dir() else []
     if pictures:
         return _pictures(src, pictures[:samples], **where)
-    return text_inputs(src, read_text(path), model, window=window, samples=samples, **where)
+    return text_inputs(src, read_text(path, field), model, window=window, samples=samples, **where)
 
 
-def read_text(path: Path) -> str:
-    """Return a text file's contents, or those of all texts in a folder, in the order of their names."""
+def read_text(path: Path, field: str | None = None) -> str:
+    """Return a text file's contents, or those of all texts in a folder, in the order of their names.
+
+    Args:
+        field: of a table (.jsonl, .json, .csv, .tsv, .parquet): the column that holds the texts; by default what its name says.
+    """
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in TEXTS and p.is_file())
+        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in (*TEXTS, *TABLES) and p.is_file())
         if not files:
-            raise SourceError(f"{path} holds neither texts ({', '.join(TEXTS)}) nor pictures ({', '.join(PICTURES)})")
-        return "\n".join(map(read_text, files))
-    try:
-        return path.read_text("utf8")
-    except UnicodeDecodeError as e:
-        raise SourceError(f"{path} is no UTF-8 text: {e.reason} at byte {e.start}") from None
+            kinds = ", ".join((*TEXTS, *TABLES))
+            raise SourceError(f"{path} holds neither texts ({kinds}) nor pictures ({', '.join(PICTURES)})")
+        return "\n".join(read_text(file, field) for file in files)
+    if path.suffix.lower() in TABLES:
+        return "\n".join(table_texts(path, field))
+    return plain_text(path)
 
 
 def _tensors(path: Path, samples: int | None, labels: bool) -> list[Any]:
@@ -163,7 +172,7 @@ def _companion(reader: Any, src: str | Path, **options: Any) -> Any:
         raise SourceError(f"{src}: {(str(e).strip() or repr(e)).splitlines()[0]}") from None
 
 
-def tokenized(words: Any, lines: list[str], window: int) -> Iterable[Any]:
-    """Return lines as padded batches, of at most `window` tokens."""
+def tokenized(words: Any, lines: list[Any], window: int) -> Iterable[Any]:
+    """Return lines, or pairs of lines, as padded batches, of at most `window` tokens."""
     for i in range(0, len(lines), ROWS):
         yield words(lines[i : i + ROWS], padding=True, truncation=True, max_length=window, return_tensors="pt")

@@ -29,6 +29,7 @@ SPARE = (
     "labels",
     "length",
     "special_tokens_mask",
+    "token_type_ids",
     "overflow_to_sample_mapping",
 )  # columns that are no inputs
 VECTORS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "decoder_input_ids", "labels")
@@ -94,9 +95,15 @@ class _Maker:
     def __init__(self, model: Any, name: str, tokenizer: Any, labels: bool) -> None:
         self.model, self.name, self.reader = model, name, tokenizer
         self.kept = {files.LABELS} if labels else set()
-        found = inspect.signature(model.forward if isinstance(model, nn.Module) else model).parameters.values()
+        try:
+            found = list(inspect.signature(getattr(model, "forward", model)).parameters.values())
+        except ValueError:  # compiled functions have none
+            open_ended = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+            found = [inspect.Parameter(f"a{i}", kind) for i, kind in enumerate(open_ended)]
         kinds = inspect.Parameter
         self.takes = [p.name for p in found if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)]
+        self.count = sum(p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD) for p in found)
+        self.any_count = any(p.kind == kinds.VAR_POSITIONAL for p in found)
         self.any_name = any(p.kind == kinds.VAR_KEYWORD for p in found)
         self.tokens = getattr(model, "main_input_name", None) == "input_ids"
 
@@ -119,10 +126,13 @@ class _Maker:
             return self._text(item)
         if isinstance(item, list) and item and all(map(_is_picture, item)):
             return self._processed(images=item)
-        if isinstance(item, list) and _is_numbers(item):
+        arrays = isinstance(item, (tuple, list)) and any(isinstance(part, (Tensor, np.ndarray)) for part in item)
+        if isinstance(item, list) and not arrays and _is_numbers(item):
             return self._batch_of_one(self._tensor(item))
-        if isinstance(item, (tuple, list)):
-            return tuple(self._tensor(part) if _is_numbers(part) else part for part in item)
+        if isinstance(item, (tuple, list)) and item:
+            taken = item if self.any_count else item[: self.count]  # a data set's labels come last
+            made = tuple(self._tensor(part) if _is_numbers(part) else part for part in taken)
+            return (self._batch_of_one(made[0]), *made[1:]) if isinstance(made[0], Tensor) else made
         if isinstance(item, (Tensor, np.ndarray)):
             return self._batch_of_one(self._tensor(item))
         raise CalibrationError(
@@ -168,7 +178,7 @@ class _Maker:
         }
         known = {n: v for n, v in known.items() if n not in SPARE or n in (*self.takes, *self.kept)}
         strange = [n for n, v in row.items() if n not in known and n not in SPARE and _is_numbers(v)]
-        if strange or not known:
+        if strange or not any(n in self.takes or (self.any_name and not self.takes) for n in known):
             what = ", ".join(self.takes[:6]) or "none by name"
             raise CalibrationError(
                 f"{self.at}: {type(self.model).__name__} takes no argument {next(iter(strange or row), '')!r}; it takes {what}"

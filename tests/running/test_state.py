@@ -62,7 +62,7 @@ def facts(model):
     own = {k: v for k, v in vars(model).items() if not k.startswith(("_", "_rpq"))}
     own |= {k: getattr(model.cache, k) for k in Cache.__slots__} | {
         "plain": vars(model.plain),
-        "buffers": dict(model.named_buffers()),
+        "buffers": {n: b for n, b in model.named_buffers() if "_rpq" not in n},
     }
     own |= {"numbers": model.numbers.bit_generator.state, "generator": model.generator.get_state()}
     own |= {

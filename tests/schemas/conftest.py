@@ -34,7 +34,7 @@ def records(whole):
     assert read["report"]["evaluations"] and read["plan"]["jobs"] and read["plan"]["skips"]
     config = json.loads((out / "config.json").read_text())
     index = json.loads((whole / "sharded" / "model.safetensors.index.json").read_text())
-    facts = {"name": "a", "error": 0.5, "dead": 3, "seconds": 0.25, "zero_row": 1, "inputs": 5}
+    facts = {"name": "a", "error": 0.5, "dead": 3, "seconds": 0.25, "zero_row": 1, "inputs": 5, "worst": 0.75}
     preset = {
         "description": "x", "rules": [{"match": "*", "bits": 2.5}],
         "settings": {
