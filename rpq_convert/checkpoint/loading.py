@@ -94,7 +94,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def fill(model: nn.Module, config: Mapping[str, Any], source: Any) -> None:
     """Give an empty model its RPQ weights and dense tensors."""
     contents = description.read_all(config)
-    tied, used = contents.aliases(), {contents.guard}
+    tied, used = contents.aliases(), {k for k in source if contents.is_guard(k, source.infos[k])}
     for name, what in contents.modules.items():
         paths = (name, *tied.get(name, []))
         for path in paths:
@@ -110,7 +110,8 @@ def fill(model: nn.Module, config: Mapping[str, Any], source: Any) -> None:
                     homes.setdefault(id(value), (value, [], full))[1].append((module, key, is_buffer))
     missing: list[str] = []
     for value, places, full in homes.values():
-        names = [full, contents.tied.get(full, full), *tied.get(full, [])]
+        stem, parted, part = full.rpartition("_rpq.") if "_rpq." in full else (full, "", "")
+        names = [name + parted + part for name in (stem, contents.tied.get(stem, stem), *tied.get(stem, []))]
         key = next((n for n in names if n in source), None)
         if key is None:
             missing.append(full)

@@ -14,10 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from rpq_convert.core.results import Evaluation
-from rpq_convert.hf.model_card import BASE_CARD, Base, model_card, with_quality
+from rpq_convert.errors import SourceError
+from rpq_convert.hf.composite import with_description
+from rpq_convert.hf.model_card import BASE_CARD, Base, is_ours, model_card, with_quality
 from rpq_convert.planning.plan import FORMAT_VERSION, Plan
 from rpq_convert.report.schema import FileRow, Report, read_report
-from rpq_convert.storage.writer import CARD, CONFIG, REPORT, Folder, amend
+from rpq_convert.schemas import kinds
+from rpq_convert.schemas.checking import read_json
+from rpq_convert.storage.writer import CARD, CONFIG, PLAN, REPORT, Folder, amend, write_manifest, write_text
 from rpq_convert.version import __version__
 
 FACTS = ("error", "dead", "seconds", "inputs")  # what a fit measures
@@ -70,7 +74,7 @@ def quantization_config(plan: Plan, facts: Mapping[str, Mapping[str, Any]]) -> d
         "format_version": FORMAT_VERSION,
         "modules": modules,
         "tied": {a: x.name for items in (plan.jobs, plan.skips) for x in items for a in x.aliases},
-        "guard": plan.jobs[0].name if plan.jobs else None,
+        "guard": plan.guards[0] if plan.guards else None,
         "plan_sha256": plan.sha256,
         "version": __version__,
     }
@@ -85,26 +89,46 @@ def write_rest(
 ) -> Report:
     """Write config, report and model card beside the weights, and finish the folder."""
     plan = folder.plan
-    merged: dict[str, Any] = dict(config) if config is not None else {"library_name": "rpq-convert"}
-    merged["quantization_config"] = quantization_config(plan, facts)
+    merged: dict[str, Any] = dict(config or {"library_name": "rpq-convert"})
     if plan.options.get("dtype") and config is not None:
         merged["dtype"] = plan.options["dtype"]
         merged.pop("torch_dtype", None)
     elif config is not None and not (merged.get("dtype") or merged.get("torch_dtype")):
         merged["dtype"] = plan.jobs[0].dtype  # transformers would take the first tensor's, which is a codebook's
-    folder.write(CONFIG, json.dumps(merged, indent=1))
-    report = make_report(plan, facts, title)
+    described = with_description(merged, quantization_config(plan, facts))
+    folder.write(CONFIG, json.dumps(described, indent=1))
     if base is not None and base.card is not None:
         shutil.copyfile(base.card, folder.work / BASE_CARD)
-    files = {p.name for p in folder.work.iterdir()}
-    folder.write(CARD, model_card(report, config, folder.out.name, files, base))
-    sizes = tuple(
-        FileRow(p.name, p.stat().st_size) for p in sorted(folder.work.iterdir()) if p.is_file() and p.name != REPORT
-    )
-    report = make_report(plan, facts, title, sizes)
+    report = make_report(plan, facts, title)
+    folder.write(CARD, model_card(report, config, folder.out.name, {p.name for p in folder.work.iterdir()}, base))
+    report = make_report(plan, facts, title, _sizes(folder.work))
     folder.write(REPORT, report.to_json())
     folder.finish()
     return report
+
+
+def renew(folder: Path, plan: Plan, facts: Mapping[str, Mapping[str, Any]], title: str, base: Base | None) -> None:
+    """Write plan, report, model card and manifest of weights that another library wrote, over those of an earlier model.
+
+    A card that is not ours stays. No card is in the manifest: that library may add to it later.
+    """
+    config = read_json(folder / CONFIG, kinds.CONFIG, SourceError)
+    write_text(folder / PLAN, plan.to_json())
+    report = make_report(plan, facts, title)
+    if not (folder / CARD).is_file() or is_ours(folder / CARD):
+        files = {p.name for p in folder.iterdir()}
+        write_text(folder / CARD, model_card(report, config, folder.resolve().name, files, base))
+    sizes = _sizes(folder)
+    written = sum(f.bytes for f in sizes if f.name.endswith(".safetensors"))
+    report = replace(make_report(plan, facts, title, sizes), predicted_bytes=written)
+    write_text(folder / REPORT, report.to_json())
+    write_manifest(folder, without=(CARD,))
+
+
+def _sizes(folder: Path) -> tuple[FileRow, ...]:
+    return tuple(
+        FileRow(p.name, p.stat().st_size) for p in sorted(folder.iterdir()) if p.is_file() and p.name != REPORT
+    )
 
 
 def add_evaluation(folder: Path, on: str, found: Evaluation) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from rpq_convert.core.spec import dtype_name
 from rpq_convert.errors import SourceError
 from rpq_convert.hf import hub
 from rpq_convert.hf.model_card import Base, base_in
@@ -160,12 +161,15 @@ def open_checkpoint(
     method = (opened.config.get("quantization_config") or {}).get("quant_method")
     if method:
         raise SourceError(f"{src} is quantized already ({method}); start from the original weights")
-    opened.model = model or loading.build_empty(config)
     opened.files = loading.extra_files(folder)
     if need == "weights":
         found, opened.has_weights = _tensors(folder, repository, options, need)
     else:
         found, opened.notes = _look(repository, options.allow_pickle)
+    stored = loading.stored_dtype(config, found, folder)
+    if stored is not None:
+        opened.config = {**opened.config, "dtype": dtype_name(stored)}
+    opened.model = model or loading.build_empty(config, stored)
     if found is not None:
         opened.source = loading.ModuleSource(opened.model, found)
         opened.source.check()

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from rpq_convert.checkpoint.described import plan_of
+from rpq_convert.checkpoint.described import facts_of, plan_of
 from rpq_convert.checkpoint.metadata import write_rest
 from rpq_convert.core import description
 from rpq_convert.core.results import Encoded
@@ -18,6 +18,7 @@ from rpq_convert.hf.model_card import Base, base_of
 from rpq_convert.layers import surgery
 from rpq_convert.planning import layer_types
 from rpq_convert.report.schema import Report
+from rpq_convert.running.wrappers import unwrapped
 from rpq_convert.storage.writer import Folder
 
 
@@ -43,6 +44,7 @@ def save(
         SourceError: the model has no RPQ weight.
         FolderError: the folder already exists.
     """
+    model = unwrapped(model)
     plan = plan_of(model, max_shard_size)
     if not plan.jobs:
         raise SourceError(f"{type(model).__name__} has no RPQ weight; convert it first")
@@ -52,12 +54,10 @@ def save(
         if wrong := description.misplaced(expected, rpq.positions, rpq.layout.inputs):
             raise SourceError(f"{name}: {wrong}; convert the model again")
     folder = Folder(out, plan, overwrite=overwrite)
-    facts = {}
+    facts = facts_of(model)
     for job in plan.jobs:
-        rpq = found[job.name]
-        facts[job.name] = {**getattr(rpq, "record", {}), "zero_row": rpq.zero_row}
+        rpq, record = found[job.name], facts[job.name]
         tensors = {k: t.cpu().contiguous() for k, t in rpq.stored().items()}
-        record = facts[job.name]
         folder.put(
             Encoded(
                 job.name,

@@ -27,6 +27,7 @@ from rpq_convert.planning.plan import Job, Plan
 from rpq_convert.report.schema import Report
 from rpq_convert.running.data import Calibration, inputs_of
 from rpq_convert.running.digest import describe
+from rpq_convert.running.wrappers import unwrapped
 
 Progress = Callable[[Job, Encoded | None], None]
 
@@ -44,7 +45,7 @@ def convert(
     """Convert a model in place.
 
     Args:
-        model: any module; on meta with `fit="random"` it stays on meta but for codes and codebooks.
+        model: any module, also inside `torch.compile`; on meta with `fit="random"` it stays on meta but for codes and codebooks.
         plan: a plan made before; otherwise one is made from the options.
         calibration: inputs such as the model will see, each a tensor, a tuple or a dict of keyword arguments: layers are
             then fitted in the order of execution to what they are given, which keeps far more quality
@@ -62,6 +63,7 @@ def convert(
         >>> report = rpq.convert(model, bits=4); print(report)
     """
     (asked,) = take(options, PlanOptions)
+    model = unwrapped(model)
     data = inputs_of(calibration, model)
     plan = plan or plan_opened(Opened(model, None), asked, data=data)
     source = parameters_of(model)

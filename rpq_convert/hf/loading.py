@@ -8,6 +8,7 @@ classes come from transformers itself.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from functools import partial
@@ -22,7 +23,7 @@ from rpq_convert.hf import torchvision
 from rpq_convert.running.meta import parameters_on_meta
 from rpq_convert.schemas import kinds
 from rpq_convert.schemas.checking import read_json
-from rpq_convert.storage.reader import refuse_links
+from rpq_convert.storage.reader import read_header, refuse_links
 
 torchvision.fix()
 
@@ -85,6 +86,25 @@ def model_class(config: Any) -> Any:
         raise SourceError(f"config {type(config).__name__} names no architecture") from None
 
 
+def stored_dtype(config: Any, source: Any, folder: Path) -> torch.dtype | None:
+    """Return the dtype that transformers loads a checkpoint in whose config names none: that of its first floating-point tensor.
+
+    Args:
+        source: its tensors or their headers; None to read them from its folder, if there are any.
+
+    Returns:
+        None where the config names a dtype, or there is nothing to go by.
+    """
+    if getattr(config, "dtype", None) is not None:
+        return None
+    files = [] if source is not None else sorted(folder.glob("model*.safetensors"))[:1]
+    infos = [i for f in files for i in read_header(f).values()] if source is None else source.infos.values()
+    first = sorted(infos, key=lambda i: (i.file.name, i.name))
+    return next(
+        (i.dtype for i in first if i.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)), None
+    )
+
+
 def build_empty(config: Any, dtype: torch.dtype | None = None) -> Any:
     """Return the model with its parameters on meta and its buffers real, in eval mode."""
     try:
@@ -93,11 +113,32 @@ def build_empty(config: Any, dtype: torch.dtype | None = None) -> Any:
         with parameters_on_meta():
             model = kind._from_config(config, dtype=wanted)
         model.tie_weights()
+        keep_dtypes(model, wanted)
     except SourceError:
         raise
     except Exception as e:  # a model's constructor finds what the config's validators did not
         raise SourceError(f"transformers cannot build the model of this {type(config).__name__}: {e}") from e
     return model.eval()
+
+
+def keep_dtypes(model: Any, dtype: Any) -> None:
+    """Give an empty model's parameters the dtypes that `from_pretrained` gives them."""
+    changed: dict[int, torch.nn.Parameter] = {}
+    for path, module in model.named_modules():
+        for name, old in module._parameters.items():
+            kept = None if old is None else kept_dtype(model, f"{path}.{name}".lstrip("."), dtype)
+            if old is not None and (kept is not None or id(old) in changed):
+                new = torch.nn.Parameter(old.detach().to(kept), requires_grad=old.requires_grad)
+                module._parameters[name] = changed.setdefault(id(old), new)
+
+
+def kept_dtype(model: Any, name: str, dtype: torch.dtype | None) -> torch.dtype | None:
+    """Return the dtype that an architecture keeps a parameter in when the model is loaded in `dtype`; None for no other.
+
+    T5 keeps `wo` in float32 in a float16 model, whose range its products leave.
+    """
+    kept = model._get_dtype_plan(dtype).items() if dtype is not None else ()
+    return next((wanted for pattern, wanted in kept if re.search(pattern.replace("*", ".*"), name)), None)
 
 
 class ModuleSource(Mapping[str, Tensor]):

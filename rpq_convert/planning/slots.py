@@ -21,7 +21,7 @@ class Slot:
     """One parameter or persistent buffer.
 
     Args:
-        name: its dotted path; the first one where several names share it.
+        name: its dotted path; where several names share it, the one that files hold it under.
         aliases: the other paths of the same tensor.
         layer: class name of the module that owns it.
         kinds: dotted names of that class and its ancestors, for rules that match a type.
@@ -30,6 +30,7 @@ class Slot:
         reason: why it cannot be converted; empty where it can.
         buffer: whether it is a buffer.
         padding_idx: the padding row of an embedding.
+        parts: the modules that hold it and that their own class can load; see `parts_of`.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Slot:
     reason: str = ""
     buffer: bool = False
     padding_idx: int | None = None
+    parts: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -81,7 +83,28 @@ def walk(model: nn.Module) -> tuple[Slot, ...]:
         for name, tensor in module._buffers.items():
             if tensor is not None and name not in module._non_persistent_buffers_set:
                 found.setdefault(id(tensor), []).append((f"{path}.{name}".lstrip("."), module, name, tensor, True))
-    return tuple(_slot(places) for places in found.values())
+    parts, tied = parts_of(model), tied_names(model)
+    return tuple(_slot(places, parts, tied) for places in found.values())
+
+
+def parts_of(model: nn.Module) -> tuple[str, ...]:
+    """Return the paths of the modules inside a model that are models themselves: their class can save and load them."""
+    both = ("from_pretrained", "save_pretrained")
+    return tuple(p for p, m in model.named_modules() if p and all(hasattr(type(m), name) for name in both))
+
+
+def tied_names(model: nn.Module) -> set[str]:
+    """Return the names that transformers ties to others: its files hold a tied tensor under none of them."""
+    found = set()
+    for path, module in model.named_modules():
+        ties = module.__dict__.get("all_tied_weights_keys")
+        found |= {f"{path}.{name}".lstrip(".") for name in ties} if isinstance(ties, dict) else set()
+    return found
+
+
+def home_first(names: Iterable[str], tied: set[str]) -> tuple[str, ...]:
+    """Return the names of one tensor: first the one that files hold it under, which is the first that nothing ties to another."""
+    return tuple(sorted(dict.fromkeys(names), key=lambda name: name in tied))
 
 
 def _home(model: nn.Module, path: str, module: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -96,7 +119,7 @@ def _home(model: nn.Module, path: str, module: nn.Module, name: str) -> tuple[nn
     return (model.get_submodule(owner.lstrip(".")), weight) if name == largest else (module, name)
 
 
-def _slot(places: list[tuple[str, nn.Module, str, Tensor, bool]]) -> Slot:
+def _slot(places: list[tuple[str, nn.Module, str, Tensor, bool]], parts: tuple[str, ...], tied: set[str]) -> Slot:
     # a tensor shared by an embedding and a head is read by rows: the embedding's view serves both
     best = next((p for p in places if isinstance(p[1], (nn.Embedding, nn.EmbeddingBag))), places[0])
     _, module, name, tensor, is_buffer = best
@@ -109,7 +132,7 @@ def _slot(places: list[tuple[str, nn.Module, str, Tensor, bool]]) -> Slot:
     if view is not None and len(view.axes) != len(shape):
         reason = f"stored with {len(shape)} axes where {original_class(module).__name__} has {len(view.axes)}"
         view = None
-    names = tuple(dict.fromkeys(p[0] for p in places))
+    names = home_first((p[0] for p in places), tied)
     return Slot(
         name=names[0],
         aliases=names[1:],
@@ -121,6 +144,7 @@ def _slot(places: list[tuple[str, nn.Module, str, Tensor, bool]]) -> Slot:
         reason=reason,
         buffer=is_buffer,
         padding_idx=getattr(module, "padding_idx", None) if view is not None and view.axis == "in" else None,
+        parts=tuple(part for part in parts if names[0].startswith(f"{part}.")),
     )
 
 

@@ -91,6 +91,7 @@ class PlanFile(Struct):
     options: dict[str, Any]
     max_shard_size: Annotated[int, Meta(ge=1)]
     warnings: list[str]
+    parts: list[str] = []
 
 
 class RowEntry(Struct, forbid_unknown_fields=True):

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +148,7 @@ class Folder:
                 return last[1][part]
             dtype, shape = plan.entries[key]
             if key not in kept:
-                return torch.empty(shape, dtype=dtype)  # the guard
+                return torch.empty(shape, dtype=dtype)  # a guard
             value = dense(key).detach().to("cpu", dtype)
             if tuple(value.shape) != shape:
                 raise FolderError(f"{key}: the plan says {list(shape)}, the source has {list(value.shape)}")
@@ -179,9 +179,7 @@ class Folder:
 
     def finish(self) -> Path:
         """Write the manifest, remove the pieces (late, since a run may be killed while it hashes), rename."""
-        names = sorted(p.name for p in self.work.iterdir() if p.name not in (MANIFEST, ORIGIN) and p.is_file())
-        files = {n: {"bytes": (self.work / n).stat().st_size, "sha256": sha256(self.work / n)} for n in names}
-        write_text(self.work / MANIFEST, json.dumps({"files": files}, indent=1))
+        write_manifest(self.work, without=(ORIGIN,))
         shutil.rmtree(self.pieces)
         self.origin.unlink()
         old = self.out.with_name(self.out.name + ".old.partial")
@@ -192,6 +190,17 @@ class Folder:
         _remove(old)
         _sync(self.out.parent)
         return self.out
+
+
+def write_manifest(folder: Path, *, without: Collection[str] = ()) -> None:
+    """Write size and sha256 of a folder's files into its manifest.
+
+    Args:
+        without: files that it does not list.
+    """
+    names = sorted(p.name for p in folder.iterdir() if p.name not in (MANIFEST, *without) and p.is_file())
+    files = {n: {"bytes": (folder / n).stat().st_size, "sha256": sha256(folder / n)} for n in names}
+    write_text(folder / MANIFEST, json.dumps({"files": files}, indent=1))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
