@@ -52,6 +52,8 @@ def _writes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
 class DecodedView(Tensor):
     """A read-only alias of a decoded weight (a slice, a transpose): reads like any tensor, refuses writes."""
 
+    _is_hf_initialized = True  # as below: transformers leaves a row alone, too
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -23,6 +23,7 @@ from rpq_convert.errors import SourceError
 from rpq_convert.hf.loading import kept_dtype
 from rpq_convert.layers import surgery
 from rpq_convert.layers.weight import RPQWeight
+from rpq_convert.planning.slots import home_first
 from rpq_convert.storage.reader import read_header
 
 GUARD = "rpq.guard"  # where the empty tensors go that stop a loader which does not know RPQ
@@ -46,19 +47,20 @@ class Placed:
 
     Args:
         homes: name in the files -> first path in the model.
+        dense: names in the files of what is not converted -> path in the model.
     """
 
     homes: dict[str, str] = field(default_factory=dict)
+    dense: dict[str, str] = field(default_factory=dict)
 
     def renaming(self, contents: Contents, transforms: list[Any], model: Any) -> ToPlaces:
         """Return what sends the tensors of the files to their places, after transformers' own renamings."""
-        names, table = _Names(model, transforms), {}
+        names, wanted = _Names(model, transforms), dict(self.dense)
         for name, home in self.homes.items():
-            for part in contents.modules[_described(contents, name)].tensors:
-                target = f"{home}_rpq.{part}"
-                if names.of(f"{name}_rpq.{part}") != target:
-                    table[names.renamed(f"{name}_rpq.{part}")] = target
-        return ToPlaces(table | {names.renamed(name): GUARD for name in contents.modules})
+            parts = contents.modules[contents.tied.get(name, name)].tensors
+            wanted |= {f"{name}_rpq.{part}": f"{home}_rpq.{part}" for part in parts}
+        table = {names.renamed(name): GUARD for name in contents.modules}
+        return ToPlaces(table | {names.renamed(k): path for k, path in wanted.items() if names.of(k) != path})
 
 
 class _Names:
@@ -74,6 +76,12 @@ class _Names:
         if found not in self.state and key in self.state:
             found, _ = rename_source_key(key, [], [], self.prefix, self.state)
         return found
+
+    def place(self, key: str) -> str | None:
+        """Return the tensor of the model that a key stands for, with the base model's prefix or without it; None for none."""
+        prefix = f"{self.prefix}." if self.prefix else ""
+        candidates = (self.of(key), key, key.removeprefix(prefix), prefix + key)
+        return next((path for path in candidates if path in self.state), None)
 
     def renamed(self, key: str) -> str:
         """Return it as it is before the base model's prefix is added or removed."""
@@ -101,10 +109,14 @@ def place(model: Any, contents: Contents, files: list[Any], *, resized: bool) ->
     """
     infos = {k: i for f in files if str(f).endswith(".safetensors") for k, i in read_header(f).items()}
     names, aliases = _Names(model, get_model_conversion_mapping(model)), contents.aliases()
-    found = Placed()
+    dense = {k: names.place(k) for k, i in infos.items() if not contents.is_guard(k, i)}
+    found = Placed(dense={k: path for k, path in dense.items() if path is not None})
+    tied = dict(model.all_tied_weights_keys)
     groups: dict[str, list[str]] = {}
     for name, what in contents.modules.items():
-        paths = _paths(model, names, (name, *aliases.get(name, ())))
+        places = (names.place(n) for n in (name, *aliases.get(name, ())))
+        paths = list(home_first((p for p in places if p is not None), set(tied)))
+        paths = [p for p in paths if p == paths[0] or tied.get(p) not in paths]  # the others follow by `_tie`
         if not paths:
             continue  # a head that a base model does not have
         if resized and any(tuple(surgery.parameter_at(model, p).shape) != what.shape for p in paths):  # type: ignore[union-attr]
@@ -117,29 +129,12 @@ def place(model: Any, contents: Contents, files: list[Any], *, resized: bool) ->
         _install(model, paths, what)
         found.homes[held] = paths[0]
         groups[paths[0]] = paths[1:]
-    dense = [k for k, i in infos.items() if not contents.is_guard(k, i) and names.of(k) in names.state]
-    if contents.modules and not groups and not dense:
+    if contents.modules and not groups and not found.dense:
         raise SourceError(f"no weight of the checkpoint has a place in {type(model).__name__}")
-    model.all_tied_weights_keys = _tie(model, groups, {names.of(k) for k in dense})
+    model.all_tied_weights_keys = _tie(model, groups, set(found.dense.values()))
     ignored = model._keys_to_ignore_on_load_unexpected or ()
     model._keys_to_ignore_on_load_unexpected = {*ignored, "^" + GUARD.replace(".", r"\.") + "$"}
     return found
-
-
-def _described(contents: Contents, name: str) -> str:
-    return name if name in contents.modules else contents.tied[name]
-
-
-def _paths(model: Any, names: _Names, candidates: tuple[str, ...]) -> list[str]:
-    """Return the parameters of the model that these names of one tensor stand for."""
-    prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
-    found = []
-    for name in candidates:
-        for path in (names.of(name), name, name.removeprefix(prefix), prefix + name):
-            if surgery.parameter_at(model, path) is not None:
-                found.append(path)
-                break
-    return list(dict.fromkeys(found))
 
 
 def _install(model: Any, paths: list[str], what: Described) -> None:
