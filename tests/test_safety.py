@@ -327,13 +327,24 @@ def converted():
     return model
 
 
+def put(make):
+    """Return a change that puts other codes in the place of those that guard themselves."""
+    return lambda w: w._buffers.update(codes=make(w.codes.clone()))
+
+
+def without_memory(codes):
+    bare = codes.plain.clone()
+    bare.untyped_storage().resize_(0)
+    return bare
+
+
 CHANGES = {
-    "float codes": lambda w: setattr(w.codes, "data", w.codes.data.float()),
-    "int64 codes": lambda w: setattr(w.codes, "data", w.codes.data.long()),
-    "few codes": lambda w: setattr(w.codes, "data", w.codes.data[..., :1].clone()),
+    "float codes": put(torch.Tensor.float),
+    "int64 codes": put(torch.Tensor.long),
+    "few codes": put(lambda codes: codes[..., :1].clone()),
     "few books": lambda w: setattr(w.codebooks, "data", w.codebooks.data[..., :1, :].clone()),
     "a short view": lambda w: setattr(w.codebooks, "data", w.codebooks.data[..., :16, :]),
-    "no memory": lambda w: (setattr(w.codes, "data", w.codes.data.clone()), w.codes.untyped_storage().resize_(0)),
+    "no memory": put(without_memory),
 }
 
 
@@ -387,10 +398,10 @@ def test_load_state_dict_takes_no_codes_of_another_kind_and_no_positions_beyond(
     model = rpq.load(whole, factory=build)
     state = model.state_dict()
     for key, make in (
-        ("0.weight_rpq.codes", torch.Tensor.float),
+        ("0.weight_rpq.codes", lambda t: t + 0.5),
         ("0.weight_rpq.codes", lambda t: t[:, :3]),
         ("3.weight_rpq.positions", lambda t: t + 64),
-        ("3.weight_rpq.positions", torch.Tensor.float),
+        ("3.weight_rpq.positions", lambda t: t.float() + 64),
     ):
         with pytest.raises(RuntimeError, match=re.escape(key)):
             model.load_state_dict({**state, key: make(state[key])})
@@ -403,7 +414,7 @@ def test_copies_and_pickles_are_checked_and_work(whole):
         assert torch.equal(twin[0](x), model[0](x))
     weight = model[0].weight_rpq
     state = pickle.dumps(weight)
-    weight.codes.data = weight.codes.data[:, :3].clone()
+    put(lambda codes: codes[:, :3].clone())(weight)
     with pytest.raises(ValueError, match="codes"):
         pickle.loads(pickle.dumps(weight))
     again = pickle.loads(state)

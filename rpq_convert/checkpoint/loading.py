@@ -130,4 +130,5 @@ def fill(model: nn.Module, config: Mapping[str, Any], source: Any) -> None:
         )
     for module in model.modules():
         if isinstance(module, RPQWeight):
+            module.guard()
             module._probe = torch.empty(0, dtype=module.dtype, device=module.codes.device)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rpq_convert.checkpoint.loading import read_config
 from rpq_convert.core import description
@@ -45,9 +45,8 @@ def restore_checkpoint(
         if name in kept:
             return source[name]
         module = RPQWeight.of(contents.modules[name], "meta")
-        for part, _ in list(module.named_parameters()):
-            tensor = source[f"{name}_rpq.{part}"]
-            module.register_parameter(part, nn.Parameter(tensor, requires_grad=False))
+        for part in module.tensors():
+            module.set_tensor(part, source[f"{name}_rpq.{part}"])
         module._probe = torch.empty(0, dtype=module.dtype)
         with torch.no_grad():
             return module()

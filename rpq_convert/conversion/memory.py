@@ -170,8 +170,7 @@ def swap(places: Places, job: Job, encoded: Encoded) -> RPQWeight:
         "error": encoded.error, "dead": encoded.dead, "seconds": encoded.seconds, "inputs": encoded.inputs,
     }  # fmt: skip
     for parameter in rpq.parameters():
-        if parameter.is_floating_point():
-            parameter.requires_grad_(old.requires_grad)
+        parameter.requires_grad_(old.requires_grad)
     rpq.train(places.module.training)
     places.install(rpq)
     return rpq

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rpq_convert.core.results import Encoded, Statistics
 from rpq_convert.core.rotation import rotate
@@ -67,7 +67,7 @@ def build(job: Job, tensors: Mapping[str, Tensor], zero_row: int | None, dtype: 
         job.spec, job.weight_view, job.shape, dtype=dtype or dtype_of(job.dtype), device="meta", zero_row=zero_row
     )
     for name, tensor in tensors.items():
-        rpq.register_parameter(name, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
+        rpq.set_tensor(name, tensor)
     rpq._probe = torch.empty(0, dtype=rpq.dtype, device=tensors["codes"].device)
     return rpq
 

@@ -1,7 +1,7 @@
 """RPQWeight: the module that owns codebooks, codes and scales, and expands them to a dense parameter.
 
 What a layer sees of it is a `ComputedWeight` (lazy_weight.py), which decodes when its values are used, or never, where an
-operation can work on the codes (operations.py).
+operation can work on the codes (operations.py). The file is long because all that reads or writes a weight's tensors is here.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from rpq_convert.core.rotation import rotate
 from rpq_convert.core.spec import Spec, dtype_name
 from rpq_convert.kernels import reference, torch_ops
 from rpq_convert.layers.caches import Caches
+from rpq_convert.layers.codes import Codes, guard, whole
 
 NARROW = (torch.float16, torch.float8_e4m3fn)  # too narrow for an optimizer's steps
+GUARDED = ("codes", "positions")  # buffers; codebooks, scales and outliers are parameters
 
 
 def _transformed() -> bool:
@@ -46,14 +48,15 @@ class RPQWeight(nn.Module):
     Shape:
         codebooks [books, 256, dim], codes uint8 [blocks, n] or [n, blocks], scales [out]; with several stages,
         codebooks and codes have a leading stage axis; outliers and positions (numbers of inputs) [out, outliers].
+        Codes and positions are buffers that guard themselves (codes.py), the others parameters.
     """
 
     is_rpq_weight = True  # for code that must not import this file
     codebooks: nn.Parameter
-    codes: nn.Parameter
+    codes: Tensor
     scales: nn.Parameter | None
     outliers: nn.Parameter | None  # added to what the codes give, at `positions`
-    positions: nn.Parameter | None
+    positions: Tensor | None
 
     def __init__(
         self,
@@ -73,12 +76,12 @@ class RPQWeight(nn.Module):
             spec.axis, n, length, spec.dim, spec.books, spec.stages
         )  # the coded matrix, as kernels see it
         self._probe = torch.empty(0, dtype=dtype, device=device)  # follows .to() and remembers the expanded dtype
+        for name in ("codebooks", "scales", "outliers"):
+            self.register_parameter(name, None)
+        for name in GUARDED:
+            self.register_buffer(name, None)
         for name, (kind, size) in spec.tensors(view, self.shape).items():
-            empty = torch.zeros(size, dtype=kind, device=device)
-            self.register_parameter(name, nn.Parameter(empty, requires_grad=kind.is_floating_point))
-        for name in ("scales", "outliers", "positions"):
-            if name not in self._parameters:
-                self.register_parameter(name, None)
+            self.set_tensor(name, torch.zeros(size, dtype=kind, device=device))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -107,9 +110,23 @@ class RPQWeight(nn.Module):
         )
         return kernels.backend_for("cpu" if codes.is_cpu else codes.device.type) if real else reference
 
+    def set_tensor(self, name: str, tensor: Tensor) -> None:
+        """Make a tensor one of those that the weight consists of; one of floating point can be trained."""
+        if name in GUARDED:
+            self._buffers[name] = guard(tensor)
+        else:
+            self._parameters[name] = nn.Parameter(tensor)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors that the weight consists of, codes and positions as ordinary ones, by name."""
+        found = {name: self.stored_tensor(name) for name in description.PARTS}  # FSDP has attributes in their place
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
     def stored_tensor(self, name: str) -> Any:
-        """Return `self.<name>`, half a microsecond sooner than nn.Module looks it up."""
-        return self._parameters[name] if name in self._parameters else getattr(self, name)
+        """Return `self.<name>`, half a microsecond sooner than nn.Module looks it up, codes as an ordinary tensor."""
+        table = self._buffers if name in GUARDED else self._parameters
+        found = table[name] if name in table else getattr(self, name, None)
+        return found.plain if type(found) is Codes else found
 
     def stages_codes(self) -> Tensor:
         """Return the codes as [stages, blocks, n], a view."""
@@ -143,9 +160,9 @@ class RPQWeight(nn.Module):
 
     def check(self) -> None:
         """Raise a ValueError where the tensors are not what the spec says: compiled code would read beyond them."""
-        if "codes" not in self._parameters:
+        if "codes" not in self._buffers:
             return  # one matrix of several, whose tensors were checked
-        found = {name: tensor for name, tensor in self._parameters.items() if tensor is not None}
+        found = self.tensors()
         if wrong := description.misfit(self.spec.tensors(self.view, self.shape), found, exact=False):
             raise ValueError(f"RPQ weight {tuple(self.shape)}: {wrong}; load or convert it again")
         if any(not t.is_meta and t.numel() and not t.untyped_storage().nbytes() for t in found.values()):
@@ -157,7 +174,8 @@ class RPQWeight(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.caches = Caches()
-        if "codes" in self._parameters:
+        self.guard()
+        if "codes" in self._buffers:
             n, length = self.view.matrix_shape(self.shape, self.spec.axis)
             self.layout = Layout(self.spec.axis, n, length, self.spec.dim, self.spec.books, self.spec.stages)
             self.check()
@@ -191,7 +209,7 @@ class RPQWeight(nn.Module):
         rows = self.layout.n // self.shape[0]
         part.layout = dataclasses.replace(self.layout, n=rows)
         part.__dict__["codebooks"] = self.codebooks
-        part.__dict__["codes"] = self.codes[..., expert * rows : (expert + 1) * rows]
+        part.__dict__["codes"] = self.stored_tensor("codes")[..., expert * rows : (expert + 1) * rows]
         part.__dict__["scales"] = None if self.scales is None else self.scales[expert]
         part.__dict__["outliers"] = part.__dict__["positions"] = None
         return part
@@ -227,7 +245,7 @@ class RPQWeight(nn.Module):
         """Return outliers as (numbers of inputs, values), both [outputs, outliers]; None for none."""
         if self.outliers is None or self.positions is None:
             return None
-        return self.positions.long(), self.outliers.to(dtype)
+        return self.stored_tensor("positions").long(), self.outliers.to(dtype)
 
     def outlier_product(self, x: Tensor) -> Tensor | None:
         """Return what outliers add to the product with inputs [tokens, inputs]: [tokens, outputs]; None for nothing."""
@@ -262,7 +280,7 @@ class RPQWeight(nn.Module):
         """Return the tensors as a file keeps them: what training made wider is narrow again where that is exact."""
         kept = {}
         for name, (dtype, _) in self.spec.tensors(self.view, self.shape).items():
-            tensor = getattr(self, name).detach()
+            tensor = self.stored_tensor(name).detach()
             if tensor.dtype == torch.float32 and dtype in NARROW and not tensor.is_meta:
                 narrow = tensor.to(dtype)
                 tensor = narrow if torch.equal(narrow.float(), tensor) else tensor
@@ -282,28 +300,54 @@ class RPQWeight(nn.Module):
         elif not mode:
             for name, tensor in self.stored().items():
                 parameter = getattr(self, name)
-                if tensor.dtype != parameter.dtype:
+                if name not in GUARDED and tensor.dtype != parameter.dtype:
                     parameter.data = tensor
         return self
 
+    def unguard(self) -> None:
+        """Hold codes as parameters until `guard` is called: transformers ties parameters alone while it loads."""
+        for name in GUARDED:
+            if self._buffers[name] is not None:
+                self._parameters[name] = nn.Parameter(self.stored_tensor(name), requires_grad=False)
+                del self._buffers[name]
+
+    def guard(self) -> None:
+        """Make guarded buffers of codes, whatever other code has put in their place."""
+        for name in GUARDED:
+            table: dict[str, Any] = self._parameters if self._parameters.get(name) is not None else self._buffers
+            if table.get(name) is not None:
+                self._buffers[name] = guard(table.pop(name).detach())
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Take codebooks and scales in float32 where a checkpoint of a training has them so, and its optimizer's state."""
+        """Take codebooks and scales in float32 where a checkpoint of a training has them so, and its optimizer's state.
+
+        Codes may come as other numbers, such as the average of checkpoints, as long as they are whole.
+        """
         expected, errors = self.spec.tensors(self.view, self.shape), args[-1]
         given = {name: state_dict[prefix + name] for name in expected if prefix + name in state_dict}
+        for name in (n for n in GUARDED if n in given):
+            try:
+                given[name] = whole(given[name], expected[name][0])
+            except ValueError as e:
+                errors.append(f"{prefix}{name} {e}")
+                return
         wrong = description.misfit({name: expected[name] for name in given}, given, exact=False)
         wrong = wrong or description.misplaced(expected, given.get("positions"), self.layout.inputs)
         if wrong:
             errors.append(f"{prefix}{wrong}")
             return
+        state_dict.update({prefix + name: tensor for name, tensor in given.items()})
         for name, parameter in self.named_parameters():
             tensor = state_dict.get(prefix + name)
             if tensor is not None and parameter.dtype in NARROW and tensor.dtype == torch.float32:
                 parameter.data = parameter.data.float()
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.guard()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RPQWeight:
         super()._apply(fn, recurse)
         self._probe = fn(self._probe)
+        self.guard()
         return self
 
     def extra_repr(self) -> str:

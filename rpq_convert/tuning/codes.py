@@ -47,7 +47,7 @@ class CodeUpdates:
     @property
     def codes(self) -> dict[str, Tensor]:
         """The codes as they are now."""
-        return {name: rpq.codes.detach() for name, rpq in self.weights.items()}
+        return {name: rpq.stored_tensor("codes").detach() for name, rpq in self.weights.items()}
 
     @contextmanager
     def expanded(self) -> Iterator[list[Tensor]]:

@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rpq_convert.core.axes import WeightView
 from rpq_convert.core.spec import Spec
@@ -64,8 +64,7 @@ def weight(spec: Spec, shape: tuple[int, int], front: bool) -> RPQWeight:
     rpq = RPQWeight(spec, WeightView("out in"), shape)
     for name, (dtype, size) in spec.tensors(rpq.view, shape).items():
         filled = torch.randint(0, 256, size, dtype=torch.uint8) if name == "codes" else torch.randn(size).to(dtype)
-        real = nn.Parameter(guarded(filled, front=front), requires_grad=dtype.is_floating_point)
-        rpq.register_parameter(name, real)
+        rpq.set_tensor(name, guarded(filled, front=front))
     return rpq
 
 

@@ -42,7 +42,7 @@ class Encode(ConversionOps):
             places = surgery.places(model, (job.name, *job.aliases))
             rpq = swap(places, job, encode(job, tensor.to(dtype_of(job.dtype))))
             rpq.to(tensor.device)
-            for part in rpq.parameters():
+            for part in (*rpq.parameters(), *rpq.buffers()):
                 part._is_hf_initialized = True  # type: ignore[attr-defined]
             missing_keys.difference_update((job.name, *job.aliases))
         return {}

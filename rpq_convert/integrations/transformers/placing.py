@@ -140,7 +140,9 @@ def place(model: Any, contents: Contents, files: list[Any], *, resized: bool) ->
 def _install(model: Any, paths: list[str], what: Described) -> None:
     given: Any = surgery.parameter_at(model, paths[0])
     wanted = kept_dtype(model, paths[0], model.config.dtype) or given.dtype
-    surgery.places(model, paths).install(RPQWeight.of(replace(what, dtype=wanted), "meta"))
+    weight = RPQWeight.of(replace(what, dtype=wanted), "meta")
+    weight.unguard()
+    surgery.places(model, paths).install(weight)
 
 
 def _tie(model: Any, groups: dict[str, list[str]], dense: set[str]) -> dict[str, str]:
@@ -164,7 +166,7 @@ def _tie(model: Any, groups: dict[str, list[str]], dense: set[str]) -> dict[str,
         surgery.places(model, new).install(surgery.layers_of(model)[home])
         groups[home] += new
     for home, others in groups.items():
-        parts = [p for p, _ in surgery.layers_of(model)[home].named_parameters()]
+        parts = surgery.layers_of(model)[home].tensors()
         ties |= {f"{other}_rpq.{p}": f"{home}_rpq.{p}" for other in others for p in parts}
     return ties
 

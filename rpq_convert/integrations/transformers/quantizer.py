@@ -72,7 +72,7 @@ class RPQQuantizer(HfQuantizer):
         for path, weight in surgery.layers_of(model).items():
             _check_loaded(path, weight)
             weight._probe = torch.empty(0, dtype=weight.dtype, device=weight.codes.device)
-            weight.codes.requires_grad_(False)
+            weight.guard()
         for act in AFTER:
             act(model)
         return model
