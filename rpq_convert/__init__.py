@@ -20,6 +20,8 @@ when_imported("transformers.quantizers.auto", "rpq_convert.integrations.transfor
 when_imported(
     "torch.export.pt2_archive._package", "rpq_convert.kernels.torch_ops"
 )  # torch.export.load knows torch.ops.rpq
+when_imported("huggingface_hub.hub_mixin", "rpq_convert.integrations.other_savers:hub_mixin")  # refuses RPQ weights
+when_imported("diffusers.models.modeling_utils", "rpq_convert.integrations.other_savers:diffusers")
 
 _HOMES = {
     "sensitivities": "calibration.sensitivity",

@@ -93,14 +93,16 @@ def write_rest(
     if plan.options.get("dtype") and config is not None:
         merged["dtype"] = plan.options["dtype"]
         merged.pop("torch_dtype", None)
-    elif config is not None and not (merged.get("dtype") or merged.get("torch_dtype")):
+    elif "model_type" in merged and not (merged.get("dtype") or merged.get("torch_dtype")):
         merged["dtype"] = plan.jobs[0].dtype  # transformers would take the first tensor's, which is a codebook's
     described = with_description(merged, quantization_config(plan, facts))
     folder.write(CONFIG, json.dumps(described, indent=1))
     if base is not None and base.card is not None:
         shutil.copyfile(base.card, folder.work / BASE_CARD)
     report = make_report(plan, facts, title)
-    folder.write(CARD, model_card(report, config, folder.out.name, {p.name for p in folder.work.iterdir()}, base))
+    own = base is not None and base.factory  # whatever its config says, transformers does not build it
+    files = {p.name for p in folder.work.iterdir()}
+    folder.write(CARD, model_card(report, None if own else config, folder.out.name, files, base))
     report = make_report(plan, facts, title, _sizes(folder.work))
     folder.write(REPORT, report.to_json())
     folder.finish()

@@ -147,6 +147,7 @@ def open_checkpoint(
         opened.source, opened.has_weights = _tensors(folder, repository, options, need)
         if options.factory is not None:
             opened.model = model or empty_from_factory(options.factory)
+            opened.config = read_json(folder / CONFIG, kinds.DENSE_CONFIG, SourceError) if has_config else None
             _check(opened.model, opened.source)
         return opened
     if not folder.is_dir():

@@ -75,16 +75,18 @@ def save(
     }
     folder.write_weights(lambda name: state[name])
     folder.copy([*files])
-    config = _config_of(model)
+    config = _config_of(model, folder.work)
     if base is None and config is not None:
         base = base_of(str(getattr(model, "name_or_path", "")))
     return write_rest(folder, config, facts, type(model).__name__, base)
 
 
-def _config_of(model: nn.Module) -> dict[str, Any] | None:
-    """Return a transformers model's config as JSON values, or None for another model."""
+def _config_of(model: nn.Module, folder: Path) -> dict[str, Any] | None:
+    """Return a transformers model's config as JSON values, its own code copied to the folder; or None for another model."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_json_string"):
         return None
+    from rpq_convert.hf.loading import copy_code
+
     data = json.loads(config.to_json_string(use_diff=True))
-    return data | {"architectures": [layer_types.original_class(model).__name__]}
+    return data | {"architectures": [layer_types.original_class(model).__name__]} | copy_code(model, folder)

@@ -8,6 +8,7 @@ classes come from transformers itself.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
@@ -73,17 +74,52 @@ def _code_named(config: Any) -> str:
 
 
 def model_class(config: Any) -> Any:
-    """Return the class that `config.architectures` names, from transformers itself."""
-    for name in config.architectures or ():
-        found = getattr(transformers, name, None)
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-            return found
-        raise SourceError(f"transformers {transformers.__version__} has no model class {name!r}")
+    """Return the class that `config.architectures` names: transformers' own, or one that the user registered with it."""
+    for named in config.architectures or ():
+        name = named.removeprefix("FSDP")
+        for found in (getattr(transformers, name, None), *_registered(config), getattr(_home(config), name, None)):
+            if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) and found.__name__ == name:
+                return found
+        raise SourceError(
+            f"transformers {transformers.__version__} has no model class {name!r}; register your own "
+            "(AutoModel.register), or give factory=package:callable"
+        )
     try:
         found = transformers.MODEL_MAPPING[type(config)]
         return found[0] if isinstance(found, tuple) else found
     except KeyError:
         raise SourceError(f"config {type(config).__name__} names no architecture") from None
+
+
+def _home(config: Any) -> Any:
+    """Return the file of transformers that defines the models of a config, also those without a public name; None for none."""
+    name = type(config).__module__.replace("configuration_", "modeling_")
+    there = name.startswith("transformers.models.") and importlib.util.find_spec(name) is not None
+    return importlib.import_module(name) if there else None
+
+
+def _registered(config: Any) -> list[Any]:
+    """Return the classes that `AutoModel.register` and its like have for this kind of config in this process."""
+    autos = vars(transformers.models.auto.modeling_auto).values()
+    extra = (getattr(getattr(auto, "_model_mapping", None), "_extra_content", {}) for auto in autos)
+    found = (content[type(config)] for content in extra if type(config) in content)
+    return [kind for one in found for kind in (one if isinstance(one, tuple) else (one,))]
+
+
+def copy_code(model: Any, folder: Path) -> dict[str, Any]:
+    """Copy the files that define a model of the user's or a repository's own code, as `save_pretrained` does.
+
+    Nothing is copied, and nothing said, for other models. No code is run: the model was made of it.
+
+    Returns:
+        What config.json says of them: the fields with which `from_pretrained(…, trust_remote_code=True)` finds the code.
+    """
+    if not (isinstance(model, transformers.PreTrainedModel) and model.is_remote_code()):
+        return {}
+    for own in (model, model.config):
+        if own._auto_class is not None:
+            transformers.dynamic_module_utils.custom_object_save(own, folder, config=model.config)  # type: ignore[arg-type]
+    return {"auto_map": model.config.auto_map}
 
 
 def stored_dtype(config: Any, source: Any, folder: Path) -> torch.dtype | None:
