@@ -80,5 +80,5 @@ def facts_of(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 def report_of(model: nn.Module, plan: Plan) -> Report:
     """Return the report of a converted model in memory."""
-    model._rpq_reasons = {s.name: s.reason for s in plan.skips}  # type: ignore[assignment]
+    model.__dict__["_rpq_reasons"] = {s.name: s.reason for s in plan.skips}
     return make_report(plan, facts_of(model), title=type(model).__name__)

@@ -22,6 +22,7 @@ from rpq_convert.hf import hub
 from rpq_convert.layers import surgery
 from rpq_convert.layers.surgery import AFTER
 from rpq_convert.layers.weight import RPQWeight
+from rpq_convert.planning.holders import become_held, held_elsewhere, storage_of
 from rpq_convert.planning.plan import FORMAT_VERSION
 from rpq_convert.schemas import kinds
 from rpq_convert.schemas.checking import check, parse_json, read_text
@@ -109,6 +110,7 @@ def fill(model: nn.Module, config: Mapping[str, Any], source: Any) -> None:
                     full = f"{path}.{key}".lstrip(".")
                     homes.setdefault(id(value), (value, [], full))[1].append((module, key, is_buffer))
     missing: list[str] = []
+    held = held_elsewhere(model)
     for value, places, full in homes.values():
         stem, parted, part = full.rpartition("_rpq.") if "_rpq." in full else (full, "", "")
         names = [name + parted + part for name in (stem, contents.tied.get(stem, stem), *tied.get(stem, []))]
@@ -119,7 +121,8 @@ def fill(model: nn.Module, config: Mapping[str, Any], source: Any) -> None:
         used.add(key)
         description.check_dense(key, source.infos[key], value)
         tensor = source[key]
-        filled = tensor if places[0][2] else nn.Parameter(tensor, requires_grad=value.requires_grad)
+        filled: Any = tensor if places[0][2] else nn.Parameter(tensor, requires_grad=value.requires_grad)
+        filled = become_held(value, filled, held.get(storage_of(value), ()))
         for module, key, is_buffer in places:
             (module._buffers if is_buffer else module._parameters)[key] = filled
     unused = [k for k in source if k not in used]

@@ -22,6 +22,7 @@ from rpq_convert.errors import SourceError
 from rpq_convert.hf import hub
 from rpq_convert.hf.model_card import Base, base_in
 from rpq_convert.layers import surgery
+from rpq_convert.planning.holders import become_held, held_elsewhere, storage_of
 from rpq_convert.planning.slots import Slot, walk, walk_headers
 from rpq_convert.running.meta import parameters_on_meta
 from rpq_convert.schemas import kinds
@@ -85,7 +86,9 @@ class Opened:
         if self.source is None:
             return self.model
         if self._filled is None:
-            self._filled = compute_buffers(fill(copy.deepcopy(self.model), self.source), self.options.factory)
+            factory = self.options.factory  # a copy of a model would share what its functions close over
+            empty = copy.deepcopy(self.model) if factory is None else empty_from_factory(factory)
+            self._filled = compute_buffers(fill(empty, self.source), factory)
         return self._filled
 
     def give_filled(self) -> nn.Module:
@@ -100,13 +103,16 @@ class Opened:
 
 
 def fill(model: nn.Module, source: Mapping[str, Tensor]) -> nn.Module:
-    """Give an empty model the weights of its checkpoint, in place."""
+    """Give an empty model the weights of its checkpoint, in place, and whatever else holds one."""
+    held = held_elsewhere(model)
     for slot in walk(model):
         tensor = either(source, (slot.name, *slot.aliases))
         filled: Any = tensor if slot.buffer else nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
         for path in (slot.name, *slot.aliases):
             module, name = surgery.find(model, path)
-            (module._buffers if slot.buffer else module._parameters)[name] = filled
+            table: Any = module._buffers if slot.buffer else module._parameters
+            if (empty := table[name]) is not filled:
+                table[name] = filled = become_held(empty, filled, held.get(storage_of(empty), ()))
     return model
 
 

@@ -18,6 +18,7 @@ from rpq_convert.hf.model_card import Base, base_of
 from rpq_convert.layers import surgery
 from rpq_convert.planning import layer_types
 from rpq_convert.report.schema import Report
+from rpq_convert.running.offload import is_hooked, onloaded
 from rpq_convert.running.wrappers import unwrapped
 from rpq_convert.storage.writer import Folder
 
@@ -57,7 +58,8 @@ def save(
     facts = facts_of(model)
     for job in plan.jobs:
         rpq, record = found[job.name], facts[job.name]
-        tensors = {k: t.cpu().contiguous() for k, t in rpq.stored().items()}
+        with onloaded(rpq):
+            tensors = {k: t.cpu().contiguous() for k, t in rpq.stored().items()}
         folder.put(
             Encoded(
                 job.name,
@@ -73,7 +75,13 @@ def save(
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
-    folder.write_weights(lambda name: state[name])
+
+    def tensor(name: str) -> Any:
+        module, key = surgery.find(model, name)
+        with onloaded(module):
+            return {**module._parameters, **module._buffers}[key] if is_hooked(module) else state[name]
+
+    folder.write_weights(tensor)
     folder.copy([*files])
     config = _config_of(model, folder.work)
     if base is None and config is not None:

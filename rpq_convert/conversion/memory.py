@@ -20,13 +20,17 @@ from rpq_convert.core.results import Encoded
 from rpq_convert.encoding.encode import build
 from rpq_convert.errors import PlanError
 from rpq_convert.layers import surgery
+from rpq_convert.layers.encoders import padded
+from rpq_convert.layers.rollback import unchanged_on_failure
 from rpq_convert.layers.surgery import AFTER, Places
 from rpq_convert.layers.weight import RPQWeight
+from rpq_convert.planning.holders import optimizers_of
 from rpq_convert.planning.options import PlanOptions
 from rpq_convert.planning.plan import Job, Plan
 from rpq_convert.report.schema import Report
 from rpq_convert.running.data import Calibration, inputs_of
 from rpq_convert.running.digest import describe
+from rpq_convert.running.offload import refuse_offloaded
 from rpq_convert.running.wrappers import unwrapped
 
 Progress = Callable[[Job, Encoded | None], None]
@@ -64,15 +68,35 @@ def convert(
     """
     (asked,) = take(options, PlanOptions)
     model = unwrapped(model)
-    data = inputs_of(calibration, model)
-    plan = plan or plan_opened(Opened(model, None), asked, data=data)
+    how: dict[str, Any] = {"executor": executor, "workers": workers}
+    optimizers = optimizers_of(model)
+    refuse_offloaded(model, "convert")
+    with unchanged_on_failure(model), torch.inference_mode(False):  # whose tensors would never train
+        data = inputs_of(calibration, model)
+        plan = plan or plan_opened(Opened(model, None), asked, data=data)
+        plan = replace(plan, warnings=(*plan.warnings, *_stale(model, plan, optimizers)))
+        return _convert(model, plan, data, progress, how)
+
+
+def _stale(model: nn.Module, plan: Plan, optimizers: Sequence[tuple[str, frozenset[int]]]) -> list[str]:
+    """Return warnings about optimizers that would go on with parameters that are no longer there."""
+    dense = {id(surgery.parameter_at(model, job.name)) for job in plan.jobs}
+    return [
+        f"{name} holds {len(held & dense)} of the converted weights and will not train their codebooks; make the optimizer anew"
+        for name, held in optimizers
+        if held & dense
+    ]
+
+
+def _convert(
+    model: nn.Module, plan: Plan, data: Sequence[Any] | None, progress: Progress | None, how: Mapping[str, Any]
+) -> Report:
     source = parameters_of(model)
     unknown = [j.name for j in plan.jobs if j.name not in source]
     if unknown:
         raise PlanError(f"the plan is for another model: it has no parameter {unknown[0]}")
     config = getattr(model, "config", None)  # OPT and a few others call it init_std
     std = next((v for n in ("initializer_range", "init_std") if (v := getattr(config, n, None))), None)
-    how: dict[str, Any] = {"executor": executor, "workers": workers}
     if data is not None:
         plan = replace(plan, options={**plan.options, "calibration": describe(data)})
         convert_calibrated(model, plan, source, data, progress, how)
@@ -99,7 +123,7 @@ def finish(model: nn.Module, plan: Plan) -> Report:
     dtype = plan.options.get("dtype")
     if dtype:
         _cast_rest(model, getattr(torch, dtype))
-    model._rpq_options = dict(plan.options)  # type: ignore[assignment]
+    model.__dict__["_rpq_options"] = dict(plan.options)  # a class may refuse assignments
     report = report_of(model, plan)
     for act in AFTER:
         act(model)
@@ -115,33 +139,28 @@ def convert_calibrated(
     how: Mapping[str, Any],
     stored: Callable[[Job], Encoded | None] = lambda job: None,
 ) -> None:
-    """Fit and install layer by layer, but for what an earlier run has `stored`; whatever fails, the model is as it was."""
+    """Fit and install layer by layer, but for what an earlier run has `stored`."""
     if _on_meta(source):
         raise PlanError("a model on meta has no outputs to calibrate; convert it with fit='random' or load its weights")
     by_name = {job.name: job for job in plan.jobs}
     where = {job.name: surgery.places(model, (job.name, *job.aliases)) for job in plan.jobs}
-    dense: dict[str, Any] = {name: places.parameter for name, places in where.items()}
+    padded(model)  # it runs while some layers are converted and others not yet
 
     def install(job: Job, encoded: Encoded, new: bool) -> None:
         swap(where[job.name], job, encoded)
         if progress:
             progress(job, encoded if new else None)
 
-    try:
-        with closing(walk(model, plan.jobs, data)) as groups:
-            for group, statistics in groups:
-                found = {job.name: stored(job) for job in group}
-                for job in group:
-                    if (encoded := found[job.name]) is not None:
-                        install(job, encoded, new=False)
-                waiting = [job for job in group if found[job.name] is None]
-                for encoded in run_jobs(waiting, source, statistics=statistics, **how):
-                    install(by_name[encoded.name], encoded, new=True)
-                del statistics  # before the next group's Hessian is made
-    except BaseException:
-        for name, places in where.items():
-            places.remove(dense[name])
-        raise
+    with closing(walk(model, plan.jobs, data)) as groups:
+        for group, statistics in groups:
+            found = {job.name: stored(job) for job in group}
+            for job in group:
+                if (encoded := found[job.name]) is not None:
+                    install(job, encoded, new=False)
+            waiting = [job for job in group if found[job.name] is None]
+            for encoded in run_jobs(waiting, source, statistics=statistics, **how):
+                install(by_name[encoded.name], encoded, new=True)
+            del statistics  # before the next group's Hessian is made
 
 
 def _on_meta(source: Mapping[str, Tensor]) -> bool:

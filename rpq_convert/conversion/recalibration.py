@@ -16,6 +16,7 @@ from rpq_convert.checkpoint.described import plan_of
 from rpq_convert.conversion.memory import Progress, convert_calibrated, finish
 from rpq_convert.errors import CalibrationError
 from rpq_convert.layers import surgery
+from rpq_convert.layers.rollback import unchanged_on_failure
 from rpq_convert.report.schema import Report
 from rpq_convert.running.digest import describe
 
@@ -52,20 +53,15 @@ def recalibrate(
         raise CalibrationError(f"{type(model).__name__} has no RPQ layer; convert it first")
     dense = {job.name: _dense(base, job.name, job.shape) for job in jobs}
     found = surgery.layers_of(model)
-    before = {job.name: found[job.name] for job in jobs}
     where = {job.name: surgery.places(model, (job.name, *job.aliases)) for job in jobs}
-    start = {name: {k: t.detach().cpu() for k, t in rpq.stored().items()} for name, rpq in before.items()}
-    try:
+    start = {job.name: {k: t.detach().cpu() for k, t in found[job.name].stored().items()} for job in jobs}
+    how: dict[str, Any] = {"executor": executor, "workers": workers, "start": start}
+    source = {name: p.detach() for name, p in dense.items()}
+    with unchanged_on_failure(model):
         for name, places in where.items():
             places.remove(dense[name])
-        how: dict[str, Any] = {"executor": executor, "workers": workers, "start": start}
-        source = {name: p.detach() for name, p in dense.items()}
         convert_calibrated(model, replace(plan, jobs=jobs), source, items, progress, how)
-    except BaseException:
-        for name, places in where.items():
-            places.install(before[name])
-        raise
-    return finish(model, replace(plan, jobs=jobs, options={**plan.options, "calibration": describe(items)}))
+        return finish(model, replace(plan, jobs=jobs, options={**plan.options, "calibration": describe(items)}))
 
 
 def _dense(base: nn.Module, name: str, shape: tuple[int, ...]) -> nn.Parameter:

@@ -6,16 +6,20 @@ import torch
 from torch import nn
 
 from rpq_convert.layers import surgery
+from rpq_convert.layers.rollback import unchanged_on_failure
 from rpq_convert.layers.surgery import AFTER
+from rpq_convert.running.offload import refuse_offloaded
 
 
 def restore(model: nn.Module) -> nn.Module:
     """Turn a converted model back into a dense one, in place: every class and parameter as before conversion."""
-    for rpq, places in surgery.places_of(model).items():
-        with torch.no_grad():
-            places.remove(nn.Parameter(rpq(), requires_grad=rpq.trainable))
-    for act in AFTER:
-        act(model)
+    refuse_offloaded(model, "restore")
+    with unchanged_on_failure(model), torch.inference_mode(False):
+        for rpq, places in surgery.places_of(model).items():
+            with torch.no_grad():
+                places.remove(nn.Parameter(rpq(), requires_grad=rpq.trainable))
+        for act in AFTER:
+            act(model)
     return model
 
 

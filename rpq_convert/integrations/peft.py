@@ -15,6 +15,7 @@ from torch import nn
 from rpq_convert.checkpoint.described import plan_of
 from rpq_convert.conversion.memory import convert
 from rpq_convert.layers import surgery
+from rpq_convert.layers.rollback import unchanged_on_failure
 from rpq_convert.planning.plan import Plan
 from rpq_convert.planning.slots import parts_of
 from rpq_convert.report.schema import Report
@@ -44,15 +45,11 @@ def merge_adapter(model: Any, *, adapters: list[str] | None = None) -> tuple[nn.
     if not jobs:
         raise ValueError(f"{type(base).__name__} has no RPQ layer with an adapter; use merge_and_unload()")
     found = surgery.layers_of(base)
-    changed = [(found[j.name], surgery.places(base, (j.name, *j.aliases))) for j in jobs]
-    for rpq, places in changed:
-        places.remove(nn.Parameter(rpq().detach(), requires_grad=False))
-    try:
+    with unchanged_on_failure(model):
+        for j in jobs:
+            places = surgery.places(base, (j.name, *j.aliases))
+            places.remove(nn.Parameter(found[j.name]().detach(), requires_grad=False))
         merged = model.merge_and_unload(adapter_names=adapters)
-    except Exception:
-        for rpq, places in changed:
-            places.install(rpq)
-        raise
     again = tuple(
         replace(j, name=_plain(j.name), aliases=tuple(map(_plain, j.aliases)), fit="kmeans" if j.is_random else j.fit)
         for j in jobs

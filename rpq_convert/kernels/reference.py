@@ -99,6 +99,15 @@ def linear_gradients(
     return dx, *decode_gradients(gradient.T @ x, codes, codebooks, scales, None, layout, needs[1:])
 
 
+def needs_graph(gradient: Tensor) -> bool:
+    """Whether a backward pass must consist of ordinary operations: a gradient of it is wanted, or vmap looks through it."""
+    functorch = torch._C._functorch
+    return (
+        torch.is_grad_enabled() or functorch.is_legacy_batchedtensor(gradient) or functorch.is_batchedtensor(gradient)
+    )
+
+
+@torch.enable_grad()
 def linear_graph(gradient: Tensor, saved: tuple[Any, ...], layout: Layout, needs: Needs) -> tuple[Any, ...]:
     """Return the gradients of `linear`'s arguments with a graph of their own, for when a gradient of them is wanted."""
     x, codes, codebooks, scales, bias = saved
@@ -113,6 +122,7 @@ def linear_graph(gradient: Tensor, saved: tuple[Any, ...], layout: Layout, needs
     )  # fmt: skip
 
 
+@torch.enable_grad()
 def decode_graph(
     gradient: Tensor, saved: tuple[Any, ...], layout: Layout, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None]:

@@ -11,13 +11,17 @@ in-place writes vanish) and rebuilding layers from their attributes (loses hooks
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils import swap_tensors
+from torch.utils._pytree import tree_leaves
 
 from rpq_convert.layers.weight import RPQWeight
+from rpq_convert.running.offload import onloaded
 
 # Operations that do better than decode-then-call; a handler that returns NotImplemented falls back to decoding.
 HANDLERS: dict[Any, Callable[..., Any]] = {}
@@ -36,6 +40,9 @@ IN_PLACE = {"__setitem__"} | {
 }
 
 
+HOOKS = ("register_hook", "register_post_accumulate_grad_hook", "retain_grad")  # of a tensor that every call makes anew
+
+
 def _writes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], guarded: type) -> bool:
     """Whether the call writes into a guarded tensor: an in-place method on it, or `out=` it."""
     name = getattr(func, "__name__", "")
@@ -49,14 +56,59 @@ def _writes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     return (in_place and any(isinstance(t, guarded) for t in targets)) or isinstance(kwargs.get("out"), guarded)
 
 
-class DecodedView(Tensor):
+class _ForParameter(Tensor):
+    """A tensor that `nn.Parameter` may take: the parameter is a copy, with memory of its own.
+
+    For a subclass, torch calls `detach()`, wants a tensor of the same class, calls `requires_grad_` and marks it as a parameter.
+    """
+
+    _wanted: bool | None = None  # whether the parameter will have a gradient
+
+    def _begin(self) -> Tensor:
+        """Return what `detach()` gives to `nn.Parameter`."""
+        raise NotImplementedError
+
+    @property
+    def _is_param(self) -> bool:
+        return False
+
+    @_is_param.setter
+    def _is_param(self, value: bool) -> None:
+        with torch.no_grad():
+            swap_tensors(self, nn.Parameter(self.clone(), requires_grad=bool(self._wanted)))
+
+
+def _becomes_parameter(func: Any, args: tuple[Any, ...]) -> Tensor | None:
+    """Return what `nn.Parameter` gets where it is what calls this function of a weight; None anywhere else."""
+    if func is Tensor.detach and sys._getframe(2).f_code is nn.Parameter.__new__.__code__:
+        begun = args[0]._begin()
+        begun._wanted = False
+        return begun  # type: ignore[no-any-return]
+    if func is Tensor.requires_grad_ and getattr(args[0], "_wanted", None) is not None:
+        args[0]._wanted = args[1] if len(args) > 1 else True
+        return args[0]  # type: ignore[no-any-return]
+    return None
+
+
+# What prints, copies or stores a tensor has no use for our class.
+PLAIN = {Tensor.__format__, Tensor.__repr__, Tensor.__deepcopy__, Tensor.__reduce_ex__}
+
+
+class DecodedView(_ForParameter):
     """A read-only alias of a decoded weight (a slice, a transpose): reads like any tensor, refuses writes."""
 
     _is_hf_initialized = True  # as below: transformers leaves a row alone, too
 
+    def _begin(self) -> Tensor:
+        return self.view_as(self)
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if (begun := _becomes_parameter(func, args)) is not None:
+            return begun
+        if func in PLAIN and isinstance(args[0], DecodedView):
+            return func(args[0].as_subclass(Tensor), *args[1:], **kwargs)
         if _writes(func, args, kwargs, DecodedView):
             raise refuse(f"{getattr(func, '__name__', 'this')} on a view of it", "A weight")
         if any(issubclass(t, ComputedWeight) for t in types):
@@ -82,7 +134,7 @@ def _guard_alias(out: Any, source: Tensor | None) -> Any:
     return out
 
 
-class ComputedWeight(Tensor):
+class ComputedWeight(_ForParameter):
     """What `layer.weight` returns: the shape and dtype of the dense parameter, its values decoded when they are used."""
 
     # transformers' initialisers leave a tensor alone that says so: there is nothing to initialise in a computed weight.
@@ -96,9 +148,27 @@ class ComputedWeight(Tensor):
         self._rpq, self._name = rpq, name
         return self
 
+    def _begin(self) -> Tensor:
+        return ComputedWeight(rpq_of(self), self._name)
+
+    def __getattr__(self, name: str) -> Any:
+        """Find what was set on the dense parameter (a mark that optimizers read, say): the codebooks have it."""
+        found = rpq_of(self).codebooks.__dict__
+        if name in found and not name.startswith("_"):
+            return found[name]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_") or hasattr(Tensor, name):
+            super().__setattr__(name, value)
+        else:
+            rpq_of(self).keep_attributes({name: value})
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if (begun := _becomes_parameter(func, args)) is not None:
+            return begun
         if func in ATTRIBUTES and isinstance(args[0], ComputedWeight):
             return ATTRIBUTES[func](args[0])
         handler = HANDLERS.get(func)
@@ -106,7 +176,7 @@ class ComputedWeight(Tensor):
             done = handler(*args, **kwargs)
             if done is not NotImplemented:
                 return done
-        if _writes(func, args, kwargs, ComputedWeight):
+        if _writes(func, args, kwargs, ComputedWeight) or getattr(func, "__name__", "") in HOOKS:
             first = args[0] if args and isinstance(args[0], (list, tuple)) else args[:1]
             target = next(a for a in (*first, *kwargs.values()) if isinstance(a, ComputedWeight))
             raise refuse(f"{getattr(func, '__name__', 'this')} on it", object.__getattribute__(target, "_name"))
@@ -125,6 +195,18 @@ class ComputedWeight(Tensor):
             return func(*_decode_in(args, decoded), **_decode_in(kwargs or {}, decoded))
 
 
+class OffloadedWeight(ComputedWeight):
+    """A computed weight whose tensors accelerate keeps elsewhere: they come for the time of each operation."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in ATTRIBUTES and func not in PLACES:
+            return ATTRIBUTES[func](args[0])
+        weights = [w for w in tree_leaves((args, kwargs)) if isinstance(w, ComputedWeight)]
+        with onloaded(*{id(rpq): rpq for rpq in map(rpq_of, weights)}.values()):
+            return super().__torch_function__(func, types, args, kwargs)
+
+
 def _decode_in(value: Any, decoded: dict[int, Tensor]) -> Any:
     """Return the argument tree with every computed weight decoded, each module once."""
     if isinstance(value, ComputedWeight):
@@ -141,6 +223,20 @@ def _decode_in(value: Any, decoded: dict[int, Tensor]) -> Any:
 
 def rpq_of(weight: ComputedWeight) -> RPQWeight:
     return object.__getattribute__(weight, "_rpq")
+
+
+def _freeze(weight: ComputedWeight, wanted: bool = True) -> ComputedWeight:
+    """Freeze what the weight is computed from, or let it train again: `weight.requires_grad_(…)`."""
+    rpq_of(weight).requires_grad_(wanted)
+    return weight
+
+
+def _copy(weight: ComputedWeight, memo: dict[int, Any]) -> Tensor:
+    """Return what a copy of a parameter is: a parameter with memory of its own."""
+    with torch.no_grad():
+        copied = nn.Parameter(rpq_of(weight)().clone(), requires_grad=rpq_of(weight).trainable)
+    memo[id(weight)] = copied
+    return copied
 
 
 def _size(weight: ComputedWeight, dim: int | None = None) -> Any:
@@ -167,3 +263,9 @@ ATTRIBUTES: dict[Any, Callable[[ComputedWeight], Any]] = {
     Tensor.is_complex: lambda w: False,
     Tensor.is_contiguous: lambda w: True,
 }
+HANDLERS |= {
+    Tensor.requires_grad_: _freeze,
+    Tensor.requires_grad.__set__: _freeze,  # type: ignore[attr-defined]
+    Tensor.__deepcopy__: _copy,
+}
+PLACES = {Tensor.device.__get__, Tensor.is_meta.__get__, Tensor.is_cuda.__get__}  # type: ignore[attr-defined]

@@ -1,14 +1,15 @@
 """Surgery on modules: change the parameter, inherit the layer.
 
 A converted module stays the object that it was. Its parameter `weight` becomes a child module `weight_rpq`, and its class
-becomes a generated `RPQ<Name>(RPQLayer, <its class>)` that differs in one thing: `weight` is a read-only property that
-returns a `ComputedWeight`. Forward, hooks, aliases and attributes are inherited. `Places` does this under all names of a
-parameter at once, and undoes it.
+becomes a generated `RPQ<Name>` that differs in one thing: `weight` is a read-only property that returns a `ComputedWeight`.
+Forward, hooks, aliases and attributes are inherited. `Places` does this under all names of a parameter at once, and undoes
+it; `rollback.py` undoes a conversion that fails.
 """
 
 from __future__ import annotations
 
 import functools
+from abc import ABCMeta
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,13 +17,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import _symbolic_trace
 
-from rpq_convert.layers.lazy_weight import ComputedWeight, DecodedView, refuse
+from rpq_convert.layers.encoders import padded_where_converted
+from rpq_convert.layers.lazy_weight import ComputedWeight, DecodedView, OffloadedWeight, refuse
 from rpq_convert.layers.traced_weight import TracedWeight
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning.layer_types import original_class
+from rpq_convert.running.hooked import compute_again, hooked, source_of
+from rpq_convert.running.offload import is_hooked
 
-AFTER: list[Callable[[nn.Module], None]] = []  # called with every model whose layers were converted, loaded or restored
+# called with every model whose layers were converted, loaded or restored
+AFTER: list[Callable[[nn.Module], None]] = [compute_again, padded_where_converted]
 
 
 SUFFIX = "_rpq"
@@ -31,12 +37,18 @@ SUFFIX = "_rpq"
 class RPQLayer:
     """Mixed into the class of a converted module; the weights it names are computed, not stored."""
 
+    __slots__ = ()
     _rpq_names: tuple[str, ...] = ()
     _rpq_original: Any  # the class it had
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Make an ordinary layer: code that builds another one with `type(layer)(…)`, as PEFT does, means that."""
         return cls._rpq_original(*args, **kwargs)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Tell the original's hook of no class but those that somebody derives from a generated one."""
+        if "_rpq_original" not in vars(cls):
+            super().__init_subclass__(**kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in self._rpq_names:
@@ -45,6 +57,12 @@ class RPQLayer:
             self._modules[name + SUFFIX] = object.__getattribute__(value, "_rpq")  # type: ignore[attr-defined]
             return None
         raise refuse("assigning to it", f"{type(self).__name__}.{name}")
+
+    def __delattr__(self, name: str) -> None:
+        """Refuse the first step of `remove_weight_norm` and its like, which would fail at the second one."""
+        if name in hooked(self) and source_of(self, name) in self._rpq_names:  # type: ignore[arg-type]
+            raise refuse("removing its hook", f"{type(self).__name__}.{source_of(self, name)}")  # type: ignore[arg-type]
+        super().__delattr__(name)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Pass over a checkpoint's guard, so that its weight files load by `load_state_dict` too (Trainer resumes so)."""
@@ -78,6 +96,11 @@ def _computed(name: str) -> property:
             return rpq()  # torch's own functions that compute a weight from it take tensors alone
         if compiling:
             return TracedWeight(rpq, f"{type(self).__name__}.{name}")  # type: ignore[return-value]
+        if _symbolic_trace._is_fx_tracing_flag:  # its tracer gives out proxies of parameters
+            tracer = rpq.codebooks.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(rpq), (), {})  # type: ignore[no-any-return]
+        if is_hooked(rpq):
+            return OffloadedWeight(rpq, f"{type(self).__name__}.{name}")
         kind = (rpq._probe.dtype, rpq.stored_tensor("codes").device, type(self), name)
         lazy = caches.lazy
         if lazy is None or lazy[0] != kind:
@@ -95,6 +118,22 @@ def _flat(self: Any) -> list[Any]:
     return [getattr(self, name, None) for name in self._flat_weights_names]
 
 
+def _some(self: Any, index: Any) -> Any:
+    """Return a list of the parameters in a slice that shares their weights, as torch's would share parameters."""
+    if not isinstance(index, slice):
+        return nn.ParameterList.__getitem__(self, index)
+    names = [str(i) for i in range(*index.indices(len(self)))]
+    some = nn.ParameterList([None] * len(names))
+    for number, name in enumerate(names):
+        if is_rpq(self, name):
+            delattr(some, str(number))
+            some._parameters[str(number)] = None
+            install(some, str(number), self._modules[name + SUFFIX])
+        else:
+            some[number] = getattr(self, name)
+    return some
+
+
 def _refuse_inverse(self: Any, value: Any) -> None:
     raise refuse("assigning to it", type(self).__name__)
 
@@ -102,31 +141,63 @@ def _refuse_inverse(self: Any, value: Any) -> None:
 # What a generated class needs besides its computed parameters.
 EXTRAS: dict[type, dict[str, Any]] = {
     nn.RNNBase: {"_flat_weights": property(_flat, lambda self, value: None), "flatten_parameters": lambda self: None},
+    nn.ParameterList: {"__getitem__": _some},
     nn.utils.parametrize.ParametrizationList: {"right_inverse": _refuse_inverse},  # how `layer.weight = x` ends
 }
 
 
+class _Before:
+    """Puts `RPQLayer` before the original class in the order of methods, though the original is the only base.
+
+    So a generated class has the memory layout of its original, which Python asks of an object that changes its class, whatever
+    the original's bases are (ABC, Generic, classes with `__slots__`). `RPQLayer` as the first base would give another one.
+    """
+
+    def mro(cls: Any) -> list[type]:
+        if (original := vars(cls).get("_rpq_original")) is not None:
+            return [cls, RPQLayer, *original.__mro__]
+        return type.mro(cls)  # type: ignore[no-any-return]  # a class that someone derives from a generated one
+
+
+@functools.cache
+def _metaclass(kind: Any) -> Any:
+    return type.__new__(type, f"RPQ{kind.__name__}", (_Before, kind), {"__module__": __name__})
+
+
 @functools.cache
 def rpq_class(original: Any, names: tuple[str, ...]) -> type[nn.Module]:
-    """Return the class `RPQ<original>` in which these parameters are computed; the same class for the same question."""
+    """Return the class `RPQ<original>` in which these parameters are computed; the same class for the same question.
+
+    It is announced to nobody: neither the original's `__init_subclass__` nor its metaclass is called, which may ask for arguments,
+    refuse, or keep a register.
+    """
     space: dict[str, Any] = {name: _computed(name) for name in names}
     space |= {
         "_rpq_names": names,
         "_rpq_original": original,
         "__module__": original.__module__,
         "__doc__": original.__doc__,
+        "__slots__": (),
     }
     for kind, more in EXTRAS.items():
         space |= more if issubclass(original, kind) else {}
-    return type(f"RPQ{original.__name__}", (RPQLayer, original), space)
+    meta: Any = _metaclass(original.__class__)
+    make: Any = ABCMeta.__new__ if issubclass(meta, ABCMeta) else type.__new__
+    return make(meta, f"RPQ{original.__name__}", (original,), space)
+
+
+# The attribute of `object`: a class may refuse assignments, or have a property of this name.
+set_class = object.__dict__["__class__"].__set__
 
 
 def install(module: nn.Module, name: str, rpq: nn.Module) -> None:
     """Replace the parameter `name` of this module by an RPQWeight, in place."""
     names = (*module._rpq_names, name) if isinstance(module, RPQLayer) else (name,)
     kind = rpq_class(original_class(module), names)
-    del module._parameters[name]
-    module.__class__ = kind
+    dense = module._parameters.pop(name)
+    if dense is not None and isinstance(rpq, RPQWeight):
+        rpq.keep_attributes(dense.__dict__)
+    set_class(module, kind)
     module.__dict__.pop("_flat_weights", None)  # a recurrent layer's list, which would keep the dense weight alive
     module.add_module(name + SUFFIX, rpq)
 
@@ -137,7 +208,7 @@ def remove(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
     names = tuple(n for n in module._rpq_names if n != name)
     original = module._rpq_original
     del module._modules[name + SUFFIX]  # type: ignore[attr-defined]
-    module.__class__ = rpq_class(original, names) if names else original  # type: ignore[assignment]
+    set_class(module, rpq_class(original, names) if names else original)
     module.register_parameter(name, parameter)  # type: ignore[attr-defined]
     if isinstance(module, nn.RNNBase) and not names:
         module._init_flat_weights()

@@ -7,7 +7,7 @@ operation can work on the codes (operations.py). The file is long because all th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +24,7 @@ from rpq_convert.core.spec import Spec, dtype_name
 from rpq_convert.kernels import reference, torch_ops
 from rpq_convert.layers.caches import Caches
 from rpq_convert.layers.codes import Codes, guard, whole
+from rpq_convert.running.offload import is_placed
 
 NARROW = (torch.float16, torch.float8_e4m3fn)  # too narrow for an optimizer's steps
 GUARDED = ("codes", "positions")  # buffers; codebooks, scales and outliers are parameters
@@ -121,6 +122,17 @@ class RPQWeight(nn.Module):
         """Return all tensors that the weight consists of, codes and positions as ordinary ones, by name."""
         found = {name: self.stored_tensor(name) for name in description.PARTS}  # FSDP has attributes in their place
         return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Return parameters; and codes with them where accelerate places them: buffers would stay behind when it offloads."""
+        yield from super().named_parameters(*args, **kwargs)
+        if is_placed(self):
+            yield from super().named_buffers(*args, **kwargs)  # type: ignore[misc]
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        """Return codes, unless they count as parameters."""
+        if not is_placed(self):
+            yield from super().named_buffers(*args, **kwargs)
 
     def stored_tensor(self, name: str) -> Any:
         """Return `self.<name>`, half a microsecond sooner than nn.Module looks it up, codes as an ordinary tensor."""
@@ -286,6 +298,19 @@ class RPQWeight(nn.Module):
                 tensor = narrow if torch.equal(narrow.float(), tensor) else tensor
             kept[name] = tensor
         return kept
+
+    def keep_attributes(self, attributes: Mapping[str, Any]) -> None:
+        """Give what trains in place of a dense parameter the attributes that were set on that."""
+        for part in (self.codebooks, self.scales, self.outliers):
+            if part is not None:
+                part.__dict__.update(attributes)
+
+    def requires_grad_(self, requires_grad: bool = True) -> RPQWeight:
+        """Freeze codebooks, scales and outliers, or let them train; codes have no gradient."""
+        for part in (self.codebooks, self.scales, self.outliers):
+            if part is not None:
+                part.requires_grad_(requires_grad)
+        return self.train(self.training)
 
     def train(self, mode: bool = True) -> RPQWeight:
         """Set the mode. For training, codebooks and scales narrower than the weight become float32.

@@ -72,15 +72,49 @@ def class_names(kind: type) -> tuple[str, ...]:
     return tuple(f"{c.__module__}.{c.__qualname__}" for c in kind.__mro__ if MARK not in vars(c))
 
 
-def find_view(module: nn.Module, name: str) -> WeightView | None:
-    """Return the view of the parameter `name` of this module, or None where the layer table has none."""
+def find_view(module: nn.Module, name: str, shape: tuple[int, ...]) -> WeightView | None:
+    """Return the view of the parameter `name` of this module, or None where nothing tells its axes."""
     for kind, dotted in ((c, f"{c.__module__}.{c.__qualname__}") for c in type(module).__mro__):
         for key in (kind, dotted):
             if key in LAYERS:
                 return next((v for pattern, v in LAYERS[key].items() if fnmatchcase(name, pattern)), None)
-    if name in EXPERT_WEIGHTS and isinstance(weight := getattr(module, name), Tensor) and weight.ndim == 3:
+    if name in EXPERT_WEIGHTS and len(shape) == 3:
         return WeightView("expert in out" if getattr(module, "is_transposed", False) is True else "expert out in")
-    return None
+    return _by_attributes(module, shape) if name == "weight" else None
+
+
+# What layers call their numbers of outputs and inputs.
+SIZES = (
+    ("out_features", "in_features"), ("out_channels", "in_channels"), ("out_dim", "in_dim"), ("output_dim", "input_dim"),
+    ("output_size", "input_size"), ("nf", "nx"),
+)  # fmt: skip
+
+
+def _by_attributes(module: nn.Module, shape: tuple[int, ...]) -> WeightView | None:
+    """Return the view of `weight` in a class that says how many outputs and inputs it has, or by its name is a linear layer.
+
+    So the many classes of other libraries that are no subclass of torch's Linear, Embedding or convolutions are read as these. A
+    wrong guess would cost quality and speed, no correctness: the axes only say which way codes and scales lie.
+    """
+    if len(shape) not in range(2, 6):
+        return None
+    kernel = [f"k{i}" for i in range(len(shape) - 2)]
+    for out, into in SIZES:
+        found = tuple(getattr(module, n, None) for n in (out, into))
+        groups = getattr(module, "groups", 1)
+        if found == shape[:2] or (kernel and isinstance(groups, int) and found == (shape[0], shape[1] * groups)):
+            return WeightView(" ".join(["out", "in", *kernel]))
+        if found[::-1] == shape[:2]:
+            return WeightView(" ".join(["in", "out", *kernel]))
+    if kernel:
+        return None
+    if (getattr(module, "num_embeddings", None), getattr(module, "embedding_dim", None)) == shape:
+        return EMBEDDING
+    if not any(word in original_class(module).__name__.lower() for word in ("linear", "dense")):
+        return None
+    bias = getattr(module, "bias", None)
+    turned = isinstance(bias, Tensor) and len(bias.shape) == 1 and len(bias) == shape[1] != shape[0]
+    return WeightView("in out" if turned else "out in")
 
 
 def original_class(module: nn.Module) -> Any:

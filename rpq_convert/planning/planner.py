@@ -165,7 +165,7 @@ def settings_of(slot: Slot, policy: Policy) -> tuple[Settings, WeightView, str] 
     try:
         view = WeightView(merged["view"]) if "view" in merged else slot.view
         if view is None:
-            return f"raw parameter of {slot.layer}: no known axes; a rule with a view of {len(slot.shape)} converts it"
+            return f"{slot.unknown}; {CONVERTS.format(len(slot.shape))}"
         view.check(slot.shape)
     except (ValueError, AttributeError) as e:
         raise PlanError(f"{slot.name}: {e}") from None
@@ -276,7 +276,33 @@ def job_seed(seed: int, name: str) -> int:
 
 
 def warnings_of(plan: Plan) -> list[str]:
-    """Say plainly where most of the weights' information will go."""
+    """Say plainly what a user may not expect: which weights stay dense, and where most of the weights' information will go."""
+    return [*_left_dense(plan), *_coarse(plan)]
+
+
+CONVERTS = "a rule with a view of {} converts it"
+MUCH = 0.01  # the share of a model's bytes from which weights that could have been converted are named in a warning
+
+
+def _left_dense(plan: Plan) -> list[str]:
+    dense = [s for s in plan.skips if not s.buffer]
+    if not plan.jobs:
+        reasons = Counter(s.reason for s in dense)
+        why = "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common(3)) or "the model has no parameters"
+        return [f"nothing is converted: {why}"]
+    whole = sum(j.dense_bytes for j in plan.jobs) + sum(s.nbytes for s in plan.skips)
+    known = CONVERTS.partition("{}")[0]
+    missed = sorted((s for s in dense if known in s.reason or s.reason.startswith("held by ")), key=lambda s: -s.nbytes)
+    if sum(s.nbytes for s in missed) < MUCH * whole:
+        return []
+    some = "; ".join(f"{s.name} {list(s.shape)}: {s.reason}" for s in missed[:3])
+    more = f"; and {len(missed) - 3} more" if len(missed) > 3 else ""
+    return [
+        f"{len(missed)} weights of two or more axes stay dense. {some}{more} (rules=, or register_layer for a class)"
+    ]
+
+
+def _coarse(plan: Plan) -> list[str]:
     fitted = [j for j in plan.jobs if not j.is_random]
     weights = sum(math.prod(j.shape) for j in fitted)
     if not weights:

@@ -11,9 +11,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _OrthMaps, _Orthogonal
 
 from rpq_convert.core.axes import WeightView
+from rpq_convert.errors import PlanError
+from rpq_convert.planning.holders import held_elsewhere, storage_of
 from rpq_convert.planning.layer_types import class_names, find_view, is_rpq, original_class
+from rpq_convert.running.hooked import hooked, source_of
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,7 @@ class Slot:
         shape, dtype: as stored.
         view: its axes, where the layer table knows them.
         reason: why it cannot be converted; empty where it can.
+        unknown: why its axes are not known, where a rule may say them.
         buffer: whether it is a buffer.
         padding_idx: the padding row of an embedding.
         parts: the modules that hold it and that their own class can load; see `parts_of`.
@@ -41,6 +48,7 @@ class Slot:
     dtype: torch.dtype
     view: WeightView | None = None
     reason: str = ""
+    unknown: str = ""
     buffer: bool = False
     padding_idx: int | None = None
     parts: tuple[str, ...] = ()
@@ -59,22 +67,29 @@ def _reason(module: nn.Module, name: str, tensor: Tensor) -> str:
     """Return why this parameter cannot be converted, or an empty text."""
     if isinstance(module, torch.jit.ScriptModule):
         return "inside a ScriptModule, whose class is compiled"
-    if isinstance(module, nn.utils.parametrize.ParametrizationList):
+    if isinstance(module, torch.fx.GraphModule):
+        return "owned by a GraphModule, whose class is made anew with its code"
+    listed = isinstance(module, parametrize.ParametrizationList) and not _other_parametrizations(module)
+    if listed or name in [f"{w}_g" for w in hooked(module)]:
         return "parametrized: a factor of the weight that is computed from it"
-    if name.endswith(("_g", "_v", "_orig")) and isinstance(getattr(module, name.rpartition("_")[0], None), Tensor):
-        return "old-style weight_norm or spectral_norm: a hook computes the weight from it"
+    if parametrize.is_parametrized(module, name) and any(map(_householder, module.parametrizations[name])):  # type: ignore[index]
+        return "orthogonal by householder: whole numbers are read from its diagonal"
     if not tensor.is_floating_point():
         return f"{str(tensor.dtype).removeprefix('torch.')}: not a floating-point parameter"
-    if isinstance(tensor, nn.parameter.UninitializedParameter):
-        return "lazy: its shape is not known before the first forward"
     if tensor.ndim < 2:
         return "one axis: nothing to cut"
+    if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
+        return "hooks on its gradient: nothing would call them"
     return ""
 
 
 def walk(model: nn.Module) -> tuple[Slot, ...]:
-    """Return the slots of a model, in the order of its state dict; the model may be on meta."""
-    found: dict[int, list[tuple[str, nn.Module, str, Tensor, bool]]] = {}
+    """Return the slots of a model, in the order of its state dict; the model may be on meta.
+
+    Raises:
+        PlanError: a lazy module that has not seen an input yet.
+    """
+    found: dict[int, list[_Place]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for name, tensor in module._parameters.items():
             if tensor is not None:
@@ -83,8 +98,13 @@ def walk(model: nn.Module) -> tuple[Slot, ...]:
         for name, tensor in module._buffers.items():
             if tensor is not None and name not in module._non_persistent_buffers_set:
                 found.setdefault(id(tensor), []).append((f"{path}.{name}".lstrip("."), module, name, tensor, True))
+    for (path, module, _, tensor, _), *_ in found.values():
+        if is_lazy(tensor):
+            raise PlanError(f"{path} of {type(module).__name__} has no shape yet; run the model once on data first")
+    held = held_elsewhere(model)
     parts, tied = parts_of(model), tied_names(model)
-    return tuple(_slot(places, parts, tied) for places in found.values())
+    holders = {n: [h.place for h in held.get(storage_of(places[0][3]), ())] for n, places in found.items()}
+    return tuple(_slot(places, holders[n], parts, tied) for n, places in found.items())
 
 
 def parts_of(model: nn.Module) -> tuple[str, ...]:
@@ -107,41 +127,69 @@ def home_first(names: Iterable[str], tied: set[str]) -> tuple[str, ...]:
     return tuple(sorted(dict.fromkeys(names), key=lambda name: name in tied))
 
 
-def _home(model: nn.Module, path: str, module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """Return the layer and weight that a parameter stands for: its own, or those that torch's parametrizations compute.
+_Place = tuple[str, nn.Module, str, Tensor, bool]  # path, module, parameter name, tensor, whether it is a buffer
 
-    `weight_norm`, `spectral_norm` and the like keep a tensor as large as the weight, read along the same axes.
+
+# A parametrization of torch whose weight follows small errors of the tensor that it is computed from, which has its shape and axes.
+# Others may read signs, ranks or masks from theirs.
+FOLLOWS = ("_WeightNorm", "_SpectralNorm", "_Orthogonal")
+
+
+def _home(model: nn.Module, path: str, module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return the layer and weight that a parameter stands for: its own, or those that torch computes from it.
+
+    `weight_norm`, `spectral_norm`, `prune` and the like keep a tensor as large as the weight, read along the same axes, whether
+    they are parametrizations or hooks.
     """
-    if not isinstance(module, nn.utils.parametrize.ParametrizationList) or is_rpq(module):
+    if not isinstance(module, parametrize.ParametrizationList):
+        return module, next((w for w in hooked(module) if name == source_of(module, w)), name)
+    if is_rpq(module) or _other_parametrizations(module):
         return module, name
     largest = max(module._parameters, key=lambda n: module._parameters[n].numel())  # type: ignore[union-attr]
     owner, _, weight = f".{path}".rpartition(".parametrizations.")
     return (model.get_submodule(owner.lstrip(".")), weight) if name == largest else (module, name)
 
 
-def _slot(places: list[tuple[str, nn.Module, str, Tensor, bool]], parts: tuple[str, ...], tied: set[str]) -> Slot:
+def _householder(parametrization: nn.Module) -> bool:
+    return isinstance(parametrization, _Orthogonal) and parametrization.orthogonal_map == _OrthMaps.householder
+
+
+def _other_parametrizations(module: nn.Module) -> str:
+    """Return the parametrizations of a weight that are not known to follow its errors."""
+    kinds = [type(m) for m in module.children()]
+    known = [k.__name__ in FOLLOWS and k.__module__ == "torch.nn.utils.parametrizations" for k in kinds]
+    return ", ".join(k.__name__ for k, ok in zip(kinds, known, strict=True) if not ok)
+
+
+def _slot(places: list[_Place], holders: list[str], parts: tuple[str, ...], tied: set[str]) -> Slot:
     # a tensor shared by an embedding and a head is read by rows: the embedding's view serves both
     best = next((p for p in places if isinstance(p[1], (nn.Embedding, nn.EmbeddingBag))), places[0])
     _, module, name, tensor, is_buffer = best
-    shape = () if isinstance(tensor, nn.parameter.UninitializedParameter) else tuple(tensor.shape)
+    layer = original_class(module).__name__
     reason = "buffer" if is_buffer else _reason(module, name, tensor)
     if getattr(module, "is_rpq_weight", False):
         reason = "part of an RPQ weight already"
     reason = reason or next((r for _, m, n, t, b in places if not b and (r := _reason(m, n, t))), "")
-    view = None if reason else find_view(module, name)
-    if view is not None and len(view.axes) != len(shape):
-        reason = f"stored with {len(shape)} axes where {original_class(module).__name__} has {len(view.axes)}"
+    if holders and not reason:
+        reason = f"held by {holders[0]} as well, which would go on with the dense weight"
+    view = None if reason else find_view(module, name, tuple(tensor.shape))
+    if view is not None and len(view.axes) != tensor.ndim:
+        reason = f"stored with {tensor.ndim} axes where {layer} has {len(view.axes)}"
         view = None
+    unknown = "" if reason or view else f"raw parameter of {layer}: no known axes"
+    if unknown and isinstance(module, parametrize.ParametrizationList):
+        unknown = f"parametrized by {_other_parametrizations(module)}, which may not follow its errors"
     names = home_first((p[0] for p in places), tied)
     return Slot(
         name=names[0],
         aliases=names[1:],
-        layer=original_class(module).__name__,
+        layer=layer,
         kinds=tuple(dict.fromkeys(k for p in places for k in class_names(type(p[1])))),
-        shape=shape,
+        shape=tuple(tensor.shape),
         dtype=tensor.dtype,
         view=view,
         reason=reason,
+        unknown=unknown,
         buffer=is_buffer,
         padding_idx=getattr(module, "padding_idx", None) if view is not None and view.axis == "in" else None,
         parts=tuple(part for part in parts if names[0].startswith(f"{part}.")),

@@ -23,14 +23,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
+from torch.utils import swap_tensors
 
 LARGE = 1 << 30  # bytes
 
 
 class _Building(threading.local):
-    """The parameters that this thread has moved: id -> (original, its meta twin). None where it builds nothing."""
+    """The parameters that this thread has moved: id -> (the parameter, what is registered for it). None where it builds nothing."""
 
-    moved: dict[int, tuple[nn.Parameter, nn.Parameter]] | None = None
+    moved: dict[int, tuple[nn.Parameter, Any]] | None = None
 
 
 _BUILDING = _Building()
@@ -72,10 +73,24 @@ def _to_meta(module: nn.Module, name: str, param: nn.Parameter) -> nn.Parameter 
     if moved is None or param.is_meta or isinstance(param, nn.parameter.UninitializedParameter):
         return None
     if id(param) not in moved:
-        kind, attributes = type(param), dict(param.__dict__)
+        kind = type(param)
         meta = param.detach().to("meta")
         empty = nn.Parameter(meta, requires_grad=param.requires_grad) if kind is nn.Parameter else kind(meta)
-        empty.__dict__.update(attributes)
-        param.data = param.data.new_empty(0)  # frees the memory; the object stays known, and its id its own
-        moved[id(param)] = (param, empty)
+        moved[id(param)] = (param, become(param, empty))
     return moved[id(param)][1]
+
+
+def become(tensor: Tensor, other: Tensor) -> Tensor:
+    """Make a tensor object another tensor, so that whoever holds it has that one; return the object that is `other` now.
+
+    Where torch cannot (weak references, a graph that was recorded), the memory of the tensor is freed, and holders keep an
+    empty one.
+    """
+    other.__dict__.update(tensor.__dict__)
+    try:
+        swap_tensors(tensor, other)
+    except RuntimeError:
+        if not tensor.is_meta:
+            tensor.data = tensor.data.new_empty(0)
+        return other
+    return tensor

@@ -6,13 +6,16 @@ library's own layer table, so a wrong view there makes its row fail.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,18 @@ class OwnForward(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.tanh(), self.bias) * 3
+
+
+class Adapter(ABC, Generic[T]):
+    """What libraries put before a torch layer; its objects are laid out in another way than a module's."""
+
+    @abstractmethod
+    def name(self) -> str: ...
+
+
+class AdaptedLinear(Adapter[int], nn.Linear):
+    def name(self) -> str:
+        return "adapted"
 
 
 class Standardised(nn.Conv2d):
@@ -233,6 +248,68 @@ def spectral_norm() -> nn.Module:
     return nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 8)))
 
 
+@torch.no_grad()  # a weight with a history cannot be copied
+def old_weight_norm() -> nn.Module:
+    return nn.utils.weight_norm(nn.Conv1d(4, 6, 3), dim=2)  # of outputs, scales would cancel and have no gradient
+
+
+@torch.no_grad()
+def old_weight_norm_of_inputs() -> nn.Module:
+    return nn.utils.weight_norm(nn.ConvTranspose1d(4, 6, 3))  # as HiFi-GAN's ups
+
+
+@torch.no_grad()
+def old_spectral_norm() -> nn.Module:
+    return nn.Sequential(nn.utils.spectral_norm(nn.Linear(6, 8)).eval())
+
+
+@torch.no_grad()
+def pruned() -> nn.Module:
+    layer = nn.Linear(6, 8)
+    nn.utils.prune.l1_unstructured(layer, "weight", 0.3)
+    return layer
+
+
+class OtherLinear(nn.Module):
+    """A linear layer of another library (PyG's, Megatron's): no subclass of torch's, and square."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels = 6, 6
+        self.weight = nn.Parameter(torch.randn(6, 6))
+        self.bias = nn.Parameter(torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class MyLinear(nn.Module):
+    """A linear layer that says nothing of its sizes, stored the other way round, as its bias shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(6, 9)), nn.Parameter(torch.zeros(9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+class EqualizedConv(nn.Module):
+    """StyleGAN's: a convolution with a gain, whose class is its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels = 3, 5
+        self.weight = nn.Parameter(torch.randn(5, 3, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight * 0.2, padding=1)
+
+
+def orthogonal() -> nn.Module:
+    return nn.utils.parametrizations.orthogonal(nn.Linear(6, 6), use_trivialization=False)
+
+
 def hf_conv1d() -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 
@@ -398,6 +475,15 @@ ZOO = [
     Row(
         "spectral norm", spectral_norm, normal(2, 6), {"0.parametrizations.weight.original": LINEAR}, parametrized=True
     ),
+    Row("orthogonal", orthogonal, normal(2, 6), {"parametrizations.weight.original": LINEAR}, parametrized=True),
+    _layer("Linear behind an abstract generic class", lambda: AdaptedLinear(6, 9), normal(2, 6), LINEAR),
+    Row("old weight norm", old_weight_norm, normal(2, 4, 7), {"weight_v": CONV1}),
+    Row("old weight norm of inputs", old_weight_norm_of_inputs, normal(2, 4, 7), {"weight_v": UP1}),
+    Row("old spectral norm", old_spectral_norm, normal(2, 6), {"0.weight_orig": LINEAR}),
+    Row("pruned", pruned, normal(2, 6), {"weight_orig": LINEAR}),
+    _layer("Linear of another library", OtherLinear, normal(2, 6), LINEAR),
+    _layer("Linear of its own, turned", MyLinear, normal(2, 6), "in out"),
+    _layer("convolution of its own", EqualizedConv, normal(1, 3, 5, 5), CONV2),
     Row(
         "LSTM",
         lambda: nn.LSTM(5, 6, 2, bidirectional=True, proj_size=4),

@@ -180,7 +180,7 @@ class _Decode(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         codes, codebooks, scales, index = ctx.saved_tensors
         layout, needs = ctx.layout, ctx.needs_input_grad
-        if torch.is_grad_enabled():  # a gradient of this gradient is wanted: ordinary operations have one
+        if reference.needs_graph(gradient):  # a gradient of this gradient is wanted: ordinary operations have one
             return None, *reference.decode_graph(gradient, ctx.saved_tensors, layout, needs[1:3]), None, None, None
         dbooks, dscales = decode_gradients(gradient, codes, codebooks, scales, index, layout, needs[1:3])
         return None, dbooks, dscales, None, None, None

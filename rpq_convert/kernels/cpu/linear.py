@@ -95,7 +95,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, codes, codebooks, scales, bias = ctx.saved_tensors
         layout, needs = ctx.layout, ctx.needs_input_grad
-        if torch.is_grad_enabled():
+        if reference.needs_graph(gradient):
             return reference.linear_graph(gradient, ctx.saved_tensors, layout, needs)
         dbias = gradient.sum(0, dtype=torch.float32).to(bias.dtype) if needs[4] else None
         dx, dbooks, dscales = gradients(gradient, x, codes, codebooks, scales, layout, (needs[0], *needs[2:4]))
@@ -149,7 +149,7 @@ class _DecodedLinear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, codes, codebooks, scales, _ = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        if torch.is_grad_enabled():
+        if reference.needs_graph(gradient):
             return reference.linear_graph(gradient, ctx.saved_tensors, ctx.layout, needs)
         wanted = (needs[0], *needs[2:4])
         dx, dbooks, dscales = gradients(gradient, x, codes, codebooks, scales, ctx.layout, wanted)

@@ -18,23 +18,29 @@ from rpq_convert.kernels.jit.vectors import HAS_FLOAT16
 SMALL = 1 << 16  # codebooks of fewer numbers are kept wide
 
 
+COMPARED = 1 << 16  # bytes of a tensor that are compared at most: a few microseconds
+
+
 class Prepared:
-    """What was made of one tensor, by kind, and how to tell that the tensor has changed since."""
+    """What was made of one tensor, by kind, and how to tell that the tensor has changed since.
+
+    Writes through `.data` leave no mark on a tensor's version, so its values are compared as well: all of them, or a share of
+    evenly spread ones where they are many.
+    """
 
     def __init__(self, tensor: Tensor, gone: Callable[[Any], None]) -> None:
-        values = tensor.detach().reshape(-1)
         self.tensor = weakref.ref(tensor, gone)
         self.state = tensor._version, tensor.data_ptr(), tensor.shape
-        # writes through `.data` leave no mark on a tensor's version: some of its values are compared as well
-        self.sample = values[:: max(1, values.numel() // 13)]
-        self.values = self.sample.tolist()
+        values = tensor.detach().reshape(-1).view(torch.uint8).view(-1, tensor.element_size()).numpy()
+        self.sample = values[:: -(-values.nbytes // COMPARED) or 1]
+        self.values = self.sample.tobytes()
         self.kinds: dict[Any, Any] = {}
 
     def fits(self, tensor: Tensor) -> bool:
         return (
             self.tensor() is tensor
             and self.state == (tensor._version, tensor.data_ptr(), tensor.shape)
-            and self.sample.tolist() == self.values
+            and self.sample.tobytes() == self.values
         )
 
 

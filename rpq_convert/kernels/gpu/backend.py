@@ -120,7 +120,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, codes, codebooks, scales, bias = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # a gradient of this gradient is wanted: ordinary operations have one
+        if reference.needs_graph(gradient):  # a gradient of this gradient is wanted: ordinary operations have one
             return reference.linear_graph(gradient, ctx.saved_tensors, ctx.layout, needs)
         dbias = gradient.sum(0, dtype=torch.float32).to(bias.dtype) if needs[4] else None
         wanted = (needs[0], *needs[2:4])
@@ -141,7 +141,7 @@ class _Decode(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         codes, codebooks, scales, index = ctx.saved_tensors
         layout, needs = ctx.layout, ctx.needs_input_grad
-        if torch.is_grad_enabled():
+        if reference.needs_graph(gradient):
             return None, *reference.decode_graph(gradient, ctx.saved_tensors, layout, needs[1:3]), None, None, None
         dbooks, dscales = decode_gradients(gradient, codes, codebooks, scales, index, layout, needs[1:3])
         return None, dbooks, dscales, None, None, None
