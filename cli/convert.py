@@ -79,9 +79,14 @@ def convert(
     warn(plan.warnings)
     if dry_run:
         return show_report(make_report(plan, {}, title=o.name_of(src)), json=json)
+    before = opened.slots()
+    ready = opened.fetched()
+    if ready.slots() != before:  # the weights say more than their headers: tied names with values of their own
+        plan = plan_opened(ready, options, data=data)
+        warn(plan.warnings)
     with progress(plan, quiet=quiet) as callback:
         how: dict[str, Any] = {"executor": executor, "workers": workers, "progress": callback}
-        report = convert_opened(opened.fetched(), folder, plan, data, overwrite=overwrite, **how)
+        report = convert_opened(ready, folder, plan, data, overwrite=overwrite, **how)
     warn(tuple(w for w in report.warnings if w not in plan.warnings))
     show_report(report, json=json)
     if not quiet:

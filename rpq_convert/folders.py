@@ -17,13 +17,12 @@ from rpq_convert.errors import EvaluateError, FolderError, SourceError
 from rpq_convert.evaluation.evaluate import evaluate
 from rpq_convert.evaluation.layers import layer_errors
 from rpq_convert.evaluation.pairs import Pooled, Say, evaluate_pairs, progress_lines
-from rpq_convert.hf.loading import extra_files
 from rpq_convert.hf.model_card import base_in
 from rpq_convert.inputs.files import read_inputs, read_text, tokenizer_of
 from rpq_convert.inputs.synthetic import own_inputs
 from rpq_convert.report.schema import Report
+from rpq_convert.storage.files import files_beside, refuse_links
 from rpq_convert.storage.options import SourceOptions
-from rpq_convert.storage.reader import refuse_links
 from rpq_convert.storage.writer import REPORT, read_manifest
 from rpq_convert.tuning.blocks import tune_blocks_with
 from rpq_convert.tuning.options import TuneOptions
@@ -151,7 +150,7 @@ def tune_folder(
     file = place.with_name(place.name + ".tuning.safetensors")
     tuned = tune_with(options, model, dense, items, checkpoint=file, progress=told)
     model._rpq_options["tuning"] = {"steps": tuned.best, "before": tuned.before, "after": tuned.after}
-    save(model, place, overwrite=overwrite, files=extra_files(which.folder), base=base_in(Path(which.folder)))
+    save(model, place, overwrite=overwrite, files=files_beside(which.folder), base=base_in(Path(which.folder)))
     return tuned
 
 
@@ -179,7 +178,7 @@ def recalibrate_folder(
         own_inputs(dense, **some) if data is None else read_inputs(data, which.base, model=dense, window=window, **some)
     )
     recalibrate(model, dense, items, **options)
-    return save(model, place, overwrite=overwrite, files=extra_files(which.folder), base=base_in(Path(which.folder)))
+    return save(model, place, overwrite=overwrite, files=files_beside(which.folder), base=base_in(Path(which.folder)))
 
 
 def _free(out: str | Path, overwrite: bool) -> Path:

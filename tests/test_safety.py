@@ -24,7 +24,8 @@ from rpq_convert.errors import FolderError, SourceError, VerifyError
 from rpq_convert.inputs.files import tokenizer_of
 from rpq_convert.report.schema import FileRow, Report, Row
 from rpq_convert.showing import csv_cell, markdown_code, markdown_text, one_line, printable
-from rpq_convert.storage.reader import open_folder, refuse_links
+from rpq_convert.storage.files import refuse_links
+from rpq_convert.storage.folder import open_folder
 from rpq_convert.storage.writer import CONFIG, MANIFEST
 
 REFUSED = (SourceError, VerifyError)

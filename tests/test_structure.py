@@ -14,6 +14,7 @@ from paths import ROOT
 HOMES = {
     "transformers": {
         "hf/loading.py",
+        "hf/module_source.py",
         "hf/tasks.py",
         "inputs/files.py",
         "integrations/serving.py",

@@ -12,7 +12,7 @@ over the output's energy. Not used: noise in one layer at a time, which takes a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from rpq_convert.encoding.encode import build, encode
 from rpq_convert.errors import NothingToRun, PlanError
+from rpq_convert.inputs.items import Calibration, prepare
 from rpq_convert.inputs.synthetic import SEQUENCES, probe_inputs
 from rpq_convert.layers import surgery
 from rpq_convert.layers.weight import RPQWeight
@@ -31,7 +32,6 @@ from rpq_convert.planning.options import PlanOptions
 from rpq_convert.planning.plan import Job
 from rpq_convert.planning.slots import walk
 from rpq_convert.running.call import call, first_tensor, without_padding
-from rpq_convert.running.data import Calibration, inputs_of
 from rpq_convert.running.modes import quiet
 
 PROBE = (4, 1)  # dim and stages of the quick fit
@@ -44,13 +44,13 @@ CALIBRATED = 0.5
 
 
 def sensitivities(
-    model: nn.Module, data: Iterable[Any] | None = None, *, seed: int = 0, **options: Any
+    model: nn.Module, data: Calibration | None = None, *, seed: int = 0, **options: Any
 ) -> dict[str, float]:
     """Measure the loss per unit of relative squared error of every parameter that can be converted.
 
     Args:
         model: dense, in memory; it is the same afterwards.
-        data: inputs such as the model will see (each a tensor, a tuple, or a dict of keyword arguments); a few suffice.
+        data: inputs such as the model will see, as for `rpq.convert(calibration=)`; a few suffice.
             By default synthetic inputs: a language model writes its own text, others get random tokens or smooth noise.
         seed: decides the drawn numbers.
         options: those of `rpq.plan` that say what is converted: rules, include, exclude, …
@@ -66,15 +66,15 @@ def sensitivities(
         >>> rpq.convert(model, target_size="50MB", sensitivity=rpq.sensitivities(model, batches))
     """
     generator = torch.Generator().manual_seed(seed)
-    with quiet(model):
-        items = probe_inputs(model, generator) if data is None else list(data)
+    with quiet(model) as restore:
+        items = probe_inputs(model, generator) if data is None else prepare(data, model, "data")
         if not items:
             raise NothingToRun(f"there is nothing to run {type(model).__name__} on: give data, or sensitivity='shape'")
         plan = planner.make_plan(walk(model), PlanOptions(dim=PROBE[0], stages=PROBE[1], seed=seed, **options))
         probes = {j.name: probe for j in plan.jobs if not j.is_random if (probe := _probe(model, j)) is not None}
         sums = dict.fromkeys(probes, 0.0)
         with _collecting(model, probes, sums):
-            count = sum(_backward(model, item, generator) for item in items)
+            count = sum(_backward(model, item, generator, restore) for item in items)
     found = {n: sums[n] / count / probe.error for n, probe in probes.items() if probe.error}
     weights = {n: math.prod(probes[n].weight.shape) for n in found}
     least = LEAST * sum(found.values()) / max(1, sum(weights.values()))
@@ -130,8 +130,9 @@ def _collecting(model: nn.Module, probes: Mapping[str, Probe], sums: dict[str, f
                 parameter.grad = gradient
 
 
-def _backward(model: nn.Module, item: Any, generator: torch.Generator) -> float:
+def _backward(model: nn.Module, item: Any, generator: torch.Generator, restore: Callable[[], None]) -> float:
     """Run one input forward and a random question backward; return by what the squared gradients are to be divided."""
+    restore()  # what an earlier run left may hold on to its graph
     with torch.enable_grad():
         output = call(model, item)
         logits = getattr(output, "logits", None)
@@ -168,7 +169,7 @@ def measured(
     size = sum(p.numel() * p.element_size() for p in ready.parameters())
     if size > LARGEST or any(p.is_meta for p in ready.parameters()):
         return None
-    inputs = inputs_of(data, ready)
+    inputs = None if data is None else prepare(data, ready, "calibration")
     what = {name: getattr(options, name) for name in ("rules", "include", "exclude", "seed", "axis", "fit")}
     try:
         found = sensitivities(ready, inputs and inputs[:SEQUENCES], **what)

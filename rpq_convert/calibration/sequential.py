@@ -1,7 +1,7 @@
 """Calibration: layers are fitted one after another, each to the inputs that the layers converted before it give.
 
 Weight error says little of quality, and statistics of the dense model's inputs mislead (docs/architecture.md), so the walk
-is sequential. It runs the inputs up to a group of weights that multiply one tensor, sums `x x^T` over it, and yields the group
+is sequential. It runs the inputs up to a group of weights that multiply the same vectors, sums `x x^T` over it, and yields the group
 with this Hessian. The caller fits these weights with GPTQ error compensation (`fit/gptq.py`), installs them, and asks for the
 next group. Blocks whose output is the next one's input (the layers of a transformer, the stages of a convnet) are run one at a
 time from kept hidden states, so the whole costs a few forward passes. Everything else is run from the model's start.
@@ -13,7 +13,7 @@ have drifted (asymmetric calibration, in `encoding/encode.py`).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,10 +27,12 @@ from rpq_convert.core.results import Statistics
 from rpq_convert.errors import CalibrationError
 from rpq_convert.layers import surgery
 from rpq_convert.planning.plan import Job
-from rpq_convert.running.blocks import Arrival, Run, Stop, arrivals, arriving, chains, inside
-from rpq_convert.running.call import call, counted
+from rpq_convert.running.blocks import Arrival, Run, Stop, arrivals, arriving, chains, inside, runs_of
+from rpq_convert.running.call import counted
 from rpq_convert.running.modes import quiet
-from rpq_convert.running.weight_reads import Reading, Watch
+from rpq_convert.running.readings import Reading
+from rpq_convert.running.state import State
+from rpq_convert.running.weight_reads import Watch
 
 Group = tuple[list[Job], dict[str, Statistics | None]]
 See = Callable[[str, Reading, int], None]
@@ -61,8 +63,8 @@ def walk(model: nn.Module, jobs: Sequence[Job], data: Sequence[Any]) -> Generato
     """
     if len(data) == 0:
         raise CalibrationError("the calibration data is empty; give some texts, images or other inputs")
-    with quiet(model):
-        yield from _Walk(model, jobs, data).groups()
+    with quiet(model) as restore:
+        yield from _Walk(model, jobs, data, restore).groups()
 
 
 @dataclass
@@ -77,18 +79,23 @@ class _Twin:
     block: nn.Module
     weights: Mapping[str, Tensor]
     samples: list[Arrival]
+    state: State
     seen: list[tuple[dict[str, Reading], Tensor]] = field(default_factory=list)
 
-    def run(self, number: int) -> Tensor:
-        """Return the block's output on the sample of this number."""
-        return self.seen[number][1] if self.seen else self.samples[number].run(self.path, self.block)
+    def output(self, number: int) -> Tensor:
+        """Return the block's output on the sample of this number, from the state that it came with."""
+        return self.seen[number][1] if self.seen else self.run(self.samples[number])
+
+    def run(self, sample: Arrival) -> Tensor:
+        self.state.restore()
+        return sample.run(self.path, self.block)
 
 
 @dataclass
 class _Trace:
     """What one forward pass showed."""
 
-    groups: list[list[str]] = field(default_factory=list)  # jobs that multiply one tensor, in order of use
+    groups: list[list[str]] = field(default_factory=list)  # jobs that multiply the same vectors, in order of use
     calls: dict[str, int] = field(default_factory=dict)
 
 
@@ -99,8 +106,8 @@ def _weights(root: nn.Module, paths: Mapping[str, str]) -> dict[str, Tensor]:
 
 
 class _Walk:
-    def __init__(self, model: nn.Module, jobs: Sequence[Job], data: Sequence[Any]) -> None:
-        self.model, self.items = model, data
+    def __init__(self, model: nn.Module, jobs: Sequence[Job], data: Sequence[Any], restore: Callable[[], None]) -> None:
+        self.model, self.items, self.restore = model, data, restore
         self.all = {job.name: job for job in jobs}
         self.jobs = {job.name: job for job in jobs if not job.is_random}
         self.weights = _weights(model, {name: name for name in self.jobs})
@@ -142,13 +149,13 @@ class _Walk:
         return known
 
     def _passes(self) -> list[Run]:
-        return [partial(call, self.model, item) for item in self.items]
+        return runs_of(self.model, self.items, self.restore)
 
     def _watch(self, weights: Mapping[str, Tensor], see: See) -> Watch:
         return Watch({name: (weight, self.jobs[name].weight_view.axes) for name, weight in weights.items()}, see)
 
     def _measured(self, group: list[str], runs: Sequence[Run], twin: _Twin | None = None) -> Iterator[Group]:
-        """Yield a group of weights that multiply one tensor, with its statistics."""
+        """Yield a group of weights that multiply the same vectors, with its statistics."""
         first = group[0]
         once, parts = self.trace.calls[first] == 1, "expert" in self.jobs[first].weight_view.axes
         found = self._measure([first], runs, once, twin if once and not parts else None)
@@ -206,7 +213,7 @@ class _Walk:
                     found[name] = reading, x, None if x.is_inference() else x._version  # those do not count versions
 
             with self._watch(twin.weights, see):
-                output = sample.run(twin.path, twin.block)
+                output = twin.run(sample)
             size = output.nbytes + sum(x.nbytes for _, x, _ in found.values())
             kept = size * len(twin.samples) <= KEPT
             if not kept or any(version is None or x._version != version for _, x, version in found.values()):
@@ -225,36 +232,36 @@ class _Walk:
             raise Stop
 
         with suppress(Stop), self._watch({name: twin.weights[name]}, see):
-            twin.run(number)
+            twin.run(twin.samples[number])
         return found[0] if found else None
 
     @torch.no_grad()
     def _trace(self) -> tuple[_Trace, list[list[str]]]:
         """Run one item, and see what multiplies what, in which order, and the chains of blocks."""
         trace = _Trace()
-        inputs: dict[str, list[Tensor]] = {}  # kept, so that identities stay their own
+        found: dict[str, list[Reading]] = {}  # kept, so that identities stay their own
 
         def see(name: str, reading: Reading, part: int) -> None:
             if reading.input is None:
                 lookups.add(name)
             else:
-                inputs.setdefault(name, []).append(reading.input)
+                found.setdefault(name, []).append(reading)
 
         lookups: set[str] = set()
         with self._watch(self.weights, see):
-            found = chains(self.model, self.items[0])
-        readers: dict[int, list[str]] = {}
-        for name, tensors in inputs.items():
-            trace.calls[name] = len(tensors)
+            blocks = chains(self.model, self.items[0])
+        readers: dict[Hashable, list[str]] = {}
+        for name, readings in found.items():
+            trace.calls[name] = len(readings)
             if name in lookups:
                 continue
-            group = readers.get(id(tensors[0])) if len(tensors) == 1 else None
+            group = readers.get(readings[0].source) if len(readings) == 1 else None
             if group is None:
                 trace.groups.append(group := [])
-                if len(tensors) == 1:
-                    readers[id(tensors[0])] = group
+                if len(readings) == 1:
+                    readers[readings[0].source] = group
             group.append(name)
-        return trace, found
+        return trace, blocks
 
     def _run_chain(self, blocks: list[str], groups: list[list[str]]) -> Iterator[Group]:
         """Yield what is inside a chain of blocks, measured from kept hidden states."""
@@ -264,20 +271,27 @@ class _Walk:
         for path in blocks:
             block = self.model.get_submodule(path)
             own = [group for group in groups if inside(group[0], [path])]
+            self.restore()
             twin = self._twin(path, block, dense, own)
+            state = State(block)
+
+            def run(sample: Arrival, path: str = path, block: nn.Module = block, state: State = state) -> Tensor:
+                state.restore()
+                return sample.run(path, block)
+
             for group in own:
-                yield from self._measured(group, [partial(sample.run, path, block) for sample in samples], twin)
+                yield from self._measured(group, [partial(run, sample) for sample in samples], twin)
             with torch.no_grad():
                 for sample in samples:
-                    sample.hidden = sample.run(path, block)
+                    sample.hidden = run(sample)
                 for number, sample in enumerate(dense):
-                    sample.hidden = twin.run(number)
+                    sample.hidden = twin.output(number)
 
     @torch.no_grad()
     def _twin(self, path: str, block: nn.Module, samples: list[Arrival], groups: Sequence[Sequence[str]]) -> _Twin:
         """Return a block's dense twin, before anything in the block is converted; it runs on all samples."""
         dense = copy.deepcopy(block)
         firsts = {group[0]: group[0].removeprefix(path + ".") for group in groups}
-        twin = _Twin(path, dense, _weights(dense, firsts), samples)
+        twin = _Twin(path, dense, _weights(dense, firsts), samples, State(dense))
         self._look(twin)
         return twin

@@ -7,13 +7,15 @@ transformers' own classes, any other through a factory that the caller gives.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rpq_convert.checkpoint.extra_state import has_extra_state, set_extra_states
 from rpq_convert.checkpoint.opening import compute_buffers, empty_from_factory
 from rpq_convert.core import description
 from rpq_convert.core.options import take
@@ -22,12 +24,13 @@ from rpq_convert.hf import hub
 from rpq_convert.layers import surgery
 from rpq_convert.layers.surgery import AFTER
 from rpq_convert.layers.weight import RPQWeight
-from rpq_convert.planning.holders import become_held, held_elsewhere, storage_of
+from rpq_convert.planning.holders import Held, become_held, held_elsewhere, storage_of
 from rpq_convert.planning.plan import FORMAT_VERSION
 from rpq_convert.schemas import kinds
 from rpq_convert.schemas.checking import check, parse_json, read_text
+from rpq_convert.storage.files import GENERATION, refuse_links
+from rpq_convert.storage.folder import open_folder
 from rpq_convert.storage.options import SourceOptions
-from rpq_convert.storage.reader import open_folder, refuse_links
 from rpq_convert.storage.writer import CONFIG
 
 
@@ -51,6 +54,7 @@ def load(path: str | Path, *, device: str | torch.device | None = None, **source
         folder = repository.folder
     config = read_config(folder)
     if repository is not None:
+        repository.fetch([n for n in (GENERATION,) if n in repository.files])
         repository.fetch_weights()
     if factory is not None:
         model = empty_from_factory(factory)
@@ -67,6 +71,10 @@ def load(path: str | Path, *, device: str | torch.device | None = None, **source
         )
     fill(model, config["quantization_config"], open_folder(folder))
     compute_buffers(model, factory)
+    if hasattr(model, "generation_config") and (folder / GENERATION).is_file():
+        from rpq_convert.hf import loading
+
+        loading.read_generation(model, folder)
     for act in AFTER:
         act(model)
     return model.to(device) if device is not None else model
@@ -95,7 +103,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 def fill(model: nn.Module, config: Mapping[str, Any], source: Any) -> None:
     """Give an empty model its RPQ weights and dense tensors."""
     contents = description.read_all(config)
-    tied, used = contents.aliases(), {k for k in source if contents.is_guard(k, source.infos[k])}
+    tied = contents.aliases()
+    used = {*contents.extra, *(k for k in source if contents.is_guard(k, source.infos[k]))}
+    _untie(model, contents, source)
     for name, what in contents.modules.items():
         paths = (name, *tied.get(name, []))
         for path in paths:
@@ -115,17 +125,20 @@ def fill(model: nn.Module, config: Mapping[str, Any], source: Any) -> None:
         stem, parted, part = full.rpartition("_rpq.") if "_rpq." in full else (full, "", "")
         names = [name + parted + part for name in (stem, contents.tied.get(stem, stem), *tied.get(stem, []))]
         key = next((n for n in names if n in source), None)
+        if key is None and fills_itself(model, full):
+            from rpq_convert.hf.module_source import initial
+
+            _put(places, initial(model, full), value, held)
+            continue
         if key is None:
             missing.append(full)
             continue
         used.add(key)
         description.check_dense(key, source.infos[key], value)
-        tensor = source[key]
-        filled: Any = tensor if places[0][2] else nn.Parameter(tensor, requires_grad=value.requires_grad)
-        filled = become_held(value, filled, held.get(storage_of(value), ()))
-        for module, key, is_buffer in places:
-            (module._buffers if is_buffer else module._parameters)[key] = filled
-    unused = [k for k in source if k not in used]
+        _put(places, source[key], value, held)
+    states = {k: source[k] for k in source if k not in used and has_extra_state(model, k)}
+    set_extra_states(model, {**states, **contents.extra_state})
+    unused = [k for k in source if k not in used and k not in states]
     if missing or unused:
         raise SourceError(
             f"the checkpoint does not fit the model: {len(missing)} missing ({', '.join(missing[:3])}), "
@@ -135,3 +148,36 @@ def fill(model: nn.Module, config: Mapping[str, Any], source: Any) -> None:
         if isinstance(module, RPQWeight):
             module.guard()
             module._probe = torch.empty(0, dtype=module.dtype, device=module.codes.device)
+
+
+def fills_itself(model: nn.Module, name: str) -> bool:
+    """Return whether a transformers model's class makes a tensor that files need not hold, such as a table of positions."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def _put(
+    places: list[tuple[nn.Module, str, bool]], tensor: Tensor, instead_of: Tensor, held: Mapping[int, Sequence[Held]]
+) -> None:
+    filled: Any = tensor if places[0][2] else nn.Parameter(tensor, requires_grad=instead_of.requires_grad)
+    filled = become_held(instead_of, filled, held.get(storage_of(instead_of), ()))
+    for module, key, is_buffer in places:
+        (module._buffers if is_buffer else module._parameters)[key] = filled
+
+
+def _untie(model: nn.Module, contents: description.Contents, source: Any) -> None:
+    """Give names that the model ties, and that the folder holds apart, a parameter each."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    for names in groups.values():
+        own = [
+            n
+            for n in names
+            if n not in contents.tied
+            and (n in contents.modules or (n in source and not contents.is_guard(n, source.infos[n])))
+        ]
+        for name in own[1:]:
+            module, key = surgery.find(model, name)
+            shared: Any = module._parameters[key]
+            module._parameters[key] = nn.Parameter(torch.empty_like(shared), requires_grad=shared.requires_grad)

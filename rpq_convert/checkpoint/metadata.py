@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from rpq_convert.schemas.checking import read_json
 from rpq_convert.storage.writer import CARD, CONFIG, PLAN, REPORT, Folder, amend, write_manifest, write_text
 from rpq_convert.version import __version__
 
-FACTS = ("error", "dead", "seconds", "inputs")  # what a fit measures
+FACTS = ("error", "dead", "seconds", "inputs", "worst")  # what a fit measures
 
 
 def make_report(
@@ -86,51 +86,70 @@ def write_rest(
     facts: Mapping[str, Mapping[str, Any]],
     title: str,
     base: Base | None = None,
+    *,
+    extra: Sequence[str] = (),
+    extra_state: Mapping[str, Any] | None = None,
 ) -> Report:
-    """Write config, report and model card beside the weights, and finish the folder."""
+    """Write config, report and model card beside the weights, and finish the folder.
+
+    Args:
+        config: the config.json of a transformers model. facts: what the fits measured. title: of the report. base: for the card.
+        extra: tensors that the model has no place for. extra_state: states of modules that are no tensors.
+    """
     plan = folder.plan
     merged: dict[str, Any] = dict(config or {"library_name": "rpq-convert"})
     if plan.options.get("dtype") and config is not None:
         merged["dtype"] = plan.options["dtype"]
         merged.pop("torch_dtype", None)
     elif "model_type" in merged and not (merged.get("dtype") or merged.get("torch_dtype")):
-        merged["dtype"] = plan.jobs[0].dtype  # transformers would take the first tensor's, which is a codebook's
-    described = with_description(merged, quantization_config(plan, facts))
-    folder.write(CONFIG, json.dumps(described, indent=1))
+        first = plan.jobs[0].dtype if plan.jobs else plan.skips[0].dtype
+        merged["dtype"] = first  # transformers would take the first tensor's, which is a codebook's
+    beside = {"extra": [*extra], "extra_state": dict(extra_state or {})}
+    described = quantization_config(plan, facts) | {k: v for k, v in beside.items() if v}
+    folder.write(CONFIG, json.dumps(with_description(merged, described), indent=1))
+    report = make_report(plan, facts, title)
     if base is not None and base.card is not None:
         shutil.copyfile(base.card, folder.work / BASE_CARD)
-    report = make_report(plan, facts, title)
     own = base is not None and base.factory  # whatever its config says, transformers does not build it
-    files = {p.name for p in folder.work.iterdir()}
-    folder.write(CARD, model_card(report, None if own else config, folder.out.name, files, base))
-    report = make_report(plan, facts, title, _sizes(folder.work))
+    folder.write(CARD, model_card(report, None if own else config, folder.out.name, folder.files(), base))
+    sizes = tuple(FileRow(name, p.stat().st_size) for name, p in folder.files().items() if name != REPORT)
+    report = make_report(plan, facts, title, sizes)
+    if odd := sorted(folder.broken()):
+        said = f"NaN or infinite values, as where they come from: {', '.join(odd[:4])}"
+        report = replace(report, warnings=(*report.warnings, said))
     folder.write(REPORT, report.to_json())
     folder.finish()
     return report
 
 
-def renew(folder: Path, plan: Plan, facts: Mapping[str, Mapping[str, Any]], title: str, base: Base | None) -> None:
+def renew(
+    folder: Path,
+    plan: Plan,
+    facts: Mapping[str, Mapping[str, Any]],
+    title: str,
+    base: Base | None,
+    not_finite: Sequence[str] = (),
+) -> None:
     """Write plan, report, model card and manifest of weights that another library wrote, over those of an earlier model.
 
     A card that is not ours stays. No card is in the manifest: that library may add to it later.
+
+    Args:
+        not_finite: as in the manifest. The others: as for `write_rest`.
     """
     config = read_json(folder / CONFIG, kinds.CONFIG, SourceError)
     write_text(folder / PLAN, plan.to_json())
     report = make_report(plan, facts, title)
-    if not (folder / CARD).is_file() or is_ours(folder / CARD):
-        files = {p.name for p in folder.iterdir()}
+    files = {p.name: p for p in sorted(folder.iterdir()) if p.is_file()}
+    if CARD not in files or is_ours(files[CARD]):
         write_text(folder / CARD, model_card(report, config, folder.resolve().name, files, base))
-    sizes = _sizes(folder)
+        files[CARD] = folder / CARD
+    sizes = tuple(FileRow(name, p.stat().st_size) for name, p in sorted(files.items()) if name != REPORT)
     written = sum(f.bytes for f in sizes if f.name.endswith(".safetensors"))
     report = replace(make_report(plan, facts, title, sizes), predicted_bytes=written)
     write_text(folder / REPORT, report.to_json())
-    write_manifest(folder, without=(CARD,))
-
-
-def _sizes(folder: Path) -> tuple[FileRow, ...]:
-    return tuple(
-        FileRow(p.name, p.stat().st_size) for p in sorted(folder.iterdir()) if p.is_file() and p.name != REPORT
-    )
+    listed = {name: p for name, p in (files | {REPORT: folder / REPORT}).items() if name != CARD}
+    write_manifest(folder, listed, not_finite)
 
 
 def add_evaluation(folder: Path, on: str, found: Evaluation) -> None:

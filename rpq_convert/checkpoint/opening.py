@@ -17,22 +17,29 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from rpq_convert.checkpoint.extra_state import EXTRA, has_extra_state, set_extra_states
+from rpq_convert.core import description
 from rpq_convert.core.spec import dtype_name
 from rpq_convert.errors import SourceError
 from rpq_convert.hf import hub
 from rpq_convert.hf.model_card import Base, base_in
 from rpq_convert.layers import surgery
 from rpq_convert.planning.holders import become_held, held_elsewhere, storage_of
+from rpq_convert.planning.quantized import refuse_config, refuse_parts
 from rpq_convert.planning.slots import Slot, walk, walk_headers
-from rpq_convert.running.meta import parameters_on_meta
+from rpq_convert.report.schema import Dropped
+from rpq_convert.running import meta
 from rpq_convert.schemas import kinds
 from rpq_convert.schemas.checking import read_json
+from rpq_convert.storage.files import files_beside, files_in, refuse_links, weight_files
+from rpq_convert.storage.folder import open_folder
+from rpq_convert.storage.names import missing, under_names, unwrapped
 from rpq_convert.storage.options import SourceOptions
-from rpq_convert.storage.reader import open_folder, refuse_links, weight_files
 from rpq_convert.storage.writer import CARD, CONFIG
 
 Factory = Callable[[], nn.Module]
 DEFAULT = SourceOptions()
+FILLED = "not in the checkpoint: filled as transformers fills it"
 
 
 class Opened:
@@ -42,17 +49,17 @@ class Opened:
         model: its empty model; None where only headers are known.
         source: its tensors; None where a plan was made from the config alone.
         src, options: where it was found.
-        config: its config.json. files: what belongs beside the weights.
+        config: its config.json. files: path in a new folder -> what belongs beside the weights.
         base: what a model card says of it.
         notes: for the plan to say.
     """
 
     def __init__(
         self, model: nn.Module | None, source: Any, src: str | Path = "", options: SourceOptions = DEFAULT, *,
-        config: Mapping[str, Any] | None = None, files: Sequence[Path] = (), base: Base | None = None, notes: Sequence[str] = (),
+        config: Mapping[str, Any] | None = None, files: Mapping[str, Path] | None = None, base: Base | None = None, notes: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self.model, self.source, self.src, self.options = model, source, src, options
-        self.config, self.files, self.base, self.notes = config, files, base, notes
+        self.config, self.files, self.base, self.notes = config, files or {}, base, list(notes)
         self.has_weights = False
         self._filled: nn.Module | None = None
 
@@ -71,10 +78,28 @@ class Opened:
         return json.dumps(facts, indent=1)
 
     def slots(self) -> tuple[Slot, ...]:
-        """Return its parameters and buffers: the model's, or what tensor names and shapes suggest."""
-        if self.model is not None:
-            return walk(self.model)
-        return walk_headers((i.name, i.dtype, i.shape) for i in self.source.infos.values())
+        """Return its parameters and buffers: the model's, or what tensor names and shapes suggest; and what is kept beside them."""
+        if self.model is None:
+            return walk_headers((i.name, i.dtype, i.shape) for i in self.source.infos.values())
+        slots = walk(self.model)
+        filled = getattr(self.source, "filled", ())
+        slots = tuple(replace(s, view=None, reason=FILLED) if s.name in filled and not s.buffer else s for s in slots)
+        infos = getattr(self.source, "infos", {})  # a state has the shape that the checkpoint gives it
+        slots = tuple(
+            replace(s, shape=infos[s.name].shape, dtype=infos[s.name].dtype)
+            if s.name.endswith(EXTRA) and s.name in infos
+            else s
+            for s in slots
+        )
+        return slots + tuple(getattr(self.source, "extra_slots", list)())
+
+    def kept(self) -> list[str]:
+        """Return the names of tensors that are kept though the model has no place for them."""
+        return [s.name for s in getattr(self.source, "extra_slots", list)()]
+
+    def dropped(self) -> tuple[Dropped, ...]:
+        """Return the tensors of the source that are left out."""
+        return tuple(getattr(self.source, "dropped", tuple)())
 
     def fetched(self) -> Opened:
         """Return it with its weights on this machine. They are fetched now if only headers were read before."""
@@ -88,7 +113,8 @@ class Opened:
         if self._filled is None:
             factory = self.options.factory  # a copy of a model would share what its functions close over
             empty = copy.deepcopy(self.model) if factory is None else empty_from_factory(factory)
-            self._filled = compute_buffers(fill(empty, self.source), factory)
+            model = compute_buffers(fill(empty, self.source), factory)
+            self._filled = set_extra_states(model, {**getattr(self.source, "extra", {})})
         return self._filled
 
     def give_filled(self) -> nn.Module:
@@ -141,8 +167,7 @@ def open_checkpoint(
     """
     folder, repository = Path(src), None
     if hub.is_name(src):
-        wanted = (CONFIG,) if need != "weights" else (CONFIG, CARD, *(() if options.factory else _small()))
-        repository = hub.find(src, wanted, options)
+        repository = hub.find(src, (CONFIG,) if need != "weights" else (CONFIG, CARD), options)
         folder, options = repository.folder, replace(options, revision=repository.commit)
     refuse_links(folder)
     base = base_in(folder, repository, options.factory)
@@ -150,64 +175,90 @@ def open_checkpoint(
     has_config = (folder / CONFIG).is_file()
     is_bare = not has_config and (repository is not None or folder.is_dir() or folder.suffix == ".safetensors")
     if options.factory is not None or is_bare:
+        names = repository.files if repository is not None else files_in(folder) if folder.is_dir() else {}
+        refuse_config(read_json(folder / CONFIG, kinds.DENSE_CONFIG, SourceError) if has_config else {}, names, src)
         opened.source, opened.has_weights = _tensors(folder, repository, options, need)
+        if has_config and opened.has_weights:
+            _take_beside(opened, folder, repository)
+        opened.notes += getattr(opened.source, "notes", [])
         if options.factory is not None:
             opened.model = model or empty_from_factory(options.factory)
             opened.config = read_json(folder / CONFIG, kinds.DENSE_CONFIG, SourceError) if has_config else None
-            _check(opened.model, opened.source)
+            opened.source = _fitted(opened.model, opened.source)
         return opened
     if not folder.is_dir():
         what = (
             "is a file; give its folder, or a factory for a bare weight file" if folder.exists() else "does not exist"
         )
         raise SourceError(f"{src} {what}")
-    from rpq_convert.hf import loading
-
-    config = loading.load_config(folder)
-    opened.config = read_json(folder / CONFIG, kinds.DENSE_CONFIG, SourceError)
-    method = (opened.config.get("quantization_config") or {}).get("quant_method")
-    if method:
-        raise SourceError(f"{src} is quantized already ({method}); start from the original weights")
-    opened.files = loading.extra_files(folder)
-    if need == "weights":
-        found, opened.has_weights = _tensors(folder, repository, options, need)
-    else:
-        found, opened.notes = _look(repository, options.allow_pickle)
-    stored = loading.stored_dtype(config, found, folder)
-    if stored is not None:
-        opened.config = {**opened.config, "dtype": dtype_name(stored)}
-    opened.model = model or loading.build_empty(config, stored)
-    if found is not None:
-        opened.source = loading.ModuleSource(opened.model, found)
-        opened.source.check()
+    _open_transformers(opened, folder, repository, need)
     return opened
 
 
-def _tensors(folder: Path, repository: hub.Repository | None, options: SourceOptions, need: str) -> tuple[Any, bool]:
+def _open_transformers(opened: Opened, folder: Path, repository: hub.Repository | None, need: str) -> None:
+    """Pair a transformers checkpoint with its model, if it had none, and account for its tensors."""
+    from rpq_convert.hf import loading
+    from rpq_convert.hf.module_source import ModuleSource
+
+    names = files_in(folder) if repository is None else repository.files
+    raw = read_json(folder / CONFIG, kinds.DENSE_CONFIG, SourceError)
+    refuse_config(raw, names, opened.src)
+    if "adapter_config.json" in names:
+        raise SourceError(f"{opened.src} holds an adapter (adapter_config.json): merge it into its base and save that")
+    config, named = loading.load_config(folder), raw.get("transformers_weights")
+    opened.config = {k: v for k, v in raw.items() if k != "transformers_weights"}
+    if need == "weights":
+        _take_beside(opened, folder, repository)
+        found, opened.has_weights = _tensors(folder, repository, opened.options, need, named)
+    else:
+        found, said = _look(folder, repository, opened.options, named)
+        opened.notes += said
+    if (stored := loading.stored_dtype(config, found)) is not None:
+        opened.config["dtype"] = dtype_name(stored)
+    opened.model = opened.model or loading.build_empty(config, stored)
+    if found is not None:
+        opened.notes += getattr(found, "notes", [])
+        at_hand = opened.has_weights or repository is None
+        opened.source = ModuleSource(opened.model, unwrapped(found), at_hand=at_hand)
+        opened.source.check()
+        opened.notes += opened.source.notes()
+
+
+def _take_beside(opened: Opened, folder: Path, repository: hub.Repository | None) -> None:
+    """Note what belongs beside the weights of a model's folder; of a repository it is fetched."""
+    if repository is not None:
+        repository.fetch_beside(allow_pickle=opened.options.allow_pickle)
+    opened.files = files_beside(folder, allow_pickle=opened.options.allow_pickle)
+
+
+def _tensors(
+    folder: Path, repository: hub.Repository | None, options: SourceOptions, need: str, named: str | None = None
+) -> tuple[Any, bool]:
     """Return a checkpoint's tensors, and whether their weights are at hand; a plan needs the headers of a repository only."""
-    seen = _look(repository, options.allow_pickle)[0] if need == "headers" else None
-    if seen is not None:
+    if (
+        repository is not None
+        and need == "headers"
+        and (seen := _look(folder, repository, options, named)[0]) is not None
+    ):
         return seen, False
     if repository is not None:
-        repository.fetch_weights(allow_pickle=options.allow_pickle)
-    return open_folder(folder, allow_pickle=options.allow_pickle), True
+        repository.fetch_weights(allow_pickle=options.allow_pickle, named=named)
+    return open_folder(folder, allow_pickle=options.allow_pickle, named=named, key=options.state_dict), True
 
 
-def _look(repository: hub.Repository | None, allow_pickle: bool) -> tuple[Any, list[str]]:
-    """Return a repository's headers, if they can be read remotely, and what will prevent a conversion."""
-    if repository is None or repository.offline:
+def _look(
+    folder: Path, repository: hub.Repository | None, options: SourceOptions, named: str | None
+) -> tuple[Any, list[str]]:
+    """Return a checkpoint's tensors as far as a plan looks at them, if that is possible, and what will prevent a conversion."""
+    if repository is not None and repository.offline:
         return None, []
     try:
-        chosen = weight_files(repository.files, repository.name, allow_pickle=allow_pickle)
+        if repository is None:
+            return open_folder(folder, allow_pickle=options.allow_pickle, named=named, key=options.state_dict), []
+        chosen = weight_files(repository.files, repository.name, allow_pickle=options.allow_pickle, named=named)
     except SourceError as e:
         return None, [str(e)]
-    return (repository.headers() if "safetensors" in chosen[0] else None), []
-
-
-def _small() -> tuple[str, ...]:
-    from rpq_convert.hf.loading import SMALL
-
-    return SMALL
+    return (repository.headers(named=named) if "safetensors" in chosen[0] else None), []
 
 
 def empty_from_factory(factory: str | Factory) -> nn.Module:
@@ -215,9 +266,10 @@ def empty_from_factory(factory: str | Factory) -> nn.Module:
 
     If the factory returns a converted model (`RPQViT`), its dense form is returned.
     """
-    build = _callable(factory)
-    with parameters_on_meta():
-        model = build()
+    try:
+        model = meta.build_empty(_callable(factory))
+    except MemoryError as e:
+        raise SourceError(f"factory {factory!r}: {e}") from None
     if not isinstance(model, nn.Module):
         raise SourceError(f"factory {factory!r} returned {type(model).__name__}, not a module")
     for weight, places in surgery.places_of(model).items():
@@ -253,14 +305,28 @@ def _callable(factory: str | Factory) -> Factory:
     return factory
 
 
-def _check(model: nn.Module, source: Any) -> None:
-    """Refuse a source whose names are not the model's."""
-    slots = walk(model)
-    known = {n for s in slots for n in (s.name, *s.aliases)}
-    missing = [s.name for s in slots if not any(n in source for n in (s.name, *s.aliases))]
-    unused = [k for k in source if k not in known]
-    if missing or unused:
+def _fitted(model: nn.Module, source: Any) -> Any:
+    """Return a source under the model's names; refuse one that is quantized or does not fit.
+
+    Raises:
+        SourceError: tensors that are missing or unknown, of another shape, or scales and packed weights.
+    """
+    slots = [s for s in walk(model) if not s.name.endswith(EXTRA)]
+    wanted = [(s.name, *s.aliases) for s in slots]
+    source = under_names(source, wanted)
+    known = {n for names in wanted for n in names}
+    lacks, infos = missing(source, wanted), source.infos
+    unused = [k for k in source if k not in known and not (k.endswith(EXTRA) and has_extra_state(model, k))]
+    found = {s.name: (next((infos[n] for n in (s.name, *s.aliases) if n in infos), None), s) for s in slots}
+    used: Any = {
+        n: (i, torch.empty(s.shape, dtype=s.dtype, device="meta")) for n, (i, s) in found.items() if i is not None
+    }
+    refuse_parts({k: infos[k] for k in unused}, used, {n: t for n, (_, t) in used.items()}, "the checkpoint")
+    if lacks or unused:
         raise SourceError(
-            f"the checkpoint does not fit the model: {len(missing)} missing ({', '.join(missing[:3])}), "
+            f"the checkpoint does not fit the model: {len(lacks)} missing ({', '.join(lacks[:3])}), "
             f"{len(unused)} unknown ({', '.join(unused[:3])})"
         )
+    for name, (info, tensor) in used.items():
+        description.check_dense(name, info, tensor)
+    return source

@@ -17,8 +17,9 @@ from rpq_convert.errors import SourceError
 from rpq_convert.hf.composite import without_description
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning.plan import Plan, Skip
-from rpq_convert.storage.reader import open_folder
-from rpq_convert.storage.writer import CARD, CONFIG, MANIFEST, REPORT, Folder
+from rpq_convert.storage.files import files_beside
+from rpq_convert.storage.folder import open_folder
+from rpq_convert.storage.writer import CONFIG, Folder
 
 
 def restore_checkpoint(
@@ -54,8 +55,7 @@ def restore_checkpoint(
     target.write_weights(dense)
     if "model_type" in config:
         target.write(CONFIG, json.dumps(without_description(config), indent=1))
-    names = {CONFIG, CARD, REPORT, MANIFEST, "rpq_plan.json"}
-    target.copy([p for p in folder.iterdir() if p.is_file() and p.name not in names and "safetensors" not in p.name])
+    target.copy(files_beside(folder))
     (target.work / "rpq_plan.json").unlink()
     target.finish()
     return plan

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from rpq_convert.checkpoint.described import facts_of, plan_of
+from rpq_convert.checkpoint.extra_state import plain_states
 from rpq_convert.checkpoint.metadata import write_rest
 from rpq_convert.core import description
 from rpq_convert.core.results import Encoded
@@ -17,9 +19,11 @@ from rpq_convert.errors import SourceError
 from rpq_convert.hf.model_card import Base, base_of
 from rpq_convert.layers import surgery
 from rpq_convert.planning import layer_types
+from rpq_convert.planning.slots import EXTRA, extra_states
 from rpq_convert.report.schema import Report
 from rpq_convert.running.offload import is_hooked, onloaded
 from rpq_convert.running.wrappers import unwrapped
+from rpq_convert.storage.files import GENERATION, named_files
 from rpq_convert.storage.writer import Folder
 
 
@@ -29,7 +33,7 @@ def save(
     *,
     overwrite: bool = False,
     max_shard_size: str | int | None = None,
-    files: Sequence[Path] = (),
+    files: Mapping[str, Path] | Sequence[Path] | str | Path = (),
     base: Base | None = None,
 ) -> Report:
     """Write a converted model to a folder; the same bytes as the streaming conversion would write.
@@ -38,17 +42,21 @@ def save(
         out: the folder to make.
         overwrite: replace `out`.
         max_shard_size: of a weight file, e.g. `"5GB"`.
-        files: to copy beside the weights: tokenizer, generation settings.
+        files: to copy beside the weights: a list of them; path in the new folder -> file; or a folder, of which what belongs beside
+            weights is taken. A transformers model's generation settings are written without being asked for.
         base: what the model was converted from, for the model card; by default what transformers knows.
 
     Raises:
-        SourceError: the model has no RPQ weight.
+        SourceError: the model has no RPQ weight, or holds what cannot be written (a sparse buffer, an extra state that is neither a
+            tensor nor JSON values); a file that is not there, or whose path leaves the folder.
         FolderError: the folder already exists.
     """
     model = unwrapped(model)
     plan = plan_of(model, max_shard_size)
     if not plan.jobs:
         raise SourceError(f"{type(model).__name__} has no RPQ weight; convert it first")
+    state = _state(model)
+    beside, states = named_files(files), plain_states(model)
     found = surgery.layers_of(model)
     for name, rpq in found.items():
         expected = rpq.spec.tensors(rpq.view, rpq.shape)
@@ -69,24 +77,38 @@ def save(
                 record.get("seconds", 0.0),
                 rpq.zero_row,
                 record.get("inputs"),
+                record.get("worst"),
             )
         )
-    state = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
 
-    def tensor(name: str) -> Any:
+    def tensor(name: str) -> Tensor:
         module, key = surgery.find(model, name)
         with onloaded(module):
-            return {**module._parameters, **module._buffers}[key] if is_hooked(module) else state[name]
+            return {**module._parameters, **module._buffers}[key] if is_hooked(module) and key != EXTRA else state[name]  # type: ignore[return-value]
 
     folder.write_weights(tensor)
-    folder.copy([*files])
+    folder.copy(beside)
+    generation: Any = getattr(model, "generation_config", None)
+    if GENERATION not in beside and hasattr(generation, "to_json_string") and model.can_generate():  # type: ignore[operator]
+        folder.write(GENERATION, generation.to_json_string())
     config = _config_of(model, folder.work)
     if base is None and config is not None:
         base = base_of(str(getattr(model, "name_or_path", "")))
-    return write_rest(folder, config, facts, type(model).__name__, base)
+    return write_rest(folder, config, facts, type(model).__name__, base, extra_state=states)
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """Return every tensor of a model under each of its names; one that no file can hold is refused."""
+    states = {n: t for n, t in extra_states(model).items() if isinstance(t, Tensor)}
+    state = {
+        **dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False)), **states,
+    }  # fmt: skip
+    for name, tensor in state.items():
+        if tensor.layout is not torch.strided and name in model.state_dict():
+            raise SourceError(
+                f"{name} is sparse ({tensor.layout}), which safetensors cannot hold; make it dense, or not persistent"
+            )
+    return state
 
 
 def _config_of(model: nn.Module, folder: Path) -> dict[str, Any] | None:

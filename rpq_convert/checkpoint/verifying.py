@@ -7,17 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rpq_convert.checkpoint.loading import read_config
 from rpq_convert.core import description
 from rpq_convert.core.options import take
 from rpq_convert.errors import SourceError, VerifyError
 from rpq_convert.hf import hub
 from rpq_convert.report.schema import FileRow, Report, read_report
+from rpq_convert.storage.files import files_in, is_inside, refuse_links
+from rpq_convert.storage.folder import open_folder
 from rpq_convert.storage.options import HubOptions
-from rpq_convert.storage.reader import open_folder, refuse_links
-from rpq_convert.storage.writer import CONFIG, MANIFEST, REPORT, read_manifest, sha256
+from rpq_convert.storage.writer import CONFIG, MANIFEST, REPORT, is_finite, read_manifest, sha256
 
 
 def verify(
@@ -36,13 +35,14 @@ def verify(
     refuse_links(folder)
     if not (folder / MANIFEST).is_file():
         read_config(folder)  # raises where it is no RPQ folder at all
-    files = {name: (facts["bytes"], facts["sha256"]) for name, facts in read_manifest(folder)["files"].items()}
-    unlisted = [p for p in (folder / CONFIG, *sorted(folder.glob("*.safetensors*"))) if p.name not in files]
+    manifest = read_manifest(folder)
+    files = {name: (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}
+    unlisted = [n for n in files_in(folder) if n not in files and (n == CONFIG or ".safetensors" in n)]
     if unlisted:
-        raise VerifyError(f"{unlisted[0]} is not in the manifest")
+        raise VerifyError(f"{folder / unlisted[0]} is not in the manifest")
     for name, (size, digest) in files.items():
         file = folder / name
-        if Path(name).name != name or not file.is_file():
+        if not is_inside(name) or not file.is_file():
             raise VerifyError(f"{file} is missing")
         if name in edited:
             continue
@@ -62,9 +62,8 @@ def verify(
             description.check_stored(name, what, source)
     except SourceError as e:
         raise VerifyError(str(e)) from None
-    for key in source:
-        tensor = source[key]
-        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+    for key in set(source) - set(manifest.get("not_finite", ())):
+        if not is_finite(source[key]):
             raise VerifyError(f"{key} holds NaN or infinite values")
     return sorted(files)
 
@@ -82,7 +81,7 @@ def audit(path: str | Path, **source: Any) -> Report:
         repository = hub.find(path, (CONFIG, REPORT), options)
         folder, files = repository.folder, dict(repository.files)
     else:
-        files = {p.name: p.stat().st_size for p in folder.glob("*") if p.is_file()}
+        files = {n: p.stat().st_size for n, p in files_in(folder).items()}
     read_config(folder)
     file = folder / REPORT
     if not file.is_file():

@@ -19,6 +19,7 @@ from rpq_convert.core.options import take
 from rpq_convert.core.results import Encoded
 from rpq_convert.encoding.encode import build
 from rpq_convert.errors import PlanError
+from rpq_convert.inputs.items import Calibration, prepare
 from rpq_convert.layers import surgery
 from rpq_convert.layers.encoders import padded
 from rpq_convert.layers.rollback import unchanged_on_failure
@@ -27,8 +28,8 @@ from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning.holders import optimizers_of
 from rpq_convert.planning.options import PlanOptions
 from rpq_convert.planning.plan import Job, Plan
+from rpq_convert.planning.quantized import refuse_model
 from rpq_convert.report.schema import Report
-from rpq_convert.running.data import Calibration, inputs_of
 from rpq_convert.running.digest import describe
 from rpq_convert.running.offload import refuse_offloaded
 from rpq_convert.running.wrappers import unwrapped
@@ -44,6 +45,7 @@ def convert(
     progress: Progress | None = None,
     plan: Plan | None = None,
     calibration: Calibration | None = None,
+    tokenizer: Any = None,
     **options: Any,
 ) -> Report:
     """Convert a model in place.
@@ -51,17 +53,19 @@ def convert(
     Args:
         model: any module, also inside `torch.compile`; on meta with `fit="random"` it stays on meta but for codes and codebooks.
         plan: a plan made before; otherwise one is made from the options.
-        calibration: inputs such as the model will see, each a tensor, a tuple or a dict of keyword arguments: layers are
-            then fitted in the order of execution to what they are given, which keeps far more quality
-            from 2 to 5 bits and takes some forward passes over them. Or a function of the dense model that returns such
-            inputs (`rpq.own_inputs`).
+        calibration: inputs such as the model will see: layers are then fitted in the order of execution to what they are given,
+            which keeps far more quality from 2 to 5 bits and takes some forward passes over them. Each is a tensor, a tuple or a
+            dict of keyword arguments, a text, a chat, a picture or a row of a data set (`inputs/items.py`); or a
+            function of the dense model that returns such inputs (`rpq.own_inputs`).
+        tokenizer: the tokenizer or processor of texts, chats and pictures; by default that of the model's folder.
         options: fields of `PlanOptions`: preset, bits, dim, codebooks, rules, include, exclude, fit, seed, …
 
     Returns:
         The size-audit report, with the measured error of every layer.
 
     Raises:
-        PlanError: what was asked cannot be planned. EncodeError: NaN or infinite weights; the model is then unchanged.
+        PlanError: what was asked cannot be planned. EncodeError: NaN or infinite weights; CalibrationError: data
+            that is none for this model. The model is then unchanged.
 
     Example:
         >>> report = rpq.convert(model, bits=4); print(report)
@@ -70,9 +74,10 @@ def convert(
     model = unwrapped(model)
     how: dict[str, Any] = {"executor": executor, "workers": workers}
     optimizers = optimizers_of(model)
+    refuse_model(model)
     refuse_offloaded(model, "convert")
     with unchanged_on_failure(model), torch.inference_mode(False):  # whose tensors would never train
-        data = inputs_of(calibration, model)
+        data = None if calibration is None else prepare(calibration, model, "calibration", tokenizer=tokenizer)
         plan = plan or plan_opened(Opened(model, None), asked, data=data)
         plan = replace(plan, warnings=(*plan.warnings, *_stale(model, plan, optimizers)))
         return _convert(model, plan, data, progress, how)
@@ -187,6 +192,7 @@ def swap(places: Places, job: Job, encoded: Encoded) -> RPQWeight:
     rpq.record = {  # type: ignore[assignment]
         "layer": job.layer, "fit": job.fit, "seed": job.seed, "rule": job.rule, "padding_idx": job.padding_idx,
         "error": encoded.error, "dead": encoded.dead, "seconds": encoded.seconds, "inputs": encoded.inputs,
+        "worst": encoded.worst,
     }  # fmt: skip
     for parameter in rpq.parameters():
         parameter.requires_grad_(old.requires_grad)

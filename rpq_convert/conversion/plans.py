@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ from torch import nn
 from rpq_convert.calibration.sensitivity import measure_for, measured, needs_sensitivities
 from rpq_convert.checkpoint.opening import Opened, open_checkpoint
 from rpq_convert.core.options import take
+from rpq_convert.inputs.items import Calibration
 from rpq_convert.planning import budget
 from rpq_convert.planning.heads import head_rules
 from rpq_convert.planning.options import PlanOptions
 from rpq_convert.planning.plan import Plan
+from rpq_convert.planning.quantized import refuse_model
 from rpq_convert.report.curve import Curve
-from rpq_convert.running.data import Calibration
 from rpq_convert.running.wrappers import unwrapped
 from rpq_convert.storage.options import SourceOptions
 
@@ -71,11 +73,18 @@ def open_target(target: Any, source: SourceOptions, *, measured: bool) -> Opened
 
 
 def plan_opened(opened: Opened, options: PlanOptions, *, data: Calibration | None = None) -> Plan:
-    """Plan a conversion; where sizes are chosen to a budget and the weights are at hand, the model is measured."""
+    """Plan a conversion; where sizes are chosen to a budget and the weights are at hand, the model is measured.
+
+    Raises:
+        PlanError: what was asked cannot be planned, or another tool has quantized the model.
+    """
+    if opened.model is not None:
+        refuse_model(opened.model)
     if needs_sensitivities(options) and opened.model is not None:
         options = measure_for(options, opened.filled, data)
     rules = None if opened.model is None else head_rules(opened.model)
-    return budget.make_plan(opened.slots(), options, head_rules=rules, warnings=_notes(opened))
+    made = budget.make_plan(opened.slots(), options, head_rules=rules, warnings=_notes(opened))
+    return replace(made, dropped=opened.dropped())
 
 
 def sweep_opened(opened: Opened, options: PlanOptions, *, points: int = 24, sensitivity: Any = None) -> Curve:

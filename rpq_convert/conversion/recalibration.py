@@ -6,7 +6,6 @@ better is found, so under the inputs that it is given no layer gets worse.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import nn
 from rpq_convert.checkpoint.described import plan_of
 from rpq_convert.conversion.memory import Progress, convert_calibrated, finish
 from rpq_convert.errors import CalibrationError
+from rpq_convert.inputs.items import Calibration, prepare
 from rpq_convert.layers import surgery
 from rpq_convert.layers.rollback import unchanged_on_failure
 from rpq_convert.report.schema import Report
@@ -24,8 +24,9 @@ from rpq_convert.running.digest import describe
 def recalibrate(
     model: nn.Module,
     base: nn.Module,
-    data: Iterable[Any],
+    data: Calibration,
     *,
+    tokenizer: Any = None,
     executor: str = "threads",
     workers: int | None = None,
     progress: Progress | None = None,
@@ -34,7 +35,7 @@ def recalibrate(
 
     Args:
         model, base: the converted model and the dense one that it was made from.
-        data: inputs as for `convert(calibration=)`.
+        data, tokenizer: as for `convert(calibration=, tokenizer=)`.
         executor, workers, progress: as for `convert`.
 
     Returns:
@@ -46,7 +47,7 @@ def recalibrate(
     Example:
         >>> rpq.convert(model, bits=4); rpq.recalibrate(model, base, batches)
     """
-    items, plan = list(data), plan_of(model)
+    items, plan = prepare(data, base, "data", tokenizer=tokenizer), plan_of(model)
     # a loaded model does not know how it was fitted, and it does not matter: every fit has a start
     jobs = tuple(replace(j, fit="additive" if j.spec.stages > 1 else "kmeans") for j in plan.jobs)
     if not jobs:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rpq_convert.checkpoint.extra_state import check_plain
 from rpq_convert.checkpoint.metadata import write_rest
 from rpq_convert.checkpoint.opening import Opened, either, open_checkpoint
 from rpq_convert.conversion.jobs import run_jobs
@@ -13,11 +14,12 @@ from rpq_convert.conversion.memory import Progress, convert_calibrated, paramete
 from rpq_convert.conversion.plans import plan_opened
 from rpq_convert.core.options import take
 from rpq_convert.core.results import Encoded
-from rpq_convert.errors import SourceError
+from rpq_convert.core.spec import dtype_name
+from rpq_convert.errors import PlanError, SourceError
+from rpq_convert.inputs.items import Calibration, prepare
 from rpq_convert.planning.options import PlanOptions
-from rpq_convert.planning.plan import Job, Plan
-from rpq_convert.report.schema import Report
-from rpq_convert.running.data import Calibration, inputs_of
+from rpq_convert.planning.plan import Job, Plan, Skip
+from rpq_convert.report.schema import Dropped, Report
 from rpq_convert.running.digest import describe
 from rpq_convert.storage.options import SourceOptions
 from rpq_convert.storage.writer import Folder
@@ -33,6 +35,7 @@ def convert_checkpoint(
     progress: Progress | None = None,
     plan: Plan | None = None,
     calibration: Calibration | None = None,
+    tokenizer: Any = None,
     **options: Any,
 ) -> Report:
     """Convert a checkpoint tensor by tensor, whatever its size, into a folder.
@@ -44,7 +47,7 @@ def convert_checkpoint(
         executor: how fits run: `serial`, `threads` or `processes`. workers: how many at once; up to 4 by default.
         progress: called with each job and its result, or None where an earlier run had done it.
         plan: a plan made before, for this checkpoint; otherwise one is made from the options.
-        calibration: as for `convert`; the model is then loaded and run.
+        calibration, tokenizer: as for `convert`; the model is then loaded and run.
         options: fields of `PlanOptions` and of `SourceOptions`, as for `rpq.plan`.
 
     Raises:
@@ -52,7 +55,9 @@ def convert_checkpoint(
     """
     asked, source = take(options, PlanOptions, SourceOptions)
     opened = open_checkpoint(src, source)
-    data = calibration if calibration is None or opened.model is None else inputs_of(calibration, opened.filled())
+    data = calibration
+    if calibration is not None and opened.model is not None:
+        data = prepare(calibration, opened.filled(), "calibration", tokenizer=tokenizer)
     plan = plan or plan_opened(opened, asked, data=data)
     how: dict[str, Any] = {"executor": executor, "workers": workers, "progress": progress}
     return convert_opened(opened, out, plan, data, overwrite=overwrite, **how)
@@ -78,9 +83,10 @@ def convert_opened(
         raise SourceError(
             f"{opened.src} has no config.json: give factory='package.module:callable' that builds its model"
         )
-    data = None if calibration is None else inputs_of(calibration, opened.filled())
+    data = None if calibration is None else prepare(calibration, opened.filled(), "calibration")
     if data is not None:
         plan = replace(plan, options={**plan.options, "calibration": describe(data)})
+    plan = _checked(plan, opened)
     folder = Folder(out, plan, overwrite=overwrite, origin=opened.origin)
     by_name = {j.name: j for j in plan.jobs}
     how: dict[str, Any] = {"executor": executor, "workers": workers}
@@ -105,4 +111,23 @@ def convert_opened(
     folder.write_weights(lambda name: either(opened.source, aliases[name]))
     facts = {j.name: folder.facts(j) for j in plan.jobs}
     folder.copy(opened.files)
-    return write_rest(folder, opened.config, facts, opened.title, opened.base)
+    states = {name: check_plain(name, value) for name, value in getattr(opened.source, "extra", {}).items()}
+    return write_rest(folder, opened.config, facts, opened.title, opened.base, extra=opened.kept(), extra_state=states)
+
+
+def _checked(plan: Plan, opened: Opened) -> Plan:
+    """Return the plan with what it leaves out of the source; refuse one that was made for another model.
+
+    Raises:
+        PlanError: which tensor the plan does not know, or ties otherwise than the checkpoint does.
+    """
+    items: list[Job | Skip] = [*plan.jobs, *plan.skips]
+    names = {i.name: {i.name, *i.aliases} for i in items}
+    slots, kept = opened.slots(), set(opened.kept())
+    for slot in slots:
+        if slot.name not in kept and names.get(slot.name) != {slot.name, *slot.aliases}:
+            raise PlanError(f"the plan is for another model: {slot.name} is not in it, or tied otherwise; plan again")
+    left = tuple(
+        Dropped(s.name, s.shape, dtype_name(s.dtype), "the plan does not have it") for s in slots if s.name not in names
+    )
+    return replace(plan, dropped=(*plan.dropped, *left)) if left else plan

@@ -7,8 +7,8 @@ it before a kernel sees it. All checks use headers and meta tensors: nothing is 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -44,11 +44,13 @@ class Described:
 
 @dataclass(frozen=True)
 class Contents:
-    """What `quantization_config` says: every RPQ weight, names of tied ones, and the first guard."""
+    """What `quantization_config` says: every RPQ weight, names of tied ones, the first guard, and what lies beside the model's tensors."""
 
     modules: Mapping[str, Described]
     tied: Mapping[str, str]
     guard: str | None
+    extra: Sequence[str] = ()
+    extra_state: Mapping[str, Any] = field(default_factory=dict)
 
     def aliases(self) -> dict[str, list[str]]:
         """Return name -> its other names."""
@@ -88,7 +90,7 @@ def read_all(config: Any) -> Contents:
     tied = config["tied"]
     if both := sorted(set(found) & set(tied)):
         raise SourceError(f"{both[0]} is described, and tied to {tied[both[0]]} as well")
-    return Contents(found, tied, config["guard"])
+    return Contents(found, tied, config["guard"], config.get("extra", ()), config.get("extra_state", {}))
 
 
 def _described(description: Mapping[str, Any]) -> Described:

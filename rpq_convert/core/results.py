@@ -36,6 +36,7 @@ class Encoded:
         seconds: wall time of the fit.
         zero_row: a padding row that decodes to zeros.
         inputs: how many input vectors it was calibrated on; None where it was fitted to the weights alone.
+        worst: the error of the worst output.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Encoded:
     seconds: float
     zero_row: int | None = None
     inputs: int | None = None
+    worst: float | None = None
 
 
 UNITS = {"language model": "tokens", "outputs": "outputs", "sentence pairs": "pairs"}

@@ -14,20 +14,28 @@ from rpq_convert.errors import PlanError
 # In the order of the library's own list, by which it sorts tensors in a file, last first.
 SAFETENSORS_NAMES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.float8_e5m2: "F8_E5M2",
-    torch.float8_e4m3fn: "F8_E4M3", torch.int16: "I16", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int32: "I32", torch.float32: "F32", torch.complex64: "C64", torch.float64: "F64", torch.int64: "I64",
+    torch.float8_e4m3fn: "F8_E4M3", torch.int16: "I16", torch.uint16: "U16", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int32: "I32", torch.uint32: "U32", torch.float32: "F32", torch.complex64: "C64", torch.float64: "F64",
+    torch.int64: "I64", torch.uint64: "U64",
 }  # fmt: skip
 RANKS = {dtype: rank for rank, dtype in enumerate(SAFETENSORS_NAMES)}
 
 
 def header(entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
-    """Return the safetensors header of these tensors, padded as the library writes it (metadata format=pt)."""
-    order = sorted(entries.items(), key=lambda e: (-RANKS[e[1][0]], e[0]))
+    """Return the safetensors header of these tensors, padded as the library writes it (metadata format=pt).
+
+    A dtype that the format lacks is named as torch names it: such a model can be planned and converted, but not written.
+    """
+    order = sorted(entries.items(), key=lambda e: (-RANKS.get(e[1][0], 0), e[0]))
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for key, (dtype, shape) in order:
         end = at + dtype.itemsize * math.prod(shape)
-        table[key] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        table[key] = {
+            "dtype": SAFETENSORS_NAMES.get(dtype, str(dtype)),
+            "shape": list(shape),
+            "data_offsets": [at, end],
+        }
         at = end
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     return text + b" " * (-len(text) % 8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ def encode(
     if tensor.is_meta and not job.is_random:
         raise EncodeError(f"{job.name}: the tensor is on meta, so there is nothing to fit; use fit='random'")
     dense = tensor.detach().to("cpu", torch.float32) if not tensor.is_meta else tensor
+    statistics = statistics and _grouped(statistics, job)
     if not tensor.is_meta and not torch.isfinite(dense.sum()) and not torch.isfinite(dense).all():
         bad = int((~torch.isfinite(dense)).sum())
         raise EncodeError(f"{job.name} {list(job.shape)} holds {bad} NaN or infinite values; fix or exclude it")
@@ -54,11 +56,11 @@ def encode(
         statistics = statistics and _rotated(statistics, job.spec.rotation)
     encoded = _random(job, dense, std) if job.is_random else _fit(job, dense, statistics, start)
     tensors, dead, zero_row = encoded
-    error = None
+    error = worst = None
     if not job.is_random:
-        error = relative_error(dense, build(job, tensors, zero_row, dtype=torch.float32))
+        error, worst = relative_errors(dense, build(job, tensors, zero_row, dtype=torch.float32))
     inputs = statistics.inputs if statistics else None
-    return Encoded(job.name, tensors, error, dead, time.perf_counter() - began, zero_row, inputs)
+    return Encoded(job.name, tensors, error, dead, time.perf_counter() - began, zero_row, inputs, worst)
 
 
 def build(job: Job, tensors: Mapping[str, Tensor], zero_row: int | None, dtype: torch.dtype | None = None) -> RPQWeight:
@@ -76,22 +78,94 @@ CHUNK = 1 << 18  # weights decoded at a time to measure an error
 
 
 @torch.no_grad()
-def relative_error(dense: Tensor, rpq: RPQWeight) -> float:
-    """Return `|W - W'|^2 / |W|^2`, 0 for a zero tensor that decodes to zeros."""
+def relative_errors(dense: Tensor, rpq: RPQWeight) -> tuple[float, float]:
+    """Return `|W - W'|^2 / |W|^2` of the whole, 0 for a zero tensor that decodes to zeros, and of the worst output that is not zero."""
     matrix = rpq.view.to_matrix(dense, rpq.spec.axis)  # [n, L]
-    base = rest = 0.0
+    by_rows = rpq.spec.axis == "in"  # rows are outputs
+    outputs = matrix.shape[0 if by_rows else 1]
+    base, rest = torch.zeros(2, outputs, dtype=torch.float64)
+    total = torch.zeros(2, dtype=torch.float64)
     step = max(1, CHUNK // matrix.shape[1])
     for start in range(0, matrix.shape[0], step):
         part = matrix[start : start + step].double()
-        base += float(part.square().sum())
-        rest += float(part.sub_(rpq.matrix_rows(start, start + step)).square_().sum())
-    return rest / base if base else (math.inf if rest else 0.0)
+        wrong = part - rpq.matrix_rows(start, start + step)
+        for i, (sums, square) in enumerate(((base, part.square_()), (rest, wrong.square_()))):
+            total[i] += square.sum()
+            if by_rows:
+                sums[start : start + step] = square.sum(1)
+            else:
+                sums += square.sum(0)
+    worst = torch.where(base > 0, rest / base, 0.0).max()
+    power, left = total.tolist()
+    return left / power if power else (math.inf if left else 0.0), float(worst)
 
 
 # Without statistics, large weights count more up to this dim: nearest codewords leave them the largest errors, and language models
 # depend on them. At 8 bits SmolLM2's divergence falls from 0.0054 to 0.0037 (MiniLM's mean cosine stays at 0.9998). At dim 2 the
 # gain is smaller: SmolLM2's divergence falls from 0.611 to 0.573, and MiniLM's cosine falls from 0.973 to 0.967.
 LARGE = 1
+# Weights of one output may differ by orders of magnitude: a few large ones meet quiet inputs, small ones loud inputs, and an error
+# that is small beside the large ones ruins the output. Where the weights' mean logarithm, relative to their row's scale, is below
+# UNEVEN (Gaussian -0.64, Laplace -0.92), errors count relative to the weight they belong to, down to NEAR of the row's scale. The
+# first layer of a speaker encoder (benchmarks/speaker.py) has -1.4: with it alone at 8 bits the mean cosine is .995 by size, .9998 so.
+UNEVEN, NEAR, NOTHING, LEAST_BITS = -1.2, 0.1, 1e-3, 4
+
+
+def _importance(job: Job, matrix: Tensor) -> Tensor | str | None:
+    """Return how much the errors of weights [n, L] count that are fitted without statistics."""
+    spec = job.spec
+    if spec.bits >= LEAST_BITS and spec.scales is not None:
+        spread = matrix.square().mean(1 if spec.axis == "in" else 0, keepdim=True).sqrt()  # 1, or a power of two
+        size = (matrix / spread.clamp_min(torch.finfo(torch.float32).tiny)).abs()
+        counted = size[size > NOTHING]  # what is as good as zero says nothing of the others
+        if counted.numel() and float(counted.log().mean(dtype=torch.float64)) < UNEVEN:
+            return 1 / (size.square() + NEAR**2)
+    return "size" if spec.stages == 1 and spec.dim <= LARGE else None
+
+
+def _outliers(job: Job, dense: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the tensors of the weights that are kept apart, and the weight without them."""
+    spec, view = job.spec, job.weight_view
+    matrix = view.to_matrix(dense, "in")
+    positions = matrix.abs().topk(spec.outliers, 1).indices.sort(1).values
+    dtypes = {part: dtype for part, (dtype, _) in spec.tensors(view, job.shape).items()}
+    exact = matrix.gather(1, positions)
+    values = exact.to(dtypes["outliers"])
+    if not torch.isfinite(values).all():
+        raise EncodeError(f"{job.name}: an outlier overflows {spec.outlier_dtype}; use outliers=0")
+    tiny = exact.abs() < torch.finfo(dtypes["outliers"]).tiny  # what such numbers lose stays with the codes
+    left = torch.where(tiny, exact - values.float(), 0.0)
+    tensors = {"outliers": values, "positions": positions.to(dtypes["positions"])}
+    return tensors, view.from_matrix(matrix.scatter(1, positions, left), job.shape, "in").contiguous()
+
+
+# How far codewords may be shifted below the weights that they stand for, as a power of two: float16 then still has steps of
+# 2^-8 of a row's scale.
+SHIFTS = {"float16": 16, "bfloat16": 64, "float32": 64, "float64": 64}
+ULPS = 4  # the least scale, in steps of its dtype
+
+
+def _scales(job: Job, scales: Tensor) -> Tensor:
+    """Return the row scales as they are stored. Where some are too small for their dtype, codewords take over a power of two.
+
+    Raises:
+        EncodeError: they are still too small, or too large.
+    """
+    dtype = DTYPES[job.spec.scales or "float32"]
+    about = torch.finfo(dtype)
+    least = about.tiny * about.eps * ULPS
+    held = scales[scales > 0]
+    if held.numel() and float(held.min()) < least:
+        wanted = math.ceil(math.log2(least / float(held.min())))
+        room = math.floor(math.log2(about.max / float(held.max()))) - 1
+        shift = max(0, min(wanted, room, SHIFTS.get(job.spec.codebook_dtype, 0)))
+        scales = scales * 2.0**shift
+        if float(held.max()) * 2.0**shift < least:
+            raise EncodeError(f"{job.name}: row scales underflow {job.spec.scales}; use scales='float32'")
+    stored = scales.to(dtype)
+    if not torch.isfinite(stored).all():
+        raise EncodeError(f"{job.name}: a row scale overflows {job.spec.scales}; use scales='float32'")
+    return stored
 
 
 def _fit(
@@ -105,21 +179,15 @@ def _fit(
     if statistics is not None and statistics.cross is not None:
         dense = view.from_matrix(_asymmetric(view.to_matrix(dense, "in"), statistics), job.shape, "in").contiguous()
     if spec.outliers:
-        matrix = view.to_matrix(dense, "in")
-        positions = matrix.abs().topk(spec.outliers, 1).indices.sort(1).values
-        dtypes = {part: dtype for part, (dtype, _) in spec.tensors(view, job.shape).items()}
-        values = matrix.gather(1, positions).to(dtypes["outliers"])
-        if not torch.isfinite(values).all():
-            raise EncodeError(f"{job.name}: an outlier overflows {spec.outlier_dtype}; use outliers=0")
-        tensors |= {"outliers": values, "positions": positions.to(dtypes["positions"])}
-        dense = view.from_matrix(matrix.scatter(1, positions, 0.0), job.shape, "in").contiguous()
+        kept, dense = _outliers(job, dense)
+        tensors |= kept
     scaled, exact = dense, None
     if spec.scales is not None:
         spread = view.spread_scales(torch.empty(view.scale_shape(job.shape))).shape
-        scales = row_scales(spread, dense) if start is None else start["scales"].reshape(spread)
-        stored = scales.to(DTYPES[spec.scales])
-        if not torch.isfinite(stored).all():
-            raise EncodeError(f"{job.name}: a row scale overflows {spec.scales}; use scales='float32'")
+        if start is None:
+            stored = _scales(job, row_scales(spread, dense))
+        else:
+            stored = start["scales"].reshape(spread).to(DTYPES[spec.scales])
         tensors["scales"] = stored.reshape(view.scale_shape(job.shape))
         exact = stored.float()
         scaled = dense / torch.where(exact > 0, exact, 1.0)
@@ -135,16 +203,25 @@ def _fit(
             books, codes = _unstored(job, start)
             before = Fitted(books, codes, count_dead(codes, spec.books))
         if statistics is None:
-            large = spec.stages == 1 and spec.dim <= LARGE
-            fitted = before or FITTERS[job.fit](matrix, importance="size" if large else None, **common)
+            fitted = before or FITTERS[job.fit](matrix, importance=_importance(job, matrix), **common)
         else:
-            hessian = statistics.hessian
-            if hessian.ndim == 3 and spec.axis == "out" and "expert" not in view.axes:
-                hessian = hessian.mean(0)  # a sub-vector runs over outputs of several groups
-            fitted = fit_gptq(matrix, hessian, axis=spec.axis, scales=exact, start=before, **common)
+            fitted = fit_gptq(matrix, statistics.hessian, axis=spec.axis, scales=exact, start=before, **common)
     except ValueError as e:
         raise EncodeError(f"{job.name} {list(job.shape)}: {e}") from e
     return tensors | _stored(job, fitted.codebooks, fitted.codes), fitted.dead, zero_row
+
+
+def _grouped(statistics: Statistics, job: Job) -> Statistics:
+    """Return the statistics of a convolution's groups as parts that are equal runs of the matrix's rows, or as one whole."""
+    view, hessian = job.weight_view, statistics.hessian
+    if hessian.ndim == 2 or "expert" in view.axes:
+        return statistics
+    if view.axes.index("in") < view.axes.index("out"):  # transposed: a group is a run of inputs
+        if job.spec.axis == "in" or job.spec.rotation:
+            return replace(statistics, hessian=torch.block_diag(*hessian))
+    elif job.spec.axis == "out":
+        return replace(statistics, hessian=hessian.mean(0))  # a sub-vector runs over outputs of several groups
+    return statistics
 
 
 def _rotated(statistics: Statistics, rotation: int) -> Statistics:

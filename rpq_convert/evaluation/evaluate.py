@@ -1,7 +1,7 @@
 """Evaluate: a converted model against the model that it was made from.
 
 For language models: perplexity of both, the divergence of their predictions, how often they agree on the next token. For any
-other module: cosine and relative error of its outputs, agreement of the largest output, and accuracy where labels are given.
+other module: what its outputs' shape gives a meaning to (outputs.py), and accuracy where labels are given.
 """
 
 from __future__ import annotations
@@ -16,18 +16,21 @@ from torch.nn import functional as F
 
 from rpq_convert.core.results import Evaluation
 from rpq_convert.errors import EvaluateError
-from rpq_convert.running.call import call, counted, first_tensor
+from rpq_convert.evaluation.outputs import Comparison
+from rpq_convert.inputs.items import prepare
+from rpq_convert.running.call import call
+from rpq_convert.running.state import kept
 
 Progress = Callable[[int], None]
-IGNORED = -100  # the label of an output that has none, as in torch's losses
 
 
 @torch.inference_mode()
 def evaluate(
     base: nn.Module,
     model: nn.Module,
-    data: Tensor | Iterable[Any],
+    data: Any,
     *,
+    tokenizer: Any = None,
     window: int = 512,
     batch: int = 4,
     progress: Progress | None = None,
@@ -36,25 +39,28 @@ def evaluate(
 
     Args:
         base, model: both in eval mode.
-        data: token ids [n] int64, for language models; else an iterable of inputs: a tensor, a tuple, or a dict of
-            keyword arguments, in which `labels` [outputs] int64 are the right classes. The models do not see the labels.
+        data: token ids [n] int64, for language models; else inputs as for `rpq.convert(calibration=)`. In a dict, `labels`
+            [outputs] int64 are the right classes; the models do not see them.
+        tokenizer: as for `rpq.convert`.
         window, batch: tokens of one window, each predicted on its own, and windows at a time.
         progress: called with the number of windows or inputs done.
 
     Returns:
         For ids: `perplexity`, `base_perplexity`, `ratio`, `kl` (nats per token, base to model), `top1_agreement`.
-        Else: `cosine` (mean over outputs' last axis), `relative_error` (squared), and `top1_agreement`; with labels,
-        `accuracy` and `base_accuracy` as well. Tokens that an `attention_mask` leaves out do not count.
+        Else, by the output: `relative_error` (squared distance over the base's square) and `cosine` (mean over vectors, or over
+        whole pictures); `top1_agreement` of logits and of [samples, classes]; with labels, `accuracy` and `base_accuracy` as
+        well; for one number a sample `mean_difference` and, where the numbers differ, `correlation` in the place of cosine; for
+        whole numbers `agreement` alone. Tokens that an `attention_mask` leaves out do not count.
 
     Raises:
-        EvaluateError: no data, outputs of different shapes, or labels that do not fit them.
+        EvaluateError: no data, outputs of different shapes, or labels that do not fit them. CalibrationError: as `rpq.convert`.
 
     Example:
         >>> rpq.evaluate(base, model, tokenizer(text, return_tensors="pt").input_ids[0]).metrics["kl"]
     """
     if isinstance(data, Tensor) and data.ndim == 1 and not data.is_floating_point():
         return _language(base, model, data, window, batch, progress)
-    return _outputs(base, model, data, progress)
+    return _outputs(base, model, prepare(data, base, "data", tokenizer=tokenizer, labels=True), progress)
 
 
 def _language(
@@ -89,49 +95,13 @@ def _language(
 
 
 def _outputs(base: nn.Module, model: nn.Module, data: Iterable[Any], progress: Progress | None) -> Evaluation:
-    cosine = rest = power = agree = 0.0
-    count = labelled = 0
-    right = [0, 0]  # answers of the base, of the model
-    for done, item in enumerate(data, 1):
-        labels = item["labels"] if isinstance(item, Mapping) and "labels" in item else None
-        item = item if labels is None else {k: v for k, v in item.items() if k != "labels"}
-        a, b = (main_output(call(m, item)).float() for m in (base, model))
-        if a.shape != b.shape:
-            raise EvaluateError(f"the base's output is {list(a.shape)}, the model's {list(b.shape)}")
-        rows = counted(item, a)
-        a, b = (_vectors(t, rows) for t in (a, b))
-        cosine += F.cosine_similarity(a, b, dim=-1).sum().item()
-        agree += (a.argmax(-1) == b.argmax(-1)).sum().item()
-        rest += float((a - b).double().square().sum())
-        power += float(a.double().square().sum())
-        count += len(a)
-        if labels is not None:
-            labels = labels.flatten().to(a.device)
-            labels = labels if rows is None or len(labels) != len(rows) else labels[rows]
-            if len(labels) != len(a):
-                raise EvaluateError(f"{len(labels)} labels for {len(a)} outputs")
-            known = labels != IGNORED
-            labelled += int(known.sum())
-            for i, answers in enumerate((a, b)):
-                right[i] += int((answers.argmax(-1) == labels)[known].sum())
-        if progress:
-            progress(done)
-    if not count:
-        raise EvaluateError("no data to compare outputs on")
-    error = rest / power if power else (math.inf if rest else 0.0)
-    metrics = {"cosine": cosine / count, "relative_error": error, "top1_agreement": agree / count}
-    if labelled:
-        metrics |= {"accuracy": right[1] / labelled, "base_accuracy": right[0] / labelled}
-    return Evaluation("outputs", metrics, count)
-
-
-def _vectors(output: Tensor, rows: Tensor | None) -> Tensor:
-    """Return an output's vectors [n, width], without those of padding."""
-    return output.reshape(-1, output.shape[-1]) if rows is None else output.flatten(0, 1)[rows].flatten(0, -2)
-
-
-def main_output(output: Any) -> Tensor:
-    found = first_tensor(output)
-    if found is None:
-        raise EvaluateError(f"{type(output).__name__} holds no tensor to compare")
-    return found
+    found = Comparison()
+    with kept(base, model) as restore:
+        for done, item in enumerate(data, 1):
+            labels = item["labels"] if isinstance(item, Mapping) and "labels" in item else None
+            item = item if labels is None else {k: v for k, v in item.items() if k != "labels"}
+            restore()
+            found.add(call(base, item), call(model, item), item, labels)
+            if progress:
+                progress(done)
+    return Evaluation("outputs", found.metrics(), found.count)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from rpq_convert.errors import EvaluateError
-from rpq_convert.evaluation.evaluate import main_output
+from rpq_convert.evaluation.outputs import main_output
+from rpq_convert.inputs.items import prepare
 from rpq_convert.layers import surgery
 from rpq_convert.running.call import call, without_padding
+from rpq_convert.running.state import kept
 
 
 @torch.inference_mode()
-def layer_errors(base: nn.Module, model: nn.Module, data: Iterable[Any]) -> dict[str, float]:
+def layer_errors(base: nn.Module, model: nn.Module, data: Any) -> dict[str, float]:
     """Return, for every converted layer, the relative squared error of its output on the inputs that the base gives it.
 
     Args:
@@ -47,9 +49,11 @@ def layer_errors(base: nn.Module, model: nn.Module, data: Iterable[Any]) -> dict
     try:
         for home in homes:
             hooks.append(base.get_submodule(home).register_forward_hook(watch(home), with_kwargs=True))
-        for item in data:
-            current = {k: v for k, v in item.items() if k != "labels"} if isinstance(item, Mapping) else item
-            call(base, current)
+        with kept(base, model) as restore:
+            for item in prepare(data, base, "data", labels=True):
+                restore()
+                current = {k: v for k, v in item.items() if k != "labels"} if isinstance(item, Mapping) else item
+                call(base, current)
     finally:
         for handle in hooks:
             handle.remove()

@@ -52,7 +52,7 @@ def evaluate_pairs(
         if told:
             told(done)
     before, after = (torch.cat(parts) for parts in found)  # [2 pairs, width]
-    scores = torch.tensor([score for *_, score in rows])
+    scores = torch.tensor([score for *_, score in rows], dtype=torch.float32)
     likeness = [(e[::2] * e[1::2]).sum(-1) for e in (before, after)]
     metrics = {
         "cosine": float((before * after).sum(-1).mean()),

@@ -88,7 +88,9 @@ def _parts(
     if not bool(torch.isfinite(hessians).all()) or bool((hessians.diagonal(dim1=1, dim2=2) < 0).any()):
         raise ValueError("statistics of the inputs are not finite second moments")
     outputs = rows * matrix.shape[1] // inputs
-    gains = torch.ones(len(hessians), outputs) if scales is None else scales.detach().float().reshape(len(hessians), -1)
+    # one for each output of each part, or for outputs that all parts add to (groups of a transposed convolution)
+    gains = torch.ones(outputs, dtype=torch.float32) if scales is None else scales.detach().float()
+    gains = gains.reshape(-1, outputs).expand(len(hessians), outputs)
     return [
         _Part(part, h, gain, axis, dim=dim, books=books)
         for part, h, gain in zip(matrix.detach().to("cpu", torch.float32).split(rows), hessians, gains)
@@ -212,9 +214,8 @@ class _Part:
         inputs, outputs = self.dense.shape
         work = self.dense[self.order].clone()  # [inputs, outputs], in order
         decoded = torch.empty_like(work)
-        errors = torch.empty(
-            min(BLOCK + self.dim, inputs), outputs
-        )  # of one lazy block: errors over the factor's diagonal
+        # of one lazy block: errors over the factor's diagonal
+        errors = torch.empty(min(BLOCK + self.dim, inputs), outputs, dtype=torch.float32)
         codes = np.empty((len(codebooks), self.blocks, inputs if self.axis == "out" else outputs), np.uint8)
         serve = self._one_stage if len(codebooks) == 1 else self._stages
         start = 0

@@ -30,5 +30,5 @@ def fit_random(
     blocks = check_layout(matrix, dim=dim, books=books, stages=stages)
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(256, (stages, blocks, matrix.shape[0]), generator=generator, dtype=torch.uint8)
-    codebooks = torch.randn((stages, books, 256, dim), generator=generator) / stages**0.5
+    codebooks = torch.randn((stages, books, 256, dim), generator=generator, dtype=torch.float32) / stages**0.5
     return Fitted(codebooks.to(codebook_dtype), codes, count_dead(codes, books))

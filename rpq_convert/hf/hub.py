@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from rpq_convert.errors import HubError, SourceError
+from rpq_convert.storage.files import belongs, files_in, is_inside, module_weights, weight_files
+from rpq_convert.storage.folder import read_index
 from rpq_convert.storage.options import HubOptions
-from rpq_convert.storage.reader import SafetensorsSource, TensorInfo, read_index, tensor_infos, weight_files
+from rpq_convert.storage.reader import SafetensorsSource, TensorInfo, tensor_infos
 from rpq_convert.version import __version__
 
 LOGIN = "log in with `hf auth login`, or give a token (HF_TOKEN)"
@@ -108,21 +110,27 @@ class Repository:
             _download(self.name, patterns, revision=self.commit, token=self.token)
         return self.folder
 
-    def fetch_weights(self, *, allow_pickle: bool = False) -> Path:
+    def fetch_beside(self, *, allow_pickle: bool = False) -> Path:
+        """Return the folder with what belongs beside the weights; nothing else is downloaded."""
+        self.fetch([n for n in self.files if belongs(n)])
+        modules = module_weights(self.files, self.folder, allow_pickle=allow_pickle)
+        return self.fetch([*modules.values()])
+
+    def fetch_weights(self, *, allow_pickle: bool = False, named: str | None = None) -> Path:
         """Return the folder with its weights, each tensor in one file."""
-        chosen = weight_files(self.files, self.name, allow_pickle=allow_pickle)
+        chosen = weight_files(self.files, self.name, allow_pickle=allow_pickle, named=named)
         self.fetch(chosen)
         if chosen[0].endswith(".json"):
             self.fetch(sorted(set(read_index(self.folder / chosen[0]).values())))
         return self.folder
 
-    def headers(self) -> SafetensorsSource:
+    def headers(self, *, named: str | None = None) -> SafetensorsSource:
         """Return the tensors' names, types and shapes; their weights stay where they are.
 
         Raises:
             HubError: what the hub refuses. SourceError: no safetensors files, or broken ones.
         """
-        chosen = weight_files(self.files, self.name)
+        chosen = weight_files(self.files, self.name, named=named)
         index = None
         if chosen[0].endswith(".json"):
             index = read_index(self.fetch(chosen) / chosen[0])
@@ -154,10 +162,11 @@ def find(src: str | Path, wanted: Sequence[str], options: HubOptions) -> Reposit
     if not options.local_files_only:
         try:
             info = client(token).model_info(name, revision=folder.name, files_metadata=True)
-            return Repository(name, folder, {f.rfilename: f.size for f in info.siblings or ()}, token)
+            files = {f.rfilename: f.size for f in info.siblings or () if is_inside(f.rfilename)}
+            return Repository(name, folder, files, token)
         except (HTTPError, OSError) as e:  # the cache had it, or nothing would have been found above
             offline = f"the hub was not reached: {_first(e)}"
-    cached = {p.name: p.stat().st_size for p in folder.glob("*") if p.is_file()}
+    cached = {n: p.stat().st_size for n, p in files_in(folder).items()}
     return Repository(name, folder, cached, token, offline)
 
 
@@ -165,7 +174,7 @@ def _download(name: str, patterns: Sequence[str], **options: Any) -> Path:
     from huggingface_hub import snapshot_download
 
     with asking(name):
-        return Path(snapshot_download(name, allow_patterns=[*patterns], ignore_patterns=["*/*", "*.py"], **options))
+        return Path(snapshot_download(name, allow_patterns=[*patterns], **options))
 
 
 def client(token: str | bool | None) -> Any:

@@ -1,44 +1,27 @@
-"""transformers checkpoints: build their model empty, read their tensors under the model's names.
+"""transformers checkpoints: read their config, build their model empty.
 
-Checkpoint keys are not module names: prefixes differ, old names remain, and mixture-of-experts files keep one tensor per expert
-where the model has one fused parameter. transformers knows the mapping (`get_model_conversion_mapping`). Its own rename and
-conversion steps run here for one parameter at a time, so nothing larger is in memory. No code of a checkpoint is ever run:
-classes come from transformers itself.
+No code of a checkpoint is ever run: classes come from transformers itself.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterator, Mapping
-from copy import deepcopy
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rpq_convert.errors import SourceError
 from rpq_convert.hf import torchvision
 from rpq_convert.running.meta import parameters_on_meta
 from rpq_convert.schemas import kinds
 from rpq_convert.schemas.checking import read_json
-from rpq_convert.storage.reader import read_header, refuse_links
+from rpq_convert.storage.files import refuse_links
 
 torchvision.fix()
 
 import transformers  # noqa: E402
-from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: E402
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key  # noqa: E402
-from transformers.utils.loading_report import LoadStateDictInfo  # noqa: E402
-
-SMALL = (
-    "generation_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template*", "*.model",
-    "spiece.model", "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json",
-    "LICENSE*", "README.base.md",
-)  # fmt: skip
 
 
 def load_config(folder: str | Path) -> Any:
@@ -122,23 +105,20 @@ def copy_code(model: Any, folder: Path) -> dict[str, Any]:
     return {"auto_map": model.config.auto_map}
 
 
-def stored_dtype(config: Any, source: Any, folder: Path) -> torch.dtype | None:
+def stored_dtype(config: Any, source: Any) -> torch.dtype | None:
     """Return the dtype that transformers loads a checkpoint in whose config names none: that of its first floating-point tensor.
 
     Args:
-        source: its tensors or their headers; None to read them from its folder, if there are any.
+        source: its tensors or their headers; None for a config alone.
 
     Returns:
         None where the config names a dtype, or there is nothing to go by.
     """
-    if getattr(config, "dtype", None) is not None:
+    if source is None or getattr(config, "dtype", None) is not None:
         return None
-    files = [] if source is not None else sorted(folder.glob("model*.safetensors"))[:1]
-    infos = [i for f in files for i in read_header(f).values()] if source is None else source.infos.values()
-    first = sorted(infos, key=lambda i: (i.file.name, i.name))
-    return next(
-        (i.dtype for i in first if i.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)), None
-    )
+    whole = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    first = sorted(source.infos.values(), key=lambda i: (i.file.name, i.name))
+    return next((i.dtype for i in first if i.dtype in whole), None)
 
 
 def build_empty(config: Any, dtype: torch.dtype | None = None) -> Any:
@@ -177,98 +157,15 @@ def kept_dtype(model: Any, name: str, dtype: torch.dtype | None) -> torch.dtype 
     return next((wanted for pattern, wanted in kept if re.search(pattern.replace("*", ".*"), name)), None)
 
 
-class ModuleSource(Mapping[str, Tensor]):
-    """A checkpoint's tensors under the names of the model's state dict, renamed and converted one parameter at a time.
+def read_generation(model: Any, folder: str | Path) -> None:
+    """Give a model that generates the settings that lie in its folder.
 
-    Args:
-        model: the empty model.
-        source: checkpoint key -> tensor.
+    Raises:
+        SourceError: they cannot be read.
     """
-
-    def __init__(self, model: Any, source: Mapping[str, Tensor]) -> None:
-        self.model, self.source = model, source
-        state = model.state_dict()
-        transforms = get_model_conversion_mapping(model)
-        renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-        converters = [t for t in transforms if isinstance(t, WeightConverter)]
-        by_pattern = {p: c for c in converters for p in c.source_patterns}
-        prefix = model.base_model_prefix
-        groups: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
-        self.unused: list[str] = []
-        for key in sorted(source, key=dot_natural_key):
-            name, pattern = rename_source_key(key, renamings, converters, prefix, state)
-            if name not in state and key in state:
-                name, pattern = rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=state)
-            if name not in state:
-                self.unused.append(key)
-            elif pattern is not None:
-                groups.setdefault(name, (by_pattern[pattern], []))[1].append((key, pattern))
-            else:
-                groups.setdefault(name, (WeightRenaming(key, name), []))[1].append((key, key))
-        self.plans: dict[str, tuple[str, Any, list[tuple[str, str]]]] = {}
-        for first, (transform, parts) in groups.items():
-            names = (
-                [first] if type(transform) is WeightRenaming else list(self._run(first, transform, parts, shapes=True))
-            )
-            self.plans |= {n: (first, transform, parts) for n in names if n in state}
-        for names in self._tied():
-            home = next((n for n in names if n in self.plans), None)
-            if home:
-                self.plans |= {
-                    n: self.plans[home] if n == home else ("", home, []) for n in names if n not in self.plans
-                }
-        self.unresolved = [n for n in state if n not in self.plans]
-
-    def _tied(self) -> list[list[str]]:
-        groups: dict[int, list[str]] = {}
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            groups.setdefault(id(parameter), []).append(name)
-        return [g for g in groups.values() if len(g) > 1]
-
-    def _run(self, first: str, transform: Any, parts: list[tuple[str, str]], *, shapes: bool) -> dict[str, Any]:
-        """Run one conversion; with `shapes` on meta tensors, to learn its names."""
-        transform = deepcopy(transform)
-        for key, pattern in parts:
-            transform.add_tensor(first, key, pattern, partial(self._meta if shapes else self.source.__getitem__, key))
-        info = LoadStateDictInfo(
-            missing_keys=set(), unexpected_keys=set(), mismatched_keys=set(), conversion_errors={}, error_msgs=[],
-            skipped_pp_keys=set(),
-        )  # fmt: skip
-        out = transform.convert(first, model=self.model, config=self.model.config, loading_info=info)
-        if info.conversion_errors:
-            raise SourceError(f"{first}: {next(iter(info.conversion_errors.values()))}")
-        return {n: v[0] if isinstance(v, list) else v for n, v in out.items()}
-
-    def _meta(self, key: str) -> Tensor:
-        info = self.source.infos[key]  # type: ignore[attr-defined]
-        return torch.empty(info.shape, dtype=info.dtype, device="meta")
-
-    def check(self) -> None:
-        """Raise before the first tensor is read if the checkpoint does not fill the model."""
-        if self.unresolved:
-            raise SourceError(
-                f"the checkpoint has no tensor for {len(self.unresolved)} of {type(self.model).__name__}'s: "
-                f"{', '.join(self.unresolved[:4])}; convert the architecture that the checkpoint was saved from"
-            )
-
-    def __len__(self) -> int:
-        return len(self.plans)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.plans)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.plans
-
-    def __getitem__(self, name: str) -> Tensor:
-        first, transform, parts = self.plans[name]
-        if not first:
-            return self[transform]
-        return self._run(first, transform, parts, shapes=False)[name]
-
-
-def extra_files(folder: str | Path) -> list[Path]:
-    """Return the small files that a folder needs beside its weights: tokenizer, generation settings, processors. Never code."""
-    refuse_links(folder)
-    found = {p for pattern in SMALL for p in Path(folder).glob(pattern) if p.is_file()}
-    return sorted(p for p in found if p.suffix != ".py" and "safetensors" not in p.name)
+    if not model.can_generate():
+        return
+    try:
+        model.generation_config = transformers.GenerationConfig.from_pretrained(str(folder))
+    except Exception as e:  # its validators raise many kinds
+        raise SourceError(f"{folder}/generation_config.json: transformers refuses it: {e}") from e

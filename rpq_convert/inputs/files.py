@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from rpq_convert.errors import CalibrationError, SourceError
-from rpq_convert.storage.reader import refuse_links
+from rpq_convert.storage.files import refuse_links
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 TEXTS = (".txt", ".md", ".rst")
@@ -141,6 +141,13 @@ def tokenizer_of(src: str | Path, **where: Any) -> Any:
     from transformers import AutoTokenizer
 
     return _companion(AutoTokenizer, src, **where)
+
+
+def processor_of(src: str | Path, **where: Any) -> Any:
+    """Return a checkpoint's processor of pictures, and of texts where it has one for both."""
+    from transformers import AutoProcessor
+
+    return _companion(AutoProcessor, src, **where)
 
 
 def _companion(reader: Any, src: str | Path, **options: Any) -> Any:

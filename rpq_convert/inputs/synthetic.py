@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rpq_convert.errors import CalibrationError
 from rpq_convert.layers.weight import RPQWeight
+from rpq_convert.running.modes import quiet
 
 BATCH = 8  # rows of a batch: calibration runs the first batch some times more than the others
 PICTURE = 224  # pixels of a side, where a model does not say; convnets take any
@@ -133,15 +134,12 @@ def _text(model: Any, first: Tensor, length: int, draw: Callable[[Tensor], Tenso
     Tokens are drawn at temperature 1 (LLM-QAT, Liu et al. 2023, arXiv:2305.17888): `draw` takes logits [rows, words] and returns
     ids [rows, 1]. `generate` of transformers would draw from the global generator.
     """
-    training, ids, cache = model.training, first.to(_device(model)), None
-    model.eval()
-    try:
+    ids, cache = first.to(_device(model)), None
+    with quiet(model):
         while ids.shape[1] < length:
             output = model(input_ids=ids if cache is None else ids[:, -1:], past_key_values=cache, use_cache=True)
             cache = getattr(output, "past_key_values", None)
             ids = torch.cat([ids, draw(output.logits[:, -1]).to(ids.device)], 1)
-    finally:
-        model.train(training)
     return ids
 
 
@@ -179,13 +177,15 @@ def _noise(samples: int, shape: tuple[int, int, int], g: torch.Generator) -> Ten
     (docs/architecture.md has figures).
     """
     channels, height, width = shape
-    powers = torch.linspace(1, 3, samples)[torch.randperm(samples, generator=g)].view(-1, 1, 1, 1)
+    powers = torch.linspace(1, 3, samples, dtype=torch.float32)[torch.randperm(samples, generator=g)].view(-1, 1, 1, 1)
     frequency = (torch.fft.fftfreq(height)[:, None].square() + torch.fft.rfftfreq(width).square()).sqrt() * max(
         height, width
     )
     frequency[0, 0] = torch.inf  # no mean
-    white = torch.randn(samples, channels, height, width, generator=g)
+    white = torch.randn(samples, channels, height, width, generator=g, dtype=torch.float32)
     smooth = torch.fft.irfft2(torch.fft.rfft2(white) * frequency**-powers, s=(height, width))
     grey = smooth.mean(1, keepdim=True) * (channels * (1 - COLOUR)) ** 0.5
     mixed = grey + smooth * COLOUR**0.5
-    return mixed / mixed.std((1, 2, 3), keepdim=True) + 0.5 * torch.randn(samples, channels, 1, 1, generator=g)
+    return mixed / mixed.std((1, 2, 3), keepdim=True) + 0.5 * torch.randn(
+        samples, channels, 1, 1, generator=g, dtype=torch.float32
+    )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rpq_convert.errors import SourceError
 from rpq_convert.hf import torchvision
-from rpq_convert.storage.reader import refuse_links
+from rpq_convert.storage.files import refuse_links
 
 torchvision.fix()
 

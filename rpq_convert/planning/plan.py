@@ -21,7 +21,7 @@ from rpq_convert.core.axes import WeightView
 from rpq_convert.core.safetensors import file_size
 from rpq_convert.core.spec import Spec, dtype_of
 from rpq_convert.errors import PlanError
-from rpq_convert.report.schema import Report, Row
+from rpq_convert.report.schema import Dropped, Report, Row, dropped_of, without_empty
 from rpq_convert.schemas import kinds
 from rpq_convert.schemas.checking import check
 from rpq_convert.version import __version__
@@ -94,6 +94,7 @@ class Plan:
         max_shard_size: bytes of tensor data in one weight file.
         warnings: plain sentences for the user.
         parts: paths of the modules that are models themselves, which their own class may load from the same files.
+        dropped: tensors of the source that are not written.
     """
 
     jobs: tuple[Job, ...]
@@ -102,6 +103,7 @@ class Plan:
     max_shard_size: int
     warnings: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
+    dropped: tuple[Dropped, ...] = ()
 
     @cached_property
     def guards(self) -> tuple[str, ...]:
@@ -180,7 +182,7 @@ class Plan:
         """Return the plan as a size audit, nothing measured yet."""
         return Report(
             title=title, rows=self.rows(), warnings=self.warnings, options=dict(self.options),
-            predicted_bytes=self.file_bytes, version=__version__,
+            predicted_bytes=self.file_bytes, version=__version__, dropped=self.dropped,
         )  # fmt: skip
 
     def __repr__(self) -> str:
@@ -212,7 +214,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON values; of its parts those that have a guard of their own."""
-        found = {"format_version": FORMAT_VERSION} | asdict(self)
+        found = {"format_version": FORMAT_VERSION} | without_empty(asdict(self), "dropped")
         parts = [p for p in found.pop("parts") if self._first(p) not in (None, self._first(""))]
         return found | ({"parts": parts} if parts else {})
 
@@ -244,6 +246,7 @@ class Plan:
             max_shard_size=data["max_shard_size"],
             warnings=tuple(data["warnings"]),
             parts=tuple(data.get("parts", ())),
+            dropped=dropped_of(data.get("dropped", ())),
         )
 
 

@@ -7,7 +7,8 @@ aliases. A slot that cannot be converted says why, so that the plan never skips 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from rpq_convert.errors import PlanError
 from rpq_convert.planning.holders import held_elsewhere, storage_of
 from rpq_convert.planning.layer_types import class_names, find_view, is_rpq, original_class
 from rpq_convert.running.hooked import hooked, source_of
+
+EXTRA = "_extra_state"  # torch's name of what `get_extra_state` adds to a state dict
+COMPUTED = "computed by its class, which does not store it"
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,17 @@ def _reason(module: nn.Module, name: str, tensor: Tensor) -> str:
     return ""
 
 
+def extra_states(model: nn.Module) -> dict[str, Any]:
+    """Return name -> what `get_extra_state` gives, of every module that has one."""
+    return {
+        f"{path}.{EXTRA}".lstrip("."): module.get_extra_state()
+        for path, module in model.named_modules()
+        if type(module).get_extra_state is not nn.Module.get_extra_state
+    }
+
+
 def walk(model: nn.Module) -> tuple[Slot, ...]:
-    """Return the slots of a model, in the order of its state dict; the model may be on meta.
+    """Return the slots of a model, in the order of its state dict, and tensors of extra states; the model may be on meta.
 
     Raises:
         PlanError: a lazy module that has not seen an input yet.
@@ -104,7 +117,16 @@ def walk(model: nn.Module) -> tuple[Slot, ...]:
     held = held_elsewhere(model)
     parts, tied = parts_of(model), tied_names(model)
     holders = {n: [h.place for h in held.get(storage_of(places[0][3]), ())] for n, places in found.items()}
-    return tuple(_slot(places, holders[n], parts, tied) for n, places in found.items())
+    slots = [_slot(places, holders[n], parts, tied) for n, places in found.items()]
+    computed = (
+        getattr(model, "_keys_to_ignore_on_save", None) or ()
+    )  # of transformers: tables that a class computes, such as positions
+    slots = [replace(s, view=None, reason=COMPUTED) if s.name in computed and not s.buffer else s for s in slots]
+    states = {n: t for n, t in extra_states(model).items() if isinstance(t, Tensor)}
+    return (
+        *slots,
+        *(Slot(n, (), "", (), tuple(t.shape), t.dtype, reason="extra state", buffer=True) for n, t in states.items()),
+    )
 
 
 def parts_of(model: nn.Module) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rpq_convert.report.schema import Report, mean_error
-from rpq_convert.report.text import group, megabytes, number, quality, totals
+from rpq_convert.report.text import group, left_out, megabytes, number, quality, totals, worst
 from rpq_convert.showing import html_text
 
 STYLE = """
@@ -48,14 +48,17 @@ def fragment(report: Report) -> str:
     )
     warnings = "".join(f"<div class=warn>{html_text(w)}</div>" for w in report.all_warnings)
     measured = "".join(f"<p>{html_text(line)}</p>" for line in quality(report))
+    dropped = "".join(f"<li>{html_text(line)}</li>" for line in left_out(report, len(report.dropped)))
     files = "".join(f"<li>{html_text(f.name)}: {f.bytes:,} bytes</li>" for f in report.files)
     head = "".join(
-        f"<th>{h}</th>" for h in ("tensor", "layer", "shape", "how", "before", "after", "", "bits/weight", "error")
+        f"<th>{h}</th>"
+        for h in ("tensor", "layer", "shape", "how", "before", "after", "", "bits/weight", "error", "worst output")
     )
     return (
         f"<div class=rpq><style>{STYLE}</style><h1>{html_text(report.title)}</h1><p class=sum>{html_text(totals(report))}</p>"
         f"<div class=cards>{cards}</div>{measured}{warnings}<input placeholder='filter' aria-label='filter'>"
         f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        f"{f'<p>Left out of the source:</p><ul>{dropped}</ul>' if dropped else ''}"
         f"{f'<ul>{files}</ul>' if files else ''}<script>{SCRIPT}</script></div>"
     )
 
@@ -65,14 +68,15 @@ def _row(g, largest: int) -> str:  # type: ignore[no-untyped-def]
     how = r.spec if r.decision == "rpq" else f"{r.decision}: {r.reason}"
     many = f" <small>x{len(g.rows)}</small>" if len(g.rows) > 1 else ""
     width, inner = 100 * g.dense_bytes / largest, 100 * min(1.0, g.bytes / g.dense_bytes if g.dense_bytes else 0)
-    error = mean_error(g.rows)
+    error, low = mean_error(g.rows), worst(g.rows)
     return (
         f"<tr><td>{html_text(g.name)}{many}</td><td>{html_text(r.layer)}</td><td>{html_text('×'.join(map(str, r.shape)))}</td>"
         f"<td>{html_text(how)}</td><td class=n data-v={g.dense_bytes}>{megabytes(g.dense_bytes)}</td>"
         f"<td class=n data-v={g.bytes}>{megabytes(g.bytes)}</td><td data-v={g.dense_bytes} style='width:12rem'>"
         f"<div class=bar style='width:{width:.1f}%'><i style='width:{inner:.1f}%'></i></div></td>"
         f"<td class=n data-v={r.bits_per_weight:.6f}>{r.bits_per_weight:.3f}</td>"
-        f"<td class=n data-v={-1 if error is None else error:.9f}>{number(error)}</td></tr>"
+        f"<td class=n data-v={-1 if error is None else error:.9f}>{number(error)}</td>"
+        f"<td class=n data-v={-1 if low is None else low:.9f}>{number(low)}</td></tr>"
     )
 
 

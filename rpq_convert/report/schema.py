@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from rpq_convert.schemas import kinds
 from rpq_convert.schemas.checking import check, parse_json, read_text
 
 SCHEMA_VERSION = 1
+LOST = 1 - 1e-6  # error of an output that decodes to zeros
 MANY_DENSE = 0.1  # share of parameters left dense above which a report warns
 
 
@@ -34,6 +35,7 @@ class Row:
         seconds: wall time of the fit.
         dead: codewords that no code uses.
         inputs: input vectors that it was calibrated on, if any.
+        worst: the measured error of its worst output.
         aliases: other names of the same tensor.
     """
 
@@ -55,6 +57,7 @@ class Row:
     seconds: float | None = None
     dead: int | None = None
     inputs: int | None = None
+    worst: float | None = None
     aliases: tuple[str, ...] = ()
 
     @property
@@ -81,6 +84,21 @@ class FileRow:
 
 
 @dataclass(frozen=True)
+class Dropped:
+    """A tensor of the source that is left out, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    reason: str
+
+
+def dropped_of(entries: Iterable[Mapping[str, Any]]) -> tuple[Dropped, ...]:
+    """Return what a checked file lists as left out."""
+    return tuple(Dropped(**{**e, "shape": tuple(e["shape"])}) for e in entries)
+
+
+@dataclass(frozen=True)
 class Report:
     """A size audit.
 
@@ -89,6 +107,7 @@ class Report:
         files: the files of the folder, once written.
         predicted_bytes: size of the weight files by plan, headers included; equals `weight_file_bytes` on disk.
         evaluations: what was measured later: each `on` (what), `kind`, `samples` and `metrics`.
+        dropped: tensors of the source that are left out.
     """
 
     title: str
@@ -99,6 +118,7 @@ class Report:
     predicted_bytes: int | None = None
     version: str = ""
     evaluations: tuple[Mapping[str, Any], ...] = ()
+    dropped: tuple[Dropped, ...] = ()
 
     def __repr__(self) -> str:
         return f"<Report of {self.title}: {len(self.rows)} tensors, {self.dense_bytes:,} bytes become {self.bytes:,}>"
@@ -138,29 +158,46 @@ class Report:
         return mean_error(self.rows)
 
     @property
+    def worst(self) -> Row | None:
+        """The row with the worst output; None before a fit."""
+        measured = [r for r in self.rows if r.worst is not None]
+        return max(measured, key=lambda r: r.worst or 0.0, default=None)
+
+    @property
     def file_bytes(self) -> int:
         return sum(f.bytes for f in self.files)
 
     @property
     def weight_file_bytes(self) -> int:
-        return sum(f.bytes for f in self.files if f.name.endswith(".safetensors"))
+        return sum(f.bytes for f in self.files if f.name.endswith(".safetensors") and "/" not in f.name)
 
     @property
     def all_warnings(self) -> tuple[str, ...]:
-        """The plan's warnings, and one where more than 10 % of the parameters were left dense."""
+        """The plan's warnings, and those that follow from the rows: outputs that were lost, many parameters left dense."""
+        return (*self.warnings, *self._lost(), *self._left_dense())
+
+    def _lost(self) -> tuple[str, ...]:
+        lost = [r.name for r in self.rows if r.worst is not None and r.worst >= LOST]
+        if not lost:
+            return ()
+        return (
+            f"some outputs of {len(lost)} weights are lost (an error of 1), first in {lost[0]}; use scales='float32'",
+        )
+
+    def _left_dense(self) -> tuple[str, ...]:
         dense = [r for r in self.rows if r.decision == "dense"]
         left = sum(r.params for r in dense)
         if not self.params or left <= MANY_DENSE * self.params:
-            return self.warnings
+            return ()
         reasons: dict[str, int] = {}
         for r in dense:
             reasons[r.reason] = reasons.get(r.reason, 0) + r.params
         top = sorted(reasons.items(), key=lambda kv: -kv[1])[:3]
         why = "; ".join(f"{100 * n / self.params:.1f} % {reason}" for reason, n in top)
-        return (*self.warnings, f"{100 * left / self.params:.1f} % of the parameters stay dense: {why}")
+        return (f"{100 * left / self.params:.1f} % of the parameters stay dense: {why}",)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"schema_version": SCHEMA_VERSION} | asdict(self)
+        return {"schema_version": SCHEMA_VERSION} | without_empty(asdict(self), "dropped")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "the value") -> Report:
@@ -182,7 +219,8 @@ class Report:
         rows = tuple(Row(**{**r, "shape": tuple(r["shape"]), "aliases": tuple(r["aliases"])}) for r in rest.pop("rows"))
         files = tuple(FileRow(**f) for f in rest.pop("files"))
         warnings, found = tuple(rest.pop("warnings")), tuple(rest.pop("evaluations", ()))  # earlier versions have none
-        return cls(rows=rows, files=files, warnings=warnings, evaluations=found, **rest)
+        dropped = dropped_of(rest.pop("dropped", ()))
+        return cls(rows=rows, files=files, warnings=warnings, evaluations=found, dropped=dropped, **rest)
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1)
@@ -228,6 +266,11 @@ def read_report(path: str | Path) -> Report:
         SourceError: it holds none.
     """
     return Report.from_json(read_text(path, kinds.REPORT, SourceError), str(path))
+
+
+def without_empty(data: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a record without a field that most records do not need, where it is empty."""
+    return {k: v for k, v in data.items() if k != name or v}
 
 
 def ratio(before: int, after: int) -> float:

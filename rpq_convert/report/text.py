@@ -82,20 +82,27 @@ def number(value: float | None) -> str:
     return "" if value is None else f"{value:.2g}"
 
 
+def worst(rows: Iterable[Row]) -> float | None:
+    """Return the error of the worst output of all rows; None before a fit."""
+    return max((r.worst for r in rows if r.worst is not None), default=None)
+
+
 def terminal(report: Report, width: int = 80) -> str:
     """Return the report for a terminal, no line longer than `width` (at least 60)."""
     width = max(60, width)
     lines = [short(f"{report.title}: {totals(report)}", width), ""]
-    name = width - 42
+    name = width - 50
     converted = group(r for r in report.rows if r.decision == "rpq")
     if converted:
-        lines.append(f"{'converted':<{name}} {'n':>4} {'MB':>9} {'bits/w':>7} {'ratio':>7} {'error':>9}"[:width])
+        lines.append(
+            f"{'converted':<{name}} {'n':>4} {'MB':>9} {'bits/w':>7} {'ratio':>7} {'error':>9} {'worst':>7}"[:width]
+        )
         for g in converted:
             error = mean_error(g.rows)
             shown = number(error) if error is not None else f"~{number(g.first.expected_error)}"
             lines.append(
                 f"{short(g.name, name):<{name}} {len(g.rows):>4} {g.bytes / 2**20:>9.3f} "
-                f"{g.first.bits_per_weight:>7.3f} {ratio(g.dense_bytes, g.bytes):>6.1f}x {shown:>9}"
+                f"{g.first.bits_per_weight:>7.3f} {ratio(g.dense_bytes, g.bytes):>6.1f}x {shown:>9} {number(worst(g.rows)):>7}"
             )
         lines.append("")
     for title, decision in (("left dense", "dense"), ("buffers", "buffer")):
@@ -111,6 +118,12 @@ def terminal(report: Report, width: int = 80) -> str:
             lines.append(f"{short(text, width - 17):<{width - 17}} {len(rows):>5} {size / 2**20:>10.3f}")
         if reasons:
             lines.append("")
+    if report.dropped:
+        lines += [
+            f"left out of the source ({len(report.dropped)})",
+            *(short(f"  {line}", width) for line in left_out(report)),
+            "",
+        ]
     for part in ("codebook", "code", "scale", "outlier", "other"):
         n = report.total(f"{part}_bytes")
         if part == "outlier" and n == 0:
@@ -126,6 +139,8 @@ def terminal(report: Report, width: int = 80) -> str:
         lines.append(f"{'on disk':<14} {megabytes(n):>15} {n:>20,} bytes{same}")
         others = report.file_bytes - n
         lines.append(f"{'other files':<14} {megabytes(others):>15} {others:>20,} bytes")
+    if (row := report.worst) is not None:
+        lines += ["", *_wrap(f"worst output: error {number(row.worst)}, in {row.name}", width)]
     for line in quality(report):
         lines += ["", *_wrap(line, width)]
     for warning in report.all_warnings:
@@ -139,6 +154,12 @@ def quality(report: Report) -> list[str]:
         f"{e['on']} ({e['samples']:,} {e['kind']}): " + ", ".join(f"{k} {v:.4f}" for k, v in e["metrics"].items())
         for e in report.evaluations
     ]
+
+
+def left_out(report: Report, most: int = 20) -> list[str]:
+    """Return a line per tensor of the source that is left out, at most so many."""
+    lines = [f"{d.name} {list(d.shape)} {d.dtype}: {d.reason}" for d in report.dropped[:most]]
+    return lines + ([f"and {len(report.dropped) - most} more"] if len(report.dropped) > most else [])
 
 
 def totals(report: Report) -> str:
@@ -159,8 +180,8 @@ def markdown(report: Report) -> str:
     lines = [
         f"**{totals(report)}**",
         "",
-        "| tensor | layer | shape | how | dense | now | bits/weight | error |",
-        "|---|---|---|---|---:|---:|---:|---:|",
+        "| tensor | layer | shape | how | dense | now | bits/weight | error | worst output |",
+        "|---|---|---|---|---:|---:|---:|---:|---:|",
     ]
     for g in group(report.rows):
         r = g.first
@@ -169,8 +190,11 @@ def markdown(report: Report) -> str:
         cells = [
             f"{markdown_code(g.name)}{many}", markdown_text(r.layer), "x".join(map(str, r.shape)), markdown_text(how),
             megabytes(g.dense_bytes), megabytes(g.bytes), f"{r.bits_per_weight:.3f}", number(mean_error(g.rows)),
+            number(worst(g.rows)),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
+    if report.dropped:
+        lines += ["", "Left out of the source:", "", *(f"- {markdown_text(line)}" for line in left_out(report))]
     lines += [f"\n> **Warning**: {markdown_text(w)}" for w in report.all_warnings]
     return "\n".join(lines)
 

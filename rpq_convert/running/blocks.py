@@ -75,6 +75,16 @@ def chains(model: nn.Module, item: Any) -> list[list[str]]:
     return found
 
 
+def runs_of(model: nn.Module, items: Sequence[Any], restore: Callable[[], None]) -> list[Run]:
+    """Return a run of a model on every item, each from the state that the model was given in."""
+
+    def run(item: Any) -> Any:
+        restore()
+        return call(model, item)
+
+    return [partial(run, item) for item in items]
+
+
 @contextmanager
 def arriving(model: nn.Module, blocks: Sequence[str], stop: str | None = None) -> Iterator[list[Arrival]]:
     """Note what every run of a model brings to a chain, as long as the block lasts; `Stop` is raised before the block `stop`."""

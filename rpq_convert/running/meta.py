@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,6 +60,51 @@ def parameters_on_meta() -> Iterator[None]:
             yield
     finally:
         _BUILDING.moved = None
+
+
+def build_empty(build: Callable[[], Any]) -> Any:
+    """Return what a function builds, with parameters on meta and real buffers.
+
+    A constructor that looks at weights (a trial run for a size, an orthogonal start, `.item()`) fails on meta, or keeps a tensor
+    that it computed from them. Such a model is built for real, which takes the memory of its weights for a moment.
+
+    Raises:
+        MemoryError: it is too large for that. Whatever the function raises.
+    """
+    first: Exception | None = None
+    try:
+        with parameters_on_meta():
+            model = build()
+    except Exception as e:  # what fails on meta is of many kinds; what fails for another reason fails again
+        first = e
+    else:
+        if not isinstance(model, nn.Module) or not _holds_meta(model):
+            return model
+    try:
+        model = build()
+    except (MemoryError, RuntimeError) as e:
+        if isinstance(e, MemoryError) or "allocate memory" in str(e):
+            why = "it keeps tensors computed from weights" if first is None else str(first).strip().splitlines()[0]
+            raise MemoryError(f"its constructor looks at weights ({why}), and they do not fit in memory: {e}") from None
+        raise
+    if isinstance(model, nn.Module):
+        _move_to_meta(model)
+    return model
+
+
+def _holds_meta(model: nn.Module) -> bool:
+    """Return whether a module has a plain attribute that was computed from weights on meta."""
+    values = (v for m in model.modules() for v in m.__dict__.values())
+    return any(isinstance(v, Tensor) and v.is_meta and not isinstance(v, nn.Parameter) for v in values)
+
+
+def _move_to_meta(model: nn.Module) -> None:
+    """Move all parameters to meta; each stays the object that it is, whoever else holds it."""
+    for parameter in {id(p): p for p in model.parameters() if not p.is_meta}.values():
+        if not isinstance(parameter, nn.parameter.UninitializedParameter):
+            empty = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+            empty.__dict__.update(parameter.__dict__)
+            torch.utils.swap_tensors(parameter, empty)
 
 
 @functools.cache

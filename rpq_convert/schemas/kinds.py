@@ -82,6 +82,15 @@ class SkipEntry(Struct, forbid_unknown_fields=True):
         _check_numbers(self.shape)
 
 
+class DroppedEntry(Struct, forbid_unknown_fields=True):
+    """A tensor of the source that is left out, and why (`rpq_convert.report.schema.Dropped`)."""
+
+    name: str
+    shape: Shape
+    dtype: str
+    reason: str
+
+
 class PlanFile(Struct):
     """rpq_plan.json: what happens to every parameter. Unknown fields beside these are ignored."""
 
@@ -91,6 +100,7 @@ class PlanFile(Struct):
     options: dict[str, Any]
     max_shard_size: Annotated[int, Meta(ge=1)]
     warnings: list[str]
+    dropped: list[DroppedEntry] = []
     parts: list[str] = []
 
 
@@ -116,6 +126,7 @@ class RowEntry(Struct, forbid_unknown_fields=True):
     seconds: NotNegative | None = None
     dead: Size | None = None
     inputs: Size | None = None
+    worst: NotNegative | None = None
 
     def __post_init__(self) -> None:
         _check_numbers(self.shape)
@@ -149,6 +160,7 @@ class ReportFile(Struct, forbid_unknown_fields=True):
     predicted_bytes: Size | None = None
     version: str = ""
     evaluations: list[EvaluationEntry] = []
+    dropped: list[DroppedEntry] = []
 
 
 class ManifestEntry(Struct):
@@ -159,9 +171,13 @@ class ManifestEntry(Struct):
 
 
 class ManifestFile(Struct):
-    """rpq_manifest.json: every other file of the folder. Unknown fields are ignored."""
+    """rpq_manifest.json: every other file of the folder. Unknown fields are ignored.
+
+    `not_finite` names the buffers that held NaN or infinite values where they came from, such as attention masks.
+    """
 
     files: dict[str, ManifestEntry]
+    not_finite: list[str] = []
 
 
 class ModuleEntry(SpecEntry, forbid_unknown_fields=True, kw_only=True):
@@ -177,11 +193,16 @@ class ModuleEntry(SpecEntry, forbid_unknown_fields=True, kw_only=True):
 
 
 class Contents(Struct, kw_only=True):
-    """What `quantization_config` says of the weights: every RPQ weight, names of tied ones, and the guard."""
+    """What `quantization_config` says of the weights: every RPQ weight, names of tied ones, and the guard.
+
+    `extra` names tensors that the model has no place for, `extra_state` holds what modules keep beside their tensors.
+    """
 
     modules: dict[str, ModuleEntry]
     tied: dict[str, str]
     guard: str | None
+    extra: list[str] = []
+    extra_state: dict[str, Any] = {}
 
 
 class Quantization(Contents, kw_only=True):
@@ -204,6 +225,7 @@ class DenseConfigFile(Struct):
     """config.json of a checkpoint to convert, as far as rpq-convert reads it; transformers reads the rest."""
 
     quantization_config: dict[str, Any] | None = None
+    transformers_weights: str | None = None
 
 
 class Settings(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -248,6 +270,7 @@ class PieceFacts(Struct, forbid_unknown_fields=True):
     seconds: NotNegative
     zero_row: Size | None
     inputs: Size | None
+    worst: NotNegative | None = None
 
 
 class TuningFacts(Struct):
@@ -266,6 +289,12 @@ class IndexFile(Struct):
     """model.safetensors.index.json: which file holds which tensor. Unknown fields are ignored."""
 
     weight_map: Annotated[dict[str, str], Meta(min_length=1)]
+
+
+class ModulesEntry(Struct):
+    """A module of sentence-transformers, in modules.json: the subfolder that holds it. Unknown fields are ignored."""
+
+    path: str = ""
 
 
 Bits = Annotated[str, Meta(pattern=r"^[0-9]{1,3}(\.[0-9]{1,9})?$")]
@@ -293,6 +322,7 @@ SENSITIVITIES = Kind("a table of sensitivities", Losses)
 PIECE = Kind("a finished piece", PieceFacts)
 ORIGIN = Kind("a list of source files", list[tuple[str, Size, int]])
 INDEX = Kind("an index of weight files", IndexFile)
+MODULES = Kind("a list of modules", list[ModulesEntry])
 TUNING = Kind("the state of a tuning run", TuningFacts)
 
 PUBLISHED = {

@@ -34,4 +34,10 @@ class SourceOptions(HubOptions):
     factory: str | Callable[[], Any] | None = setting(
         None, "Builds the model of a checkpoint that is not transformers'.", metavar="PACKAGE:CALLABLE", panel=PANEL
     )
+    state_dict: str | None = setting(
+        None,
+        "Which state dict is read from a pickled file that holds several, such as ema.",
+        metavar="KEY",
+        panel=PANEL,
+    )
     allow_pickle: bool = setting(False, "Read pickled weights, tensors only, where there are no others.", panel=PANEL)

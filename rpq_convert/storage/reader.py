@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,19 +16,14 @@ import torch
 from torch import Tensor
 
 from rpq_convert.errors import SourceError
-from rpq_convert.schemas import kinds
-from rpq_convert.schemas.checking import read_json
 
-INDEX, PICKLE_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
-OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
 MAX_AXES, MAX_SIZE = 32, 1 << 48  # of a tensor, and of one axis
-HUB = ("models--", "datasets--", "spaces--")  # folders of the hub's cache
-BESIDE = ("additional_chat_templates", "chat_templates")  # folders that transformers reads
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64, "U16": torch.uint16,
+    "U32": torch.uint32, "U64": torch.uint64,
 }  # fmt: skip
 
 
@@ -173,134 +167,3 @@ class SafetensorsSource(Mapping[str, Tensor]):
         if got != len(data):
             raise SourceError(f"{info.file}: {name} ended after {got:,} of {len(data):,} bytes; was the file changed?")
         return data.view(info.dtype).reshape(info.shape) if len(data) else torch.empty(info.shape, dtype=info.dtype)
-
-
-class PickleSource(Mapping[str, Tensor]):
-    """The tensors of old `pytorch_model*.bin` files, memory-mapped and unpickled by torch's weights-only reader."""
-
-    def __init__(self, paths: Iterable[str | Path]) -> None:
-        self.tensors: dict[str, Tensor] = {}
-        for path in paths:
-            try:
-                self.tensors |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except Exception as e:  # torch raises several kinds, from RuntimeError to UnpicklingError
-                raise SourceError(f"{path} cannot be read as weights only: {e}") from None
-        self.infos = {
-            k: TensorInfo(k, t.dtype, tuple(t.shape), Path(str(path)), 0, t.numel() * t.element_size())
-            for k, t in self.tensors.items()
-        }
-
-    def __len__(self) -> int:
-        return len(self.tensors)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name].clone()
-
-
-def weight_files(names: Collection[str], where: str | Path, *, allow_pickle: bool = False) -> list[str]:
-    """Choose from a folder's file names what its weights are read from: an index alone, or the weight files.
-
-    A folder often holds the same weights several times. Safetensors come before pickles, and nothing is chosen twice.
-
-    Raises:
-        SourceError: no weights, or only pickled ones while `allow_pickle` is False.
-    """
-    for whole in (INDEX, "model.safetensors"):
-        if whole in names:
-            return [whole]
-    top = sorted(n for n in names if "/" not in n)
-    loose = [n for n in top if n.endswith(".safetensors")]
-    if loose:
-        return loose
-    pickled = [n for n in top if n.startswith("pytorch_model") and n.endswith(".bin")]
-    if pickled and not allow_pickle:
-        raise SourceError(
-            f"{where} has only pickled weights ({pickled[0]}); pass --allow-pickle to read them as tensors only, "
-            "or take a repository with safetensors"
-        )
-    if pickled:
-        return [PICKLE_INDEX] if PICKLE_INDEX in names else pickled
-    others = [n for n in names if n.endswith(OTHERS)]
-    which = f"; {others[0]} is of a kind that is not read: save it as safetensors" if others else ""
-    raise SourceError(f"{where} has no weights: no model.safetensors, index or pytorch_model.bin{which}")
-
-
-def open_folder(folder: str | Path, *, allow_pickle: bool = False) -> SafetensorsSource | PickleSource:
-    """Open the weights of a folder (one file, or shards and an index), or a single safetensors file.
-
-    Raises:
-        SourceError: no weights, a missing shard, an index that disagrees with the headers or leaves the folder, or
-            only pickled weights while `allow_pickle` is False.
-    """
-    folder = Path(folder)
-    if folder.is_file():
-        if folder.suffix == ".safetensors":
-            return SafetensorsSource([read_header(folder)])
-        if not allow_pickle:
-            raise SourceError(f"{folder} is not a safetensors file; a pickled one needs --allow-pickle")
-        return PickleSource([folder])
-    if not folder.is_dir():
-        raise SourceError(f"{folder} does not exist")
-    refuse_links(folder)
-    chosen = weight_files({p.name for p in folder.iterdir() if p.is_file()}, folder, allow_pickle=allow_pickle)
-    index = read_index(folder / chosen[0]) if chosen[0].endswith(".json") else None
-    paths = [_inside(folder, n) for n in (chosen if index is None else sorted(set(index.values())))]
-    if pickled := [p for p in paths if p.suffix != ".safetensors"]:
-        if not allow_pickle:
-            raise SourceError(f"{pickled[0]} is not a safetensors file; a pickled one needs --allow-pickle")
-        if len(pickled) < len(paths):
-            raise SourceError(f"{folder}: its index names pickled files and others, such as {pickled[0].name}")
-        return PickleSource(paths)
-    return SafetensorsSource((read_header(p) for p in paths), index, folder)
-
-
-def read_index(path: Path) -> dict[str, str]:
-    """Return the map from tensors to files of an index.
-
-    Raises:
-        SourceError: it is none.
-    """
-    return read_json(path, kinds.INDEX, SourceError)["weight_map"]  # type: ignore[no-any-return]
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """Return a shard's path, refusing one that leaves the folder."""
-    path = folder / name
-    if os.path.isabs(name) or Path(name).name != name:
-        raise SourceError(f"{folder}: the index names {name!r}, which leaves the folder")
-    if not path.is_file():
-        raise SourceError(f"{path} is missing, the index names it")
-    return path
-
-
-def refuse_links(folder: str | Path) -> None:
-    """Refuse a checkpoint's folder with a link that leaves it: its target would be read, copied or uploaded.
-
-    Links of the hub's cache are accepted: from `<repository>/snapshots/<commit>` to that repository's `blobs`.
-
-    Raises:
-        SourceError: which link, and where it leads.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        return
-    root = folder.resolve()
-    for place in (folder, *(folder / name for name in BESIDE)):
-        for path in sorted(place.iterdir()) if place.is_dir() else ():
-            if path.is_symlink() and not _stays(path, root):
-                raise SourceError(
-                    f"{path} is a link that leaves the folder, to {os.readlink(path)}; put the file itself in its place"
-                )
-
-
-def _stays(link: Path, root: Path) -> bool:
-    try:
-        real = link.resolve()
-    except (OSError, RuntimeError):  # a circle of links
-        return False
-    repository = root.parent.parent
-    cached = root.parent.name == "snapshots" and repository.name.startswith(HUB)
-    return real.is_relative_to(root) or (cached and real.parent == repository / "blobs")

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,13 @@ from torch import Tensor
 
 from rpq_convert.core import description
 from rpq_convert.core.results import Encoded
+from rpq_convert.core.safetensors import SAFETENSORS_NAMES
 from rpq_convert.errors import FolderError, VerifyError
 from rpq_convert.planning.plan import Job, Plan
 from rpq_convert.schemas import kinds
 from rpq_convert.schemas.checking import check, parse_json, read_json
+from rpq_convert.storage.files import INDEX
+from rpq_convert.storage.pickles import PickleSource
 
 PLAN, REPORT, MANIFEST, CONFIG, CARD = (
     "rpq_plan.json",
@@ -35,10 +38,9 @@ PLAN, REPORT, MANIFEST, CONFIG, CARD = (
     "config.json",
     "README.md",
 )
-INDEX = "model.safetensors.index.json"
 ORIGIN = "rpq_source.json"  # only in unfinished folders
 AGAIN = "; delete it and run the same command again"  # what to do about a piece that does not serve
-FACTS = ("name", "error", "dead", "seconds", "zero_row", "inputs")  # of a finished job
+FACTS = ("name", "error", "dead", "seconds", "zero_row", "inputs", "worst")  # of a finished job
 
 
 class Folder:
@@ -56,6 +58,12 @@ class Folder:
 
     def __init__(self, out: str | Path, plan: Plan, *, overwrite: bool = False, origin: str = "") -> None:
         self.out, self.plan, self.overwrite = Path(out), plan, overwrite
+        self.not_finite: set[str] = set()  # dense tensors that hold NaN or infinite values where they come from
+        for key, (dtype, _) in plan.entries.items():
+            if dtype not in SAFETENSORS_NAMES:
+                raise FolderError(
+                    f"{key} is {dtype}, which safetensors cannot hold; cast it, or register it with persistent=False"
+                )
         self.work = self.out.with_name(self.out.name + ".partial")
         if self.out.exists() and not overwrite:
             raise FolderError(f"{self.out} already exists; choose another folder or pass --overwrite")
@@ -150,13 +158,16 @@ class Folder:
             if key not in kept:
                 return torch.empty(shape, dtype=dtype)  # a guard
             value = dense(key).detach().to("cpu", dtype)
+            if not is_finite(value):
+                self.not_finite.add(key)
             if tuple(value.shape) != shape:
                 raise FolderError(f"{key}: the plan says {list(shape)}, the source has {list(value.shape)}")
             return value.contiguous()
 
         for name, keys in plan.shards:
             path = self.work / name
-            if path.is_file() and path.stat().st_size == plan.files[name]:
+            if path.is_file() and path.stat().st_size == plan.files[name]:  # of a run that was killed
+                self.not_finite |= {k for k, t in load_file(path).items() if k in kept and not is_finite(t)}
                 continue
             write_tensors(path, {k: tensor(k) for k in keys})
             if path.stat().st_size != plan.files[name]:
@@ -173,13 +184,29 @@ class Folder:
     def write(self, name: str, text: str) -> None:
         write_text(self.work / name, text)
 
-    def copy(self, files: Iterable[Path]) -> None:
-        for file in files:
-            shutil.copyfile(file, self.work / file.name)
+    def copy(self, files: Mapping[str, Path]) -> None:
+        """Copy files: path inside the folder -> file. Pickled weights that get the name of safetensors become such."""
+        for name, file in files.items():
+            place = self.work / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if name.endswith(".safetensors") and file.suffix != ".safetensors":
+                write_tensors(place, {k: t.contiguous() for k, t in PickleSource([file]).items()})
+            else:
+                shutil.copyfile(file, place)
+
+    def broken(self) -> set[str]:
+        """Return the names of parameters that held NaN or infinite values. In a buffer, such as a mask, they are meant."""
+        return self.not_finite - {s.name for s in self.plan.skips if s.buffer}
+
+    def files(self) -> dict[str, Path]:
+        """Return path inside the folder -> file, of everything that stays in it when it is finished."""
+        inside = {p.relative_to(self.work).as_posix(): p for p in sorted(self.work.rglob("*")) if p.is_file()}
+        return {n: p for n, p in inside.items() if n != ORIGIN and not p.is_relative_to(self.pieces)}
 
     def finish(self) -> Path:
         """Write the manifest, remove the pieces (late, since a run may be killed while it hashes), rename."""
-        write_manifest(self.work, without=(ORIGIN,))
+        masks = sorted(self.not_finite - self.broken())
+        write_manifest(self.work, self.files(), masks)
         shutil.rmtree(self.pieces)
         self.origin.unlink()
         old = self.out.with_name(self.out.name + ".old.partial")
@@ -192,15 +219,22 @@ class Folder:
         return self.out
 
 
-def write_manifest(folder: Path, *, without: Collection[str] = ()) -> None:
-    """Write size and sha256 of a folder's files into its manifest.
+def write_manifest(folder: Path, files: Mapping[str, Path], not_finite: Sequence[str] = ()) -> None:
+    """Write size and sha256 of files into a folder's manifest.
 
     Args:
-        without: files that it does not list.
+        files: path inside the folder -> file. not_finite: buffers, such as masks, that are meant to hold NaN or infinite values.
     """
-    names = sorted(p.name for p in folder.iterdir() if p.name not in (MANIFEST, *without) and p.is_file())
-    files = {n: {"bytes": (folder / n).stat().st_size, "sha256": sha256(folder / n)} for n in names}
-    write_text(folder / MANIFEST, json.dumps({"files": files}, indent=1))
+    found = {n: {"bytes": p.stat().st_size, "sha256": sha256(p)} for n, p in files.items() if n != MANIFEST}
+    odd = {"not_finite": [*not_finite]} if not_finite else {}
+    write_text(folder / MANIFEST, json.dumps({"files": found, **odd}, indent=1))
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether a tensor holds neither NaN nor infinite values."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    return bool(torch.isfinite(tensor.float() if tensor.is_floating_point() else tensor).all())
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

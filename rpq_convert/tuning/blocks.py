@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,9 +10,9 @@ from torch import Tensor, nn
 
 from rpq_convert.core.options import take
 from rpq_convert.errors import TuneError
+from rpq_convert.inputs.items import prepare
 from rpq_convert.layers import surgery
-from rpq_convert.running.blocks import Arrival, arrivals, chains
-from rpq_convert.running.call import call
+from rpq_convert.running.blocks import Arrival, arrivals, chains, runs_of
 from rpq_convert.running.modes import quiet
 from rpq_convert.tuning.options import TuneOptions
 from rpq_convert.tuning.tune import Tuning, tune_with
@@ -41,7 +40,7 @@ def tune_blocks(
         >>> rpq.tune_blocks(model, base, batches); rpq.tune(model, base, batches)
     """
     (asked,) = take({**options, "loss": "mse", "steps": steps, "seed": seed}, TuneOptions)
-    return tune_blocks_with(asked, model, base, data)
+    return tune_blocks_with(asked, model, base, prepare(data, base, "data"))
 
 
 def tune_blocks_with(options: TuneOptions, model: nn.Module, base: nn.Module, data: Iterable[Any]) -> dict[str, Tuning]:
@@ -50,28 +49,29 @@ def tune_blocks_with(options: TuneOptions, model: nn.Module, base: nn.Module, da
     if len(items) < 2:
         raise TuneError("too little data: at least one batch to train on and one to judge on are needed")
     found: dict[str, Tuning] = {}
-    with quiet(model), quiet(base):
+    with quiet(model) as mine, quiet(base) as its:
         with torch.no_grad():
             known = chains(model, items[0])
         if not known:
             raise TuneError(f"{type(model).__name__} has no chain of blocks; use tune alone")
         for chain in known:
             with torch.no_grad():
-                wanted = arrivals(base, chain, [partial(call, base, item) for item in items])
-                samples = arrivals(model, chain, [partial(call, model, item) for item in items], wanted)
+                wanted = arrivals(base, chain, runs_of(base, items, its))
+                samples = arrivals(model, chain, runs_of(model, items, mine), wanted)
             for path in chain:
                 block, dense = model.get_submodule(path), base.get_submodule(path)
-                _advance(wanted, path, dense)
+                _advance(wanted, path, dense, its)
                 if surgery.layers_of(block):
                     numbers = [(torch.tensor(i),) for i in range(len(items))]
                     found[path] = tune_with(options, _Block(block, path, samples), _Recorded(wanted), numbers)
-                _advance(samples, path, block)
+                _advance(samples, path, block, mine)
     return found
 
 
 @torch.no_grad()
-def _advance(samples: list[Arrival], path: str, block: nn.Module) -> None:
+def _advance(samples: list[Arrival], path: str, block: nn.Module, restore: Callable[[], None]) -> None:
     for sample in samples:
+        restore()
         sample.hidden = sample.run(path, block)
 
 

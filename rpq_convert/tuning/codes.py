@@ -90,7 +90,7 @@ class CodeUpdates:
         inside = columns < layout.length
         columns = columns.clamp_max(layout.length - 1)
         scales = rpq.scale_matrix()
-        scale = torch.ones(()) if scales is None else scales[row[:, None], columns].float()
+        scale = torch.ones((), dtype=torch.float32) if scales is None else scales[row[:, None], columns].float()
         end = torch.where(inside & (scale != 0), offset[row[:, None], columns] / scale, 0.0)  # [sub-vectors, dim]
         book = block * layout.books // layout.blocks
         changed = 0

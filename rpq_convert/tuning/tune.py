@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from rpq_convert.core.options import take
 from rpq_convert.errors import TuneError
+from rpq_convert.inputs.items import prepare
 from rpq_convert.layers import surgery
 from rpq_convert.running.blocks import recomputed
 from rpq_convert.running.call import call, without_padding
@@ -72,9 +73,10 @@ class Tuning:
 def tune(
     model: nn.Module,
     base: nn.Module,
-    data: Iterable[Any],
+    data: Any,
     *,
-    held_out: Iterable[Any] | None = None,
+    held_out: Any = None,
+    tokenizer: Any = None,
     checkpoint: str | Path | None = None,
     progress: Progress | None = None,
     **options: Any,
@@ -85,6 +87,7 @@ def tune(
         model, base: the converted model and the dense one; both run in evaluation mode.
         data: inputs as for `convert(calibration=)`, a batch each; steps take them in an order drawn from the seed.
         held_out: inputs to judge on; by default every tenth of `data`, which is then not trained on.
+        tokenizer: as for `convert`.
         checkpoint: a file that is written at every evaluation; a killed run goes on from it, and it is removed at the end.
         progress: called with the step and its loss.
         options: fields of `TuneOptions`: loss, steps, rate, every, patience, seed, autocast, recompute, recode.
@@ -99,7 +102,10 @@ def tune(
         >>> print(rpq.tune(model, base, batches, steps=100))
     """
     (asked,) = take(options, TuneOptions)
-    return tune_with(asked, model, base, data, held_out=held_out, checkpoint=checkpoint, progress=progress)
+    items = prepare(data, base, "data", tokenizer=tokenizer)
+    if held_out is not None:
+        held_out = prepare(held_out, base, "held_out", tokenizer=tokenizer)
+    return tune_with(asked, model, base, items, held_out=held_out, checkpoint=checkpoint, progress=progress)
 
 
 def tune_with(
@@ -112,7 +118,7 @@ def tune_with(
     checkpoint: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Tuning:
-    """Tune by options that were made before; all else is as for `tune`."""
+    """Tune by options that were made before on inputs that are ready; all else is as for `tune`."""
     batches, judged = list(data), None if held_out is None else list(held_out)
     if judged is None:
         judged, batches = batches[::10], [b for i, b in enumerate(batches) if i % 10]
@@ -120,8 +126,9 @@ def tune_with(
         raise TuneError("too little data: at least one batch to train on and one to judge on are needed")
     if not surgery.layers_of(model):
         raise TuneError(f"{type(model).__name__} has no RPQ layer to tune; convert it first")
-    with quiet(model), quiet(base), recomputed(model) if options.recompute else nullcontext():
-        return _Run(options, model, base, batches, judged, checkpoint, progress).run()
+    again = recomputed(model) if options.recompute else nullcontext()
+    with again, quiet(model) as mine, quiet(base) as its:
+        return _Run(options, model, base, batches, judged, checkpoint, progress, (mine, its)).run()
 
 
 class _Run:
@@ -134,7 +141,9 @@ class _Run:
         judged: Sequence[Any],
         checkpoint: str | Path | None,
         progress: Progress | None,
+        restore: Sequence[Callable[[], None]],
     ) -> None:
+        self.restore = restore
         self.options, self.model, self.base, self.batches, self.judged = options, model, base, batches, judged
         self.progress = progress
         self.checkpoint = Path(checkpoint) if checkpoint else None
@@ -209,6 +218,8 @@ class _Run:
 
     def _compare(self, item: Any) -> Tensor:
         device = next(iter(self.values.values())).device.type
+        for restore in self.restore:  # recurrent state would hold on to the graph of the step before
+            restore()
         with torch.autocast(device, self.options.autocast or torch.bfloat16, enabled=self.options.autocast is not None):
             with torch.no_grad():
                 wanted = call(self.base, item)

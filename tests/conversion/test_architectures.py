@@ -9,8 +9,9 @@ from paths import ROOT
 
 import rpq_convert as rpq
 from rpq_convert.hf import loading as hub
+from rpq_convert.hf.module_source import ModuleSource
 from rpq_convert.layers import surgery
-from rpq_convert.storage.reader import open_folder
+from rpq_convert.storage.folder import open_folder
 
 # Parameters of two and more axes that stay dense, by the end of their names. All others are converted, in every family.
 DENSE = {
@@ -66,7 +67,7 @@ def test_architecture(name, tmp_path):
     converted = type(model).from_pretrained(tmp_path / "src").eval()
 
     # the checkpoint, read tensor by tensor, is the model
-    source = hub.ModuleSource(hub.build_empty(hub.load_config(tmp_path / "src")), open_folder(tmp_path / "src"))
+    source = ModuleSource(hub.build_empty(hub.load_config(tmp_path / "src")), open_folder(tmp_path / "src"))
     source.check()
     for key, tensor in converted.state_dict().items():
         assert torch.equal(source[key].to(tensor.dtype), tensor), key

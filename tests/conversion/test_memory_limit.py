@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import nn
 import rpq_convert as rpq
-from rpq_convert.storage.reader import open_folder
+from rpq_convert.storage.folder import open_folder
 
 source, out, action = sys.argv[1:4]
 allowed, layers = map(int, sys.argv[4:])

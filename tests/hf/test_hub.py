@@ -55,6 +55,9 @@ def folder(tmp_path_factory):
     (folder / "tokenizer.json").write_text("{}")
     (folder / "modeling_evil.py").write_text("raise SystemExit('never run')")
     (folder / "tf_model.h5").write_bytes(b"other weights" * 1000)
+    for name in ("1_Pooling/config.json", "onnx/model.onnx", "onnx/vocab.txt", ".env", "a/.cache/x.json"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(name))
     return folder
 
 
@@ -95,6 +98,8 @@ out["again"] = rpq.plan("team/small", bits=4, revision="v1", local_files_only=Tr
         found = run(hub, tmp_path / "cache", code, tmp_path / "out")
         assert hub.asked(f"/team/small/resolve/{COMMIT}/model.safetensors") and hub.asked("tokenizer.json")
         assert not hub.asked(".py") and not hub.asked(".h5")
+        assert hub.asked("1_Pooling/config.json")
+        assert not any(map(hub.asked, (".onnx", "vocab.txt", ".env", "x.json")))
         # broken off half-way, and fetched again without a new command (parts below 10 MB from their start)
         assert not hub.cut and hub.sent["model.safetensors"] == 1.5 * (folder / "model.safetensors").stat().st_size
     out = tmp_path / "out"
@@ -102,6 +107,7 @@ out["again"] = rpq.plan("team/small", bits=4, revision="v1", local_files_only=Tr
     rpq.convert_checkpoint(folder, tmp_path / "local", bits=4)
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "local" / "model.safetensors").read_bytes()
     assert (out / "tokenizer.json").is_file() and not list(out.glob("*.py"))
+    assert {p.name for p in out.iterdir() if p.is_dir()} == {"1_Pooling"} and (out / "1_Pooling/config.json").is_file()
     card = metadata_load(out / "README.md")
     assert (card["base_model"], card["base_model_relation"]) == ("team/small", "quantized")
     assert (card["license"], card["library_name"]) == ("apache-2.0", "transformers")
@@ -193,7 +199,7 @@ def test_a_converted_folder_is_pushed_whole_or_not_at_all(folder, tmp_path):
     assert told["equal"] is True
     # the second push left no shard of the first
     assert {p.name for p in pushed.folder.glob("*.safetensors")} == {p.name for p in many.glob("*.safetensors")}
-    assert rpq.verify(pushed.folder)
+    assert "1_Pooling/config.json" in rpq.verify(pushed.folder)
     card = (pushed.folder / "README.md").read_text()
     assert 'from_pretrained("me/small-rpq")' in card and "many-rpq" not in card.split("## Size")[0]
 

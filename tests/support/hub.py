@@ -38,7 +38,10 @@ class Repository:
         return revision in (self.revision, self.sha)
 
     def files(self) -> list[Path]:
-        return sorted(p for p in self.folder.iterdir() if p.is_file())
+        return sorted(p for p in self.folder.rglob("*") if p.is_file())
+
+    def name(self, file: Path) -> str:
+        return file.relative_to(self.folder).as_posix()
 
 
 class Hub:
@@ -107,10 +110,10 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 return self.api(repository, name, parts[2:], known)
             if repository.gated and not known:
                 return self.refuse(403, "GatedRepo")
-            if len(parts) == 5 and parts[2] == "resolve":
+            if len(parts) >= 5 and parts[2] == "resolve":
                 if not repository.at(parts[3]):
                     return self.refuse(404, "RevisionNotFound")
-                file = repository.folder / parts[4]
+                file = repository.folder.joinpath(*parts[4:])
                 return self.file(file, repository) if file.is_file() else self.refuse(404, "EntryNotFound")
             self.refuse(404, "EntryNotFound")
 
@@ -133,12 +136,15 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if kind in ("revision", "tree") and not repository.at(revision):
                 return self.refuse(404, "RevisionNotFound")
             if kind == "revision":
-                files = [{"rfilename": p.name, "size": p.stat().st_size, "blobId": "0"} for p in repository.files()]
+                files = [
+                    {"rfilename": repository.name(p), "size": p.stat().st_size, "blobId": "0"}
+                    for p in repository.files()
+                ]
                 facts = {"id": name, "sha": repository.sha, "private": repository.private, "siblings": files}
                 return self.say(facts)
             if kind == "tree":
                 entries = [
-                    {"type": "file", "path": p.name, "size": p.stat().st_size, "oid": "0" * 40}
+                    {"type": "file", "path": repository.name(p), "size": p.stat().st_size, "oid": "0" * 40}
                     for p in repository.files()
                 ]
                 return self.say(entries)
@@ -169,11 +175,15 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 if kind == "header":
                     repository.commits.append(value["summary"])
                 elif kind == "file":
-                    (repository.folder / value["path"]).write_bytes(base64.b64decode(value["content"]))
+                    place = repository.folder / value["path"]
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    place.write_bytes(base64.b64decode(value["content"]))
                 elif kind == "lfsFile":
                     content = hub.blobs[value["oid"]]
                     assert hashlib.sha256(content).hexdigest() == value["oid"]
-                    (repository.folder / value["path"]).write_bytes(content)
+                    place = repository.folder / value["path"]
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    place.write_bytes(content)
                 elif kind == "deletedFile":
                     (repository.folder / value["path"]).unlink()
             self.say(

@@ -27,6 +27,7 @@ from rpq_convert.integrations.transformers.quantizer import RPQQuantizer
 from rpq_convert.layers import surgery
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning.plan import Plan
+from rpq_convert.storage.writer import is_finite
 
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")  # what transformers calls weight files
 
@@ -170,7 +171,8 @@ def _save_pretrained(plain: Callable[..., Any]) -> Callable[..., Any]:
                 if WEIGHTS.fullmatch(path.name) and path.is_file() and path.stat().st_mtime_ns == time:
                     path.unlink()  # of an earlier model in this folder: it would be read instead of this one, or beside it
             base = base_of(str(getattr(self, "name_or_path", "")))
-            renew(folder, plan_of(self), facts_of(self), type(self).__name__, base)
+            masks = sorted(name for name, buffer in self.named_buffers() if not is_finite(buffer))
+            renew(folder, plan_of(self), facts_of(self), type(self).__name__, base, masks)
         return done
 
     return save_pretrained

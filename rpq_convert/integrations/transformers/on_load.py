@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from rpq_convert.core.options import take
 from rpq_convert.core.spec import dtype_of
 from rpq_convert.encoding.encode import encode
 from rpq_convert.hf.loading import keep_dtypes
+from rpq_convert.hf.module_source import account
 from rpq_convert.integrations.transformers.placing import is_computed
 from rpq_convert.layers import surgery
 from rpq_convert.planning.options import PlanOptions
@@ -48,18 +49,23 @@ class Encode(ConversionOps):
         return {}
 
 
-def plan_on_load(model: Any, asked: Mapping[str, Any]) -> Plan | None:
-    """Return the plan of an empty model; None where sizes depend on the weights, which are not there yet."""
+def plan_on_load(model: Any, asked: Mapping[str, Any], files: Sequence[str]) -> Plan | None:
+    """Return the plan of an empty model; None where sizes depend on the weights, which are not there yet.
+
+    Args:
+        files: the weight files that will be read. Names that they hold different tensors under are untied in the model.
+    """
     (options,) = take(asked, PlanOptions)
-    if needs_sensitivities(options):
-        return None
     tied = copy.deepcopy(model)  # on meta; transformers ties weights when they are loaded
     for alias, name in model.all_tied_weights_keys.items():
         module, parameter = surgery.find(tied, alias)
         source, known = surgery.find(tied, name)
         module._parameters[parameter] = source._parameters[known]
     keep_dtypes(tied, model.config.dtype)
-    return plan_opened(Opened(tied, None), options)
+    found = account(tied, files)
+    for name in () if found is None else found.untied:
+        model.all_tied_weights_keys.pop(name, None)
+    return None if needs_sensitivities(options) else plan_opened(Opened(tied, None), options)
 
 
 def finish_on_load(model: Any, plan: Plan | None, asked: Mapping[str, Any]) -> None:

@@ -39,17 +39,18 @@ class RPQQuantizer(HfQuantizer):
             )
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        self.ties = dict(model.all_tied_weights_keys)
+        files = list(kwargs.get("checkpoint_files") or ())
         if self.pre_quantized:
-            files = list(kwargs.get("checkpoint_files") or ())
+            self.ties = dict(model.all_tied_weights_keys)
             self.contents = placing.contents_of(self.quantization_config.stored, files)
             resized = bool(_asked("ignore_mismatched_sizes"))
             self.placed = placing.place(model, self.contents, files, resized=resized)
             return model
-        self.plan = on_load.plan_on_load(model, self.quantization_config.options)
+        self.plan = on_load.plan_on_load(model, self.quantization_config.options, files)
+        self.ties = dict(model.all_tied_weights_keys)
         if self.plan is not None:
             self.jobs = {name: job for job in self.plan.jobs for name in (job.name, *job.aliases)}
-            model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if k not in self.jobs}
+            model.all_tied_weights_keys = {k: v for k, v in self.ties.items() if k not in self.jobs}
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:

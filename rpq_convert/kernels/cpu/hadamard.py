@@ -71,7 +71,7 @@ def blocks(data):
 def _work(size: int) -> tuple[Work, Any]:
     """Return the work of these blocks, and what must stay alive for it."""
     with torch.inference_mode(False):
-        factors = torch.tensor(rotation.signs(size)) / math.sqrt(size)
+        factors = torch.tensor(rotation.signs(size), dtype=torch.float32) / math.sqrt(size)
     return Work(blocks, (0, 0, factors.data_ptr(), size, 0)), factors
 
 

@@ -18,7 +18,7 @@ from rpq_convert.kernels.jit.vectors import HAS_FLOAT16
 SMALL = 1 << 16  # codebooks of fewer numbers are kept wide
 
 
-COMPARED = 1 << 16  # bytes of a tensor that are compared at most: a few microseconds
+COMPARED = 1 << 14  # bytes of a tensor that are compared at most: a few microseconds
 
 
 class Prepared:
@@ -31,16 +31,16 @@ class Prepared:
     def __init__(self, tensor: Tensor, gone: Callable[[Any], None]) -> None:
         self.tensor = weakref.ref(tensor, gone)
         self.state = tensor._version, tensor.data_ptr(), tensor.shape
-        values = tensor.detach().reshape(-1).view(torch.uint8).view(-1, tensor.element_size()).numpy()
-        self.sample = values[:: -(-values.nbytes // COMPARED) or 1]
-        self.values = self.sample.tobytes()
+        values = tensor.detach().reshape(-1).view(torch.uint8).view(-1, tensor.element_size())
+        self.sample = values[:: -(-values.numel() // COMPARED) or 1]  # not by numpy: FSDP could not free the memory
+        self.values = self.sample.clone()
         self.kinds: dict[Any, Any] = {}
 
     def fits(self, tensor: Tensor) -> bool:
         return (
             self.tensor() is tensor
             and self.state == (tensor._version, tensor.data_ptr(), tensor.shape)
-            and self.sample.tobytes() == self.values
+            and torch.equal(self.sample, self.values)
         )
 
 
