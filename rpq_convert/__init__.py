@@ -16,8 +16,9 @@ __path__ = extend_path(__path__, __name__)  # cli/ and configs/ lie beside this 
 from rpq_convert.integrations.import_hook import when_imported
 from rpq_convert.version import __version__
 
-# What transformers and torch.export must know of us; nothing else in the process changes.
+# What transformers, PEFT and torch.export must know of us; nothing else in the process changes.
 when_imported("transformers.quantizers.auto", "rpq_convert.integrations.transformers")  # from_pretrained knows "rpq"
+when_imported("peft.peft_model", "rpq_convert.integrations.peft:prepare")
 when_imported(
     "torch.export.pt2_archive._package", "rpq_convert.kernels.torch_ops"
 )  # torch.export.load knows torch.ops.rpq

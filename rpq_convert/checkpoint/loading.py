@@ -24,8 +24,8 @@ from rpq_convert.hf import hub
 from rpq_convert.layers import surgery
 from rpq_convert.layers.surgery import AFTER
 from rpq_convert.layers.weight import RPQWeight
-from rpq_convert.planning.holders import Held, become_held, held_elsewhere, storage_of
 from rpq_convert.planning.plan import FORMAT_VERSION
+from rpq_convert.running.holders import Held, become_held, held_elsewhere, storage_of
 from rpq_convert.schemas import kinds
 from rpq_convert.schemas.checking import check, parse_json, read_text
 from rpq_convert.storage.files import GENERATION, refuse_links

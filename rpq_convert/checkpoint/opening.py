@@ -24,11 +24,11 @@ from rpq_convert.errors import SourceError
 from rpq_convert.hf import hub
 from rpq_convert.hf.model_card import Base, base_in
 from rpq_convert.layers import surgery
-from rpq_convert.planning.holders import become_held, held_elsewhere, storage_of
 from rpq_convert.planning.quantized import refuse_config, refuse_parts
 from rpq_convert.planning.slots import Slot, walk, walk_headers
 from rpq_convert.report.schema import Dropped
 from rpq_convert.running import meta
+from rpq_convert.running.holders import become_held, held_elsewhere, storage_of
 from rpq_convert.schemas import kinds
 from rpq_convert.schemas.checking import read_json
 from rpq_convert.storage.files import files_beside, files_in, refuse_links, weight_files

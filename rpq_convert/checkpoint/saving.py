@@ -19,6 +19,7 @@ from rpq_convert.errors import SourceError
 from rpq_convert.hf.model_card import Base, base_of
 from rpq_convert.layers import surgery
 from rpq_convert.planning import layer_types
+from rpq_convert.planning.planner import warnings_of
 from rpq_convert.planning.slots import EXTRA, extra_states
 from rpq_convert.report.schema import Report
 from rpq_convert.running.offload import is_hooked, onloaded
@@ -54,7 +55,8 @@ def save(
     model = unwrapped(model)
     plan = plan_of(model, max_shard_size)
     if not plan.jobs:
-        raise SourceError(f"{type(model).__name__} has no RPQ weight; convert it first")
+        why = warnings_of(plan)[0] if plan.options else "convert it first"
+        raise SourceError(f"{type(model).__name__} has no RPQ weight; {why}")
     state = _state(model)
     beside, states = named_files(files), plain_states(model)
     found = surgery.layers_of(model)

@@ -25,12 +25,12 @@ from rpq_convert.layers.encoders import padded
 from rpq_convert.layers.rollback import unchanged_on_failure
 from rpq_convert.layers.surgery import AFTER, Places
 from rpq_convert.layers.weight import RPQWeight
-from rpq_convert.planning.holders import optimizers_of
 from rpq_convert.planning.options import PlanOptions
 from rpq_convert.planning.plan import Job, Plan
 from rpq_convert.planning.quantized import refuse_model
 from rpq_convert.report.schema import Report
 from rpq_convert.running.digest import describe
+from rpq_convert.running.holders import optimizers_of
 from rpq_convert.running.offload import refuse_offloaded
 from rpq_convert.running.wrappers import unwrapped
 

@@ -80,7 +80,7 @@ class _ForParameter(Tensor):
 
 def _becomes_parameter(func: Any, args: tuple[Any, ...]) -> Tensor | None:
     """Return what `nn.Parameter` gets where it is what calls this function of a weight; None anywhere else."""
-    if func is Tensor.detach and sys._getframe(2).f_code is nn.Parameter.__new__.__code__:
+    if func is Tensor.detach and _asked_by_parameter(sys._getframe(2)):
         begun = args[0]._begin()
         begun._wanted = False
         return begun  # type: ignore[no-any-return]
@@ -92,6 +92,12 @@ def _becomes_parameter(func: Any, args: tuple[Any, ...]) -> Tensor | None:
 
 # What prints, copies or stores a tensor has no use for our class.
 PLAIN = {Tensor.__format__, Tensor.__repr__, Tensor.__deepcopy__, Tensor.__reduce_ex__}
+
+
+def _asked_by_parameter(frame: Any) -> bool:
+    while frame.f_code.co_name == "__torch_function__":  # of a subclass
+        frame = frame.f_back
+    return frame.f_code is nn.Parameter.__new__.__code__
 
 
 class DecodedView(_ForParameter):
@@ -149,7 +155,7 @@ class ComputedWeight(_ForParameter):
         return self
 
     def _begin(self) -> Tensor:
-        return ComputedWeight(rpq_of(self), self._name)
+        return type(self)(rpq_of(self), self._name)
 
     def __getattr__(self, name: str) -> Any:
         """Find what was set on the dense parameter (a mark that optimizers read, say): the codebooks have it."""

@@ -27,8 +27,17 @@ from rpq_convert.planning.layer_types import original_class
 from rpq_convert.running.hooked import compute_again, hooked, source_of
 from rpq_convert.running.offload import is_hooked
 
+
+def widen_first(model: nn.Module) -> None:
+    """Let `next(model.parameters()).dtype` be what weights expand to: much code casts its inputs to that."""
+    first = next(model.parameters(), None)
+    weights = (m for m in model.modules() if isinstance(m, RPQWeight))
+    for weight in (w for w in weights if any(p is first for p in w._parameters.values())):
+        weight.widen()
+
+
 # called with every model whose layers were converted, loaded or restored
-AFTER: list[Callable[[nn.Module], None]] = [compute_again, padded_where_converted]
+AFTER: list[Callable[[nn.Module], None]] = [compute_again, padded_where_converted, widen_first]
 
 
 SUFFIX = "_rpq"
@@ -92,7 +101,7 @@ def _computed(name: str) -> property:
             return caches.expanded
         if caches.expanded is not None and not (torch.is_grad_enabled() and rpq.trainable):
             return caches.expanded if compiling else caches.read_only
-        if compiling and isinstance(self, nn.utils.parametrize.ParametrizationList):
+        if compiling and (isinstance(self, nn.utils.parametrize.ParametrizationList) or name.endswith(("_v", "_orig"))):
             return rpq()  # torch's own functions that compute a weight from it take tensors alone
         if compiling:
             return TracedWeight(rpq, f"{type(self).__name__}.{name}")  # type: ignore[return-value]

@@ -53,6 +53,7 @@ class RPQWeight(nn.Module):
     """
 
     is_rpq_weight = True  # for code that must not import this file
+    wide = False
     codebooks: nn.Parameter
     codes: Tensor
     scales: nn.Parameter | None
@@ -322,12 +323,19 @@ class RPQWeight(nn.Module):
             for parameter in self.parameters():
                 if parameter.requires_grad and parameter.dtype in NARROW and parameter.dtype != self.dtype:
                     parameter.data = parameter.data.float()
-        elif not mode:
+        elif not self.wide:
             for name, tensor in self.stored().items():
                 parameter = getattr(self, name)
                 if name not in GUARDED and tensor.dtype != parameter.dtype:
                     parameter.data = tensor
         return self
+
+    def widen(self) -> None:
+        """Keep codebooks, scales and outliers in float32 in memory from now on, where the weight is; files hold what they held."""
+        self.wide = self.dtype == torch.float32
+        for parameter in self._parameters.values():
+            if self.wide and parameter is not None and parameter.dtype in NARROW:
+                parameter.data = parameter.data.float()
 
     def unguard(self) -> None:
         """Hold codes as parameters until `guard` is called: transformers ties parameters alone while it loads."""

@@ -6,7 +6,7 @@ aliases. A slot that cannot be converted says why, so that the plan never skips 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,12 +18,13 @@ from torch.nn.utils.parametrizations import _OrthMaps, _Orthogonal
 
 from rpq_convert.core.axes import WeightView
 from rpq_convert.errors import PlanError
-from rpq_convert.planning.holders import held_elsewhere, storage_of
 from rpq_convert.planning.layer_types import class_names, find_view, is_rpq, original_class
+from rpq_convert.running.holders import held_elsewhere, storage_of
 from rpq_convert.running.hooked import hooked, source_of
 
 EXTRA = "_extra_state"  # torch's name of what `get_extra_state` adds to a state dict
 COMPUTED = "computed by its class, which does not store it"
+ADAPTER = "of an adapter of PEFT, which is trained"
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,14 @@ def extra_states(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def _adapters(model: nn.Module) -> Iterator[str]:
+    """Yield what the names of PEFT's own parameters begin with: adapters, copies of modules to save, prompts."""
+    for path, module in model.named_modules():
+        own: Any = getattr(module, "adapter_layer_names", None)
+        own = own if isinstance(own, (tuple, list)) else ("prompt_encoder",) if hasattr(module, "peft_config") else ()
+        yield from (f"{path}.{name}.".lstrip(".") for name in own)
+
+
 def walk(model: nn.Module) -> tuple[Slot, ...]:
     """Return the slots of a model, in the order of its state dict, and tensors of extra states; the model may be on meta.
 
@@ -122,6 +131,10 @@ def walk(model: nn.Module) -> tuple[Slot, ...]:
         getattr(model, "_keys_to_ignore_on_save", None) or ()
     )  # of transformers: tables that a class computes, such as positions
     slots = [replace(s, view=None, reason=COMPUTED) if s.name in computed and not s.buffer else s for s in slots]
+    adapters = tuple(_adapters(model))
+    slots = [
+        replace(s, view=None, reason=ADAPTER) if s.name.startswith(adapters) and not s.reason else s for s in slots
+    ]
     states = {n: t for n, t in extra_states(model).items() if isinstance(t, Tensor)}
     return (
         *slots,

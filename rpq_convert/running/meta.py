@@ -25,6 +25,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils import swap_tensors
 
+from rpq_convert.running.hooked import hooked
+
 LARGE = 1 << 30  # bytes
 
 
@@ -93,18 +95,35 @@ def build_empty(build: Callable[[], Any]) -> Any:
 
 
 def _holds_meta(model: nn.Module) -> bool:
-    """Return whether a module has a plain attribute that was computed from weights on meta."""
-    values = (v for m in model.modules() for v in m.__dict__.values())
-    return any(isinstance(v, Tensor) and v.is_meta and not isinstance(v, nn.Parameter) for v in values)
+    """Return whether a module has a plain attribute that was computed from weights on meta.
+
+    Views of weights are none: loading fills them too. Nor are weights that a hook computes again before every call.
+    """
+    from rpq_convert.running.holders import storage_of  # it needs `become`
+
+    own = {storage_of(p) for p in model.parameters()}
+    values: list[Any] = []
+    for module in model.modules():
+        computed = hooked(module)
+        values += [v for k, v in module.__dict__.items() if k not in computed]
+        values += module._buffers.values() if computed else ()  # masks of `prune`
+    return any(isinstance(v, Tensor) and v.is_meta and storage_of(v) not in own for v in values)
 
 
 def _move_to_meta(model: nn.Module) -> None:
-    """Move all parameters to meta; each stays the object that it is, whoever else holds it."""
-    for parameter in {id(p): p for p in model.parameters() if not p.is_meta}.values():
-        if not isinstance(parameter, nn.parameter.UninitializedParameter):
-            empty = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-            empty.__dict__.update(parameter.__dict__)
-            torch.utils.swap_tensors(parameter, empty)
+    """Move all parameters to meta; each stays the object that it is, whoever else holds it or a view of it."""
+    from rpq_convert.running.holders import become_held, held_elsewhere, storage_of
+
+    held, moved = held_elsewhere(model), {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or parameter.is_meta or isinstance(parameter, nn.parameter.UninitializedParameter):
+                continue
+            if id(parameter) not in moved:
+                empty = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+                now: Any = become_held(parameter, empty, held.get(storage_of(parameter), ()))
+                moved[id(parameter)] = parameter, now
+            module._parameters[name] = moved[id(parameter)][1]
 
 
 @functools.cache
@@ -128,9 +147,11 @@ def _to_meta(module: nn.Module, name: str, param: nn.Parameter) -> nn.Parameter 
 def become(tensor: Tensor, other: Tensor) -> Tensor:
     """Make a tensor object another tensor, so that whoever holds it has that one; return the object that is `other` now.
 
-    Where torch cannot (weak references, a graph that was recorded), the memory of the tensor is freed, and holders keep an
+    Where that cannot be (another class, weak references, a recorded graph), the memory of the tensor is freed, and holders keep an
     empty one.
     """
+    if type(tensor) is not type(other):
+        return other
     other.__dict__.update(tensor.__dict__)
     try:
         swap_tensors(tensor, other)

@@ -128,11 +128,12 @@ def test_loaded_by_transformers(tmp_path):
     assert any(bool(p.grad.any()) for p in peft.parameters() if p.grad is not None)
 
 
-def test_what_cannot_train_is_said_by_torch_and_restoring_it_helps():
+def test_a_converted_head_that_is_saved_trains_its_codebooks_and_a_restored_one_its_weight():
     model = converted("Llama")
     config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
-    with pytest.raises(RuntimeError, match="floating point dtype can require gradients"):
-        get_peft_model(copy.deepcopy(model), config)
+    peft = get_peft_model(copy.deepcopy(model), config)
+    first(peft).sum().backward()
+    assert peft.base_model.model.lm_head.modules_to_save["default"].weight_rpq.codebooks.grad.any()
     rpq.restore(model.lm_head)
     first(get_peft_model(model, config)).sum().backward()
     assert model.lm_head.modules_to_save["default"].weight.grad.any()
@@ -152,3 +153,52 @@ def test_what_has_no_adapter_is_told(tmp_path):
     peft = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="no RPQ layer with an adapter"):
         rpq.merge_adapter(peft)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig", "CPTConfig"])
+def test_prompts_find_the_word_embeddings(kind, tied):
+    import peft
+
+    model = converted("OPT" if tied else "Llama")
+    more = (
+        {"cpt_token_ids": [1, 2], "cpt_mask": [1, 1], "cpt_tokens_type_mask": [1, 2]}
+        if kind == "CPTConfig"
+        else {"num_virtual_tokens": 2}
+    )
+    prompted = get_peft_model(model, getattr(peft, kind)(task_type="CAUSAL_LM", **more))
+    assert prompted.word_embeddings is model.get_input_embeddings()
+    assert "named_parameters" not in model.__dict__
+    loss = prompted(input_ids=torch.arange(4, 12)[None], labels=torch.arange(4, 12)[None]).loss
+    loss.backward()
+    trained = {n for n, p in prompted.named_parameters() if p.grad is not None}
+    assert trained and all(n.startswith("prompt_encoder") for n in trained)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_adapted_tokens_are_merged(tied):
+    model = converted("OPT" if tied else "Llama")
+    peft = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[1, 2]))
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "token" in name and parameter.requires_grad:
+                parameter.add_(0.5)
+    wanted = first(peft.eval())
+    merged, _ = rpq.merge_adapter(peft)
+    assert type(merged).__name__ == type(model).__name__
+    assert (first(merged) - wanted).norm() < 0.1 * wanted.norm()  # 4 bits
+
+
+def test_what_an_adapter_trains_is_not_converted():
+    model = ARCHITECTURES["Llama"](64)
+    peft = get_peft_model(model, LoraConfig(r=16, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    report = rpq.convert(peft, bits=8, grow=True)
+    names = {r.name for r in report.rows if r.decision == "rpq"}
+    assert names and not any("lora_" in n or "modules_to_save" in n for n in names)
+    assert {n for n, p in peft.named_parameters() if "lora_A" in n and not n.endswith("weight")} == set()
+
+
+def test_converted_experts_refuse_an_adapter():
+    model = converted("Mixtral")
+    with pytest.raises(ValueError, match=r"target_parameters: .*experts.*is converted"):
+        get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["experts.down_proj"]))

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
@@ -256,3 +257,26 @@ def test_fully_sharded_and_distributed_models_train(tmp_path):
             assert not torch.equal(model(X), out)
     finally:
         dist.destroy_process_group()
+
+
+def test_the_first_parameter_has_the_dtype_that_weights_expand_to(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(16, 64, 3, bias=False), nn.BatchNorm2d(64), nn.Flatten(), nn.Linear(64 * 36, 8)
+    ).eval()
+    rpq.convert(model, bits=4, grow=True)
+    dtype = next(model.parameters()).dtype
+    assert dtype == torch.float32
+    x = torch.randn(1, 16, 8, 8)
+    wanted = model(x.to(dtype))
+    assert torch.equal(model.train().eval()(x), wanted) and next(model.parameters()).dtype == dtype
+    rpq.save(model, tmp_path / "saved")
+    assert load_file(tmp_path / "saved" / "model.safetensors")["0.weight_rpq.codebooks"].dtype == torch.float16
+    loaded = rpq.load(
+        tmp_path / "saved",
+        factory=lambda: nn.Sequential(
+            nn.Conv2d(16, 64, 3, bias=False), nn.BatchNorm2d(64), nn.Flatten(), nn.Linear(64 * 36, 8)
+        ),
+    )
+    assert torch.equal(loaded.eval()(x), wanted) and next(loaded.parameters()).dtype == dtype
+    assert next(model.half().parameters()).dtype == torch.float16

@@ -301,3 +301,14 @@ def test_a_lazy_layer_that_ran_is_converted():
     expected = model(x)
     rpq.convert(model, bits=8, grow=True)
     assert (model(x) - expected).norm() < 0.02 * expected.norm() and type(model[1]).__name__ == "RPQLinear"
+
+
+def test_saving_says_why_nothing_was_converted(tmp_path):
+    model = nn.Linear(4, 4)
+    with pytest.raises(rpq.SourceError, match="Linear has no RPQ weight; convert it first"):
+        rpq.save(model, tmp_path / "out")
+    rpq.convert(model, bits=8)
+    with pytest.raises(
+        rpq.SourceError, match="Linear has no RPQ weight; nothing is converted: 1 x would grow from 64 to"
+    ):
+        rpq.save(model, tmp_path / "out")

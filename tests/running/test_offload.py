@@ -75,3 +75,10 @@ def test_an_offloaded_dense_model_is_refused_as_it_is(tmp_path):
     with pytest.raises(SourceError, match=r"Net is offloaded .* no weights to convert"):
         rpq.convert(away, bits=8, grow=True)
     assert torch.equal(away(INDEX), wanted)
+
+
+def test_a_parameter_made_of_an_offloaded_weight_is_a_copy(model):
+    offloaded = accelerate.cpu_offload(copy.deepcopy(model), execution_device="cpu")
+    for read in (lambda w: w, lambda w: w[:8], lambda w: w.data):
+        own = nn.Parameter(read(offloaded.up.weight))
+        assert type(own) is nn.Parameter and torch.equal(own, read(model.up.weight))

@@ -5,6 +5,7 @@ They are kept by tensor, not by weight, since a compiled or exported graph calls
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -18,30 +19,36 @@ from rpq_convert.kernels.jit.vectors import HAS_FLOAT16
 SMALL = 1 << 16  # codebooks of fewer numbers are kept wide
 
 
-COMPARED = 1 << 14  # bytes of a tensor that are compared at most: a few microseconds
+WHOLE = 1 << 15  # bytes of a tensor that are compared whole, in two microseconds
 
 
 class Prepared:
     """What was made of one tensor, by kind, and how to tell that the tensor has changed since.
 
-    Writes through `.data` leave no mark on a tensor's version, so its values are compared as well: all of them, or a share of
-    evenly spread ones where they are many.
+    Writes through `.data` leave no mark on a tensor's version, so its values are compared as well.
     """
 
     def __init__(self, tensor: Tensor, gone: Callable[[Any], None]) -> None:
         self.tensor = weakref.ref(tensor, gone)
         self.state = tensor._version, tensor.data_ptr(), tensor.shape
-        values = tensor.detach().reshape(-1).view(torch.uint8).view(-1, tensor.element_size())
-        self.sample = values[:: -(-values.numel() // COMPARED) or 1]  # not by numpy: FSDP could not free the memory
-        self.values = self.sample.clone()
+        self.values = _values(tensor)
         self.kinds: dict[Any, Any] = {}
 
     def fits(self, tensor: Tensor) -> bool:
         return (
             self.tensor() is tensor
             and self.state == (tensor._version, tensor.data_ptr(), tensor.shape)
-            and torch.equal(self.sample, self.values)
+            and _values(tensor) == self.values
         )
+
+
+def _values(tensor: Tensor) -> Any:
+    """Return a tensor's bytes, or evenly spread values of a large one. numpy would keep FSDP from freeing the memory."""
+    if not tensor.data_ptr():  # its memory was given back
+        return None
+    if tensor.nbytes <= WHOLE and tensor.is_contiguous():
+        return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
+    return tensor.detach().reshape(-1)[:: max(1, tensor.numel() // 64)].tolist()
 
 
 _KEPT: dict[int, Prepared] = {}  # by id of the tensor; torch's dictionary of weak references takes a microsecond longer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import types
+import weakref
 
 import pytest
 import torch
@@ -20,7 +21,6 @@ class Base(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(0)
         self.embed, self.free = nn.Embedding(40, 32), nn.Linear(32, 32)
         self.held = nn.Linear(32, 32, bias=False)
 
@@ -206,6 +206,23 @@ def test_a_calibrated_stream_runs_what_closures_hold(tmp_path):
     assert (out - expected).norm() < 0.02 * expected.norm()
 
 
+class Looking(AsView):
+    """A constructor that looks at weights, so that it is built for real; its first weights are others each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn.init.normal_(self.held.weight, generator=torch.Generator().manual_seed(torch.seed() % 1000))
+        self.bound = float(self.held.weight.detach().abs().max()) and 1.0
+
+
+@torch.no_grad()
+def test_a_view_in_a_model_that_is_built_for_real_loads(tmp_path):
+    model = Looking().eval()
+    rpq.convert(model, bits=8, grow=True)
+    rpq.save(model, tmp_path / "out")
+    assert torch.equal(rpq.load(tmp_path / "out", factory=Looking)(IDS), model(IDS))
+
+
 class Ordinary(nn.Module):
     """What is no holder: names of one module, ties, torch's own lists, optimizers, computed weights, numbers."""
 
@@ -240,3 +257,23 @@ def test_an_optimizer_made_before_conversion_is_named():
     del optimizer, other
     fresh = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
     assert not rpq.convert(fresh, bits=8, grow=True).warnings
+
+
+class InClass(Base):
+    shared: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        InClass.shared = self.held.weight
+
+
+class ByReference(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.reference = weakref.ref(self.held.weight)
+
+
+@pytest.mark.parametrize("build, place", [(InClass, "InClass.shared"), (ByReference, "ByReference.reference()")])
+def test_classes_and_weak_references_hold_too(build, place):
+    plan = rpq.plan(build(), bits=8, grow=True)
+    assert [s.reason.partition(" as well")[0] for s in plan.skips if s.name == "held.weight"] == [f"held by {place}"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import gc
 import types
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -46,7 +47,12 @@ def held_elsewhere(model: nn.Module) -> dict[int, list[Held]]:
     waiting: list[tuple[Any, Any]] = []
     for path, module in modules.items():
         start = (None, path or type(module).__name__)
-        skipped = {*TABLES, *hooked(module), "_flat_weights"}  # surgery gives a recurrent layer a list of its own
+        skipped = {
+            *TABLES,
+            *hooked(module),
+            "_flat_weights",
+            "_flat_weight_refs",
+        }  # surgery gives a recurrent layer a list of its own
         if not getattr(module, "is_rpq_weight", False):
             waiting += [(v, (start, f".{k}")) for k, v in module.__dict__.items() if k not in skipped and not _empty(v)]
             waiting += [(f, (start, f".{k}")) for k, f in _methods(type(module))]
@@ -136,6 +142,8 @@ def _inside(value: Any) -> Iterator[tuple[str, Any]]:
         yield from (("'s function", value.func), ("'s arguments", value.args), ("'s arguments", value.keywords))
     elif isinstance(value, types.MethodType):
         yield from (("", value.__func__), ("'s object", value.__self__))
+    elif isinstance(value, weakref.ref):
+        yield "()", value()
     elif isinstance(value, (staticmethod, classmethod)):
         yield "", value.__func__
     elif isinstance(value, property):
