@@ -6,6 +6,7 @@
 The names below are loaded on first use, so that `rpq --help` does not wait for torch.
 """
 
+from functools import cache
 from importlib import import_module
 from pkgutil import extend_path
 from typing import Any
@@ -62,7 +63,15 @@ __all__ = ["__version__", *_HOMES]  # noqa: PLE0604 - the keys are strings
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'rpq_convert' has no attribute {name!r}")
+    _watch_savers()
     return getattr(import_module(f"rpq_convert.{_HOMES[name]}"), name)
+
+
+@cache
+def _watch_savers() -> None:
+    """Let savers that would lose RPQ weights refuse them, once there may be some."""
+    when_imported("huggingface_hub.hub_mixin", "rpq_convert.integrations.other_savers:hub_mixin")
+    when_imported("diffusers.models.modeling_utils", "rpq_convert.integrations.other_savers:diffusers")
 
 
 def __dir__() -> list[str]:

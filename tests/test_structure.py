@@ -18,7 +18,7 @@ HOMES = {
         "hf/tasks.py",
         "inputs/files.py",
         "integrations/serving.py",
-        "integrations/transformers.py",
+        "integrations/transformers/",
         "models/opt.py",
     },
     "vit_pytorch": {"models/vit.py"},

@@ -11,7 +11,7 @@ from rpq_convert.checkpoint.metadata import make_report
 from rpq_convert.layers import surgery
 from rpq_convert.planning import layer_types
 from rpq_convert.planning.plan import Job, Plan
-from rpq_convert.planning.slots import walk
+from rpq_convert.planning.slots import home_first, parts_of, tied_names, walk
 from rpq_convert.report.schema import Report
 
 
@@ -23,18 +23,19 @@ def plan_of(model: nn.Module, max_shard_size: str | int | None = None) -> Plan:
     from rpq_convert.planning.plan import Skip
 
     groups: dict[int, list[str]] = {}
-    found = surgery.layers_of(model)
+    found, tied = surgery.layers_of(model), tied_names(model)
     for path, rpq in found.items():
         groups.setdefault(id(rpq), []).append(path)
     jobs = []
-    for paths in groups.values():
+    for shared in groups.values():
+        paths = home_first(shared, tied)
         rpq = found[paths[0]]
         record = getattr(rpq, "record", {})
         module, _ = surgery.find(model, paths[0])
         jobs.append(
             Job(
                 name=paths[0],
-                aliases=tuple(paths[1:]),
+                aliases=paths[1:],
                 layer=record.get("layer", layer_types.original_class(module).__name__),
                 shape=rpq.shape,
                 dtype=dtype_name(rpq.dtype),
@@ -52,7 +53,8 @@ def plan_of(model: nn.Module, max_shard_size: str | int | None = None) -> Plan:
         if s.layer != "RPQWeight"
     ]
     options = getattr(model, "_rpq_options", {})
-    return Plan(tuple(jobs), tuple(skips), options, parse_size(max_shard_size or DEFAULT_SHARD))
+    size = parse_size(max_shard_size or DEFAULT_SHARD)
+    return Plan(tuple(jobs), tuple(skips), options, size, parts=parts_of(model))
 
 
 def stored_spec(rpq: Any) -> Any:
@@ -68,9 +70,15 @@ def _why(model: nn.Module, name: str) -> str:
     return getattr(model, "_rpq_reasons", {}).get(name, "not converted")
 
 
+def facts_of(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return what is known of every RPQ weight beside its plan: what its fit measured, and its row of zeros."""
+    return {
+        name: {**getattr(weight, "record", {}), "zero_row": weight.zero_row}
+        for name, weight in surgery.layers_of(model).items()
+    }
+
+
 def report_of(model: nn.Module, plan: Plan) -> Report:
     """Return the report of a converted model in memory."""
-    found = surgery.layers_of(model)
-    facts = {j.name: getattr(found[j.name], "record", {}) for j in plan.jobs if j.name in found}
     model.__dict__["_rpq_reasons"] = {s.name: s.reason for s in plan.skips}
-    return make_report(plan, facts, title=type(model).__name__)
+    return make_report(plan, facts_of(model), title=type(model).__name__)

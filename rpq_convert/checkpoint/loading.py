@@ -103,7 +103,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 def fill(model: nn.Module, config: Mapping[str, Any], source: Any) -> None:
     """Give an empty model its RPQ weights and dense tensors."""
     contents = description.read_all(config)
-    tied, used = contents.aliases(), {contents.guard, *contents.extra}
+    tied = contents.aliases()
+    used = {*contents.extra, *(k for k in source if contents.is_guard(k, source.infos[k]))}
     _untie(model, contents, source)
     for name, what in contents.modules.items():
         paths = (name, *tied.get(name, []))
@@ -121,7 +122,8 @@ def fill(model: nn.Module, config: Mapping[str, Any], source: Any) -> None:
     missing: list[str] = []
     held = held_elsewhere(model)
     for value, places, full in homes.values():
-        names = [full, contents.tied.get(full, full), *tied.get(full, [])]
+        stem, parted, part = full.rpartition("_rpq.") if "_rpq." in full else (full, "", "")
+        names = [name + parted + part for name in (stem, contents.tied.get(stem, stem), *tied.get(stem, []))]
         key = next((n for n in names if n in source), None)
         if key is None and fills_itself(model, full):
             from rpq_convert.hf.module_source import initial
@@ -172,7 +174,8 @@ def _untie(model: nn.Module, contents: description.Contents, source: Any) -> Non
         own = [
             n
             for n in names
-            if n not in contents.tied and (n in contents.modules or (n in source and n != contents.guard))
+            if n not in contents.tied
+            and (n in contents.modules or (n in source and not contents.is_guard(n, source.infos[n])))
         ]
         for name in own[1:]:
             module, key = surgery.find(model, name)

@@ -14,10 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from rpq_convert.core.results import Evaluation
-from rpq_convert.hf.model_card import BASE_CARD, Base, model_card, with_quality
+from rpq_convert.errors import SourceError
+from rpq_convert.hf.composite import with_description
+from rpq_convert.hf.model_card import BASE_CARD, Base, is_ours, model_card, with_quality
 from rpq_convert.planning.plan import FORMAT_VERSION, Plan
 from rpq_convert.report.schema import FileRow, Report, read_report
-from rpq_convert.storage.writer import CARD, CONFIG, REPORT, Folder, amend
+from rpq_convert.schemas import kinds
+from rpq_convert.schemas.checking import read_json
+from rpq_convert.storage.writer import CARD, CONFIG, PLAN, REPORT, Folder, amend, write_manifest, write_text
 from rpq_convert.version import __version__
 
 FACTS = ("error", "dead", "seconds", "inputs", "worst")  # what a fit measures
@@ -70,7 +74,7 @@ def quantization_config(plan: Plan, facts: Mapping[str, Mapping[str, Any]]) -> d
         "format_version": FORMAT_VERSION,
         "modules": modules,
         "tied": {a: x.name for items in (plan.jobs, plan.skips) for x in items for a in x.aliases},
-        "guard": plan.jobs[0].name if plan.jobs else None,
+        "guard": plan.guards[0] if plan.guards else None,
         "plan_sha256": plan.sha256,
         "version": __version__,
     }
@@ -93,20 +97,21 @@ def write_rest(
         extra: tensors that the model has no place for. extra_state: states of modules that are no tensors.
     """
     plan = folder.plan
-    merged: dict[str, Any] = dict(config) if config is not None else {"library_name": "rpq-convert"}
-    beside = {"extra": [*extra], "extra_state": dict(extra_state or {})}
-    merged["quantization_config"] = quantization_config(plan, facts) | {k: v for k, v in beside.items() if v}
+    merged: dict[str, Any] = dict(config or {"library_name": "rpq-convert"})
     if plan.options.get("dtype") and config is not None:
         merged["dtype"] = plan.options["dtype"]
         merged.pop("torch_dtype", None)
-    elif config is not None and not (merged.get("dtype") or merged.get("torch_dtype")):
+    elif "model_type" in merged and not (merged.get("dtype") or merged.get("torch_dtype")):
         first = plan.jobs[0].dtype if plan.jobs else plan.skips[0].dtype
         merged["dtype"] = first  # transformers would take the first tensor's, which is a codebook's
-    folder.write(CONFIG, json.dumps(merged, indent=1))
+    beside = {"extra": [*extra], "extra_state": dict(extra_state or {})}
+    described = quantization_config(plan, facts) | {k: v for k, v in beside.items() if v}
+    folder.write(CONFIG, json.dumps(with_description(merged, described), indent=1))
     report = make_report(plan, facts, title)
     if base is not None and base.card is not None:
         shutil.copyfile(base.card, folder.work / BASE_CARD)
-    folder.write(CARD, model_card(report, config, folder.out.name, folder.files(), base))
+    own = base is not None and base.factory  # whatever its config says, transformers does not build it
+    folder.write(CARD, model_card(report, None if own else config, folder.out.name, folder.files(), base))
     sizes = tuple(FileRow(name, p.stat().st_size) for name, p in folder.files().items() if name != REPORT)
     report = make_report(plan, facts, title, sizes)
     if odd := sorted(folder.broken()):
@@ -115,6 +120,36 @@ def write_rest(
     folder.write(REPORT, report.to_json())
     folder.finish()
     return report
+
+
+def renew(
+    folder: Path,
+    plan: Plan,
+    facts: Mapping[str, Mapping[str, Any]],
+    title: str,
+    base: Base | None,
+    not_finite: Sequence[str] = (),
+) -> None:
+    """Write plan, report, model card and manifest of weights that another library wrote, over those of an earlier model.
+
+    A card that is not ours stays. No card is in the manifest: that library may add to it later.
+
+    Args:
+        not_finite: as in the manifest. The others: as for `write_rest`.
+    """
+    config = read_json(folder / CONFIG, kinds.CONFIG, SourceError)
+    write_text(folder / PLAN, plan.to_json())
+    report = make_report(plan, facts, title)
+    files = {p.name: p for p in sorted(folder.iterdir()) if p.is_file()}
+    if CARD not in files or is_ours(files[CARD]):
+        write_text(folder / CARD, model_card(report, config, folder.resolve().name, files, base))
+        files[CARD] = folder / CARD
+    sizes = tuple(FileRow(name, p.stat().st_size) for name, p in sorted(files.items()) if name != REPORT)
+    written = sum(f.bytes for f in sizes if f.name.endswith(".safetensors"))
+    report = replace(make_report(plan, facts, title, sizes), predicted_bytes=written)
+    write_text(folder / REPORT, report.to_json())
+    listed = {name: p for name, p in (files | {REPORT: folder / REPORT}).items() if name != CARD}
+    write_manifest(folder, listed, not_finite)
 
 
 def add_evaluation(folder: Path, on: str, found: Evaluation) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from rpq_convert.checkpoint.extra_state import EXTRA, has_extra_state, set_extra_states
 from rpq_convert.core import description
+from rpq_convert.core.spec import dtype_name
 from rpq_convert.errors import SourceError
 from rpq_convert.hf import hub
 from rpq_convert.hf.model_card import Base, base_in
@@ -182,6 +183,7 @@ def open_checkpoint(
         opened.notes += getattr(opened.source, "notes", [])
         if options.factory is not None:
             opened.model = model or empty_from_factory(options.factory)
+            opened.config = read_json(folder / CONFIG, kinds.DENSE_CONFIG, SourceError) if has_config else None
             opened.source = _fitted(opened.model, opened.source)
         return opened
     if not folder.is_dir():
@@ -205,13 +207,15 @@ def _open_transformers(opened: Opened, folder: Path, repository: hub.Repository 
         raise SourceError(f"{opened.src} holds an adapter (adapter_config.json): merge it into its base and save that")
     config, named = loading.load_config(folder), raw.get("transformers_weights")
     opened.config = {k: v for k, v in raw.items() if k != "transformers_weights"}
-    opened.model = opened.model or loading.build_empty(config)
     if need == "weights":
         _take_beside(opened, folder, repository)
         found, opened.has_weights = _tensors(folder, repository, opened.options, need, named)
     else:
         found, said = _look(folder, repository, opened.options, named)
         opened.notes += said
+    if (stored := loading.stored_dtype(config, found)) is not None:
+        opened.config["dtype"] = dtype_name(stored)
+    opened.model = opened.model or loading.build_empty(config, stored)
     if found is not None:
         opened.notes += getattr(found, "notes", [])
         at_hand = opened.has_weights or repository is None

@@ -14,6 +14,7 @@ from rpq_convert.checkpoint.loading import read_config
 from rpq_convert.core import description
 from rpq_convert.core.spec import dtype_name
 from rpq_convert.errors import SourceError
+from rpq_convert.hf.composite import without_description
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning.plan import Plan, Skip
 from rpq_convert.storage.files import files_beside
@@ -28,11 +29,12 @@ def restore_checkpoint(
     from rpq_convert.core.safetensors import parse_size
 
     folder, config = Path(path), read_config(Path(path))
-    rpq, source = config.pop("quantization_config"), open_folder(path)
+    rpq, source = config["quantization_config"], open_folder(path)
     contents = description.read_all(rpq)
     for name, what in contents.modules.items():
         description.check_stored(name, what, source)
-    kept = {k: source.infos[k] for k in source if k != contents.guard and not _part_of(k, contents.modules)}
+    infos = {k: source.infos[k] for k in source}
+    kept = {k: i for k, i in infos.items() if not contents.is_guard(k, i) and not _part_of(k, contents.modules)}
     if twice := sorted(set(kept) & set(contents.modules)):
         raise SourceError(f"{twice[0]} is in the weight files, and described as an RPQ weight as well")
     skips = [Skip(k, (), "", i.shape, dtype_name(i.dtype), "dense") for k, i in kept.items()]
@@ -52,7 +54,7 @@ def restore_checkpoint(
 
     target.write_weights(dense)
     if "model_type" in config:
-        target.write(CONFIG, json.dumps(config, indent=1))
+        target.write(CONFIG, json.dumps(without_description(config), indent=1))
     target.copy(files_beside(folder))
     (target.work / "rpq_plan.json").unlink()
     target.finish()

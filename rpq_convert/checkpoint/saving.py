@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rpq_convert.checkpoint.described import plan_of
+from rpq_convert.checkpoint.described import facts_of, plan_of
 from rpq_convert.checkpoint.extra_state import plain_states
 from rpq_convert.checkpoint.metadata import write_rest
 from rpq_convert.core import description
@@ -23,6 +23,7 @@ from rpq_convert.planning.planner import warnings_of
 from rpq_convert.planning.slots import EXTRA, extra_states
 from rpq_convert.report.schema import Report
 from rpq_convert.running.offload import is_hooked, onloaded
+from rpq_convert.running.wrappers import unwrapped
 from rpq_convert.storage.files import GENERATION, named_files
 from rpq_convert.storage.writer import Folder
 
@@ -51,6 +52,7 @@ def save(
             tensor nor JSON values); a file that is not there, or whose path leaves the folder.
         FolderError: the folder already exists.
     """
+    model = unwrapped(model)
     plan = plan_of(model, max_shard_size)
     if not plan.jobs:
         why = warnings_of(plan)[0] if plan.options else "convert it first"
@@ -63,13 +65,11 @@ def save(
         if wrong := description.misplaced(expected, rpq.positions, rpq.layout.inputs):
             raise SourceError(f"{name}: {wrong}; convert the model again")
     folder = Folder(out, plan, overwrite=overwrite)
-    facts = {}
+    facts = facts_of(model)
     for job in plan.jobs:
-        rpq = found[job.name]
-        facts[job.name] = {**getattr(rpq, "record", {}), "zero_row": rpq.zero_row}
+        rpq, record = found[job.name], facts[job.name]
         with onloaded(rpq):
             tensors = {k: t.cpu().contiguous() for k, t in rpq.stored().items()}
-        record = facts[job.name]
         folder.put(
             Encoded(
                 job.name,
@@ -93,7 +93,7 @@ def save(
     generation: Any = getattr(model, "generation_config", None)
     if GENERATION not in beside and hasattr(generation, "to_json_string") and model.can_generate():  # type: ignore[operator]
         folder.write(GENERATION, generation.to_json_string())
-    config = _config_of(model)
+    config = _config_of(model, folder.work)
     if base is None and config is not None:
         base = base_of(str(getattr(model, "name_or_path", "")))
     return write_rest(folder, config, facts, type(model).__name__, base, extra_state=states)
@@ -113,10 +113,12 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _config_of(model: nn.Module) -> dict[str, Any] | None:
-    """Return a transformers model's config as JSON values, or None for another model."""
+def _config_of(model: nn.Module, folder: Path) -> dict[str, Any] | None:
+    """Return a transformers model's config as JSON values, its own code copied to the folder; or None for another model."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_json_string"):
         return None
+    from rpq_convert.hf.loading import copy_code
+
     data = json.loads(config.to_json_string(use_diff=True))
-    return data | {"architectures": [layer_types.original_class(model).__name__]}
+    return data | {"architectures": [layer_types.original_class(model).__name__]} | copy_code(model, folder)

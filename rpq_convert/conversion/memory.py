@@ -32,6 +32,7 @@ from rpq_convert.report.schema import Report
 from rpq_convert.running.digest import describe
 from rpq_convert.running.holders import optimizers_of
 from rpq_convert.running.offload import refuse_offloaded
+from rpq_convert.running.wrappers import unwrapped
 
 Progress = Callable[[Job, Encoded | None], None]
 
@@ -50,7 +51,7 @@ def convert(
     """Convert a model in place.
 
     Args:
-        model: any module; on meta with `fit="random"` it stays on meta but for codes and codebooks.
+        model: any module, also inside `torch.compile`; on meta with `fit="random"` it stays on meta but for codes and codebooks.
         plan: a plan made before; otherwise one is made from the options.
         calibration: inputs such as the model will see: layers are then fitted in the order of execution to what they are given,
             which keeps far more quality from 2 to 5 bits and takes some forward passes over them. Each is a tensor, a tuple or a
@@ -70,6 +71,7 @@ def convert(
         >>> report = rpq.convert(model, bits=4); print(report)
     """
     (asked,) = take(options, PlanOptions)
+    model = unwrapped(model)
     how: dict[str, Any] = {"executor": executor, "workers": workers}
     optimizers = optimizers_of(model)
     refuse_model(model)

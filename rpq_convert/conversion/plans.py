@@ -19,6 +19,7 @@ from rpq_convert.planning.options import PlanOptions
 from rpq_convert.planning.plan import Plan
 from rpq_convert.planning.quantized import refuse_model
 from rpq_convert.report.curve import Curve
+from rpq_convert.running.wrappers import unwrapped
 from rpq_convert.storage.options import SourceOptions
 
 
@@ -63,7 +64,7 @@ def sweep(target: nn.Module | str | Path | Any, *, points: int = 24, **options: 
 def open_target(target: Any, source: SourceOptions, *, measured: bool) -> Opened:
     """Find what to plan for; with weights only where they are to be measured and lie on this machine."""
     if isinstance(target, nn.Module):
-        return Opened(target, None)
+        return Opened(unwrapped(target), None)
     if not isinstance(target, (str, Path)):
         from rpq_convert.hf import loading
 

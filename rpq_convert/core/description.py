@@ -44,7 +44,7 @@ class Described:
 
 @dataclass(frozen=True)
 class Contents:
-    """What `quantization_config` says: every RPQ weight, names of tied ones, the guard, and what lies beside the model's tensors."""
+    """What `quantization_config` says: every RPQ weight, names of tied ones, the first guard, and what lies beside the model's tensors."""
 
     modules: Mapping[str, Described]
     tied: Mapping[str, str]
@@ -58,6 +58,10 @@ class Contents:
         for alias, name in self.tied.items():
             found.setdefault(name, []).append(alias)
         return found
+
+    def is_guard(self, key: str, info: Any) -> bool:
+        """Say whether an entry of a file's header is no tensor of the model, but the empty one under a converted one's name."""
+        return key in self.modules and tuple(info.shape) == (0,)
 
 
 def read(description: Any) -> Described:

@@ -73,7 +73,7 @@ def base_in(
     """Return the base that a checkpoint's folder describes. A converted folder describes its own base."""
     found, card = _read(folder / CARD), folder / CARD
     kept = {k: found[k] for k in KEPT if k in found}
-    if "rpq" in found.get("tags", ()):
+    if is_ours(card):
         return Base(name=str(found.get("base_model", "")), metadata=kept)
     named = factory if isinstance(factory, str) else f"{factory.__module__}:{factory.__qualname__}" if factory else ""
     if repository is not None:
@@ -94,6 +94,11 @@ def base_of(name: str) -> Base:
         return Base()
     folder = Path(file).parent
     return replace(base_in(folder, Repository(name, folder, {})), source="")
+
+
+def is_ours(card: Path) -> bool:
+    """Say whether a README.md is the card of a converted model."""
+    return "rpq" in _read(card).get("tags", ())
 
 
 def _read(card: Path) -> dict[str, Any]:

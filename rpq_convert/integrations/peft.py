@@ -19,6 +19,7 @@ from rpq_convert.conversion.memory import convert
 from rpq_convert.layers import surgery
 from rpq_convert.layers.rollback import unchanged_on_failure
 from rpq_convert.planning.plan import Plan
+from rpq_convert.planning.slots import parts_of
 from rpq_convert.report.schema import Report
 
 WRAPPED = ".base_layer"  # what PEFT calls the layer inside an adapted one
@@ -60,7 +61,7 @@ def merge_adapter(model: Any, *, adapters: list[str] | None = None) -> tuple[nn.
     names = {j.name for j in again}
     options = getattr(merged, "_rpq_options", {})
     skips = tuple(s for s in plan_of(merged).skips if s.name not in names)
-    return merged, convert(merged, plan=Plan(again, skips, options, plan.max_shard_size))
+    return merged, convert(merged, plan=Plan(again, skips, options, plan.max_shard_size, parts=parts_of(merged)))
 
 
 def _plain(name: str) -> str:

@@ -103,6 +103,8 @@ def _asked_by_parameter(frame: Any) -> bool:
 class DecodedView(_ForParameter):
     """A read-only alias of a decoded weight (a slice, a transpose): reads like any tensor, refuses writes."""
 
+    _is_hf_initialized = True  # as below: transformers leaves a row alone, too
+
     def _begin(self) -> Tensor:
         return self.view_as(self)
 

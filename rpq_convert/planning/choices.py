@@ -238,7 +238,7 @@ class Choices:
         options = {k: v for k, v in base.options.items() if k != "stages"} | {"dim": None}
         jobs = tuple(d for d in decisions if isinstance(d, Job))
         skips = tuple(d for d in decisions if isinstance(d, Skip))
-        return Point(Plan(jobs, skips, options, base.max_shard_size), sum(o.loss for o in chosen))
+        return Point(Plan(jobs, skips, options, base.max_shard_size, parts=base.parts), sum(o.loss for o in chosen))
 
     def loss(self, plan: Plan) -> float:
         """Return the expected loss of any plan for this model."""

@@ -93,6 +93,7 @@ class Plan:
         options: what was asked, for the record.
         max_shard_size: bytes of tensor data in one weight file.
         warnings: plain sentences for the user.
+        parts: paths of the modules that are models themselves, which their own class may load from the same files.
         dropped: tensors of the source that are not written.
     """
 
@@ -101,14 +102,25 @@ class Plan:
     options: Mapping[str, Any]
     max_shard_size: int
     warnings: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
     dropped: tuple[Dropped, ...] = ()
 
     @cached_property
+    def guards(self) -> tuple[str, ...]:
+        """The parameters under whose dense names an empty tensor is written: the first job of the model and of every part.
+
+        A loader that does not know RPQ fails on their shape instead of running with random weights.
+        """
+        firsts = (self._first(part) for part in ("", *self.parts))
+        return tuple(dict.fromkeys(name for name in firsts if name is not None))
+
+    def _first(self, part: str) -> str | None:
+        return next((j.name for j in self.jobs if not part or j.name.startswith(f"{part}.")), None)
+
+    @cached_property
     def entries(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Every tensor that is written: key -> (dtype, shape), skips first, then the jobs' tensors."""
-        found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        if self.jobs:  # a loader that does not know RPQ fails on this instead of running with random weights
-            found[self.jobs[0].name] = (torch.float32, (0,))
+        """Every tensor that is written: key -> (dtype, shape), guards first, then skips, then the jobs' tensors."""
+        found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = dict.fromkeys(self.guards, (torch.float32, (0,)))
         for skip in self.skips:
             found[skip.name] = (dtype_of(skip.dtype), skip.shape)
         for job in self.jobs:
@@ -201,7 +213,10 @@ class Plan:
         raise PlanError(f"no parameter named {name!r} in the plan")
 
     def to_dict(self) -> dict[str, Any]:
-        return {"format_version": FORMAT_VERSION} | without_empty(asdict(self), "dropped")
+        """Return the plan as JSON values; of its parts those that have a guard of their own."""
+        found = {"format_version": FORMAT_VERSION} | without_empty(asdict(self), "dropped")
+        parts = [p for p in found.pop("parts") if self._first(p) not in (None, self._first(""))]
+        return found | ({"parts": parts} if parts else {})
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1)
@@ -230,6 +245,7 @@ class Plan:
             options=data["options"],
             max_shard_size=data["max_shard_size"],
             warnings=tuple(data["warnings"]),
+            parts=tuple(data.get("parts", ())),
             dropped=dropped_of(data.get("dropped", ())),
         )
 

@@ -122,7 +122,8 @@ def make_plan(
     if unmatched := [r.match for r in patterns if not hits[id(r)]]:
         some = ", ".join(s.name for s in slots[:3])
         raise PlanError(f"no parameter matches {', '.join(map(repr, unmatched))}; names look like {some}")
-    plan = Plan(tuple(jobs), tuple(skips), options.record(), parse_size(options.max_shard_size), tuple(warnings))
+    parts = tuple(dict.fromkeys(part for slot in slots for part in slot.parts))
+    plan = Plan(tuple(jobs), tuple(skips), options.record(), parse_size(options.max_shard_size), tuple(warnings), parts)
     return replace(plan, warnings=(*warnings, *warnings_of(plan)))
 
 

@@ -32,7 +32,7 @@ class Slot:
     """One parameter or persistent buffer.
 
     Args:
-        name: its dotted path; the first one where several names share it.
+        name: its dotted path; where several names share it, the one that files hold it under.
         aliases: the other paths of the same tensor.
         layer: class name of the module that owns it.
         kinds: dotted names of that class and its ancestors, for rules that match a type.
@@ -42,6 +42,7 @@ class Slot:
         unknown: why its axes are not known, where a rule may say them.
         buffer: whether it is a buffer.
         padding_idx: the padding row of an embedding.
+        parts: the modules that hold it and that their own class can load; see `parts_of`.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Slot:
     unknown: str = ""
     buffer: bool = False
     padding_idx: int | None = None
+    parts: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -122,7 +124,9 @@ def walk(model: nn.Module) -> tuple[Slot, ...]:
         if is_lazy(tensor):
             raise PlanError(f"{path} of {type(module).__name__} has no shape yet; run the model once on data first")
     held = held_elsewhere(model)
-    slots = [_slot(places, [h.place for h in held.get(storage_of(places[0][3]), ())]) for places in found.values()]
+    parts, tied = parts_of(model), tied_names(model)
+    holders = {n: [h.place for h in held.get(storage_of(places[0][3]), ())] for n, places in found.items()}
+    slots = [_slot(places, holders[n], parts, tied) for n, places in found.items()]
     computed = (
         getattr(model, "_keys_to_ignore_on_save", None) or ()
     )  # of transformers: tables that a class computes, such as positions
@@ -136,6 +140,26 @@ def walk(model: nn.Module) -> tuple[Slot, ...]:
         *slots,
         *(Slot(n, (), "", (), tuple(t.shape), t.dtype, reason="extra state", buffer=True) for n, t in states.items()),
     )
+
+
+def parts_of(model: nn.Module) -> tuple[str, ...]:
+    """Return the paths of the modules inside a model that are models themselves: their class can save and load them."""
+    both = ("from_pretrained", "save_pretrained")
+    return tuple(p for p, m in model.named_modules() if p and all(hasattr(type(m), name) for name in both))
+
+
+def tied_names(model: nn.Module) -> set[str]:
+    """Return the names that transformers ties to others: its files hold a tied tensor under none of them."""
+    found = set()
+    for path, module in model.named_modules():
+        ties = module.__dict__.get("all_tied_weights_keys")
+        found |= {f"{path}.{name}".lstrip(".") for name in ties} if isinstance(ties, dict) else set()
+    return found
+
+
+def home_first(names: Iterable[str], tied: set[str]) -> tuple[str, ...]:
+    """Return the names of one tensor: first the one that files hold it under, which is the first that nothing ties to another."""
+    return tuple(sorted(dict.fromkeys(names), key=lambda name: name in tied))
 
 
 _Place = tuple[str, nn.Module, str, Tensor, bool]  # path, module, parameter name, tensor, whether it is a buffer
@@ -172,7 +196,7 @@ def _other_parametrizations(module: nn.Module) -> str:
     return ", ".join(k.__name__ for k, ok in zip(kinds, known, strict=True) if not ok)
 
 
-def _slot(places: list[_Place], holders: list[str]) -> Slot:
+def _slot(places: list[_Place], holders: list[str], parts: tuple[str, ...], tied: set[str]) -> Slot:
     # a tensor shared by an embedding and a head is read by rows: the embedding's view serves both
     best = next((p for p in places if isinstance(p[1], (nn.Embedding, nn.EmbeddingBag))), places[0])
     _, module, name, tensor, is_buffer = best
@@ -190,7 +214,7 @@ def _slot(places: list[_Place], holders: list[str]) -> Slot:
     unknown = "" if reason or view else f"raw parameter of {layer}: no known axes"
     if unknown and isinstance(module, parametrize.ParametrizationList):
         unknown = f"parametrized by {_other_parametrizations(module)}, which may not follow its errors"
-    names = tuple(dict.fromkeys(p[0] for p in places))
+    names = home_first((p[0] for p in places), tied)
     return Slot(
         name=names[0],
         aliases=names[1:],
@@ -203,6 +227,7 @@ def _slot(places: list[_Place], holders: list[str]) -> Slot:
         unknown=unknown,
         buffer=is_buffer,
         padding_idx=getattr(module, "padding_idx", None) if view is not None and view.axis == "in" else None,
+        parts=tuple(part for part in parts if names[0].startswith(f"{part}.")),
     )
 
 

@@ -101,6 +101,7 @@ class PlanFile(Struct):
     max_shard_size: Annotated[int, Meta(ge=1)]
     warnings: list[str]
     dropped: list[DroppedEntry] = []
+    parts: list[str] = []
 
 
 class RowEntry(Struct, forbid_unknown_fields=True):

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +156,7 @@ class Folder:
                 return last[1][part]
             dtype, shape = plan.entries[key]
             if key not in kept:
-                return torch.empty(shape, dtype=dtype)  # the guard
+                return torch.empty(shape, dtype=dtype)  # a guard
             value = dense(key).detach().to("cpu", dtype)
             if not is_finite(value):
                 self.not_finite.add(key)
@@ -205,10 +205,8 @@ class Folder:
 
     def finish(self) -> Path:
         """Write the manifest, remove the pieces (late, since a run may be killed while it hashes), rename."""
-        files = {n: {"bytes": p.stat().st_size, "sha256": sha256(p)} for n, p in self.files().items() if n != MANIFEST}
         masks = sorted(self.not_finite - self.broken())
-        odd = {"not_finite": masks} if masks else {}
-        write_text(self.work / MANIFEST, json.dumps({"files": files, **odd}, indent=1))
+        write_manifest(self.work, self.files(), masks)
         shutil.rmtree(self.pieces)
         self.origin.unlink()
         old = self.out.with_name(self.out.name + ".old.partial")
@@ -219,6 +217,17 @@ class Folder:
         _remove(old)
         _sync(self.out.parent)
         return self.out
+
+
+def write_manifest(folder: Path, files: Mapping[str, Path], not_finite: Sequence[str] = ()) -> None:
+    """Write size and sha256 of files into a folder's manifest.
+
+    Args:
+        files: path inside the folder -> file. not_finite: buffers, such as masks, that are meant to hold NaN or infinite values.
+    """
+    found = {n: {"bytes": p.stat().st_size, "sha256": sha256(p)} for n, p in files.items() if n != MANIFEST}
+    odd = {"not_finite": [*not_finite]} if not_finite else {}
+    write_text(folder / MANIFEST, json.dumps({"files": found, **odd}, indent=1))
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -116,11 +116,18 @@ def test_a_base_model_and_a_headed_one_share_checkpoints(folders, tmp_path):
 def test_every_auto_class_finds_what_it_finds_in_the_dense_checkpoint(name, kinds, folders):
     source, out = folders(name)
     whole = layers_of(rpq.load(out))
+    table = {
+        "lm_head.weight",
+        "model.decoder.embed_tokens.weight",
+    }  # stored as `model.shared.weight`, which this class lacks
+    found_too = {("BART", "ForCausalLM"): table}  # by its other names, where transformers draws a random one
     for kind in kinds:
         auto = getattr(tf, f"AutoModel{kind}")
         dense, wanted = auto.from_pretrained(source, output_loading_info=True)
         model, found = auto.from_pretrained(out, output_loading_info=True)
-        assert type(model) is type(dense) and found["missing_keys"] == wanted["missing_keys"], kind
+        more = found_too.get((name, kind), set())
+        assert type(model) is type(dense) and found["missing_keys"] | more == wanted["missing_keys"], kind
+        assert not found["missing_keys"] & more
         held = layers_of(model)
         assert len(held) > 5 and not any(p.is_meta for p in model.parameters())
         for path, weight in held.items():
@@ -186,11 +193,18 @@ def test_conversion_on_load_equals_conversion(name, folders, tmp_path):
 
 def test_conversion_on_load_of_a_new_head_and_to_a_budget(folders):
     source, _ = folders("BERT")
-    config = rpq.RPQConfig(bits=4, grow=True)
-    model = tf.AutoModelForSequenceClassification.from_pretrained(source, num_labels=70, quantization_config=config)
-    assert (
-        "classifier.weight" in layers_of(model) and torch.isfinite(model.eval()(torch.arange(2, 9)[None]).logits).all()
-    )
+    for config in (rpq.RPQConfig(bits=4, grow=True), rpq.RPQConfig(bits=4.5, grow=True)):
+        with pytest.warns(UserWarning, match="classifier.weight left dense: the checkpoint has none"):
+            model = tf.AutoModelForSequenceClassification.from_pretrained(
+                source, num_labels=70, quantization_config=config
+            )
+        assert type(model.classifier) is torch.nn.Linear and len(layers_of(model)) > 10
+        assert torch.isfinite(model.eval()(torch.arange(2, 9)[None]).logits).all()
+    model.classifier.weight.data.normal_()
+    before = model.classifier.weight.detach().clone()
+    rpq.convert(model, bits=8, grow=True)  # once it is trained
+    found = layers_of(model)["classifier.weight"]()
+    assert (found - before).norm() < 0.05 * before.norm() and len(layers_of(model)) > 10
     base = tf.AutoModel.from_pretrained(source)
     target = 2 * rpq.plan(base, bits=2, grow=True).file_bytes
     small = tf.AutoModel.from_pretrained(source, quantization_config=rpq.RPQConfig(target_size=target, grow=True))
