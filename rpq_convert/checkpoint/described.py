@@ -13,6 +13,7 @@ from rpq_convert.planning import layer_types
 from rpq_convert.planning.plan import Job, Plan
 from rpq_convert.planning.slots import home_first, parts_of, tied_names, walk
 from rpq_convert.report.schema import Report
+from rpq_convert.running.offload import onloaded
 
 
 def plan_of(model: nn.Module, max_shard_size: str | int | None = None) -> Plan:
@@ -61,7 +62,8 @@ def stored_spec(rpq: Any) -> Any:
     """Return the spec with the dtypes that the tensors need now (a model may have been cast, or trained)."""
     from rpq_convert.core.spec import dtype_name
 
-    kept = rpq.stored()
+    with onloaded(rpq):
+        kept = rpq.stored()
     named = {"codebooks": "codebook_dtype", "scales": "scales", "outliers": "outlier_dtype"}
     return replace(rpq.spec, **{named[part]: dtype_name(t.dtype) for part, t in kept.items() if part in named})
 

@@ -58,6 +58,8 @@ PEFT: list[Row] = [
 
 MODELS: list[Row] = [
     ("`cpu_offload`, `disk_offload`, `dispatch_model` of accelerate; saving such a model", WORKS, "running/test_offload.py::test_an_offloaded_model_computes_and_is_saved"),
+    ("a converted folder with a `device_map` of cpu and disk", "works; `save_pretrained` of a tied model that is on disk as a whole fails, `rpq.save` works", "integrations/test_transformers_habits.py::test_a_folder_on_disk_and_a_conversion_on_load_that_cannot_be_there"),
+    ("`RPQConfig` on load with weights on disk", "refused: a device_map with 'disk' does not work while a model is converted on load", "integrations/test_transformers_habits.py::test_a_folder_on_disk_and_a_conversion_on_load_that_cannot_be_there"),
     ("converting or restoring an offloaded model", "refused: … is offloaded by accelerate", "running/test_offload.py::test_an_offloaded_dense_model_is_refused_as_it_is"),
     ("layer classes with ABC, Generic, slots, metaclasses, `__init_subclass__`, frozen attributes", WORKS, "layers/test_surgery.py::test_any_class_of_a_layer_is_converted_and_restored"),
     ("a failure or Ctrl-C half way", "the model is as it was", "layers/test_surgery.py::test_a_conversion_that_fails_half_way_leaves_the_model_as_it_was"),

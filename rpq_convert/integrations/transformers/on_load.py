@@ -17,6 +17,7 @@ from rpq_convert.conversion.plans import plan_opened
 from rpq_convert.core.options import take
 from rpq_convert.core.spec import dtype_of
 from rpq_convert.encoding.encode import encode
+from rpq_convert.errors import SourceError
 from rpq_convert.hf.loading import keep_dtypes
 from rpq_convert.hf.module_source import account
 from rpq_convert.integrations.transformers.placing import is_computed
@@ -47,6 +48,15 @@ class Encode(ConversionOps):
                 part._is_hf_initialized = True  # type: ignore[attr-defined]
             missing_keys.difference_update((job.name, *job.aliases))
         return {}
+
+
+def refuse_disk(device_map: Any) -> None:
+    """Raise a SourceError where weights would stay on disk: what is converted while it is loaded is kept in memory."""
+    if isinstance(device_map, Mapping) and "disk" in device_map.values():
+        raise SourceError(
+            "a device_map with 'disk' does not work while a model is converted on load: convert its folder (rpq convert), then load that "
+            "with the device_map"
+        )
 
 
 def plan_on_load(model: Any, asked: Mapping[str, Any], files: Sequence[str]) -> Plan | None:

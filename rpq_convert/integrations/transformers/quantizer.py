@@ -46,6 +46,7 @@ class RPQQuantizer(HfQuantizer):
             resized = bool(_asked("ignore_mismatched_sizes"))
             self.placed = placing.place(model, self.contents, files, resized=resized)
             return model
+        on_load.refuse_disk(kwargs.get("device_map"))
         self.plan = on_load.plan_on_load(model, self.quantization_config.options, files)
         self.ties = dict(model.all_tied_weights_keys)
         if self.plan is not None:
@@ -69,11 +70,12 @@ class RPQQuantizer(HfQuantizer):
         left, computed = model.all_tied_weights_keys, placing.is_computed
         model.all_tied_weights_keys = {a: s for a, s in self.ties.items() if a in left or computed(model, a)}
         if not self.pre_quantized:
+            on_load.refuse_disk(getattr(model, "hf_device_map", None))
             on_load.finish_on_load(model, self.plan, self.quantization_config.options)
         for path, weight in surgery.layers_of(model).items():
+            weight.guard()
             _check_loaded(path, weight)
             weight._probe = torch.empty(0, dtype=weight.dtype, device=weight.codes.device)
-            weight.guard()
         for act in AFTER:
             act(model)
         return model
