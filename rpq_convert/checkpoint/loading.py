@@ -104,6 +104,8 @@ def fill(model: nn.Module, config: Mapping[str, Any], source: Any) -> None:
     """Give an empty model its RPQ weights and dense tensors."""
     contents = description.read_all(config)
     tied = contents.aliases()
+    if contents.extra:
+        model._rpq_extra = dict.fromkeys(contents.extra, source)  # type: ignore[assignment]  # what `save` keeps, unread till then
     used = {*contents.extra, *(k for k in source if contents.is_guard(k, source.infos[k]))}
     _untie(model, contents, source)
     for name, what in contents.modules.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from rpq_convert.checkpoint.extra_state import plain_states
 from rpq_convert.checkpoint.metadata import write_rest
 from rpq_convert.core import description
 from rpq_convert.core.results import Encoded
+from rpq_convert.core.spec import dtype_name
 from rpq_convert.errors import SourceError
 from rpq_convert.hf.model_card import Base, base_of
 from rpq_convert.layers import surgery
 from rpq_convert.planning import layer_types
+from rpq_convert.planning.plan import Skip
 from rpq_convert.planning.planner import warnings_of
 from rpq_convert.planning.slots import EXTRA, extra_states
 from rpq_convert.report.schema import Report
@@ -64,6 +67,8 @@ def save(
         expected = rpq.spec.tensors(rpq.view, rpq.shape)
         if wrong := description.misplaced(expected, rpq.positions, rpq.layout.inputs):
             raise SourceError(f"{name}: {wrong}; convert the model again")
+    extra: Mapping[str, Mapping[str, Tensor]] = getattr(model, "_rpq_extra", {})
+    plan = replace(plan, skips=(*plan.skips, *_extra_skips(extra, type(model).__name__)))
     folder = Folder(out, plan, overwrite=overwrite)
     facts = facts_of(model)
     for job in plan.jobs:
@@ -84,6 +89,8 @@ def save(
         )
 
     def tensor(name: str) -> Tensor:
+        if name in extra:
+            return extra[name][name]
         module, key = surgery.find(model, name)
         with onloaded(module):
             return {**module._parameters, **module._buffers}[key] if is_hooked(module) and key != EXTRA else state[name]  # type: ignore[return-value]
@@ -96,7 +103,14 @@ def save(
     config = _config_of(model, folder.work)
     if base is None and config is not None:
         base = base_of(str(getattr(model, "name_or_path", "")))
-    return write_rest(folder, config, facts, type(model).__name__, base, extra_state=states)
+    return write_rest(folder, config, facts, type(model).__name__, base, extra=[*extra], extra_state=states)
+
+
+def _extra_skips(extra: Mapping[str, Any], kind: str) -> list[Skip]:
+    """Return what is kept of the folder that the model was loaded from, though the model has no place for it."""
+    infos = {name: source.infos[name] for name, source in extra.items()}
+    why = f"{kind} has no place for it; kept as it is"
+    return [Skip(n, (), "", tuple(i.shape), dtype_name(i.dtype), why) for n, i in infos.items()]
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

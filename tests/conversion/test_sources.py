@@ -1,5 +1,6 @@
 """Sources: what a transformers folder holds is what transformers takes, nothing is dropped without a word, and what is quantized is refused."""
 
+import copy
 import json
 import shutil
 
@@ -178,7 +179,10 @@ def test_parts_that_the_class_does_not_build_are_kept_and_named(folder, tmp_path
     for model in (rpq.load(tmp_path / "out"), tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")):
         assert near(model(IDS).logits, llama()(IDS).logits)
     rpq.verify(tmp_path / "out")
-    rpq.restore_checkpoint(tmp_path / "out", tmp_path / "dense")
+    rpq.save(copy.deepcopy(rpq.load(tmp_path / "out")), tmp_path / "again")
+    rpq.verify(tmp_path / "again")
+    assert torch.equal(tensors_of(tmp_path / "again")["mtp.layers.0.weight"], head)
+    rpq.restore_checkpoint(tmp_path / "again", tmp_path / "dense")
     assert torch.equal(tensors_of(tmp_path / "dense")["model.layers.7.mlp.up_proj.weight"], head)
 
 
