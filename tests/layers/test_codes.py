@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
@@ -280,3 +280,11 @@ def test_the_first_parameter_has_the_dtype_that_weights_expand_to(tmp_path):
     )
     assert torch.equal(loaded.eval()(x), wanted) and next(loaded.parameters()).dtype == dtype
     assert next(model.half().parameters()).dtype == torch.float16
+
+
+def test_accelerate_fills_an_empty_model(model, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    empty = copy.deepcopy(model).to("meta")
+    filled = accelerate.load_checkpoint_and_dispatch(empty, str(tmp_path / "model.safetensors"), device_map={"": "cpu"})
+    same(filled, model)
