@@ -105,8 +105,9 @@ def _computed(name: str) -> property:
             return rpq()  # torch's own functions that compute a weight from it take tensors alone
         if compiling:
             return TracedWeight(rpq, f"{type(self).__name__}.{name}")  # type: ignore[return-value]
-        if _symbolic_trace._is_fx_tracing_flag:  # its tracer gives out proxies of parameters
-            tracer = rpq.codebooks.tracer
+        if _symbolic_trace._is_fx_tracing_flag and (
+            tracer := getattr(rpq.codebooks, "tracer", None)
+        ):  # a proxy of a parameter
             return tracer.create_proxy("call_module", tracer.path_of_module(rpq), (), {})  # type: ignore[no-any-return]
         if is_hooked(rpq):
             return OffloadedWeight(rpq, f"{type(self).__name__}.{name}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from rpq_convert.layers import surgery
@@ -19,6 +20,13 @@ def trained_values(model: nn.Module) -> dict[str, nn.Parameter]:
         for name, p in model.named_parameters()
         if p.is_floating_point() and (id(p) in inside or p.ndim <= 1) and not p.is_meta
     }
+
+
+def stored_dtypes(model: nn.Module, values: Mapping[str, nn.Parameter]) -> dict[str, torch.dtype]:
+    """Return the dtype that a file keeps each of these values in; in memory it may be wider."""
+    weights = surgery.layers_of(model).values()
+    kept = {id(getattr(w, part)): tensor.dtype for w in weights for part, tensor in w.stored().items()}
+    return {name: kept.get(id(p), p.dtype) for name, p in values.items()}
 
 
 def coded_weights(model: nn.Module) -> dict[str, RPQWeight]:

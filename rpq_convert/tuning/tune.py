@@ -35,7 +35,7 @@ from rpq_convert.storage.writer import write_tensors
 from rpq_convert.tuning.codes import EVERY, CodeUpdates
 from rpq_convert.tuning.losses import LOSSES, _main
 from rpq_convert.tuning.options import TuneOptions
-from rpq_convert.tuning.trained import coded_weights, trained_values, training
+from rpq_convert.tuning.trained import coded_weights, stored_dtypes, trained_values, training
 
 Progress = Callable[[int, float], None]
 BETAS, EPSILON = (0.9, 0.99), 1e-12
@@ -148,7 +148,7 @@ class _Run:
         self.progress = progress
         self.checkpoint = Path(checkpoint) if checkpoint else None
         self.values = trained_values(model)
-        self.stored = {name: p.dtype for name, p in self.values.items()}
+        self.stored = stored_dtypes(model, self.values)
         self.updates = CodeUpdates(coded_weights(model), options.recode) if options.recode else None
         self.loss = LOSSES[options.loss] if isinstance(options.loss, str) else options.loss
         o = options

@@ -98,7 +98,7 @@ before, finders = state(), list(sys.meta_path)
 import rpq_convert
 assert state() == before
 names = [f.name for f in sys.meta_path if f not in finders]
-assert sorted(names) == ["torch.export.pt2_archive._package", "transformers.quantizers.auto"], names
+assert sorted(names) == ["peft.peft_model", "torch.export.pt2_archive._package", "transformers.quantizers.auto"], names
 assert not any(name.partition(".")[0] in ("torchvision", "numba") for name in sys.modules)
 """
 REGISTERED = """

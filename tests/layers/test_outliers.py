@@ -196,7 +196,7 @@ def test_positions_that_no_input_has_are_refused(tmp_path):
     _, model, x, _ = converted("tied")
     held = layers_of(model)["table.weight"]
     rpq.save(model, tmp_path / "saved")
-    held.positions.data[5, 0] = 24
+    held.positions.plain[5, 0] = 24
     with pytest.raises((RuntimeError, IndexError)), torch.no_grad():
         model(x)
     wrong = "positions names inputs 0 to 24, of 24"
