@@ -74,7 +74,7 @@ def short(text: str, width: int) -> str:
         return text
     if width < 2:
         return text[:width]
-    left = (width - 1) // 2
+    left = (width - 1) // 3  # names differ at their ends
     return f"{text[:left]}…{text[len(text) - (width - 1 - left) :]}"
 
 
@@ -90,19 +90,19 @@ def worst(rows: Iterable[Row]) -> float | None:
 def terminal(report: Report, width: int = 80) -> str:
     """Return the report for a terminal, no line longer than `width` (at least 60)."""
     width = max(60, width)
-    lines = [short(f"{report.title}: {totals(report)}", width), ""]
-    name = width - 50
+    lines = [*_wrap(f"{report.title}: {totals(report)}", width), ""]
+    name = width - 45
     converted = group(r for r in report.rows if r.decision == "rpq")
     if converted:
         lines.append(
-            f"{'converted':<{name}} {'n':>4} {'MB':>9} {'bits/w':>7} {'ratio':>7} {'error':>9} {'worst':>7}"[:width]
+            f"{'converted':<{name}} {'n':>4} {'MB':>8} {'bits/w':>6} {'ratio':>6} {'error':>8} {'worst':>7}"[:width]
         )
         for g in converted:
             error = mean_error(g.rows)
             shown = number(error) if error is not None else f"~{number(g.first.expected_error)}"
             lines.append(
-                f"{short(g.name, name):<{name}} {len(g.rows):>4} {g.bytes / 2**20:>9.3f} "
-                f"{g.first.bits_per_weight:>7.3f} {ratio(g.dense_bytes, g.bytes):>6.1f}x {shown:>9} {number(worst(g.rows)):>7}"
+                f"{short(g.name, name):<{name}} {len(g.rows):>4} {g.bytes / 2**20:>8.3f} "
+                f"{g.first.bits_per_weight:>6.3f} {ratio(g.dense_bytes, g.bytes):>5.1f}x {shown:>8} {number(worst(g.rows)):>7}"
             )
         lines.append("")
     for title, decision in (("left dense", "dense"), ("buffers", "buffer")):
