@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 
+import pytest
 import torch
 import transformers as tf
 from architectures import ARCHITECTURES, outputs
@@ -62,6 +63,7 @@ assert not wrong, wrong
 """
 
 
+@pytest.mark.slow  # minutes on two cores
 def test_every_architecture_loads_by_the_code_on_its_card(tmp_path):
     """The card names an Auto class; under it every tensor comes back bit for bit. Outputs: see test_architectures."""
     for name, build in ARCHITECTURES.items():
@@ -144,6 +146,7 @@ assert torch.equal(found, torch.load(sys.argv[2]))
 """
 
 
+@pytest.mark.slow  # minutes on two cores
 def test_fine_tuning_goes_on_and_its_adapter_is_merged(tmp_path):
     """Trainer as for chats: completions alone are learnt, a run goes on from its checkpoint with the same losses."""
     torch.manual_seed(0)

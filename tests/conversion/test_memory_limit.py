@@ -71,6 +71,7 @@ def run(path, action):
     return subprocess.run(command, capture_output=True, text=True, env=alone)
 
 
+@pytest.mark.slow  # minutes on two cores
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts mapped memory on Linux alone")
 def test_a_checkpoint_eight_times_the_allowed_memory(checkpoint):
     assert checkpoint.stat().st_size >= 8 * ALLOWED

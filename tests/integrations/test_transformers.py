@@ -245,6 +245,7 @@ print(peak - before)
 """
 
 
+@pytest.mark.slow  # minutes on two cores
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_conversion_on_load_never_holds_the_dense_model(tmp_path):
     for name, depth in (("small", 1), ("large", 12)):
