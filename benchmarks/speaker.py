@@ -1,7 +1,7 @@
 """A real speaker encoder (resemblyzer's LSTM) at 8, 5.34 and 4 bits: cosine of its embeddings with the dense model's.
 
     pip install --no-deps resemblyzer
-    python benchmarks/speaker.py
+    python benchmarks/speaker.py [BITS ...]
 
 A few weights of its first layer, up to 61, meet quiet channels; small weights meet loud ones. Inputs are mel spectrograms of synthetic
 speech (pulses and noise through formants), at four loudnesses. int8 is the round-to-nearest one with a scale for every row.
@@ -9,6 +9,7 @@ speech (pulses and noise through formants), at four loudnesses. int8 is the roun
 
 import copy
 import math
+import sys
 
 import torch
 from real_models import package_file
@@ -97,7 +98,7 @@ def main() -> None:
     dense, test = encoder(), speech(48, 1)
     data = [speech(16, 100 + i) * loud for i, loud in enumerate(LOUDNESS)]
     rows = {"int8": int8(copy.deepcopy(dense))}
-    for bits in (8, 5.34, 4):
+    for bits in map(float, sys.argv[1:] or ("8", "5.34", "4")):
         for calibration in (None, data):
             model = copy.deepcopy(dense)
             report = rpq.convert(model, bits=bits, calibration=calibration)
