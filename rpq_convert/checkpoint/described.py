@@ -23,14 +23,10 @@ def plan_of(model: nn.Module, max_shard_size: str | int | None = None) -> Plan:
     from rpq_convert.planning.options import DEFAULT_SHARD
     from rpq_convert.planning.plan import Skip
 
-    groups: dict[int, list[str]] = {}
-    found, tied = surgery.layers_of(model), tied_names(model)
-    for path, rpq in found.items():
-        groups.setdefault(id(rpq), []).append(path)
+    tied = tied_names(model)
     jobs = []
-    for shared in groups.values():
+    for rpq, shared in surgery.paths_of(model).items():
         paths = home_first(shared, tied)
-        rpq = found[paths[0]]
         record = getattr(rpq, "record", {})
         module, _ = surgery.find(model, paths[0])
         jobs.append(

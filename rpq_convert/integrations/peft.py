@@ -109,14 +109,13 @@ def _with_tied(find: Callable[..., list[str]]) -> Callable[..., list[str]]:
     def wrapped(model: Any) -> list[str]:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         base = base.model if hasattr(base, "tuner_layer_cls") else base
-        found, weights = find(model), surgery.layers_of(base)
-        paths: dict[int, list[str]] = {}
-        for path, weight in weights.items():
-            paths.setdefault(id(weight), []).append(path)
+        found, paths = find(model), surgery.paths_of(base)
         if not any(len(tied) > 1 for tied in paths.values()):
             return found
-        own = {id(w) for w in surgery.layers_of(base.get_input_embeddings()).values()}
-        tied = [path.rpartition(".")[0] for key in own for path in paths[key][1:]]  # the embeddings' own comes first
+        own = surgery.paths_of(base.get_input_embeddings())
+        tied = [
+            path.rpartition(".")[0] for weight in own for path in paths[weight][1:]
+        ]  # the embeddings' own comes first
         return found + [name for name in tied if name not in found]
 
     return wrapped

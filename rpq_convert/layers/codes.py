@@ -1,9 +1,9 @@
 """Codes: whole numbers that choose codewords, as a buffer that training habits cannot corrupt.
 
 Codes are buffers, not parameters: a loop over `model.parameters()` (an optimizer, a norm, an average, noise, unfreezing, FSDP's flat
-parameter) means numbers that can be trained, and never meets them. What goes over buffers or `state_dict()` meets them still. An average
-of indices is no index, so a `Codes` tensor takes new values only from an ordinary tensor of its own dtype, as loading does. Everything
-else must leave the codes as they are, or raises.
+parameter) means numbers that can be trained. A loop over buffers or over `state_dict()` still contains them. An average of indices is no
+index, so a `Codes` tensor takes new values only from an ordinary tensor of its own dtype, as loading does. Every other write must leave
+the codes as they are, or it raises.
 """
 
 from __future__ import annotations
@@ -169,6 +169,8 @@ def _replace(codes: Codes, values: Any, what: str, *, load: bool) -> Codes:
         own.copy_(values)
         return codes
     fits = values.shape == own.shape
+    if fits and values.dtype == own.dtype and torch.equal(values.to(own.device), own):
+        return codes  # as most averages end: without eight bytes for every code
     changed = int(((values.double().to(own.device) - own).abs() > ROUNDING).sum()) if fits else own.numel()
     if not changed:
         return codes

@@ -266,10 +266,15 @@ def places(model: nn.Module, paths: Iterable[str]) -> Places:
 
 def places_of(model: nn.Module) -> dict[RPQWeight, Places]:
     """Return every RPQWeight of a model -> where it lies."""
+    return {rpq: places(model, paths) for rpq, paths in paths_of(model).items()}
+
+
+def paths_of(model: nn.Module) -> dict[RPQWeight, list[str]]:
+    """Return every RPQWeight of a model -> the dotted paths under which it lies; tied ones have several."""
     paths: dict[RPQWeight, list[str]] = {}
     for path, rpq in layers_of(model).items():
         paths.setdefault(rpq, []).append(path)
-    return {rpq: places(model, own) for rpq, own in paths.items()}
+    return paths
 
 
 @contextmanager

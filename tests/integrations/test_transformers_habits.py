@@ -201,19 +201,9 @@ def test_the_state_of_a_converted_model_without_its_description_is_refused(tmp_p
 @torch.no_grad()
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_folder_on_disk_and_a_conversion_on_load_that_cannot_be_there(tmp_path, tied):
-    torch.manual_seed(0)
-    config = tf.LlamaConfig(
-        vocab_size=96,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        tie_word_embeddings=tied,
-    )
-    tf.LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
-    rpq.convert_checkpoint(tmp_path / "dense", tmp_path / "rpq", bits=8, grow=True)
-    index = torch.arange(7, 15)[None]
-    wanted = rpq.load(tmp_path / "rpq")(index).logits
+    llama(tie_word_embeddings=tied).save_pretrained(tmp_path / "dense")
+    rpq.convert_checkpoint(tmp_path / "dense", tmp_path / "rpq", **HOW)
+    wanted = rpq.load(tmp_path / "rpq")(IDS).logits
     places = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
     some = {**places, "model.layers.1": "disk"}
     for device_map in ({"": "disk"}, some):
@@ -221,9 +211,9 @@ def test_a_folder_on_disk_and_a_conversion_on_load_that_cannot_be_there(tmp_path
             tmp_path / "rpq", device_map=device_map, offload_folder=tmp_path / "off"
         )
         assert away.model.layers[1].mlp.up_proj.weight_rpq.codes.is_meta
-        assert torch.equal(away(index).logits, wanted)
+        assert torch.equal(away(IDS).logits, wanted)
     away.save_pretrained(tmp_path / "again")
-    assert torch.equal(rpq.load(tmp_path / "again")(index).logits, wanted)
+    assert torch.equal(rpq.load(tmp_path / "again")(IDS).logits, wanted)
     with pytest.raises(
         rpq.SourceError, match="a device_map with 'disk' does not work while a model is converted on load"
     ):
