@@ -10,10 +10,13 @@ from typer import Argument, Option
 from rpq_convert.planning.options import PlanOptions
 from rpq_convert.showing import printable
 from rpq_convert.storage.options import SourceOptions
+from rpq_convert.storage.records import read_manifest
+from rpq_convert.storage.room import check_file
 
+from . import checks
 from . import options as o
 from .app import examples, group, main
-from .converting import Conversion
+from .converting import Conversion, How
 from .errors import catching
 from .show import say, show_report, warn
 
@@ -54,12 +57,13 @@ def convert(
         src, o.output_for(src, out), options, source, calibrate=calibrate, samples=samples, text_field=text_field,
         dry_run=dry_run, overwrite=overwrite, quiet=quiet,
     )  # fmt: skip
-    run.check(device=device, push_to=push_to)
+    how = How(device, executor, workers, push_to, public)
+    run.check(how)
     run.open()
     plan = run.plan()
     if dry_run:
         return show_plan(plan, src, json=json)
-    report = run.convert(plan, executor=executor, workers=workers)
+    report = run.convert(plan, how)
     show_report(report, json=json)
     if not quiet:
         say(f"wrote {run.folder}")
@@ -88,6 +92,8 @@ def push(
     ] = None,
 ) -> None:
     """Verify a converted folder and upload it to the hub, in one commit; private unless --public."""
+    checks.converted(folder)
+    read_manifest(folder)
     _push(folder, repo, public=public, token=token, revision=revision)
 
 
@@ -116,7 +122,13 @@ def plan(
 
     Weights are read only where they are at hand and sizes are to be chosen: to measure what the model is sensitive to.
     """
-    if sweep or sweep_out is not None:
+    if sweep_out is not None:
+        check_file(sweep_out, (".svg",))
+    sweep = sweep or sweep_out is not None
+    if sweep and explain is not None:
+        raise checks.unused("--explain", "a curve is of many plans; leave out --sweep")
+    checks.source(src, source, weights=bool(options.budgets))
+    if sweep:
         return _sweep(src, sweep_out, json, options, source)
     from rpq_convert.calibration.sensitivity import needs_sensitivities
     from rpq_convert.conversion.plans import open_target, plan_opened

@@ -12,16 +12,30 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from rpq_convert.errors import FolderError, SourceError
+from rpq_convert.conversion.asked import check_asked
+from rpq_convert.errors import SourceError
 from rpq_convert.planning.options import PlanOptions
 from rpq_convert.storage.options import SourceOptions
+from rpq_convert.storage.room import check_free
 
+from . import checks
 from .show import progress, say, warn
 
 if TYPE_CHECKING:
     from rpq_convert.checkpoint.opening import Opened
     from rpq_convert.planning.plan import Plan
     from rpq_convert.report.schema import Report
+
+
+@dataclass(frozen=True)
+class How:
+    """How fits run, and where the result goes besides its folder."""
+
+    device: str = "cpu"
+    executor: str = "threads"
+    workers: int | None = None
+    push_to: str | None = None
+    public: bool = False
 
 
 @dataclass
@@ -49,16 +63,39 @@ class Conversion:
     opened: Opened = field(init=False)
     data: Any = field(default=None, init=False)
 
-    def check(self, *, device: str, push_to: str | None) -> None:
-        """Refuse what cannot end well, before anything slow is imported or fetched."""
-        if device != "cpu":
+    def check(self, how: How) -> None:
+        """Refuse what cannot end well or would do nothing, before anything slow is imported or fetched."""
+        if how.device != "cpu":
             raise typer.BadParameter("fits run on the CPU in this version; use --device cpu", param_hint="--device")
-        if not self.dry_run and self.folder.exists() and not self.overwrite:
-            raise FolderError(f"{self.folder} already exists; choose another folder or pass --overwrite")
-        if push_to and not self.dry_run:
+        checks.needs("--public", how.public, "--push-to", how.push_to is not None)
+        checks.needs("--samples", self.samples, "--calibrate", self.calibrate is not None)
+        checks.needs("--text-field", self.text_field, "--calibrate", self.calibrate is not None)
+        check_asked(self.options, calibrated=self.calibrate is not None, executor=how.executor, workers=how.workers)
+        checks.source(
+            self.src,
+            self.source,
+            weights=not self.dry_run or bool(self.options.budgets),
+            pushes=how.push_to is not None,
+        )
+        if self.calibrate is not None:
+            self._check_data(self.calibrate)
+        if not self.dry_run:
+            check_free(self.folder, overwrite=self.overwrite)
+        if how.push_to and not self.dry_run:
             from rpq_convert.checkpoint.publishing import check_login
 
-            check_login(push_to, token=self.source.token)  # hours before the upload
+            check_login(how.push_to, token=self.source.token)  # hours before the upload
+
+    def _check_data(self, where: str) -> None:
+        if where == "self":
+            checks.needs("--text-field", self.text_field, "a table as --calibrate", False)
+            return
+        found = checks.data(where, "--calibrate", field=self.text_field)
+        if self.source.factory is not None and found.kind != "tensors":
+            raise typer.BadParameter(
+                "a factory's model has no tokenizer; give a .safetensors file of its arguments, or 'self'",
+                param_hint="--calibrate",
+            )
 
     def open(self) -> None:
         """Find the checkpoint by its headers, and the data to calibrate on."""
@@ -75,16 +112,13 @@ class Conversion:
         from rpq_convert.inputs.files import read_inputs
         from rpq_convert.inputs.synthetic import own_inputs
 
-        if self.source.factory is not None and not where.endswith(".safetensors"):
-            raise typer.BadParameter(
-                "a factory's model has no tokenizer; give a .safetensors file of its arguments",
-                param_hint="--calibrate",
-            )
         some: dict[str, Any] = {} if self.samples is None else {"samples": self.samples}
         if where == "self":
             return partial(own_inputs, seed=self.options.seed, **some)
-        hub = self.opened.options.hub
-        return read_inputs(where, self.opened.src, model=self.opened.model, field=self.text_field, **hub, **some)
+        hub, told = self.opened.options.hub, None if self.quiet else say
+        return read_inputs(
+            where, self.opened.src, model=self.opened.model, field=self.text_field, told=told, **hub, **some
+        )
 
     def plan(self) -> Plan:
         """Return the plan; for a conversion the weights are then at hand."""
@@ -99,6 +133,7 @@ class Conversion:
         plan = self._planned()
         if self.dry_run:
             return plan
+        self._check_room(plan)
         before = self.opened.slots()
         self.opened = self.opened.fetched()
         if (
@@ -107,6 +142,13 @@ class Conversion:
             plan = self._planned()
         return plan
 
+    def _check_room(self, plan: Plan) -> None:
+        """Refuse to fetch and fit what the disk has no room for."""
+        from rpq_convert.storage.room import check_room
+        from rpq_convert.storage.writer import bytes_to_write
+
+        check_room(self.folder, bytes_to_write(self.folder, plan))
+
     def _planned(self) -> Plan:
         from rpq_convert.conversion.plans import plan_opened
 
@@ -114,12 +156,14 @@ class Conversion:
         warn(plan.warnings)
         return plan
 
-    def convert(self, plan: Plan, *, executor: str, workers: int | None) -> Report:
+    def convert(self, plan: Plan, how: How) -> Report:
         """Convert, and say what was not known before."""
         from rpq_convert.conversion.streaming import convert_opened
 
         with progress(plan, quiet=self.quiet) as callback:
-            how: dict[str, Any] = {"executor": executor, "workers": workers, "progress": callback}
-            report = convert_opened(self.opened, self.folder, plan, self.data, overwrite=self.overwrite, **how)
+            report = convert_opened(
+                self.opened, self.folder, plan, self.data, overwrite=self.overwrite, executor=how.executor,
+                workers=how.workers, progress=callback,
+            )  # fmt: skip
         warn(tuple(w for w in report.warnings if w not in plan.warnings))
         return report
