@@ -127,7 +127,7 @@ class PlanOptions:
     def _check_sizes(self) -> None:
         given = [n for n in DECIDING if getattr(self, n) is not None]
         if len(given) > 1:
-            raise PlanError(f"give one of {' and '.join(given)}, not both: each decides the sizes")
+            raise PlanError(f"give one of {', '.join(given)}, not several: each decides the sizes")
         if self.stages is not None and self.dim is None:
             raise PlanError("stages needs dim: together they are the bits per weight")
         if self.bits is not None:

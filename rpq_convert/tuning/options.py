@@ -60,6 +60,8 @@ class TuneOptions:
 
     def __post_init__(self) -> None:
         check_ranges(self, TuneError)
+        if self.rate == 0:
+            raise TuneError("rate must be more than 0: no step of it changes anything")
         if isinstance(self.loss, str) and self.loss not in ("kl", "mse"):
             raise TuneError(f"loss must be 'kl', 'mse' or a function of two outputs, not {self.loss!r}")
 
