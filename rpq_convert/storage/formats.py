@@ -187,6 +187,8 @@ def of_names(names: Collection[str], text_of: Callable[[str], str | None]) -> Fo
             return Format(f"a folder with no weights for torch; {file} in it is {form.what}", form.advice)
     if not names:
         return EMPTY
+    if any(n.rpartition("/")[2] == "config.json" for n in names):
+        return None
     if any(n.startswith(("tokenizer", "vocab.", "merges.", "spiece", "sentencepiece")) for n in top):
         return Format(
             "a folder of a tokenizer alone", "give the folder that has the model's config.json and weights as well"
