@@ -75,10 +75,16 @@ def base_in(
     kept = {k: found[k] for k in KEPT if k in found}
     if is_ours(card):
         return Base(name=str(found.get("base_model", "")), metadata=kept)
-    named = factory if isinstance(factory, str) else f"{factory.__module__}:{factory.__qualname__}" if factory else ""
+    named = factory if isinstance(factory, str) else _named(factory) if factory else ""
     if repository is not None:
         return Base(repository.name, repository.commit, repository.name, named, metadata=kept)
     return Base("", "", folder.resolve().name, named, card if card.is_file() else None, kept)
+
+
+def _named(factory: Any) -> str:
+    """Return a function's name as a factory is named; of a partial function that of what it calls."""
+    inner = getattr(factory, "func", factory)
+    return f"{getattr(inner, '__module__', '')}:{getattr(inner, '__qualname__', type(inner).__name__)}"
 
 
 def base_of(name: str) -> Base:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import islice
 from typing import Any
 
@@ -28,7 +29,7 @@ def hub_items(name: str, field: str | None = None) -> tuple[list[str | Chat], st
     except ImportError:
         raise SourceError(f"hub:{name} needs the package datasets: pip install datasets") from None
     try:
-        rows: Any = load_dataset(repository, config, split=split, streaming=True)
+        rows: Any = load_dataset(repository, config, split=split, streaming="[" not in (split or ""))
         if hasattr(rows, "keys"):  # of all splits
             rows = rows[next(iter(rows))]
         found = list(islice(rows, ROWS))
@@ -39,7 +40,7 @@ def hub_items(name: str, field: str | None = None) -> tuple[list[str | Chat], st
 
 def parts_of(name: str) -> tuple[str, str | None, str | None]:
     """Return the repository, the config and the split that a name says."""
-    repository, *rest = name.split(":")
+    repository, *rest = re.split(r":(?![^\[]*\])", name)  # a part of a split, such as train[:10%], stays whole
     if len(rest) == 2:
         return repository, rest[0], rest[1]
     if rest and (rest[0] in SPLITS or "[" in rest[0]):
