@@ -40,7 +40,6 @@ PLAN, REPORT, MANIFEST, CONFIG, CARD = (
 )
 ORIGIN = "rpq_source.json"  # only in unfinished folders
 AGAIN = "; delete it and run the same command again"  # what to do about a piece that does not serve
-FACTS = ("name", "error", "dead", "seconds", "zero_row", "inputs", "worst")  # of a finished job
 
 
 class Folder:
@@ -98,7 +97,7 @@ class Folder:
 
     def put(self, encoded: Encoded) -> None:
         """Store a finished job, completely or not at all."""
-        facts = {k: getattr(encoded, k) for k in FACTS}
+        facts = {"name": encoded.name, "zero_row": encoded.zero_row, **encoded.measured}
         write_tensors(self._piece(encoded.name), dict(encoded.tensors), {"rpq": json.dumps(facts)})
 
     def get(self, job: Job) -> Encoded | None:
