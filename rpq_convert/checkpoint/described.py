@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from rpq_convert.checkpoint.metadata import make_report
+from rpq_convert.encoding.measure import record_of
 from rpq_convert.layers import surgery
 from rpq_convert.planning import layer_types
 from rpq_convert.planning.plan import Job, Plan
@@ -71,8 +72,7 @@ def _why(model: nn.Module, name: str) -> str:
 def facts_of(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Return what is known of every RPQ weight beside its plan: what its fit measured, and its row of zeros."""
     return {
-        name: {**getattr(weight, "record", {}), "zero_row": weight.zero_row}
-        for name, weight in surgery.layers_of(model).items()
+        name: {**record_of(weight), "zero_row": weight.zero_row} for name, weight in surgery.layers_of(model).items()
     }
 
 

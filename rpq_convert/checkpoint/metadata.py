@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rpq_convert.core.results import Evaluation
+from rpq_convert.core.results import MEASURED, Evaluation
 from rpq_convert.errors import SourceError
 from rpq_convert.hf.composite import with_description
 from rpq_convert.hf.model_card import BASE_CARD, Base, is_ours, model_card, with_quality
@@ -26,8 +26,6 @@ from rpq_convert.storage.records import CARD, CONFIG, PLAN, REPORT
 from rpq_convert.storage.writer import Folder, amend, write_manifest, write_text
 from rpq_convert.version import __version__
 
-FACTS = ("error", "dead", "seconds", "inputs", "worst")  # what a fit measures
-
 
 def make_report(
     plan: Plan, facts: Mapping[str, Mapping[str, Any]], title: str, files: Iterable[FileRow] = ()
@@ -35,7 +33,7 @@ def make_report(
     """Return the plan's report with what the fits measured."""
     rows = []
     for row in plan.rows():
-        measured: dict[str, Any] = {k: facts[row.name].get(k) for k in FACTS} if row.name in facts else {}
+        measured: dict[str, Any] = {k: facts[row.name].get(k) for k in MEASURED} if row.name in facts else {}
         rows.append(replace(row, **measured))
     report = replace(plan.report(title), rows=tuple(rows), files=tuple(files))
     return replace(report, warnings=(*report.warnings, *_calibrated(plan, report)))

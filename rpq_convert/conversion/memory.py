@@ -19,6 +19,7 @@ from rpq_convert.conversion.plans import plan_opened
 from rpq_convert.core.options import take
 from rpq_convert.core.results import Encoded
 from rpq_convert.encoding.encode import build
+from rpq_convert.encoding.measure import set_record
 from rpq_convert.errors import PlanError
 from rpq_convert.inputs.items import Calibration, prepare
 from rpq_convert.layers import surgery
@@ -192,11 +193,11 @@ def swap(places: Places, job: Job, encoded: Encoded) -> RPQWeight:
     assert old is not None  # the plan was checked against the model
     device = old.device if not old.is_meta else torch.device("cpu")
     rpq = build(job, {k: t.to(device) for k, t in encoded.tensors.items()}, encoded.zero_row)
-    rpq.record = {  # type: ignore[assignment]
+    record = {
         "layer": job.layer, "fit": job.fit, "seed": job.seed, "rule": job.rule, "padding_idx": job.padding_idx,
-        "error": encoded.error, "dead": encoded.dead, "seconds": encoded.seconds, "inputs": encoded.inputs,
-        "worst": encoded.worst,
+        **encoded.measured,
     }  # fmt: skip
+    set_record(rpq, record)
     for parameter in rpq.parameters():
         parameter.requires_grad_(old.requires_grad)
     rpq.train(places.module.training)

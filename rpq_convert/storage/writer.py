@@ -34,7 +34,6 @@ from rpq_convert.storage.records import MANIFEST, ORIGIN, PLAN, read_manifest, s
 from rpq_convert.storage.room import check_free, check_room
 
 AGAIN = "; delete it and run the same command again"  # what to do about a piece that does not serve
-FACTS = ("name", "error", "dead", "seconds", "zero_row", "inputs", "worst")  # of a finished job
 
 
 class Folder:
@@ -112,7 +111,7 @@ class Folder:
 
     def put(self, encoded: Encoded) -> None:
         """Store a finished job, completely or not at all."""
-        facts = {k: getattr(encoded, k) for k in FACTS}
+        facts = {"name": encoded.name, "zero_row": encoded.zero_row, **encoded.measured}
         write_tensors(self._piece(encoded.name), dict(encoded.tensors), {"rpq": json.dumps(facts)})
 
     def get(self, job: Job) -> Encoded | None:
