@@ -62,7 +62,7 @@ DISTRIBUTED = Format(
     "a distributed checkpoint in parts", "merge it with torch.distributed.checkpoint.format_utils, then convert that"
 )
 MLX = Format("a folder of MLX weights", "convert the safetensors checkpoint that it was made from")
-EMPTY = Format("an empty folder", "give one with a checkpoint's config.json and weights")
+EMPTY = Format("an empty folder: no weights, no config", "give one with a checkpoint's config.json and weights")
 
 _BY_HEAD: tuple[tuple[int, bytes, Format], ...] = (
     (0, LFS, POINTER),

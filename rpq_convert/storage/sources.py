@@ -178,7 +178,9 @@ def _check_folder(path: Path, options: SourceOptions, weights: bool) -> None:
     try:
         paths, index = weight_paths(path, allow_pickle=options.allow_pickle, named=named)
     except SourceError:
-        if "pytorch_model.bin" not in names and (found := formats.of_names(names, lambda n: _text(path / n))):
+        if any("/" not in n and n.endswith((".safetensors", ".index.json", ".bin")) for n in names):
+            raise  # they are there, and something is wrong with them
+        if found := formats.of_names(names, lambda n: _text(path / n)):
             raise SourceError(found.of(path)) from None
         if inner := sorted(p.parent.name for p in path.glob("*/config.json")):
             raise SourceError(f"{path} has no weights; did you mean {path / inner[-1]}?") from None

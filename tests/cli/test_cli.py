@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -182,7 +183,8 @@ def test_json_is_all_of_stdout_and_quiet_says_nothing(bert, tmp_path):
 
 @pytest.mark.parametrize("asked", [("--target-size", "100kB"), ("--bits", 4.5), ("--max-error", 0.02)])
 def test_sizes_to_a_budget(bert, tmp_path, asked):
-    plan = json.loads(rpq("plan", bert, *asked, "--sensitivity", "shape", "--json").stdout)
+    shapes_alone = () if asked[0] == "--max-error" else ("--sensitivity", "shape")  # it needs no sensitivities
+    plan = json.loads(rpq("plan", bert, *asked, *shapes_alone, "--json").stdout)
     sizes = {(j["spec"]["dim"], j["spec"]["stages"]) for j in plan["jobs"]}
     assert len(sizes) > 1 or sizes == {(2, 1)}  # one size for all has these errors
     rpq("convert", bert, "--out", tmp_path / "out", *asked, "-q")
@@ -457,7 +459,7 @@ def test_pickles_remote_code_and_quantized_checkpoints(copy, tmp_path):
 
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": {"AutoModel": "m.M"}}))
-    fails(4, "convert", copy, "--out", tmp_path / "remote", says="never run")
+    fails(4, "convert", copy, "--out", tmp_path / "remote", "--allow-pickle", says="never run")
     fails(4, "convert", tmp_path / "out", "--out", tmp_path / "twice", says="quantized already (rpq)")
     (copy / "config.json").write_text(
         json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}})
@@ -589,7 +591,8 @@ def test_no_fit_is_lost_while_files_are_hashed(bert, tmp_path, monkeypatch):
     [(0.01, "rpq_plan.json"), (0.5, "pieces"), (1.7, "partial/model.safetensors")],
     ids=["start", "fit", "assembly"],
 )
-def test_disk_full(bert, tmp_path, room, where):
+def test_a_disk_that_fills_meanwhile(bert, tmp_path, monkeypatch, room, where):
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=1 << 40))  # before it fills
     disk = tmp_path / "disk"
     disk.mkdir()
     rpq("convert", bert, "--out", tmp_path / "whole", "--bits", 8, "-q")
@@ -606,6 +609,22 @@ def test_disk_full(bert, tmp_path, room, where):
         assert fixed(disk / "out") == fixed(tmp_path / "whole")
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_a_disk_without_room_is_told_before_the_first_fit(bert, tmp_path, monkeypatch):
+    """Pieces and result both lie on it for a while; what an earlier run wrote is not counted again."""
+    convert = ("convert", bert, "--out", tmp_path / "out", "--bits", 8)
+    needed = 2 * json.loads(rpq(*convert, "--dry-run", "--json").stdout)["predicted_bytes"]
+    for free in (0, needed // 2):
+        monkeypatch.setattr("shutil.disk_usage", lambda place, free=free: SimpleNamespace(free=free))
+        fails(
+            4,
+            *convert,
+            says=("disk full", "needs 0.", f"and {free / 1e6:.3f} MB are free there", "choose another folder"),
+        )
+        assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=needed))
+    rpq(*convert, "-q")
 
 
 def test_a_worker_that_dies_is_told_and_the_run_goes_on(bert, tmp_path):
