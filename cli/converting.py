@@ -74,7 +74,7 @@ class Conversion:
         checks.source(
             self.src,
             self.source,
-            weights=not self.dry_run or bool(self.options.budgets),
+            weights=not self.dry_run or self.options.measures,
             pushes=how.push_to is not None,
         )
         if self.calibrate is not None:

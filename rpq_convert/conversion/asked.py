@@ -29,6 +29,7 @@ def check_asked(
         PlanError: which settings.
     """
     check_executor(executor, workers)
+    options.check_used()
     if calibrated and options.fit == "random":
         raise PlanError(
             "calibration serves a fit, and fit='random' draws codebooks without looking at weights; leave one out"

@@ -78,6 +78,7 @@ def plan_opened(opened: Opened, options: PlanOptions, *, data: Calibration | Non
     Raises:
         PlanError: what was asked cannot be planned, or another tool has quantized the model.
     """
+    options.check_used()
     if opened.model is not None:
         refuse_model(opened.model)
     if needs_sensitivities(options) and opened.model is not None:

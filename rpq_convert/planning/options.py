@@ -110,8 +110,6 @@ class PlanOptions:
             raise PlanError(f"axis must be 'out' or 'in', not {self.axis!r}")
         if isinstance(self.sensitivity, str) and self.sensitivity != "shape":
             raise PlanError(f"sensitivity must be 'shape' or a mapping from names to numbers, not {self.sensitivity!r}")
-        if self.sensitivity is not None and not self.budgets.keys() - {"max_error"}:
-            raise PlanError("sensitivity serves a target_size or an average of bits; give one of them")
         if self.max_error is not None and self.fit == "random":
             raise PlanError(
                 "max_error is of a fit, and fit='random' draws codebooks without looking at weights; leave one out"
@@ -123,6 +121,25 @@ class PlanOptions:
         mixed = self.bits if self.bits is not None and mixes(self.bits) else None
         asked = {"target_size": self.target_size, "max_error": self.max_error, "bits": mixed}
         return {name: value for name, value in asked.items() if value is not None}
+
+    @property
+    def chooses(self) -> bool:
+        """Whether sizes are chosen by what the model is sensitive to."""
+        return bool(self.budgets.keys() - {"max_error"})
+
+    @property
+    def measures(self) -> bool:
+        """Whether the model is run to measure what it is sensitive to."""
+        return self.chooses and self.sensitivity is None and self.fit != "random"
+
+    def check_used(self) -> None:
+        """Refuse what serves a curve, and does nothing for a single plan.
+
+        Raises:
+            PlanError: sensitivities without sizes to choose.
+        """
+        if self.sensitivity is not None and not self.chooses:
+            raise PlanError("sensitivity serves a target_size or an average of bits; give one of them")
 
     def _check_sizes(self) -> None:
         given = [n for n in DECIDING if getattr(self, n) is not None]

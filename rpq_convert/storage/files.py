@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from rpq_convert.errors import SourceError
 from rpq_convert.schemas import kinds
 from rpq_convert.schemas.checking import read_json
+from rpq_convert.storage import formats
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -188,6 +189,8 @@ def weight_files(
         raise SourceError(
             f"{where} holds an adapter ({adapters[0]}), not a model: merge it into its base and save that"
         )
+    if found := formats.of_names(names, lambda name: None):
+        raise SourceError(found.of(where))
     others = [n for n in names if n.endswith(WEIGHTS)]
     which = f"; {others[0]} is of a kind that is not read: save it as safetensors" if others else ""
     raise SourceError(f"{where} has no weights: no {WHOLE}, index or {PICKLE}{which}")

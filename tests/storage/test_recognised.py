@@ -87,7 +87,7 @@ FOLDERS = {  # name -> (its files, what is said)
     "parts": ({".metadata": "x", "__0_0.distcp": "x"}, "is a distributed checkpoint in parts; merge it"),
     "words": ({"tokenizer.json": "{}", "tokenizer_config.json": "{}"}, "is a folder of a tokenizer alone; give the folder that has"),
     "data": ({"a.txt": "words", "sub/b.jsonl": "{}"}, "is a folder of data, no model; give it to --calibrate"),
-    "empty": ({}, "is an empty folder; give one with a checkpoint's config.json and weights"),
+    "empty": ({}, "is an empty folder: no weights, no config; give one with"),
     "pointers": ({"config.json": "{}", "model.safetensors": POINTER.decode()}, "model.safetensors is a Git LFS pointer"),
     "small.partial": ({"rpq_source.json": "[]", "rpq_plan.json": "{}"}, "is an unfinished conversion; repeat the command"),
     "gptq": ({"config.json": '{"quantization_config": {"quant_method": "gptq"}}', "model.safetensors": "x"}, "quantized already (gptq)"),
