@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from rpq_convert.errors import CalibrationError, SourceError
+from rpq_convert.errors import CalibrationError, HubError, SourceError
 from rpq_convert.inputs.files import read_text, words_of
 from rpq_convert.inputs.found import find_data, is_path
 from rpq_convert.inputs.hub_data import hub_items, parts_of
@@ -231,8 +231,16 @@ def test_a_data_set_is_read_by_datasets(place, monkeypatch):
     (place / "set" / "test.jsonl").write_text(json.dumps({"text": "kept aside"}))
     assert hub_items("./set") == ([f"row {i}" for i in range(5)], "text")
     assert hub_items("./set:test") == (["kept aside"], "text")
-    with pytest.raises(SourceError, match=r"hub:\./nothing could not be read: "):
-        hub_items("./nothing")
+    (place / "set" / "train.jsonl").write_text("no rows")
+    with pytest.raises(SourceError, match=r"hub:\./set could not be read: "):
+        hub_items("./set")
+
+
+def test_a_hub_that_is_not_reached_is_told_at_once(monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match="user/set needs the hub, but HF_HUB_OFFLINE forbids it"):
+        hub_items("user/set")
 
 
 PAIRS = [("a b", "c", 0.5), ("d", "e, f", 1.0)]
