@@ -11,7 +11,9 @@ import sys
 
 import pytest
 import torch
+import typer
 from paths import SUPPORT
+from rpq_convert.cli import group
 from safetensors.torch import save_file
 
 import rpq_convert as rpq
@@ -168,6 +170,13 @@ REFUSED = [  # arguments, exit code, what is said
     ((*CONVERT, "--device", "cuda"), 2, "fits run on the CPU in this version"),
     (("plan", MODEL, "--sweep", "--bits", "4"), 2, "the curve shows every size; leave out bits"),
     (("plan", MODEL, "--sweep", "--explain", "0.weight"), 2, "--explain: it would do nothing"),
+    (("plan", MODEL, "--dim", "4", "--preset", "4bit"), 3, "give one of preset, dim"),
+    (("plan", MODEL, "--codebooks", "heads", "--max-error", "0.1"), 3, "give one of max_error, codebooks"),
+    (("plan", MODEL, "--bits", "4", "--sensitivity", "shape"), 3, "sensitivity serves a target_size"),
+    (("plan", MODEL, "--state-dict", "ema"), 4, "state_dict chooses among those of a pickled file"),
+    (("plan", MODEL, "--token", "x"), 2, "--token: it would do nothing"),
+    ((*CONVERT, "--revision", "x"), 4, "has no revision 'x'"),
+    ((*TUNE, "--data", "text.txt", "--text-field", "words"), 4, "is no table, so it has no column 'words'"),
     (("audit", SMALL, "--token", "x"), 2, "--token: it would do nothing"),
     (("audit", SMALL, "--revision", "x"), 4, "has no revision 'x'"),
     (("audit", SMALL, "--json", "--format", "csv"), 2, "--json and --format csv contradict each other"),
@@ -215,3 +224,29 @@ def test_what_cannot_end_well_is_refused_at_once(arguments, code, says, outcomes
 def test_what_needs_no_weights_is_answered_at_once(arguments, says, outcomes):
     found, stdout, stderr, bug, slow = outcomes[arguments]
     assert (found, bug, slow) == (0, "", []) and says in stdout, (found, stdout[-500:], stderr, bug, slow)
+
+
+# Options that act whatever else is given. Any other must be refused, in REFUSED above, where it would do nothing.
+ALWAYS = {
+    "--axis", "--fit", "--seed", "--rotation", "--outliers", "--grow", "--dtype", "--include", "--exclude", "--rule", "--max-shard-size",
+    "--factory", "--out", "--calibrate", "--executor", "--dry-run", "--push-to", "--overwrite", "--json", "--quiet", "--sweep-out",
+    "--allow-pickle", "--local-files-only",  # what they permit or forbid is so whether it comes to that or not
+    "--output", "--inputs", "--windows", "--layers", "--save", "--data", "--loss", "--recompute", "--recode", "--blocks", "--bfloat16", "--quick",
+}  # fmt: skip
+ALWAYS_IN = {("push", "--public"), ("push", "--revision"), ("push", "--token"), ("tune", "--samples"), ("recalibrate", "--samples"),
+             ("recalibrate", "--workers"), ("recalibrate", "--text"), ("tune", "--text")}  # fmt: skip
+
+
+def test_every_option_acts_or_is_refused():
+    refused = {(a[0], part) for a, *_ in REFUSED for part in a if part.startswith("--")}
+    commands = typer.main.get_command(group).commands
+    options = {
+        (name, o)
+        for name, c in commands.items()
+        for p in c.params
+        for o in p.opts
+        if o.startswith("--") and o != "--help"
+    }
+    assert len(options) > 80
+    unknown = sorted(f"{name} {o}" for name, o in options - refused - ALWAYS_IN if o not in ALWAYS)
+    assert not unknown, f"say when these options act: {', '.join(unknown)}"
