@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -82,7 +83,7 @@ def near(path: str | Path, fits: Callable[[Path], bool] = lambda _: True) -> str
     """
     path = Path(path)
     there = next((p for p in path.parents if p.is_dir()), None)
-    if there is None:
+    if there is None or not os.access(there, os.R_OK | os.X_OK):
         return ""
     missing, *rest = path.relative_to(there).parts
     names = {p.name.lower(): p.name for p in there.iterdir() if not p.name.startswith(".")}

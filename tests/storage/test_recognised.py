@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import tarfile
 import zipfile
 
@@ -42,9 +43,9 @@ def tarred():
     return data.getvalue()
 
 
-def saved(what):
+def saved(what, **how):
     data = io.BytesIO()
-    torch.save(what, data)
+    torch.save(what, data, **how)
     return data.getvalue()
 
 
@@ -61,6 +62,11 @@ FILES = {  # name -> (contents, what is said)
     "pytorch_model.bin": (POINTER, "is a Git LFS pointer"),
     "net.pt": (lambda: saved(Net()), "is a whole pickled model (Net), which only its own code can open; load it in Python"),
     "bundle.pth": (lambda: saved({"epoch": 3, "model": nn.Sequential(Net())}), "is a whole pickled model (Sequential)"),
+    "old.pt": (lambda: saved(Net(), _use_new_zipfile_serialization=False), "is a whole pickled model (Net)"),
+    "dumped.pkl": (lambda: pickle.dumps(nn.Sequential()), "is a whole pickled model (Sequential)"),
+    "old-state.pth": (lambda: saved(Net().state_dict(), _use_new_zipfile_serialization=False), "a pickled one needs --allow-pickle"),
+    "script.pt": (zipped("m/data.pkl", "m/constants.pkl", "m/code/__torch__.py"), "is a TorchScript archive, which is code; save the weights"),
+    "program.pt2": (zipped("p/archive_format", "p/models/model.json"), "is an exported program of torch.export; save the weights"),
     "arrays.npz": (zipped("a.npy", "b.npy"), "is a file of numpy arrays"),
     "array.npy": (b"\x93NUMPY\x01\x00", "is a file of numpy arrays"),
     "model.zip": (zipped("model/config.json"), "is an archive; unpack it"),
