@@ -89,11 +89,12 @@ class Conversion:
     def _check_data(self, where: str) -> None:
         if where == "self":
             checks.needs("--text-field", self.text_field, "a table as --calibrate", False)
-            return
-        found = checks.data(where, "--calibrate", field=self.text_field)
-        if self.source.factory is not None and found.kind != "tensors":
+            kind = "synthetic"
+        else:
+            kind = checks.data(where, "--calibrate", field=self.text_field).kind
+        if self.source.factory is not None and kind != "tensors":
             raise typer.BadParameter(
-                "a factory's model has no tokenizer; give a .safetensors file of its arguments, or 'self'",
+                "a factory's model has no tokenizer; give a .safetensors file of its arguments",
                 param_hint="--calibrate",
             )
 

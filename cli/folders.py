@@ -104,10 +104,10 @@ def eval(
 ) -> None:
     """Compare a converted model with its base: perplexity, divergence and agreement; cosines; a task's score; accuracy."""
     o.find_modules(factory)
-    checks.evaluated(text, pairs, inputs, field=text_field, window=window)
     checks.pair(base, folder, factory)
     if save:
         checks.report_to_write(folder)
+    checks.evaluated(text, pairs, inputs, field=text_field, window=window)
     from rpq_convert.folders import WithBase, evaluate_folder
 
     found = evaluate_folder(
