@@ -19,6 +19,8 @@ import typer
 from rpq_convert import errors
 from rpq_convert.showing import one_line
 
+from .wording import as_flags
+
 CODES: dict[type[BaseException], int] = {
     errors.PlanError: 3,
     errors.CalibrationError: 4,
@@ -45,7 +47,7 @@ def sentence(error: BaseException) -> str:
         return f"interrupted; {RESUMABLE}"
     if isinstance(error, BrokenProcessPool):
         return f"error: a worker process died, perhaps for want of memory; {RESUMABLE}"
-    text = one_line(str(error)) or type(error).__name__
+    text = as_flags(one_line(str(error))) or type(error).__name__
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in text:
         return f"error: disk full: {text}; free some space and {RESUMABLE}"
     return f"error: {text}"

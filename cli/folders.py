@@ -130,12 +130,10 @@ def tune(
     json: o.Json = False,
 ) -> None:
     """Train a converted model's codebooks, scales, norms and biases against its base; with --recode also codes."""
-    import torch
-
     o.find_modules(factory)
     from rpq_convert.folders import WithBase, tune_folder
 
-    options = replace(options, autocast=torch.bfloat16 if bfloat16 else None)
+    options = replace(options, autocast="bfloat16" if bfloat16 else None)
     found = tune_folder(
         WithBase(base, folder, factory), out, data, options, window=window, samples=samples, field=text_field, blocks=blocks, overwrite=overwrite,
         say=None if quiet else say,

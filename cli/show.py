@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from rpq_convert.showing import printable
 
+from .wording import as_flags
+
 if TYPE_CHECKING:
     from rpq_convert.planning.plan import Plan
     from rpq_convert.report.schema import Report
@@ -21,7 +23,7 @@ def say(text: str) -> None:
 
 def warn(warnings: tuple[str, ...]) -> None:
     for warning in warnings:
-        say(f"warning: {warning}")
+        say(f"warning: {as_flags(warning)}")
 
 
 def show_report(report: "Report", *, json: bool) -> None:

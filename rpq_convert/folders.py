@@ -94,7 +94,7 @@ def evaluate_folder(
     folder = Path(which.folder)
     if keep:  # said before hours of measuring, not after
         if not (folder / REPORT).is_file():
-            raise SourceError(f"{folder} has no {REPORT} to write into; leave out --save")
+            raise SourceError(f"{folder} has no {REPORT} to write into; leave out keep=True")
         read_manifest(folder)
     dense, converted = which.load()
     if text is not None and converted.can_generate():
@@ -192,5 +192,5 @@ def recalibrate_folder(
 def _free(out: str | Path, overwrite: bool) -> Path:
     place = Path(out)
     if place.exists() and not overwrite:
-        raise FolderError(f"{place} already exists; choose another folder or pass --overwrite")
+        raise FolderError(f"{place} already exists; choose another folder or pass overwrite=True")
     return place

@@ -15,12 +15,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rpq_convert.core.keywords import keywords
+from rpq_convert.core.options import take
 from rpq_convert.encoding.encode import build, encode
 from rpq_convert.errors import NothingToRun, PlanError
 from rpq_convert.inputs.items import Calibration, prepare
@@ -28,7 +30,7 @@ from rpq_convert.inputs.synthetic import SEQUENCES, probe_inputs
 from rpq_convert.layers import surgery
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning import planner
-from rpq_convert.planning.options import PlanOptions
+from rpq_convert.planning.options import PlanKeywords, PlanOptions
 from rpq_convert.planning.plan import Job
 from rpq_convert.planning.slots import walk
 from rpq_convert.running.call import call, first_tensor, without_padding
@@ -43,8 +45,9 @@ LEAST = 0.01  # of the average weight's, at least: a weight that no input reache
 CALIBRATED = 0.5
 
 
+@keywords(PlanOptions)
 def sensitivities(
-    model: nn.Module, data: Calibration | None = None, *, seed: int = 0, **options: Any
+    model: nn.Module, data: Calibration | None = None, **options: Unpack[PlanKeywords]
 ) -> dict[str, float]:
     """Measure the loss per unit of relative squared error of every parameter that can be converted.
 
@@ -52,8 +55,7 @@ def sensitivities(
         model: dense, in memory; it is the same afterwards.
         data: inputs such as the model will see, as for `rpq.convert(calibration=)`; a few suffice.
             By default synthetic inputs: a language model writes its own text, others get random tokens or smooth noise.
-        seed: decides the drawn numbers.
-        options: those of `rpq.plan` that say what is converted: rules, include, exclude, …
+        options: those of `rpq.plan` that say what is converted (rules, include, exclude, …), and `seed`.
 
     Returns:
         Parameter name -> nats per prediction (outputs with logits) or relative squared output error, per unit of relative
@@ -65,12 +67,13 @@ def sensitivities(
     Example:
         >>> rpq.convert(model, target_size="50MB", sensitivity=rpq.sensitivities(model, batches))
     """
-    generator = torch.Generator().manual_seed(seed)
+    (asked,) = take({**options, "dim": PROBE[0], "stages": PROBE[1]}, PlanOptions)
+    generator = torch.Generator().manual_seed(asked.seed)
     with quiet(model) as restore:
         items = probe_inputs(model, generator) if data is None else prepare(data, model, "data")
         if not items:
             raise NothingToRun(f"there is nothing to run {type(model).__name__} on: give data, or sensitivity='shape'")
-        plan = planner.make_plan(walk(model), PlanOptions(dim=PROBE[0], stages=PROBE[1], seed=seed, **options))
+        plan = planner.make_plan(walk(model), asked)
         probes = {j.name: probe for j in plan.jobs if not j.is_random if (probe := _probe(model, j)) is not None}
         sums = dict.fromkeys(probes, 0.0)
         with _collecting(model, probes, sums):

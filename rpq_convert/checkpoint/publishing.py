@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rpq_convert.checkpoint.verifying import verify
+from rpq_convert.core.keywords import keywords
 from rpq_convert.errors import HubError
 from rpq_convert.hf.hub import asking, client
 from rpq_convert.storage.writer import CARD, MANIFEST, read_manifest
@@ -21,6 +22,7 @@ from rpq_convert.storage.writer import CARD, MANIFEST, read_manifest
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 
 
+@keywords()
 def push(
     folder: str | Path,
     repo: str,
@@ -62,7 +64,7 @@ def push(
             api.create_branch(name, branch=revision)
             held = set(api.list_repo_files(name, revision=revision))
         elif any(f.endswith(WEIGHTS) for f in held) and MANIFEST not in held:
-            raise HubError(f"{name} holds the weights of another model; push to a repository or --revision of its own")
+            raise HubError(f"{name} holds the weights of another model; push to a repository or a revision of its own")
         contents = _contents(place, names, name)
         stale = sorted(f for f in held if f.endswith(WEIGHTS) and "/" not in f and f not in contents)
         api.create_commit(
@@ -94,7 +96,7 @@ def _check_visibility(is_private: bool, private: bool, name: str) -> None:
     if is_private == private:
         return
     has, want, do = (
-        ("private", "public", "leave --public out") if is_private else ("public", "private", "pass --public")
+        ("private", "public", "pass private=True") if is_private else ("public", "private", "pass private=False")
     )
     raise HubError(
         f"{name} exists and is {has}, not {want}: {do}, change its settings on the hub, or choose another name"

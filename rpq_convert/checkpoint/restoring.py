@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rpq_convert.checkpoint.loading import read_config
 from rpq_convert.core import description
+from rpq_convert.core.keywords import keywords
 from rpq_convert.core.spec import dtype_name
 from rpq_convert.errors import SourceError
 from rpq_convert.hf.composite import without_description
@@ -22,6 +23,7 @@ from rpq_convert.storage.folder import open_folder
 from rpq_convert.storage.writer import CONFIG, Folder
 
 
+@keywords()
 def restore_checkpoint(
     path: str | Path, out: str | Path, *, overwrite: bool = False, max_shard_size: str | int = "5GB"
 ) -> Plan:

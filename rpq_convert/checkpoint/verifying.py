@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 from rpq_convert.checkpoint.loading import read_config
 from rpq_convert.core import description
+from rpq_convert.core.keywords import keywords
 from rpq_convert.core.options import take
 from rpq_convert.errors import SourceError, VerifyError
 from rpq_convert.hf import hub
 from rpq_convert.report.schema import FileRow, Report, read_report
 from rpq_convert.storage.files import files_in, is_inside, refuse_links
 from rpq_convert.storage.folder import open_folder
-from rpq_convert.storage.options import HubOptions
+from rpq_convert.storage.options import HubKeywords, HubOptions
 from rpq_convert.storage.writer import CONFIG, MANIFEST, REPORT, is_finite, read_manifest, sha256
 
 
+@keywords()
 def verify(
     path: str | Path, progress: Callable[[str], None] | None = None, *, edited: Collection[str] = ()
 ) -> list[str]:
@@ -68,7 +70,8 @@ def verify(
     return sorted(files)
 
 
-def audit(path: str | Path, **source: Any) -> Report:
+@keywords(HubOptions)
+def audit(path: str | Path, **source: Unpack[HubKeywords]) -> Report:
     """Return the report of an RPQ folder, with the sizes that its files have; of a repository, no weight is fetched.
 
     Args:

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rpq_convert.core.options import one_of
+
 NAMES = ("serial", "threads", "processes")
 
 
@@ -33,8 +35,7 @@ def run(fn: Callable[[Any], Any], items: Iterable[Any], *, executor: str = "seri
             be importable and picklable).
         workers: how many run at once.
     """
-    if executor not in NAMES:
-        raise ValueError(f"executor must be one of {', '.join(NAMES)}, not {executor!r}")
+    one_of("executor", executor, NAMES, ValueError)
     if executor == "serial" or workers <= 1:
         yield from map(fn, items)
     elif executor == "threads":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from rpq_convert.checkpoint.described import report_of
 from rpq_convert.checkpoint.opening import Opened
 from rpq_convert.conversion.jobs import run_jobs
 from rpq_convert.conversion.plans import plan_opened
+from rpq_convert.core.keywords import keywords
 from rpq_convert.core.options import take
 from rpq_convert.core.results import Encoded
 from rpq_convert.encoding.encode import build
@@ -25,7 +26,8 @@ from rpq_convert.layers.encoders import padded
 from rpq_convert.layers.rollback import unchanged_on_failure
 from rpq_convert.layers.surgery import AFTER, Places
 from rpq_convert.layers.weight import RPQWeight
-from rpq_convert.planning.options import PlanOptions
+from rpq_convert.planning.layer_types import original_class
+from rpq_convert.planning.options import PlanKeywords, PlanOptions
 from rpq_convert.planning.plan import Job, Plan
 from rpq_convert.planning.quantized import refuse_model
 from rpq_convert.report.schema import Report
@@ -37,6 +39,7 @@ from rpq_convert.running.wrappers import unwrapped
 Progress = Callable[[Job, Encoded | None], None]
 
 
+@keywords(PlanOptions)
 def convert(
     model: nn.Module,
     *,
@@ -46,7 +49,7 @@ def convert(
     plan: Plan | None = None,
     calibration: Calibration | None = None,
     tokenizer: Any = None,
-    **options: Any,
+    **options: Unpack[PlanKeywords],
 ) -> Report:
     """Convert a model in place.
 
@@ -71,6 +74,8 @@ def convert(
         >>> report = rpq.convert(model, bits=4); print(report)
     """
     (asked,) = take(options, PlanOptions)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{model!r} is no module; convert_checkpoint(src, out) converts a folder, a file or a hub id")
     model = unwrapped(model)
     how: dict[str, Any] = {"executor": executor, "workers": workers}
     optimizers = optimizers_of(model)
@@ -79,6 +84,11 @@ def convert(
     with unchanged_on_failure(model), torch.inference_mode(False):  # whose tensors would never train
         data = None if calibration is None else prepare(calibration, model, "calibration", tokenizer=tokenizer)
         plan = plan or plan_opened(Opened(model, None), asked, data=data)
+        if not plan.jobs and (coded := len(surgery.layers_of(model))):
+            raise PlanError(
+                f"{original_class(model).__name__} is converted already: {coded} weights are codes; start from the dense model, or "
+                "make it dense with rpq.restore(model)"
+            )
         plan = replace(plan, warnings=(*plan.warnings, *_stale(model, plan, optimizers)))
         return _convert(model, plan, data, progress, how)
 

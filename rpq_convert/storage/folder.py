@@ -31,7 +31,7 @@ def open_folder(
         if folder.suffix == ".safetensors":
             return SafetensorsSource([read_header(folder)])
         if not allow_pickle:
-            raise SourceError(f"{folder} is not a safetensors file; a pickled one needs --allow-pickle")
+            raise SourceError(f"{folder} is not a safetensors file; a pickled one needs allow_pickle=True")
         return PickleSource([folder], key)
     if not folder.is_dir():
         raise SourceError(f"{folder} does not exist")
@@ -42,7 +42,7 @@ def open_folder(
     paths = [_inside(folder, n) for n in (chosen if index is None else sorted(set(index.values())))]
     if pickled := [p for p in paths if p.suffix != ".safetensors"]:
         if not allow_pickle:
-            raise SourceError(f"{pickled[0]} is not a safetensors file; a pickled one needs --allow-pickle")
+            raise SourceError(f"{pickled[0]} is not a safetensors file; a pickled one needs allow_pickle=True")
         if len(pickled) < len(paths):
             raise SourceError(f"{folder}: its index names pickled files and others, such as {pickled[0].name}")
         return PickleSource(paths, key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from rpq_convert.core.options import setting
 
@@ -41,3 +41,19 @@ class SourceOptions(HubOptions):
         panel=PANEL,
     )
     allow_pickle: bool = setting(False, "Read pickled weights, tensors only, where there are no others.", panel=PANEL)
+
+
+class HubKeywords(TypedDict, total=False):
+    """What callers may give for the fields of `HubOptions`, for type checkers."""
+
+    revision: str | None
+    token: str | bool | None
+    local_files_only: bool
+
+
+class SourceKeywords(HubKeywords, total=False):
+    """What callers may give for the fields of `SourceOptions`, for type checkers."""
+
+    factory: str | Callable[[], Any] | None
+    state_dict: str | None
+    allow_pickle: bool

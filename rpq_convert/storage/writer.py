@@ -66,7 +66,7 @@ class Folder:
                 )
         self.work = self.out.with_name(self.out.name + ".partial")
         if self.out.exists() and not overwrite:
-            raise FolderError(f"{self.out} already exists; choose another folder or pass --overwrite")
+            raise FolderError(f"{self.out} already exists; choose another folder or pass overwrite=True")
         stored = self.work / PLAN
         self.origin = self.work / ORIGIN
         early = {f"{ORIGIN}.partial", f"{PLAN}.partial", ORIGIN}
@@ -76,7 +76,7 @@ class Folder:
             if not (same and fresh) and not overwrite:
                 self._check_records(stored)
                 what = "of a source that has changed since" if same else "with other settings; repeat them to go on"
-                raise FolderError(f"{self.work} holds an unfinished run {what}; delete it, or pass --overwrite")
+                raise FolderError(f"{self.work} holds an unfinished run {what}; delete it, or pass overwrite=True")
             if not (same and fresh):
                 shutil.rmtree(self.work)
         self.pieces = self.work / "pieces"
@@ -87,7 +87,7 @@ class Folder:
 
     def _check_records(self, stored: Path) -> None:
         """Refuse an unfinished run whose records are damaged, before it is said to be of another plan or source."""
-        hint = "; delete the folder, or pass --overwrite"
+        hint = "; delete the folder, or pass overwrite=True"
         if stored.is_file():
             read_json(stored, kinds.PLAN, FolderError, hint)
         if self.origin.is_file() and self.origin.stat().st_size:  # empty: a model in memory

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
+from rpq_convert.core.keywords import keywords
 from rpq_convert.core.options import take
 from rpq_convert.errors import TuneError
 from rpq_convert.inputs.items import prepare
 from rpq_convert.layers import surgery
 from rpq_convert.running.blocks import Arrival, arrivals, chains, runs_of
 from rpq_convert.running.modes import quiet
-from rpq_convert.tuning.options import TuneOptions
+from rpq_convert.tuning.options import BlockKeywords, TuneOptions
 from rpq_convert.tuning.tune import Tuning, tune_with
 
 
+@keywords(TuneOptions, without=("loss",))
 def tune_blocks(
-    model: nn.Module, base: nn.Module, data: Iterable[Any], *, steps: int = 50, seed: int = 0, **options: Any
+    model: nn.Module,
+    base: nn.Module,
+    data: Iterable[Any],
+    *,
+    steps: int = 50,
+    seed: int = 0,
+    **options: Unpack[BlockKeywords],
 ) -> dict[str, Tuning]:
     """Tune block after block, each to give what the dense one gives: from what the tuned blocks before it give.
 
