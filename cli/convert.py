@@ -2,6 +2,7 @@
 
 import json as jsonlib
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,9 +15,10 @@ from rpq_convert.showing import printable
 from rpq_convert.storage.options import SourceOptions
 
 from . import options as o
-from .app import examples, group, main
+from .app import HELP, Version, examples, group, main
 from .errors import catching
-from .show import progress, say, show_report, warn
+from .show import chosen, fitting, progress, show_report
+from .talk import detail, phase, say, warn
 
 if TYPE_CHECKING:
     from rpq_convert.checkpoint.opening import Opened
@@ -28,7 +30,7 @@ CONVERT_EPILOG = examples(
 )
 
 
-@main.command(epilog=CONVERT_EPILOG)
+@main.command(epilog=CONVERT_EPILOG, context_settings=HELP)
 @group.command(epilog=CONVERT_EPILOG)
 @catching
 @o.with_options
@@ -48,7 +50,7 @@ def convert(
     public: o.Public = False,
     overwrite: o.Overwrite = False,
     json: o.Json = False,
-    quiet: o.Quiet = False,
+    version: Version = False,
 ) -> None:
     """Convert a checkpoint into a folder of RPQ weights, tensor by tensor, whatever its size."""
     if device != "cpu":
@@ -66,18 +68,20 @@ def convert(
         from rpq_convert.checkpoint.publishing import check_login
 
         check_login(push_to, token=source.token)  # hours before the upload
-    opened = open_checkpoint(src, source, need="headers")
+    with phase("opened"):
+        opened = open_checkpoint(src, source, need="headers")
     if opened.model is None and not dry_run:
         raise SourceError(f"{src} has no config.json: give --factory package:callable, which builds its model")
     data = None if calibrate is None else _calibration(calibrate, opened, samples, text_field, options.seed)
     if needs_sensitivities(options) and (not dry_run or Path(src).exists()):
-        if not quiet:
-            say("measuring what the model is sensitive to")
+        say("measuring what the model is sensitive to")
         opened = opened.fetched()
         if callable(data) and opened.model is not None:
             data = data(opened.filled())  # written once, for the measurement and the fit
-    plan = plan_opened(opened, options, data=data)
+    with phase("planned"), progress() as tell:
+        plan = plan_opened(opened, options, data=data, progress=partial(tell, "sensitivities"))
     warn(plan.warnings)
+    detail(chosen(plan))
     if dry_run:
         return show_report(make_report(plan, {}, title=o.name_of(src)), json=json)
     before = opened.slots()
@@ -85,13 +89,12 @@ def convert(
     if ready.slots() != before:  # the weights say more than their headers: tied names with values of their own
         plan = plan_opened(ready, options, data=data)
         warn(plan.warnings)
-    with progress(plan, quiet=quiet) as callback:
+    with phase("converted"), fitting({j.name: prod(j.shape) for j in plan.jobs}) as callback:
         how: dict[str, Any] = {"executor": executor, "workers": workers, "progress": callback}
         report = convert_opened(ready, folder, plan, data, overwrite=overwrite, **how)
     warn(tuple(w for w in report.warnings if w not in plan.warnings))
     show_report(report, json=json)
-    if not quiet:
-        say(f"wrote {folder}")
+    say(f"wrote {folder}")
     if push_to:
         _push(folder, push_to, public=public, token=source.token)
 
@@ -114,7 +117,9 @@ def _calibration(where: str, opened: "Opened", samples: int | None, field: str |
 def _push(folder: Path, repo: str, *, public: bool, token: str | bool | None, revision: str | None = None) -> None:
     from rpq_convert.checkpoint.publishing import push
 
-    say(f"pushed to {push(folder, repo, private=not public, token=token, revision=revision)}")
+    with phase("uploaded"), progress() as tell:
+        where = push(folder, repo, private=not public, token=token, revision=revision, progress=tell)
+    say(f"pushed to {where}")
 
 
 @group.command(
@@ -166,8 +171,11 @@ def plan(
     from rpq_convert.checkpoint.metadata import make_report
     from rpq_convert.conversion.plans import open_target, plan_opened
 
-    made = plan_opened(open_target(src, source, measured=needs_sensitivities(options)), options)
+    with phase("planned"), progress() as tell:
+        opened = open_target(src, source, measured=needs_sensitivities(options))
+        made = plan_opened(opened, options, progress=partial(tell, "sensitivities"))
     warn(made.warnings)
+    detail(chosen(made))
     if explain is not None:
         text = printable(made.explain(explain), lines=True)
         print(jsonlib.dumps({"name": explain, "explanation": text}) if json else text)
@@ -183,7 +191,9 @@ def _sweep(src: str, file: Path | None, json: bool, options: PlanOptions, source
         raise typer.BadParameter(f"the curve shows every size; leave out {', '.join(sized)}", param_hint="--sweep")
     from rpq_convert.conversion.plans import open_target, sweep_opened
 
-    curve = sweep_opened(open_target(src, source, measured=True), options)
+    with phase("planned"), progress() as tell:
+        opened = open_target(src, source, measured=True)
+        curve = sweep_opened(opened, options, progress=partial(tell, "sensitivities"))
     warn(curve.warnings)
     if file is not None:
         file.write_text(curve.to_svg(o.name_of(src)), "utf8")

@@ -19,6 +19,7 @@ import typer
 from rpq_convert import errors
 from rpq_convert.showing import one_line
 
+from .talk import spoken
 from .wording import as_flags
 
 CODES: dict[type[BaseException], int] = {
@@ -55,6 +56,7 @@ def sentence(error: BaseException) -> str:
 
 def catching(command: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a command: known errors become one line on stderr and their exit code; RPQ_TRACEBACK=1 adds the traceback."""
+    command = spoken(command)
 
     @wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> Any:

@@ -13,13 +13,12 @@ import typer
 from typer import Argument, Option
 
 from rpq_convert.errors import PlanError
-from rpq_convert.planning.rules import parse_rule
+from rpq_convert.planning.rules import parse_rule, preset_names
 
 Source = Annotated[str, Argument(metavar="SRC", help="A hub id, a checkpoint folder, or a safetensors file.")]
 OutputFolder = Annotated[Path, Argument(metavar="FOLDER", help="A folder that rpq-convert wrote.")]
 Public = Annotated[bool, Option("--public", help="Make a pushed repository public; private by default.")]
 Json = Annotated[bool, Option("--json", help="Print JSON to stdout, and nothing else there.")]
-Quiet = Annotated[bool, Option("--quiet", "-q", help="No progress; warnings and errors only on stderr.")]
 Overwrite = Annotated[
     bool, Option("--overwrite", help="Replace an existing output folder once the new one is complete.")
 ]
@@ -111,10 +110,16 @@ def _parameter(kind: Any, f: Field[Any]) -> inspect.Parameter:
         min=told["least"],
         max=told["most"],
         rich_help_panel=told.get("panel"),
+        autocompletion=_presets if f.name == "preset" else None,
     )
     return inspect.Parameter(
         f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, option]
     )
+
+
+def _presets(incomplete: str) -> list[str]:
+    """Return the presets that a shell offers after a beginning."""
+    return [name for name in preset_names() if name.startswith(incomplete)]
 
 
 def _first(hint: Any) -> Any:

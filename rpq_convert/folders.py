@@ -16,12 +16,13 @@ from rpq_convert.core.results import Evaluation
 from rpq_convert.errors import EvaluateError, FolderError, SourceError
 from rpq_convert.evaluation.evaluate import evaluate
 from rpq_convert.evaluation.layers import layer_errors
-from rpq_convert.evaluation.pairs import Say, evaluate_pairs, progress_lines
+from rpq_convert.evaluation.pairs import evaluate_pairs
 from rpq_convert.evaluation.pooling import Pooled
 from rpq_convert.hf.model_card import base_in
 from rpq_convert.inputs.files import read_inputs, read_text, tokenizer_of
 from rpq_convert.inputs.synthetic import own_inputs
 from rpq_convert.report.schema import Report
+from rpq_convert.running.progress import Progress, counted
 from rpq_convert.storage.files import files_beside, refuse_links
 from rpq_convert.storage.options import SourceOptions
 from rpq_convert.storage.writer import REPORT, read_manifest
@@ -68,7 +69,7 @@ def evaluate_folder(
     field: str | None = None,
     layers: bool = False,
     keep: bool = False,
-    say: Say | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Evaluate a converted folder against its dense checkpoint.
 
@@ -82,6 +83,7 @@ def evaluate_folder(
         window, windows: tokens of one window, and at most so many windows, lines or samples.
         layers: measure the error that each converted layer adds as well.
         keep: write what was found into the folder's report and model card.
+        progress: told what is done now, how much is done, and how much it all is.
 
     Raises:
         SourceError: a folder cannot be read, or the base has no tokenizer.
@@ -102,14 +104,14 @@ def evaluate_folder(
         ids = words(read_text(text, field), return_tensors="pt", add_special_tokens=False).input_ids[0]
         ids = ids[: windows * window] if windows else ids
         found = evaluate(
-            dense, converted, ids, window=window, progress=progress_lines(say, "windows", len(ids) // window)
+            dense, converted, ids, window=window, progress=counted(progress, "windows", max(1, len(ids) // window))
         )
         batches: list[Any] = [{"input_ids": part[None]} for part in ids[: 4 * window].split(window)]
     elif pairs is not None:
-        found, batches = evaluate_pairs(dense, converted, which.base, pairs, window, windows, say)
+        found, batches = evaluate_pairs(dense, converted, which.base, pairs, window, windows, progress)
     else:
         batches = read_inputs(on[0], which.base, model=dense, window=window, samples=windows, labels=True, field=field)
-        told = progress_lines(say, "batches", len(batches))
+        told = counted(progress, "batches", len(batches))
         a, b = (dense, converted) if text is None else (Pooled(dense, which.base), Pooled(converted, which.base))
         found = evaluate(a, b, batches, progress=told)
     if layers:
@@ -130,7 +132,7 @@ def tune_folder(
     field: str | None = None,
     blocks: int = 0,
     overwrite: bool = False,
-    say: Say | None = None,
+    progress: Progress | None = None,
 ) -> Tuning:
     """Tune a converted folder against its dense checkpoint, into another folder.
 
@@ -140,6 +142,7 @@ def tune_folder(
         blocks: steps on each transformer block alone, before all are tuned together; the same options, except the loss.
         overwrite: replace `out`.
         options: how to tune. A killed run continues when it is repeated; blocks are then tuned again first.
+        progress: as for `evaluate_folder`.
 
     Raises:
         SourceError, FolderError: as `load` and `save`. CalibrationError: no data. TuneError: as `tune`.
@@ -147,11 +150,13 @@ def tune_folder(
     place = _free(out, overwrite)
     dense, model = which.load()
     items = read_inputs(data, which.base, model=dense, window=window, samples=samples, field=field)
-    told = None if say is None else lambda step, loss: say(f"step {step}: loss {loss:.4g}")
     if blocks:
-        for path, done in tune_blocks_with(replace(options, steps=blocks, loss="mse"), model, dense, items).items():
-            if say is not None:
-                say(f"{path}: {done}")
+        tune_blocks_with(replace(options, steps=blocks, loss="mse"), model, dense, items, progress=progress)
+
+    def told(step: int, loss: float) -> None:
+        if progress:
+            progress(f"step {step} of {options.steps}: loss {loss:.4g}", step, options.steps)
+
     file = place.with_name(place.name + ".tuning.safetensors")
     tuned = tune_with(options, model, dense, items, checkpoint=file, progress=told)
     model._rpq_options["tuning"] = {"steps": tuned.best, "before": tuned.before, "after": tuned.after}
@@ -187,6 +192,13 @@ def recalibrate_folder(
     )
     recalibrate(model, dense, items, **options)
     return save(model, place, overwrite=overwrite, files=files_beside(which.folder), base=base_in(Path(which.folder)))
+
+
+def coded_sizes(folder: str | Path) -> dict[str, int]:
+    """Return the number of parameters of every weight of a converted folder that is stored as codes; empty without a report."""
+    if not (Path(folder) / REPORT).is_file():
+        return {}
+    return {row.name: row.params for row in audit(folder).rows if row.decision == "rpq"}
 
 
 def _free(out: str | Path, overwrite: bool) -> Path:

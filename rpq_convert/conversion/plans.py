@@ -9,7 +9,7 @@ from typing import Any, Unpack
 
 from torch import nn
 
-from rpq_convert.calibration.sensitivity import measure_for, measured, needs_sensitivities
+from rpq_convert.calibration.sensitivity import Progress, measure_for, measured, needs_sensitivities
 from rpq_convert.checkpoint.opening import Opened, open_checkpoint
 from rpq_convert.core.keywords import keywords
 from rpq_convert.core.options import take
@@ -80,8 +80,13 @@ def open_target(target: Any, source: SourceOptions, *, measured: bool) -> Opened
     return open_checkpoint(target, source, need="weights" if measured and Path(target).exists() else "headers")
 
 
-def plan_opened(opened: Opened, options: PlanOptions, *, data: Calibration | None = None) -> Plan:
+def plan_opened(
+    opened: Opened, options: PlanOptions, *, data: Calibration | None = None, progress: Progress | None = None
+) -> Plan:
     """Plan a conversion; where sizes are chosen to a budget and the weights are at hand, the model is measured.
+
+    Args:
+        data, progress: as for `sensitivities`.
 
     Raises:
         PlanError: what was asked cannot be planned, or another tool has quantized the model.
@@ -89,16 +94,18 @@ def plan_opened(opened: Opened, options: PlanOptions, *, data: Calibration | Non
     if opened.model is not None:
         refuse_model(opened.model)
     if needs_sensitivities(options) and opened.model is not None:
-        options = measure_for(options, opened.filled, data)
+        options = measure_for(options, opened.filled, data, progress)
     rules = None if opened.model is None else head_rules(opened.model)
     made = budget.make_plan(opened.slots(), options, head_rules=rules, warnings=_notes(opened))
     return replace(made, dropped=opened.dropped())
 
 
-def sweep_opened(opened: Opened, options: PlanOptions, *, points: int = 24, sensitivity: Any = None) -> Curve:
+def sweep_opened(
+    opened: Opened, options: PlanOptions, *, points: int = 24, sensitivity: Any = None, progress: Progress | None = None
+) -> Curve:
     """Return the curve of size against expected quality, by measured sensitivities where `plan_opened` would measure them."""
     if sensitivity is None and opened.model is not None:
-        sensitivity = measured(options, opened.filled)
+        sensitivity = measured(options, opened.filled, progress=progress)
     return budget.sweep(opened.slots(), options, sensitivity, points=points, warnings=_notes(opened))
 
 

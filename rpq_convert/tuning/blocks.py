@@ -15,6 +15,7 @@ from rpq_convert.inputs.items import prepare
 from rpq_convert.layers import surgery
 from rpq_convert.running.blocks import Arrival, arrivals, chains, runs_of
 from rpq_convert.running.modes import quiet
+from rpq_convert.running.progress import Progress
 from rpq_convert.tuning.options import BlockKeywords, TuneOptions
 from rpq_convert.tuning.tune import Tuning, tune_with
 
@@ -51,7 +52,9 @@ def tune_blocks(
     return tune_blocks_with(asked, model, base, prepare(data, base, "data"))
 
 
-def tune_blocks_with(options: TuneOptions, model: nn.Module, base: nn.Module, data: Iterable[Any]) -> dict[str, Tuning]:
+def tune_blocks_with(
+    options: TuneOptions, model: nn.Module, base: nn.Module, data: Iterable[Any], *, progress: Progress | None = None
+) -> dict[str, Tuning]:
     """Tune block after block by options that were made before; all else is as for `tune_blocks`."""
     items = list(data)
     if len(items) < 2:
@@ -62,6 +65,13 @@ def tune_blocks_with(options: TuneOptions, model: nn.Module, base: nn.Module, da
             known = chains(model, items[0])
         if not known:
             raise TuneError(f"{type(model).__name__} has no chain of blocks; use tune alone")
+        coded = [path for chain in known for path in chain if surgery.layers_of(model.get_submodule(path))]
+
+        def told(step: int, loss: float) -> None:
+            if progress:
+                done, total = len(found) * options.steps + step, len(coded) * options.steps
+                progress(f"block {len(found) + 1} of {len(coded)}: loss {loss:.4g}", done, total)
+
         for chain in known:
             with torch.no_grad():
                 wanted = arrivals(base, chain, runs_of(base, items, its))
@@ -69,9 +79,11 @@ def tune_blocks_with(options: TuneOptions, model: nn.Module, base: nn.Module, da
             for path in chain:
                 block, dense = model.get_submodule(path), base.get_submodule(path)
                 _advance(wanted, path, dense, its)
-                if surgery.layers_of(block):
+                if path in coded:
                     numbers = [(torch.tensor(i),) for i in range(len(items))]
-                    found[path] = tune_with(options, _Block(block, path, samples), _Recorded(wanted), numbers)
+                    found[path] = tune_with(
+                        options, _Block(block, path, samples), _Recorded(wanted), numbers, progress=told
+                    )
                 _advance(samples, path, block, mine)
     return found
 
