@@ -131,8 +131,10 @@ def fitting(sizes: Mapping[str, int]) -> Iterator[Callable[[Any, Any], None]]:
                 pace.skip(done)
                 facts = "done before"
             else:
-                error = "" if encoded.error is None else f"error {encoded.error:.2g}, "
-                facts = f"{error}{encoded.seconds:.1f} s"
+                of, error = (
+                    ("weight", encoded.error) if encoded.output_error is None else ("output", encoded.output_error)
+                )
+                facts = ("" if error is None else f"{of} error {error:.2g}, ") + f"{encoded.seconds:.1f} s"
                 event("fit", job.name, seconds=encoded.seconds, error=encoded.error, bytes=sum(job.nbytes.values()))
             if sys.stderr.isatty():
                 tell(job.name[-40:], done, total)

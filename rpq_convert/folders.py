@@ -13,7 +13,7 @@ from rpq_convert.checkpoint.saving import save
 from rpq_convert.checkpoint.verifying import audit
 from rpq_convert.conversion.recalibration import recalibrate
 from rpq_convert.core.results import Evaluation
-from rpq_convert.errors import EvaluateError, FolderError, SourceError
+from rpq_convert.errors import EvaluateError, SourceError
 from rpq_convert.evaluation.evaluate import evaluate
 from rpq_convert.evaluation.layers import layer_errors
 from rpq_convert.evaluation.pairs import evaluate_pairs
@@ -22,10 +22,11 @@ from rpq_convert.hf.model_card import base_in
 from rpq_convert.inputs.files import read_inputs, read_text, tokenizer_of
 from rpq_convert.inputs.synthetic import own_inputs
 from rpq_convert.report.schema import Report
-from rpq_convert.running.progress import Progress, counted
+from rpq_convert.running.progress import Progress, Say, counted
 from rpq_convert.storage.files import files_beside, refuse_links
 from rpq_convert.storage.options import SourceOptions
-from rpq_convert.storage.writer import REPORT, read_manifest
+from rpq_convert.storage.records import REPORT, read_manifest
+from rpq_convert.storage.room import check_free
 from rpq_convert.tuning.blocks import tune_blocks_with
 from rpq_convert.tuning.options import TuneOptions
 from rpq_convert.tuning.tune import Tuning, tune_with
@@ -69,6 +70,7 @@ def evaluate_folder(
     field: str | None = None,
     layers: bool = False,
     keep: bool = False,
+    say: Say | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Evaluate a converted folder against its dense checkpoint.
@@ -101,7 +103,7 @@ def evaluate_folder(
     dense, converted = which.load()
     if text is not None and converted.can_generate():
         words = tokenizer_of(which.base)
-        ids = words(read_text(text, field), return_tensors="pt", add_special_tokens=False).input_ids[0]
+        ids = words(read_text(text, field, words, say), return_tensors="pt", add_special_tokens=False).input_ids[0]
         ids = ids[: windows * window] if windows else ids
         found = evaluate(
             dense, converted, ids, window=window, progress=counted(progress, "windows", max(1, len(ids) // window))
@@ -110,7 +112,9 @@ def evaluate_folder(
     elif pairs is not None:
         found, batches = evaluate_pairs(dense, converted, which.base, pairs, window, windows, progress)
     else:
-        batches = read_inputs(on[0], which.base, model=dense, window=window, samples=windows, labels=True, field=field)
+        batches = read_inputs(
+            on[0], which.base, model=dense, window=window, samples=windows, labels=True, field=field, told=say
+        )
         told = counted(progress, "batches", len(batches))
         a, b = (dense, converted) if text is None else (Pooled(dense, which.base), Pooled(converted, which.base))
         found = evaluate(a, b, batches, progress=told)
@@ -132,6 +136,7 @@ def tune_folder(
     field: str | None = None,
     blocks: int = 0,
     overwrite: bool = False,
+    say: Say | None = None,
     progress: Progress | None = None,
 ) -> Tuning:
     """Tune a converted folder against its dense checkpoint, into another folder.
@@ -147,9 +152,10 @@ def tune_folder(
     Raises:
         SourceError, FolderError: as `load` and `save`. CalibrationError: no data. TuneError: as `tune`.
     """
-    place = _free(out, overwrite)
+    place = Path(out)
+    check_free(place, overwrite=overwrite)
     dense, model = which.load()
-    items = read_inputs(data, which.base, model=dense, window=window, samples=samples, field=field)
+    items = read_inputs(data, which.base, model=dense, window=window, samples=samples, field=field, told=say)
     if blocks:
         tune_blocks_with(replace(options, steps=blocks, loss="mse"), model, dense, items, progress=progress)
 
@@ -173,6 +179,7 @@ def recalibrate_folder(
     samples: int | None = None,
     field: str | None = None,
     overwrite: bool = False,
+    say: Say | None = None,
     **options: Any,
 ) -> Report:
     """Fit a converted folder to inputs, starting from its codebooks, into another folder.
@@ -182,13 +189,14 @@ def recalibrate_folder(
         data, window, samples, field: as for `read_inputs`; None for synthetic inputs (`own_inputs`).
         options: those of `recalibrate`.
     """
-    place = _free(out, overwrite)
+    place = Path(out)
+    check_free(place, overwrite=overwrite)
     dense, model = which.load()
     some: dict[str, Any] = {} if samples is None else {"samples": samples}
     items = (
         own_inputs(dense, **some)
         if data is None
-        else read_inputs(data, which.base, model=dense, window=window, field=field, **some)
+        else read_inputs(data, which.base, model=dense, window=window, field=field, told=say, **some)
     )
     recalibrate(model, dense, items, **options)
     return save(model, place, overwrite=overwrite, files=files_beside(which.folder), base=base_in(Path(which.folder)))
@@ -199,10 +207,3 @@ def coded_sizes(folder: str | Path) -> dict[str, int]:
     if not (Path(folder) / REPORT).is_file():
         return {}
     return {row.name: row.params for row in audit(folder).rows if row.decision == "rpq"}
-
-
-def _free(out: str | Path, overwrite: bool) -> Path:
-    place = Path(out)
-    if place.exists() and not overwrite:
-        raise FolderError(f"{place} already exists; choose another folder or pass overwrite=True")
-    return place

@@ -18,7 +18,7 @@ from rpq_convert.core.keywords import keywords
 from rpq_convert.errors import HubError
 from rpq_convert.hf.hub import asking, client
 from rpq_convert.running.progress import Progress
-from rpq_convert.storage.writer import CARD, MANIFEST, read_manifest
+from rpq_convert.storage.records import CARD, MANIFEST, read_manifest
 
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpq_convert.checkpoint.loading import read_config
 from rpq_convert.core import description
 from rpq_convert.core.keywords import keywords
 from rpq_convert.core.spec import dtype_name
@@ -21,7 +20,9 @@ from rpq_convert.planning.plan import Plan, Skip
 from rpq_convert.running.progress import Progress
 from rpq_convert.storage.files import files_beside
 from rpq_convert.storage.folder import open_folder
-from rpq_convert.storage.writer import CONFIG, Folder
+from rpq_convert.storage.records import CONFIG
+from rpq_convert.storage.sources import read_config
+from rpq_convert.storage.writer import Folder
 
 
 @keywords()
@@ -38,7 +39,7 @@ def restore_checkpoint(
     Args:
         progress: called with a tensor's name, and the bytes that are done and that there are.
     """
-    from rpq_convert.core.safetensors import parse_size
+    from rpq_convert.core.sizes import parse_size
 
     folder, config = Path(path), read_config(Path(path))
     rpq, source = config["quantization_config"], open_folder(path)

@@ -22,9 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpq_convert.core.options import one_of
-
-NAMES = ("serial", "threads", "processes")
+from rpq_convert.conversion.asked import check_executor
 
 
 def run(fn: Callable[[Any], Any], items: Iterable[Any], *, executor: str = "serial", workers: int = 1) -> Iterator[Any]:
@@ -35,7 +33,7 @@ def run(fn: Callable[[Any], Any], items: Iterable[Any], *, executor: str = "seri
             be importable and picklable).
         workers: how many run at once.
     """
-    one_of("executor", executor, NAMES, ValueError)
+    check_executor(executor, None)
     if executor == "serial" or workers <= 1:
         yield from map(fn, items)
     elif executor == "threads":

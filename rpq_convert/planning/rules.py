@@ -172,17 +172,18 @@ def check_preset(name: Any) -> Any:
     Raises:
         PlanError: there is none; it lists those that there are.
     """
-    text = str(name)
-    if text.endswith(".toml"):
-        if not Path(text).is_file():
-            raise PlanError(f"preset file {text} does not exist")
-        return Path(text)
+    if not isinstance(name, str):
+        raise PlanError(f"preset must be a name or the path of a .toml file, not {name!r}")
+    if name.endswith(".toml"):
+        if not Path(name).is_file():
+            raise PlanError(f"preset file {name} does not exist")
+        return Path(name)
     known = preset_names()
-    if text not in known:
+    if name not in known:
         raise PlanError(
-            f"unknown preset {name!r}{near(text, known)}; presets: {', '.join(known)}, or the path of a .toml file"
+            f"unknown preset {name!r}{near(name, known)}; presets: {', '.join(known)}, or the path of a .toml file{_or_file(name)}"
         )
-    return resources.files("rpq_convert.configs") / f"{text}.toml"
+    return resources.files("rpq_convert.configs") / f"{name}.toml"
 
 
 def load_preset(name: str) -> Preset:
@@ -195,6 +196,10 @@ def load_preset(name: str) -> Preset:
     check(data, kinds.PRESET, name, PlanError)
     rules = tuple(as_rule(r) for r in data.get("rules", ()))
     return Preset(name, data.get("description", ""), data.get("settings", {}), rules)
+
+
+def _or_file(name: str) -> str:
+    return f", which ends in .toml: {name} does not" if Path(name).is_file() else ""
 
 
 def settings_for(slot: Slot, base: Mapping[str, Any], rules: Iterable[Rule]) -> tuple[dict[str, Any], Rule | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+Say = Callable[[str], None]
 Progress = Callable[[str, float, float], None]  # what is done now, how much of it all is done, and how much it all is
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rpq_convert.core.keywords import keywords
 from rpq_convert.core.options import take
+from rpq_convert.encoding.measure import remeasure
 from rpq_convert.errors import TuneError
 from rpq_convert.inputs.items import prepare
 from rpq_convert.layers import surgery
@@ -85,6 +86,7 @@ def tune_blocks_with(
                         options, _Block(block, path, samples), _Recorded(wanted), numbers, progress=told
                     )
                 _advance(samples, path, block, mine)
+        remeasure(model, base)
     return found
 
 

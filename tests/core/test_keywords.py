@@ -74,7 +74,7 @@ def test_what_is_near_to_nothing_lists_all_and_what_stands_in_no_place_is_told()
     ("options", "said"),
     [
         ({"preset": "4bits"}, "unknown preset '4bits'; did you mean '4bit'\\?; presets: 1bit, 2bit"),
-        ({"preset": 4}, "unknown preset 4; presets: 1bit"),
+        ({"preset": 4}, "preset must be a name or the path of a .toml file, not 4"),
         ({"axis": "output"}, "axis must be out or in, not 'output'"),
         ({"axis": "outt"}, "did you mean 'out'"),
         ({"fit": "kmean"}, "fit must be kmeans, additive or random, not 'kmean'; did you mean 'kmeans'"),

@@ -10,7 +10,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from rpq_convert.core.keywords import keywords
 from rpq_convert.core.options import take
 from rpq_convert.planning.options import PlanKeywords, PlanOptions
-from rpq_convert.planning.plan import FORMAT_VERSION
+from rpq_convert.schemas.kinds import FORMAT_VERSION
 
 METHOD = "rpq"
 STORED = ("modules", "tied", "guard", "plan_sha256", "version")
