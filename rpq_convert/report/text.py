@@ -64,8 +64,8 @@ def _numbers(column: Sequence[str]) -> str:
 
 
 def megabytes(n: int) -> str:
-    """Return a size in MB of 2**20 bytes, with three decimals."""
-    return f"{n / 2**20:.3f}MB"
+    """Return a size in MB of 10**6 bytes, with three decimals."""
+    return f"{n / 1e6:.3f} MB"
 
 
 def short(text: str, width: int) -> str:
@@ -154,7 +154,7 @@ def terminal(report: Report, width: int = 80) -> str:
         for g in converted:
             shown = shown_error(g.rows, mixed=report.output_error is not None)
             lines.append(
-                f"{short(g.name, name):<{name}} {len(g.rows):>4} {g.bytes / 2**20:>8.3f} "
+                f"{short(g.name, name):<{name}} {len(g.rows):>4} {g.bytes / 1e6:>8.3f} "
                 f"{g.first.bits_per_weight:>6.3f} {ratio(g.dense_bytes, g.bytes):>5.1f}x {shown:>8} {number(worst(g.rows)):>7}"
             )
         lines += [*_wrap(legend(report), width), ""]
@@ -168,7 +168,7 @@ def terminal(report: Report, width: int = 80) -> str:
         for reason, rows in sorted(reasons.items(), key=lambda kv: -sum(r.bytes for r in kv[1])):
             text = rows[0].reason if len(rows) == 1 else reason
             size = sum(r.bytes for r in rows)
-            lines.append(f"{short(text, width - 17):<{width - 17}} {len(rows):>5} {size / 2**20:>10.3f}")
+            lines.append(f"{short(text, width - 17):<{width - 17}} {len(rows):>5} {size / 1e6:>10.3f}")
         if reasons:
             lines.append("")
     if report.dropped:
