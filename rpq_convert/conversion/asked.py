@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from rpq_convert.conversion.options import BEST, FAST, GOOD
+from rpq_convert.core.options import one_of
 from rpq_convert.errors import PlanError
 from rpq_convert.planning.options import PlanOptions
 
@@ -51,8 +52,7 @@ def check_executor(executor: str, workers: int | None) -> None:
     Raises:
         PlanError: which.
     """
-    if executor not in EXECUTORS:
-        raise PlanError(f"executor must be one of {', '.join(EXECUTORS)}, not {executor!r}")
+    one_of("executor", executor, EXECUTORS, PlanError)
     if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
         raise PlanError(f"workers must be a whole number of at least 1, not {workers!r}")
     if executor == "serial" and workers not in (None, 1):

@@ -9,16 +9,21 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from rpq_convert.checkpoint.opening import Opened
 from rpq_convert.conversion.options import BEST, FAST, GOOD
-from rpq_convert.errors import PlanError
+from rpq_convert.errors import FolderError, PlanError
 from rpq_convert.inputs.synthetic import has_own_inputs, writes_text
 from rpq_convert.planning.plan import Plan
 from rpq_convert.report import measured
 from rpq_convert.running.memory import available
+from rpq_convert.schemas import kinds
+from rpq_convert.schemas.checking import read_json
+from rpq_convert.storage.records import PLAN
+from rpq_convert.tuning.options import TuneOptions
 
 ENOUGH = 6  # code bits from which weights alone are enough
 PATIENCE = 600  # seconds that a default may take
@@ -34,10 +39,31 @@ class Chosen:
     Args:
         effort: `fast`, `good` or `best`.
         said: what it is, what it costs, and why no other, in a line; empty where nothing was to be chosen.
+        tuning: how `best` is tuned.
     """
 
     effort: str
     said: str = ""
+    tuning: TuneOptions = TuneOptions()
+
+
+def begun(folder: Path) -> str | None:
+    """Return the effort of an unfinished run into this folder, which goes on with it; None where there is none."""
+    plan = folder.with_name(folder.name + ".partial") / PLAN
+    if not plan.is_file():
+        return None
+    try:
+        options = read_json(plan, kinds.PLAN, FolderError)["options"]
+    except FolderError:  # what is damaged is said where the run goes on
+        return None
+    return GOOD if "calibration" in options else FAST
+
+
+def steps_for(bits: float) -> TuneOptions:
+    """Return how a model of these code bits is tuned: what `configs/quality.json` was measured with."""
+    if bits < 2.5:
+        return TuneOptions(steps=400, recode=0.0005)
+    return TuneOptions(steps=200 if bits < 3.5 else 100)
 
 
 def choose(asked: str | None, opened: Opened, plan: Plan, *, given: str = "") -> Chosen:
@@ -69,7 +95,7 @@ def choose(asked: str | None, opened: Opened, plan: Plan, *, given: str = "") ->
     effort = asked or GOOD
     on = f"calibrated on {given or 'synthetic inputs'}" + (" and tuned" if effort == BEST else "")
     other = "" if given else f"; --effort fast takes about {_time(costs[FAST])}"
-    return Chosen(effort, f"effort {effort}: {on}, about {_time(costs[effort])}{other}")
+    return Chosen(effort, f"effort {effort}: {on}, about {_time(costs[effort])}{other}", steps_for(bits))
 
 
 def _cannot(opened: Opened) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rpq_convert.core.options import check_ranges, setting
+from rpq_convert.core.options import check_values, setting
 from rpq_convert.errors import PlanError
 
 PANEL = "Quality"
@@ -41,9 +41,7 @@ class QualityOptions:
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        check_ranges(self, PlanError)
-        if self.effort not in (None, *EFFORTS):
-            raise PlanError(f"effort must be {FAST}, {GOOD} or {BEST}, not {self.effort!r}")
+        check_values(self, PlanError)
         if not self.check:
             for name in ("check_seconds", "check_data"):
                 if getattr(self, name) is not None:

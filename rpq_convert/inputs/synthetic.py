@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rpq_convert.core.keywords import keywords
 from rpq_convert.errors import CalibrationError
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.running.modes import quiet
@@ -25,6 +26,7 @@ PICTURES = 8  # to measure sensitivities on
 Shape = tuple[int, int, int]  # channels, height and width of a picture
 
 
+@keywords()
 def own_inputs(
     model: Any, *, samples: int = 64, window: int = 128, batch: int = 64, seed: int = 0, shape: Shape | None = None
 ) -> list[Any]:
