@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
 
+import rpq_convert as rpq
+
 SIZE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
@@ -115,3 +117,18 @@ def test_what_has_no_synthetic_inputs_takes_weights_alone(tmp_path):
 def test_what_contradicts_is_refused(llama, tmp_path, asked, says):
     done = CliRunner().invoke(group, ["convert", str(llama), "--out", str(tmp_path / "no"), *map(str, asked)])
     assert done.exit_code in (2, 3, 4) and says in done.output and not list(tmp_path.iterdir())
+
+
+def test_presets_say_what_they_keep_and_which_is_the_default():
+    text = run("presets").stdout
+    rows = {line.split()[0]: line for line in text.splitlines() if line}
+    assert "5bit*" in rows and "5.34" in rows["5bit*"] and "* the default" in text
+    assert all(word in rows["4bit"] for word in ("7.9x", "1.81x / 1.14x / 1.01x", "0.97 / 0.98", "99 %"))
+    assert "5,665x" in rows["2bit"] and "--bits 5 is not 5bit" in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 6, 8, 5.34])
+def test_bits_and_the_preset_of_the_same_name_are_the_same(bits):
+    preset = f"{bits:.0f}bit" if bits != 5.34 else None
+    assert rpq.plan(net(), bits=bits).jobs == rpq.plan(net(), preset=preset).jobs
