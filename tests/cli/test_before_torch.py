@@ -170,6 +170,9 @@ REFUSED = [  # arguments, exit code, what is said
     ((*CONVERT, "--device", "cuda"), 2, "fits run on the CPU in this version"),
     (("plan", MODEL, "--sweep", "--bits", "4"), 2, "the curve shows every size; leave out bits"),
     (("plan", MODEL, "--sweep", "--explain", "0.weight"), 2, "--explain: it would do nothing"),
+    ((*CONVERT, "--no-check", "--check-seconds", "9"), 3, "check_seconds would do nothing without a check"),
+    ((*CONVERT, "--no-check", "--check-data", "text.txt"), 3, "check_data would do nothing without a check"),
+    ((*CONVERT, "--check-data", "txt.txt"), 4, "txt.txt does not exist; did you mean text.txt?"),
     (("plan", MODEL, "--dim", "4", "--preset", "4bit"), 3, "give one of preset, dim"),
     (("plan", MODEL, "--codebooks", "heads", "--max-error", "0.1"), 3, "give one of max_error, codebooks"),
     (("plan", MODEL, "--bits", "4", "--sensitivity", "shape"), 3, "sensitivity serves a target_size"),
@@ -231,7 +234,7 @@ ALWAYS = {
     "--axis", "--fit", "--seed", "--rotation", "--outliers", "--grow", "--dtype", "--include", "--exclude", "--rule", "--max-shard-size",
     "--factory", "--out", "--calibrate", "--executor", "--dry-run", "--push-to", "--overwrite", "--json", "--quiet", "--sweep-out",
     "--allow-pickle", "--local-files-only",  # what they permit or forbid is so whether it comes to that or not
-    "--output", "--inputs", "--windows", "--layers", "--save", "--data", "--loss", "--recompute", "--recode", "--blocks", "--bfloat16", "--quick",
+    "--output", "--inputs", "--windows", "--layers", "--save", "--data", "--loss", "--recompute", "--recode", "--blocks", "--bfloat16", "--quick", "--effort", "--check", "--version", "--verbose", "--log",
 }  # fmt: skip
 ALWAYS_IN = {("push", "--public"), ("push", "--revision"), ("push", "--token"), ("tune", "--samples"), ("recalibrate", "--samples"),
              ("recalibrate", "--workers"), ("recalibrate", "--text"), ("tune", "--text")}  # fmt: skip
