@@ -80,7 +80,7 @@ REFUSED = [  # arguments, exit code, what is said
     ((*CONVERT, "--max-shard-size", "big"), 3, "size 'big'"),
     ((*CONVERT, "--target-size", "-5MB"), 3, "must be positive"),
     ((*CONVERT, "--bits", "9"), 3, "bits must be a number between 0.05 and 8"),
-    ((*CONVERT, "--preset", "9bit"), 3, "unknown preset '9bit'; presets: 1bit"),
+    ((*CONVERT, "--preset", "9bit"), 3, "unknown preset '9bit'; did you mean '8bit'?"),
     ((*CONVERT, "--preset", "mine.toml"), 3, "preset file mine.toml does not exist"),
     ((*CONVERT, "--rule", "*:colour=red"), 3, "sets colour"),
     ((*CONVERT, "--rule", "re:(:bits=3"), 3, "is no regular expression"),
@@ -234,7 +234,8 @@ ALWAYS = {
     "--axis", "--fit", "--seed", "--rotation", "--outliers", "--grow", "--dtype", "--include", "--exclude", "--rule", "--max-shard-size",
     "--factory", "--out", "--calibrate", "--executor", "--dry-run", "--push-to", "--overwrite", "--json", "--quiet", "--sweep-out",
     "--allow-pickle", "--local-files-only",  # what they permit or forbid is so whether it comes to that or not
-    "--output", "--inputs", "--windows", "--layers", "--save", "--data", "--loss", "--recompute", "--recode", "--blocks", "--bfloat16", "--quick", "--effort", "--check", "--version", "--verbose", "--log",
+    "--output", "--inputs", "--windows", "--layers", "--save", "--data", "--loss", "--recompute", "--recode", "--blocks", "--bfloat16", "--quick",
+    "--effort", "--check", "--version", "--verbose", "--log",
 }  # fmt: skip
 ALWAYS_IN = {("push", "--public"), ("push", "--revision"), ("push", "--token"), ("tune", "--samples"), ("recalibrate", "--samples"),
              ("recalibrate", "--workers"), ("recalibrate", "--text"), ("tune", "--text")}  # fmt: skip
