@@ -276,9 +276,9 @@ class Report:
         return self.to_terminal()
 
     def _repr_html_(self) -> str:
-        from rpq_convert.report.html import fragment
+        from rpq_convert.report.html import card
 
-        return fragment(self)
+        return card(self)
 
 
 def read_report(path: str | Path) -> Report:
