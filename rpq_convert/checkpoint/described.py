@@ -19,7 +19,7 @@ from rpq_convert.running.offload import onloaded
 
 def plan_of(model: nn.Module, max_shard_size: str | int | None = None) -> Plan:
     """Return the plan that describes a converted model as it is now, whoever converted it."""
-    from rpq_convert.core.safetensors import parse_size
+    from rpq_convert.core.sizes import parse_size
     from rpq_convert.core.spec import dtype_name
     from rpq_convert.planning.options import DEFAULT_SHARD
     from rpq_convert.planning.plan import Skip

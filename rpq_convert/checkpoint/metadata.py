@@ -17,11 +17,13 @@ from rpq_convert.core.results import MEASURED, Evaluation
 from rpq_convert.errors import SourceError
 from rpq_convert.hf.composite import with_description
 from rpq_convert.hf.model_card import BASE_CARD, Base, is_ours, model_card, with_quality
-from rpq_convert.planning.plan import FORMAT_VERSION, Plan
+from rpq_convert.planning.plan import Plan
 from rpq_convert.report.schema import FileRow, Report, read_report
 from rpq_convert.schemas import kinds
 from rpq_convert.schemas.checking import read_json
-from rpq_convert.storage.writer import CARD, CONFIG, PLAN, REPORT, Folder, amend, write_manifest, write_text
+from rpq_convert.schemas.kinds import FORMAT_VERSION
+from rpq_convert.storage.records import CARD, CONFIG, PLAN, REPORT
+from rpq_convert.storage.writer import Folder, amend, write_manifest, write_text
 from rpq_convert.version import __version__
 
 

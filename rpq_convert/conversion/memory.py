@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rpq_convert.calibration.sequential import walk
 from rpq_convert.checkpoint.described import report_of
 from rpq_convert.checkpoint.opening import Opened
+from rpq_convert.conversion.asked import check_asked, check_plan_alone
 from rpq_convert.conversion.jobs import run_jobs
 from rpq_convert.conversion.plans import plan_opened
 from rpq_convert.core.options import take
@@ -72,6 +73,8 @@ def convert(
         >>> report = rpq.convert(model, bits=4); print(report)
     """
     (asked,) = take(options, PlanOptions)
+    check_plan_alone(plan, options)
+    check_asked(asked, calibrated=calibration is not None, tokenizer=tokenizer, executor=executor, workers=workers)
     model = unwrapped(model)
     how: dict[str, Any] = {"executor": executor, "workers": workers}
     optimizers = optimizers_of(model)

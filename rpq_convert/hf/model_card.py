@@ -18,7 +18,7 @@ from typing import Any
 from rpq_convert.hf.hub import Repository
 from rpq_convert.report.schema import Report
 from rpq_convert.showing import markdown_text, printable
-from rpq_convert.storage.writer import CARD
+from rpq_convert.storage.records import CARD
 from rpq_convert.version import __version__
 
 BASE_CARD = "README.base.md"

@@ -15,6 +15,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 MAX_NUMBERS = 1 << 48  # numbers of one tensor
 MAX_AXES = 32
+FORMAT_VERSION = 1  # of plans and of converted folders
 
 Size = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Count = Annotated[int, Meta(ge=1, le=MAX_NUMBERS)]
