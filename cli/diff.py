@@ -9,16 +9,17 @@ from typer import Argument, Option
 
 from rpq_convert.errors import SourceError
 from rpq_convert.report.schema import read_report
+from rpq_convert.storage.records import REPORT
+from rpq_convert.storage.room import check_file
 
 from . import options as o
 from .app import examples, group
+from .checks import misspelt
 from .errors import catching
 from .show import say, width
 
 if TYPE_CHECKING:
     from rpq_convert.report.schema import Report
-
-REPORT = "rpq_report.json"
 
 
 @group.command(
@@ -45,6 +46,8 @@ def diff(
     """Show what differs between converted folders or plans: sizes, quality, errors, options, groups of parameters."""
     if len(paths) < 2:
         raise typer.BadParameter("give two or more folders, reports or plans to compare", param_hint="A B …")
+    if html is not None:
+        check_file(html, (".html", ".htm"))
     from rpq_convert.report.compare import compare
 
     found = compare([(str(path), _report(path)) for path in paths])
@@ -70,6 +73,7 @@ def _report(path: Path) -> "Report":
             )
         return read_report(path / REPORT)
     if not path.is_file():
+        misspelt(path)
         raise SourceError(f"{path} does not exist; give converted folders, reports or plans")
     if not _is_plan(path):
         return read_report(path)
