@@ -167,8 +167,8 @@ def by_depth(report: Report) -> Chart:
         height = 3.65 + 0.18 * legend
         figure = figure_of(4.2, height)
         low = (0.42 + 0.18 * legend) / height
-        upper: Axes = figure.add_axes((0.13, low + 1.45 / height, 0.85, 1.55 / height))
-        lower: Axes = figure.add_axes((0.13, low, 0.85, 1.0 / height), sharex=upper)
+        upper: Axes = figure.add_axes((0.15, low + 1.45 / height, 0.83, 1.55 / height))
+        lower: Axes = figure.add_axes((0.15, low, 0.83, 1.0 / height), sharex=upper)
         told = _errors(upper, shown, colours)
         _bits(lower, shown, colours)
         _blocks(lower, shown.starts)
@@ -219,7 +219,7 @@ def _errors(axes: Axes, shown: Depths, colours: dict[str, str]) -> dict[str, lis
                 part, [points[i] for i in part], color=colours[name], lw=_width(name, small), marker=None if small and len(part) > 1 else "o",
                 ms=3, mfc="none" if hollow else colours[name], alpha=0.9, gid=series,
             )  # fmt: skip
-    axes.set_yscale("log")
+    _logarithmic(axes, list(points.values()))
     ranked = [i for i in points if (found[i][1] == OUTPUT) == (OUTPUT in kinds)]
     ranked = sorted(ranked, key=lambda i: -points[i])[:WORST]
     for rank, i in enumerate(ranked, 1):
@@ -234,6 +234,17 @@ def _errors(axes: Axes, shown: Depths, colours: dict[str, str]) -> dict[str, lis
     _title(axes, f"{of} (rings: the {len(ranked)} largest)" if points else "no error")
     axes.margins(y=0.12)
     return told
+
+
+def _logarithmic(axes: Axes, values: Sequence[float]) -> None:
+    """Make the upright axis logarithmic, with marks such as 0.01; more of them where the values are close together."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    close = bool(values) and max(values) < 50 * min(values)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if close else (1,), numticks=7))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _bits(axes: Axes, shown: Depths, colours: dict[str, str]) -> None:
@@ -338,8 +349,8 @@ def compared(names: Sequence[str], reports: Sequence[Report]) -> Chart:
         height = 3.65 + 0.18 * len(names)
         low = (0.42 + 0.18 * len(names)) / height
         figure = figure_of(4.2, height)
-        upper: Axes = figure.add_axes((0.13, low + 1.45 / height, 0.85, 1.55 / height))
-        lower: Axes = figure.add_axes((0.13, low, 0.85, 1.0 / height), sharex=upper)
+        upper: Axes = figure.add_axes((0.15, low + 1.45 / height, 0.83, 1.55 / height))
+        lower: Axes = figure.add_axes((0.15, low, 0.83, 1.0 / height), sharex=upper)
         for i, report in enumerate(reports):
             rows = [r for r in report.rows if r.decision == "rpq"]
             style: dict[str, Any] = {
@@ -352,7 +363,7 @@ def compared(names: Sequence[str], reports: Sequence[Report]) -> Chart:
             lower.plot(
                 [places[r.name] for r in rows], [r.bits_per_weight for r in rows], label=_short(names[i]), **style
             )
-        upper.set_yscale("log")
+        _logarithmic(upper, [value for report in reports for r in report.rows if (value := error([r])[0])])
         upper.tick_params(labelbottom=False)
         _title(upper, "error")
         _title(lower, "bits per weight")
@@ -392,7 +403,7 @@ def of_sizes(mixed: Sequence[Sample], uniform: Sequence[Sample], title: str) -> 
                     color=COLOURS[1],
                 )
         axes.set_xscale("log")
-        axes.set_yscale("log")
+        _logarithmic(axes, line["y"] + rings["y"])
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
