@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from rpq_convert.conversion.asked import check_asked
+from rpq_convert.conversion.options import QualityOptions
 from rpq_convert.errors import SourceError
+from rpq_convert.inputs.tables import is_pairs
 from rpq_convert.planning.options import PlanOptions
 from rpq_convert.storage.options import SourceOptions
 from rpq_convert.storage.room import check_free
@@ -45,6 +47,7 @@ class Conversion:
     Args:
         src, folder: from where to where.
         calibrate: a path, `self`, or None. samples, text_field: of it.
+        quality: how the result is judged.
         dry_run: only a plan is wanted.
         overwrite: replace the folder.
         quiet: say warnings only.
@@ -57,6 +60,7 @@ class Conversion:
     calibrate: str | None = None
     samples: int | None = None
     text_field: str | None = None
+    quality: QualityOptions = QualityOptions()
     dry_run: bool = False
     overwrite: bool = False
     quiet: bool = False
@@ -79,6 +83,8 @@ class Conversion:
         )
         if self.calibrate is not None:
             self._check_data(self.calibrate)
+        if (judge := self.quality.check_data) is not None and not is_pairs(judge):
+            checks.data(judge, "--check-data", field=self.text_field)
         if not self.dry_run:
             check_free(self.folder, overwrite=self.overwrite)
         if how.push_to and not self.dry_run:
@@ -167,3 +173,22 @@ class Conversion:
             )  # fmt: skip
         warn(tuple(w for w in report.warnings if w not in plan.warnings))
         return report
+
+    def judge(self, report: Report) -> Report:
+        """Compare the result with its base, and return the report with what was found."""
+        if not self.quality.check:
+            return report
+        from rpq_convert.conversion.checking import check_folder, judged_on
+
+        seen = None if self.calibrate == "self" else self.calibrate
+        seconds, told = self.quality.seconds, (lambda text: None) if self.quiet else say
+        judged, why = check_folder(
+            self.opened, self.folder, report, seconds=seconds,
+            judge=lambda: judged_on(
+                self.opened, self.quality.check_data, seen=seen, samples=self.samples, field=self.text_field
+            ),
+            told=lambda on: told(f"comparing the result with its base on {on}, for at most {seconds:g} s (--no-check for none)"),
+        )  # fmt: skip
+        if why:
+            told(f"not checked: {why}")
+        return judged

@@ -152,8 +152,8 @@ def renew(
     write_manifest(folder, listed, not_finite)
 
 
-def add_evaluation(folder: Path, on: str, found: Evaluation) -> None:
-    """Write what was measured into a folder's report and model card. It replaces an earlier result on the same data.
+def add_evaluation(folder: Path, on: str, found: Evaluation) -> Report:
+    """Write what was measured into a folder's report and model card, and return the report. It replaces an earlier result on the same data.
 
     Args:
         on: the name of what was measured on, such as a file's.
@@ -164,3 +164,4 @@ def add_evaluation(folder: Path, on: str, found: Evaluation) -> None:
     report = replace(report, evaluations=(*others, entry))
     card = folder / CARD
     amend(folder, {REPORT: report.to_json(), CARD: with_quality(card.read_text("utf8"), report)})
+    return report

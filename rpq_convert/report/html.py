@@ -28,6 +28,7 @@ from rpq_convert.report.text import (
     shown_error,
     worst,
 )
+from rpq_convert.report.verdict import verdict
 from rpq_convert.showing import printable
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def comparison(found: Comparison) -> str:
         )
     largest = max(r.dense_bytes for r in found.reports) or 1
     models = [
-        {"name": name, "share": 100 * r.bytes / largest, "parts": _parts(r), "verdict": None}
+        {"name": name, "share": 100 * r.bytes / largest, "parts": _parts(r), "verdict": verdict(r)}
         for name, r in zip(found.names, found.reports)
     ]
     options = {k: ["–" if x is None else plain(x) for x in v] for k, v in found.options.items()}
@@ -108,7 +109,7 @@ def _summary(report: Report) -> dict[str, Any]:
         "title": report.title, "version": report.version, "before": megabytes(report.dense_bytes), "after": megabytes(report.bytes),
         "ratio": f"{report.ratio:.1f}", "bits": f"{report.bits_per_weight:.2f}", "covered": f"{100 * report.covered:.1f}",
         "share": min(100.0, 100 * report.bytes / report.dense_bytes) if report.dense_bytes else 100.0, "parts": _parts(report),
-        "verdict": None, "quality": quality(report), "warnings": report.all_warnings, "legend": legend(report),
+        "verdict": verdict(report), "quality": quality(report), "warnings": report.plain_warnings, "legend": legend(report),
         "measure": _measure(report), "chart": _chart(report), "converted": report.error is not None,
     }  # fmt: skip
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 
 from rpq_convert.report.quality import quality
 from rpq_convert.report.schema import Report, Row, largest, mean, ratio
+from rpq_convert.report.verdict import verdict
 from rpq_convert.showing import csv_cell, markdown_code, markdown_text, printable
 
 
@@ -211,6 +212,8 @@ def terminal(report: Report, width: int = 80) -> str:
         lines += ["", *_wrap(said, width)]
     for line in quality(report):
         lines += ["", *_wrap(line, width)]
+    if (judged := verdict(report)) is not None:
+        lines += ["", *_wrap(f"quality: {judged}", width)]
     for warning in report.all_warnings:
         lines += ["", *_wrap(f"warning: {warning}", width)]
     return "\n".join(map(printable, lines))
