@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -215,7 +216,8 @@ def test_audit_in_every_format_and_diff(bert, tmp_path):
         assert mark in rpq("audit", tmp_path / "a", "--format", kind).stdout
     rpq("audit", tmp_path / "a", "--format", "html", "--output", tmp_path / "audit.html")
     assert "<table" in (tmp_path / "audit.html").read_text()
-    assert "encoder.layer.0.output.dense.weight" in rpq("diff", tmp_path / "a", tmp_path / "b").stdout
+    shown = rpq("diff", tmp_path / "a", tmp_path / "b").stdout
+    assert "encoder.layer.{0,1}.output.dense.weight x2" in shown and re.search(r"^bits +8 +4$", shown, re.MULTILINE)
 
 
 def test_presets_and_env(bert, tmp_path):
