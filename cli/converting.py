@@ -5,7 +5,7 @@ What can be said from the options alone is said in `check`, which imports nothin
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,10 +162,19 @@ class Conversion:
         warn(plan.warnings)
         return plan
 
+    def _noted(self, plan: Plan) -> Plan:
+        """Return the plan with what it is calibrated on, for the model card's command."""
+        if self.calibrate is None:
+            return plan
+        where = self.calibrate if self.calibrate == "self" else Path(self.calibrate).name
+        given = {"from": where, "samples": self.samples, "text_field": self.text_field}
+        return replace(plan, options={**plan.options, "calibrated_on": {k: v for k, v in given.items() if v}})
+
     def convert(self, plan: Plan, how: How) -> Report:
         """Convert, and say what was not known before."""
         from rpq_convert.conversion.streaming import convert_opened
 
+        plan = self._noted(plan)
         with progress(plan, quiet=self.quiet) as callback:
             report = convert_opened(
                 self.opened, self.folder, plan, self.data, overwrite=self.overwrite, executor=how.executor,

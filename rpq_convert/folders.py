@@ -12,6 +12,7 @@ from rpq_convert.checkpoint.opening import Factory, open_checkpoint
 from rpq_convert.checkpoint.saving import save
 from rpq_convert.checkpoint.verifying import audit
 from rpq_convert.conversion.recalibration import recalibrate
+from rpq_convert.core.options import shown
 from rpq_convert.core.results import Evaluation
 from rpq_convert.errors import EvaluateError, SourceError
 from rpq_convert.evaluation.evaluate import evaluate
@@ -56,6 +57,15 @@ class WithBase:
             return type(converted).from_pretrained(self.base, trust_remote_code=False).eval(), converted
         except (OSError, ValueError) as e:
             raise SourceError(f"{self.base}: {str(e).strip().splitlines()[0]}") from None
+
+    def note(self, model: Any, command: str, asked: dict[str, Any]) -> None:
+        """Keep for the next report and card what was done to the folder: a command, and what it was given."""
+        factory = self.factory if isinstance(self.factory, str) else None
+        step = {
+            "command": command, "base": Path(self.base).resolve().name, "folder": Path(self.folder).resolve().name,
+            "options": {k: v for k, v in {**asked, "factory": factory}.items() if v},
+        }  # fmt: skip
+        model._rpq_options["later"] = [*model._rpq_options.get("later", ()), step]
 
 
 def evaluate_folder(
@@ -158,6 +168,8 @@ def tune_folder(
                 say(f"{path}: {done}")
     file = place.with_name(place.name + ".tuning.safetensors")
     tuned = tune_with(options, model, dense, items, checkpoint=file, progress=told)
+    asked = {"data": data.name, "window": window, "samples": samples, "text_field": field, "blocks": blocks}
+    which.note(model, "tune", {**asked, **shown(options), "bfloat16": options.autocast is not None})
     model._rpq_options["tuning"] = {"steps": tuned.best, "before": tuned.before, "after": tuned.after}
     save(model, place, overwrite=overwrite, files=files_beside(which.folder), base=base_in(Path(which.folder)))
     return tuned
@@ -191,5 +203,15 @@ def recalibrate_folder(
         if data is None
         else read_inputs(data, which.base, model=dense, window=window, field=field, told=say, **some)
     )
-    recalibrate(model, dense, items, **options)
+    where = "self" if data is None else data.name
+    asked = {
+        "data": where,
+        "samples": samples,
+        "text_field": field,
+        "calibration": "calibration" in model._rpq_options,
+    }
+    recalibrate(
+        model, dense, items, **options | {"progress": options.get("progress") or False}
+    )  # what is quiet stays so
+    which.note(model, "recalibrate", asked)
     return save(model, place, overwrite=overwrite, files=files_beside(which.folder), base=base_in(Path(which.folder)))

@@ -14,6 +14,7 @@ from rpq_convert.calibration.sequential import walk
 from rpq_convert.checkpoint.described import report_of
 from rpq_convert.checkpoint.opening import Opened
 from rpq_convert.conversion.asked import check_asked, check_plan_alone
+from rpq_convert.conversion.bar import Progress, shown
 from rpq_convert.conversion.jobs import run_jobs
 from rpq_convert.conversion.plans import plan_opened
 from rpq_convert.core.options import take
@@ -36,15 +37,13 @@ from rpq_convert.running.holders import optimizers_of
 from rpq_convert.running.offload import refuse_offloaded
 from rpq_convert.running.wrappers import unwrapped
 
-Progress = Callable[[Job, Encoded | None], None]
-
 
 def convert(
     model: nn.Module,
     *,
     executor: str = "threads",
     workers: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     plan: Plan | None = None,
     calibration: Calibration | None = None,
     tokenizer: Any = None,
@@ -54,6 +53,7 @@ def convert(
 
     Args:
         model: any module, also inside `torch.compile`; on meta with `fit="random"` it stays on meta but for codes and codebooks.
+        progress: called with each job and its result; by default a bar in notebooks and on terminals, none with False.
         plan: a plan made before; otherwise one is made from the options.
         calibration: inputs such as the model will see: layers are then fitted in the order of execution to what they are given,
             which keeps far more quality from 2 to 5 bits and takes some forward passes over them. Each is a tensor, a tuple or a
@@ -84,7 +84,8 @@ def convert(
         data = None if calibration is None else prepare(calibration, model, "calibration", tokenizer=tokenizer)
         plan = plan or plan_opened(Opened(model, None), asked, data=data)
         plan = replace(plan, warnings=(*plan.warnings, *_stale(model, plan, optimizers)))
-        return _convert(model, plan, data, progress, how)
+        with shown(progress, plan) as callback:
+            return _convert(model, plan, data, callback, how)
 
 
 def _stale(model: nn.Module, plan: Plan, optimizers: Sequence[tuple[str, frozenset[int]]]) -> list[str]:
