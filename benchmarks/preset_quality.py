@@ -24,11 +24,16 @@ MODELS = {
     "minilm": {"name": "MiniLM-L6", "metric": "cosine", "parameters": 22_713_216},
     "vit": {"name": "ViT", "metric": "agreement", "parameters": 803_114},
 }
-BITS = (8, 6, 4, 3, 2)
+BITS = (8, 6, 4, 3, 2, 1)
 DEFAULT = 5.34
 HOW = {"fast": {}, "self": {"own": True}, "data": {"calibrated": True}}
-TUNED = {4: {"steps": 100}, 3: {"steps": 200}, 2: {"steps": 400, "recode": 0.0005}}  # SmolLM2
-PICTURES_TUNED = {2: {"steps": 200}}
+TUNED = {
+    4: {"steps": 100},
+    3: {"steps": 200},
+    2: {"steps": 400, "recode": 0.0005},
+    1: {"steps": 100, "recode": 0.002},
+}  # SmolLM2
+PICTURES_TUNED = {2: {"steps": 200}, 1: {"steps": 200}}
 
 
 def row(model: str, bits: float, effort: str, value: float, minutes: float, size: int) -> dict[str, Any]:

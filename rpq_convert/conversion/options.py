@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rpq_convert.core.options import check_ranges, setting
+from rpq_convert.core.options import check_values, setting
 from rpq_convert.errors import PlanError
 
 PANEL = "Quality"
@@ -19,6 +19,12 @@ class QualityOptions:
         PlanError: a value outside its range, or an option that would do nothing.
     """
 
+    effort: str | None = setting(
+        None,
+        "fast: each layer is fitted to its weights alone. good: to its inputs as well, on what --calibrate names or on synthetic inputs. "
+        "best: good, and then tuned against the base. By default good below 6 bits where it takes minutes, else fast.",
+        choices=EFFORTS, panel=PANEL,
+    )  # fmt: skip
     check: bool = setting(
         True,
         "Compare the result with the base afterwards, on a few inputs, and say in words what it has lost.",
@@ -35,7 +41,7 @@ class QualityOptions:
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        check_ranges(self, PlanError)
+        check_values(self, PlanError)
         if not self.check:
             for name in ("check_seconds", "check_data"):
                 if getattr(self, name) is not None:

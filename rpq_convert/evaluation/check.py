@@ -42,7 +42,7 @@ def quick_check(base: nn.Module, model: nn.Module, data: Sequence[Any] | None = 
         began = time.monotonic()
         found = run(1)
         took = time.monotonic() - began
-        many = min(len(items), int((ends - time.monotonic()) / max(took, 1e-3)))
+        many = int(min(len(items), (ends - time.monotonic()) / max(took, 1e-3)))
         return run(many) if many > 1 else found
 
 
@@ -67,7 +67,7 @@ def _made(base: Any, ends: float) -> list[Any]:
         return own_inputs(base, samples=OTHERS, window=WINDOW, seed=SEED)
     step = _step(base)
     left = ends - time.monotonic()
-    window = min(WINDOW, int(SHARE * left / step)) if step > 0 else WINDOW
+    window = int(min(WINDOW, SHARE * left / max(step, 1e-6)))
     if window < LEAST:
         raise EvaluateError(
             f"a token takes the base {step:.1f} s; give at least {step * LEAST / SHARE:.0f} s to write a text"

@@ -1,6 +1,6 @@
 """The shell commands that make a converted folder again, from what its report says was asked.
 
-A report's options hold the plan's record, and beside it `source` (where the checkpoint comes from), `calibrated_on` and `later`
+A report's options hold the plan's record, and beside it `source` (where the checkpoint comes from, and what else was asked) and `later`
 (what was done to the folder since: recalibration, tuning). No path of the machine that ran them is named.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from rpq_convert.showing import printable
 
-BESIDE = ("source", "calibration", "calibrated_on", "tuning", "later")  # no options of a plan
+BESIDE = ("source", "calibration", "tuning", "later")  # no options of a plan
 MEASURED = "given"  # sensitivities were measured, as they are without being asked for
 
 
@@ -28,10 +28,10 @@ def commands(options: Mapping[str, Any], place: str) -> list[str]:
         s["options"] for s in later if s["command"] == "recalibrate"
     ]  # which put another calibration into the record
     calibrated = steps[0].get("calibration") if steps else options.get("calibration")
-    given = options.get("calibrated_on", {})
+    given = (source or {}).get("asked", {})
     if not source or (calibrated and not given):  # a model in memory, or inputs from Python
         return []
-    first = ["rpq", "convert", source["name"], *_of_plan(options), *_flags(given, CALIBRATION)]
+    first = ["rpq", "convert", source["name"], *_of_plan(options), *_flags(given, ASKED)]
     made = [first + _flags(source, SOURCE)]
     outputs = [step["folder"] for step in later] + [place]
     for step, folder in zip(later, outputs):
@@ -43,7 +43,7 @@ def commands(options: Mapping[str, Any], place: str) -> list[str]:
     return [printable(shlex.join([*words, "--out", out])) for words, out in zip(made, outputs)]
 
 
-CALIBRATION = {"from": "--calibrate", "samples": "--samples", "text_field": "--text-field"}
+ASKED = {"calibrate": "--calibrate", "samples": "--samples", "text_field": "--text-field", "effort": "--effort"}
 SOURCE = {k: f"--{k.replace('_', '-')}" for k in ("factory", "state_dict", "allow_pickle", "revision")}
 
 

@@ -59,7 +59,7 @@ class Base:
         factory: that builds the model, where one was given.
         card: the README.md of a folder that is no repository.
         metadata: what is kept of the base's.
-        allow_pickle, state_dict: how its weights were read.
+        allow_pickle, state_dict: how its weights were read. asked: options of the command beside those of plan and source.
     """
 
     name: str = ""
@@ -70,13 +70,14 @@ class Base:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     allow_pickle: bool = False
     state_dict: str | None = None
+    asked: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def record(self) -> dict[str, Any]:
         """What a report keeps: from where the checkpoint came, and how it was read; empty for a model in memory."""
         found = {
             "name": self.source, "factory": self.factory, "revision": self.commit, "allow_pickle": self.allow_pickle,
-            "state_dict": self.state_dict,
+            "state_dict": self.state_dict, "asked": dict(self.asked),
         }  # fmt: skip
         return {k: v for k, v in found.items() if v} if self.source else {}
 

@@ -259,7 +259,7 @@ def _columns(row: Any, field: str | None, where: str) -> list[str]:
     if not names or names[0] not in row:
         have = ", ".join(map(str, row)) or "no field"
         raise SourceError(
-            f"{where} has no field {field or ' or '.join(FIELDS[:2])!r}; it has {have}; choose one with --text-field"
+            f"{where} has no field {field or ' or '.join(FIELDS[:2])!r}; it has {have}; choose one with field='NAME'"
         )
     return names
 

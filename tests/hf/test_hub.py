@@ -115,6 +115,7 @@ out["again"] = rpq.plan("team/small", bits=4, revision="v1", local_files_only=Tr
     assert f"--revision {COMMIT}" in (out / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_large_file_goes_on_where_it_broke_off(folder, tmp_path):
     large = copied(folder, tmp_path / "large")
     config = tf.BertConfig(
@@ -204,6 +205,7 @@ def test_a_converted_folder_is_pushed_whole_or_not_at_all(folder, tmp_path):
     assert 'from_pretrained("me/small-rpq")' in card and "many-rpq" not in card.split("## Size")[0]
 
 
+@pytest.mark.slow
 def test_push_from_the_command_line(folder, tmp_path):
     code = """
 import subprocess
@@ -213,9 +215,9 @@ def rpq_cli(*words):
 src, here = sys.argv[1:]
 import os
 os.chdir(here)
-out["anonymous"] = rpq_cli("convert", src, "--bits", "4", "--push-to", "me/from-cli", "--out", "a")
+out["anonymous"] = rpq_cli("convert", src, "--bits", "4", "--effort", "fast", "--push-to", "me/from-cli", "--out", "a")
 os.environ["HF_TOKEN"] = "hf_secret"
-out["pushed"] = rpq_cli("convert", src, "--bits", "4", "--push-to", "me/from-cli", "--out", "b")
+out["pushed"] = rpq_cli("convert", src, "--bits", "4", "--effort", "fast", "--push-to", "me/from-cli", "--out", "b")
 """
     with Hub({}, where=tmp_path / "hub") as hub:
         told = run(hub, tmp_path / "cache", code, folder, tmp_path)

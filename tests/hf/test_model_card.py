@@ -122,12 +122,15 @@ def test_recalibration_and_tuning_are_steps_of_their_own(converted, base, tmp_pa
         ({"target_size": 50_000_000, "sensitivity": "by shape"}, "--target-size 50000000 --sensitivity shape"),
         ({"dim": 8, "stages": 3}, "--rule *:dim=8,stages=3"),
         ({"bits": 2.5, "grow": True, "include": ["a b", "c"]}, "--bits 2.5 --grow --include a b --include c"),
-        ({"bits": 4, "calibrated_on": {"from": "t.csv", "text_field": "x"}}, "--bits 4 --calibrate t.csv --text-field x"),
+        ({"bits": 4, "asked": {"calibrate": "t.csv", "text_field": "x"}}, "--bits 4 --calibrate t.csv --text-field x"),
         ({"bits": 4, "fit": "random", "codebooks": None, "rules": [{"match": "x", "skip": True}]}, "--bits 4 --fit random --rule x:skip=true"),
     ],
 )  # fmt: skip
 def test_records_become_flags(options, words):
-    (line,) = commands({**options, "source": {"name": "me/model", "revision": "abc", "factory": "m:f"}}, "out")
+    asked = options.pop("asked", {})
+    (line,) = commands(
+        {**options, "source": {"asked": asked, "name": "me/model", "revision": "abc", "factory": "m:f"}}, "out"
+    )
     assert " ".join(shlex.split(line)) == f"rpq convert me/model {words} --factory m:f --revision abc --out out"
     parsed(line)
 
