@@ -5,7 +5,7 @@ What can be said from the options alone is said in `check`, which imports nothin
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -184,10 +184,19 @@ class Conversion:
         detail(chosen(plan))
         return plan
 
+    def _asked(self) -> dict[str, Any]:
+        """Return what it is calibrated on and with which care, for the model card's command."""
+        where = self.calibrate if self.calibrate in (None, "self") else Path(self.calibrate).name
+        effort = self.chosen.effort if where is None or self.chosen.effort == BEST else None
+        given = {"calibrate": where, "samples": self.samples, "text_field": self.text_field, "effort": effort}
+        return {k: v for k, v in given.items() if v}
+
     def convert(self, plan: Plan, how: How) -> Report:
         """Convert, and say what was not known before."""
         from rpq_convert.conversion.streaming import convert_opened
+        from rpq_convert.hf.model_card import Base
 
+        self.opened.base = replace(self.opened.base or Base(), asked=self._asked())
         with phase("converted"), fitting({j.name: prod(j.shape) for j in plan.jobs}) as callback:
             report = convert_opened(
                 self.opened, self.folder, plan, self.data, overwrite=self.overwrite, executor=how.executor,

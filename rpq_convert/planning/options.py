@@ -108,7 +108,7 @@ class PlanOptions:
         "Settings for matching parameters; repeatable, first match wins.",
         record=ALWAYS, metavar="PATTERN:KEY=VALUE,…", panel=WHAT, flag="rule",
     )  # fmt: skip
-    max_shard_size: str | int = setting(DEFAULT_SHARD, "Largest weight file.", record=NEVER, metavar="SIZE", panel=SIZE)
+    max_shard_size: str | int = setting(DEFAULT_SHARD, "Largest weight file.", metavar="SIZE", panel=SIZE)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", as_rules(self.rules))

@@ -66,7 +66,9 @@ SECRET = re.compile(
     r"|service[_-]?account.*|kubeconfig|id_(rsa|dsa|ecdsa|ed25519).*|htpasswd",
     re.IGNORECASE,
 )
-OWN = re.compile(r"config\.json|README\.md|rpq_(plan|report|manifest|source)\.json")  # written anew for every folder
+OWN = re.compile(
+    r"config\.json|README\.md|rpq_(plan|report|manifest|source)\.json|rpq_chart\.png"
+)  # written anew for every folder
 
 
 def belongs(name: str) -> bool:
