@@ -26,10 +26,13 @@ from rpq_convert.layers.surgery import AFTER
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning.plan import FORMAT_VERSION
 from rpq_convert.running.holders import Held, become_held, held_elsewhere, storage_of
+from rpq_convert.running.wrappers import unwrapped
 from rpq_convert.schemas import kinds
 from rpq_convert.schemas.checking import check, parse_json, read_text
 from rpq_convert.storage.files import GENERATION, refuse_links
 from rpq_convert.storage.folder import open_folder
+from rpq_convert.storage.names import plain
+from rpq_convert.storage.names import unwrapped as without_wrappers
 from rpq_convert.storage.options import SourceOptions
 from rpq_convert.storage.writer import CONFIG
 
@@ -69,7 +72,8 @@ def load(path: str | Path, *, device: str | torch.device | None = None, **source
         raise SourceError(
             f"{folder} is not a transformers model: pass factory=, the function that builds the dense model"
         )
-    fill(model, config["quantization_config"], open_folder(folder))
+    with unwrapped(model) as inside:
+        fill(inside, config["quantization_config"], without_wrappers(open_folder(folder)))
     compute_buffers(model, factory)
     if hasattr(model, "generation_config") and (folder / GENERATION).is_file():
         from rpq_convert.hf import loading
@@ -102,7 +106,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def fill(model: nn.Module, config: Mapping[str, Any], source: Any) -> None:
     """Give an empty model its RPQ weights and dense tensors."""
-    contents = description.read_all(config)
+    contents = description.read_all(config).renamed(plain)
     tied = contents.aliases()
     if contents.extra:
         model._rpq_extra = dict.fromkeys(contents.extra, source)  # type: ignore[assignment]  # what `save` keeps, unread till then

@@ -71,16 +71,16 @@ def convert(
         >>> report = rpq.convert(model, bits=4); print(report)
     """
     (asked,) = take(options, PlanOptions)
-    model = unwrapped(model)
     how: dict[str, Any] = {"executor": executor, "workers": workers}
-    optimizers = optimizers_of(model)
-    refuse_model(model)
-    refuse_offloaded(model, "convert")
-    with unchanged_on_failure(model), torch.inference_mode(False):  # whose tensors would never train
-        data = None if calibration is None else prepare(calibration, model, "calibration", tokenizer=tokenizer)
-        plan = plan or plan_opened(Opened(model, None), asked, data=data)
-        plan = replace(plan, warnings=(*plan.warnings, *_stale(model, plan, optimizers)))
-        return _convert(model, plan, data, progress, how)
+    with unwrapped(model) as inside:
+        optimizers = optimizers_of(inside)
+        refuse_model(inside)
+        refuse_offloaded(inside, "convert")
+        with unchanged_on_failure(inside), torch.inference_mode(False):  # whose tensors would never train
+            data = None if calibration is None else prepare(calibration, inside, "calibration", tokenizer=tokenizer)
+            plan = plan or plan_opened(Opened(inside, None), asked, data=data)
+            plan = replace(plan, warnings=(*plan.warnings, *_stale(inside, plan, optimizers)))
+            return _convert(inside, plan, data, progress, how)
 
 
 def _stale(model: nn.Module, plan: Plan, optimizers: Sequence[tuple[str, frozenset[int]]]) -> list[str]:

@@ -41,7 +41,8 @@ def plan(target: nn.Module | str | Path | Any, **options: Any) -> Plan:
         >>> rpq.plan(model, bits=4).explain("layers.0.fc1")
     """
     asked, source = take(options, PlanOptions, SourceOptions)
-    return plan_opened(open_target(target, source, measured=needs_sensitivities(asked)), asked)
+    with unwrapped(target) as inside:
+        return plan_opened(open_target(inside, source, measured=needs_sensitivities(asked)), asked)
 
 
 def sweep(target: nn.Module | str | Path | Any, *, points: int = 24, **options: Any) -> Curve:
@@ -57,14 +58,15 @@ def sweep(target: nn.Module | str | Path | Any, *, points: int = 24, **options: 
     """
     sensitivity = options.pop("sensitivity", None)
     asked, source = take(options, PlanOptions, SourceOptions)
-    opened = open_target(target, source, measured=sensitivity is None)
-    return sweep_opened(opened, asked, points=points, sensitivity=sensitivity)
+    with unwrapped(target) as inside:
+        opened = open_target(inside, source, measured=sensitivity is None)
+        return sweep_opened(opened, asked, points=points, sensitivity=sensitivity)
 
 
 def open_target(target: Any, source: SourceOptions, *, measured: bool) -> Opened:
     """Find what to plan for; with weights only where they are to be measured and lie on this machine."""
     if isinstance(target, nn.Module):
-        return Opened(unwrapped(target), None)
+        return Opened(target, None)
     if not isinstance(target, (str, Path)):
         from rpq_convert.hf import loading
 

@@ -89,6 +89,8 @@ FOLDERS: list[Row] = [
     ("a part is converted, the whole saved; a whole is converted, a part saved", WORKS, "integrations/test_parts.py::test_the_outer_model_saves_what_was_converted_inside"),
     ("a transformers model inside a plain module", WORKS, "integrations/test_parts.py::test_a_model_inside_a_wrapper"),
     ("`torch.compile`d models", WORKS, "integrations/test_parts.py::test_a_compiled_model_is_saved_under_its_own_names"),
+    ("compiled submodules, before or after conversion, in factories too", WORKS, "integrations/test_parts.py::test_compiled_submodules_are_saved_under_their_own_names"),
+    ("a language model out of a whole that has renamed it (Qwen2-VL)", WORKS, "integrations/test_parts.py::test_a_language_model_out_of_a_whole_that_renamed_it"),
     ("`EncoderDecoderModel.from_encoder_decoder_pretrained`", WORKS, "integrations/test_parts.py::test_encoder_and_decoder_from_converted_folders"),
     ("`save_pretrained` of a model with adapters inside", "refused", "integrations/test_parts.py::test_a_model_with_adapters_in_it_does_not_save_itself"),
     ("`PyTorchModelHubMixin`", "refused: it would write no description", "integrations/test_parts.py::test_a_hub_mixin_refuses"),

@@ -27,6 +27,7 @@ from rpq_convert.integrations.transformers.quantizer import RPQQuantizer
 from rpq_convert.layers import surgery
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning.plan import Plan
+from rpq_convert.running.wrappers import unwrapped
 from rpq_convert.storage.writer import is_finite
 
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")  # what transformers calls weight files
@@ -154,6 +155,13 @@ def _save_pretrained(plain: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(plain)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not surgery.layers_of(self):
+            attach(self)
+            return plain(self, *args, **kwargs)
+        with unwrapped(self):
+            return save(self, *args, **kwargs)
+
+    def save(self: Any, *args: Any, **kwargs: Any) -> Any:
         attach(self)
         if self.__dict__.get("quantization_method") != METHOD or getattr(self, "_hf_peft_config_loaded", False):
             return plain(self, *args, **kwargs)
