@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from rpq_convert.errors import CalibrationError, SourceError
 from rpq_convert.inputs import files
+from rpq_convert.inputs.found import is_path
+from rpq_convert.running.text_config import text_config
 
 WINDOW = 512  # tokens of a text, where the model allows as many
 CHAT = ("messages", "conversation", "conversations", "chat")  # columns of a row that hold a chat
@@ -43,7 +45,7 @@ def prepare(data: Any, model: Any, name: str, *, tokenizer: Any = None, labels: 
     Args:
         data: an input or an iterable of inputs: tensors, arrays, numbers in lists, tuples of arguments, dicts and batches of
             tokenizers, rows of a data set, texts, chats (lists of role and content), pictures; a file or folder, as
-            `read_inputs` takes it; or a function of the model that returns any of these.
+            `read_inputs` takes it (as text too, where it is there or ends like one); or a function of the model that returns any of these.
         model: what will be called on them.
         name: of the caller's argument, for messages.
         labels: keep the labels in dicts, though the model does not take them.
@@ -55,8 +57,8 @@ def prepare(data: Any, model: Any, name: str, *, tokenizer: Any = None, labels: 
     maker = _Maker(model, name, tokenizer, labels)
     if callable(data) and not isinstance(data, (Mapping, nn.Module)) and not hasattr(data, "__getitem__"):
         data = data(model)
-    if isinstance(data, Path):
-        return files.read_inputs(data, maker.folder(), model=model)
+    if isinstance(data, Path) or (isinstance(data, str) and is_path(data)):
+        return files.read_inputs(data, maker.folder(), model=model, labels=labels)
     items = [data] if _is_one(data) else _listed(data, name)
     return [maker.make(item, i) for i, item in enumerate(items)]
 
@@ -212,8 +214,7 @@ class _Maker:
             raise CalibrationError(f"{self.at} needs a tokenizer or processor; give tokenizer= ({e})") from None
 
     def _window(self) -> int:
-        config: Any = getattr(self.model, "config", None)
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        text = text_config(getattr(self.model, "config", None), "encoder")
         return min(WINDOW, getattr(text, "max_position_embeddings", None) or WINDOW)
 
     def _text(self, text: str | list[str]) -> Any:
@@ -276,7 +277,7 @@ class _Maker:
             raise CalibrationError(
                 f"{what} holds the id {wrong}; {type(self.model).__name__} has entries 0 to {size - 1}"
             )
-        config = self.model.config.get_text_config()
+        config = text_config(self.model.config, "encoder")
         most = getattr(config, "max_position_embeddings", None)
         absolute = getattr(config, "rope_parameters", None) is None and getattr(config, "rope_theta", None) is None
         if most and absolute and ids.shape[-1] > most:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from rpq_convert.core.safetensors import parse_size
+from rpq_convert.core.sizes import parse_size
 from rpq_convert.errors import PlanError
 from rpq_convert.planning import planner
 from rpq_convert.planning.choices import RATES, SHAPES, Choices, Sensitivity

@@ -24,9 +24,8 @@ from rpq_convert.errors import PlanError
 from rpq_convert.report.schema import Dropped, Report, Row, dropped_of, without_empty
 from rpq_convert.schemas import kinds
 from rpq_convert.schemas.checking import check
+from rpq_convert.schemas.kinds import FORMAT_VERSION
 from rpq_convert.version import __version__
-
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)

@@ -62,23 +62,44 @@ def test_a_class_that_reads_one_part_of_a_folder(name, clip, tmp_path):
     assert torch.equal(rpq.load(tmp_path / "part")(given)[0], model(given)[0])
 
 
-@pytest.mark.parametrize("how", ["stream", "save_pretrained"])
-def test_a_language_model_out_of_a_whole_that_renamed_it(how, tmp_path):
-    """transformers finds Qwen2-VL's language model under older names, which it writes too; converted files have the new ones."""
-    torch.manual_seed(0)
-    sizes = {**gqa(64), "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+def qwen2_vl():
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
     vision = {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2}
-    whole = tf.Qwen2VLForConditionalGeneration(tf.Qwen2VLConfig(text_config=sizes, vision_config=vision)).eval()
-    whole.save_pretrained(tmp_path / "dense")
-    dense = tf.Qwen2VLTextModel.from_pretrained(tmp_path / "dense").eval()
-    if how == "stream":
-        rpq.convert_checkpoint(tmp_path / "dense", tmp_path / "out", **HOW)
-    else:
-        rpq.convert(whole, **HOW)
-        whole.save_pretrained(tmp_path / "out")
-    model, info = tf.Qwen2VLTextModel.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not info["missing_keys"] and len(layers_of(model)) > 10
-    assert near(model.eval()(IDS)[0], dense(IDS)[0])
+    return tf.Qwen2VLConfig(text_config={**gqa(64), "rope_parameters": rope}, vision_config=vision)
+
+
+def mllama():
+    language = {**gqa(64), "cross_attention_layers": [1], "pad_token_id": 0}
+    vision = {
+        **image(64),
+        "num_channels": 3,
+        "intermediate_size": 128,
+        "attention_heads": 4,
+        "num_global_layers": 1,
+        "max_num_tiles": 1,
+    }
+    vision |= {"vision_output_dim": 128, "intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1]]}
+    return tf.MllamaConfig(text_config=language, vision_config=vision)
+
+
+@pytest.mark.parametrize(
+    ("config", "whole", "part"),
+    [
+        (qwen2_vl, "Qwen2VLForConditionalGeneration", "Qwen2VLTextModel"),
+        (mllama, "MllamaForConditionalGeneration", "AutoModelForCausalLM"),  # a part with a head from outside of it
+    ],
+)
+def test_a_language_model_out_of_a_whole_that_renamed_it(config, whole, part, tmp_path):
+    """transformers finds it under older names, which it writes too; converted files have the new ones."""
+    torch.manual_seed(0)
+    model = getattr(tf, whole)(config()).eval()
+    model.save_pretrained(tmp_path / "dense")
+    rpq.convert(model, **HOW)
+    model.save_pretrained(tmp_path / "out")
+    dense, wanted = getattr(tf, part).from_pretrained(tmp_path / "dense", output_loading_info=True)
+    language, found = getattr(tf, part).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not found["missing_keys"] and not wanted["missing_keys"] and len(layers_of(language)) > 10
+    assert near(language.eval()(IDS)[0], dense.eval()(IDS)[0])
 
 
 def test_only_one_part_is_converted(clip, tmp_path):

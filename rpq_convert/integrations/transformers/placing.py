@@ -16,7 +16,6 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from rpq_convert.checkpoint.loading import read_config
 from rpq_convert.core import description
 from rpq_convert.core.description import Contents, Described
 from rpq_convert.errors import SourceError
@@ -26,6 +25,7 @@ from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning.slots import home_first
 from rpq_convert.storage.names import plain
 from rpq_convert.storage.reader import read_header
+from rpq_convert.storage.sources import read_config
 
 GUARD = "rpq.guard"  # where the empty tensors go that stop a loader which does not know RPQ
 
@@ -75,7 +75,7 @@ class _Names:
         self.renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         self.converters = [t for t in transforms if isinstance(t, WeightConverter)]
         self.prefix, self.state = model.base_model_prefix, model.state_dict()
-        self.whole = _prefix_in(keys, self.state)
+        self.own, self.whole = _part_of(keys, self.state)
 
     def of(self, key: str) -> str:
         found, _ = rename_source_key(key, self.renamings, self.converters, self.prefix, self.state)
@@ -86,14 +86,8 @@ class _Names:
     def place(self, key: str) -> str | None:
         """Return the tensor of the model that a key stands for, with the base model's prefix or without it; None for none."""
         prefix = f"{self.prefix}." if self.prefix else ""
-        candidates = (
-            self.of(key),
-            key,
-            key.removeprefix(prefix),
-            prefix + key,
-            key.removeprefix(self.whole),
-            plain(key),
-        )
+        part = self.own + key.removeprefix(self.whole)
+        candidates = (self.of(key), key, key.removeprefix(prefix), prefix + key, part, plain(key))
         return next((path for path in candidates if path in self.state), None)
 
     def renamed(self, key: str) -> str:
@@ -101,15 +95,20 @@ class _Names:
         return rename_source_key(key, self.renamings, self.converters)[0]
 
 
-def _prefix_in(keys: Collection[str], state: Collection[str]) -> str:
-    """Return what stands before all tensors of a model in the files of another that it is a part of; an empty text for no such.
+def _part_of(keys: Collection[str], state: Collection[str]) -> tuple[str, str]:
+    """Return what stands before the tensors of a model here, and in the files of a whole that it is a part of; empty texts for no such.
 
     transformers knows such a part by older names of the whole (`model.layers` of Qwen2-VL is `model.language_model.layers` now).
+    A head may lie elsewhere.
     """
-    first = "." + next(iter(state), "")
-    found = [key.removesuffix(first[1:]) for key in keys if key.endswith(first)]
-    whole = [prefix for prefix in found if all(prefix + path in keys for path in state)]
-    return whole[0] if len(whole) == 1 else ""
+    first = next(iter(state), "")
+    for own in ("", first.partition(".")[0] + "."):
+        inner = [path.removeprefix(own) for path in state if path.startswith(own)]
+        found = [key.removesuffix(inner[0]) for key in keys if inner and key.endswith("." + inner[0])]
+        whole = [prefix for prefix in found if all(prefix + path in keys for path in inner)]
+        if len(whole) == 1:
+            return own, whole[0]
+    return "", ""
 
 
 def contents_of(stored: Mapping[str, Any], files: list[Any]) -> Contents:
