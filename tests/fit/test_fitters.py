@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rpq_convert.fit import FITTERS, Fitted
-from rpq_convert.planning.options import FITS
+from rpq_convert.planning.rules import FITS
 
 kmeans, additive, random = FITTERS["kmeans"], FITTERS["additive"], FITTERS["random"]
 
