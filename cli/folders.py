@@ -1,4 +1,4 @@
-"""The commands for a converted folder: its audit, what it still knows, tuning, checks, the way back."""
+"""The commands for a converted folder: its audit, tuning, checks, the way back."""
 
 import json as jsonlib
 from dataclasses import replace
@@ -70,56 +70,6 @@ def diff(
     print(printable(compare(read(a), read(b)), lines=True))
 
 
-@group.command(
-    epilog=examples(
-        "rpq eval opt-125m/ opt-125m-rpq --text wikitext.txt --save",
-        "rpq eval minilm/ minilm-rpq --pairs stsb.csv",
-        "rpq eval net.safetensors net-rpq --factory mymodel:build --inputs test.safetensors",
-    )
-)
-@catching
-def eval(
-    base: o.Base,
-    folder: o.OutputFolder,
-    text: Annotated[Path | None, Option(metavar="FILE", help="Text to measure on; not what a fit has seen.")] = None,
-    pairs: Annotated[
-        Path | None,
-        Option(metavar="FILE.csv", help="Sentence, sentence, score: the rank correlation of cosines and scores."),
-    ] = None,
-    inputs: Annotated[
-        Path | None,
-        Option(
-            metavar="PATH",
-            help="Tensors named after the arguments of the model's forward (.safetensors), with labels for accuracy; or a folder of pictures.",
-        ),
-    ] = None,
-    factory: o.Factory = None,
-    window: Annotated[int, Option(min=2, help="Tokens of one window.")] = 512,
-    text_field: o.TextField = None,
-    windows: Annotated[int | None, Option(min=1, help="At most so many windows, lines, pairs or samples.")] = None,
-    layers: Annotated[bool, Option("--layers", help="Measure what each converted layer adds as well.")] = False,
-    save: Annotated[bool, Option("--save", help="Write the result into FOLDER's report and model card.")] = False,
-    json: o.Json = False,
-) -> None:
-    """Compare a converted model with its base: perplexity, divergence and agreement; cosines; a task's score; accuracy."""
-    if sum(x is not None for x in (text, pairs, inputs)) != 1:
-        raise typer.BadParameter("give one of --text, --pairs and --inputs to measure on", param_hint="rpq eval")
-    o.find_modules(factory)
-    checks.needs("--text-field", text_field, "--text with a table", text is not None)
-    checks.pair(base, folder, factory)
-    checks.evaluated(text, pairs, inputs, text_field)
-    if save:
-        checks.report_to_write(folder)
-    from rpq_convert.folders import WithBase, evaluate_folder
-
-    with progress() as tell:
-        found = evaluate_folder(
-            WithBase(base, folder, factory), text=text, pairs=pairs, inputs=inputs, window=window, windows=windows, field=text_field,
-            layers=layers, keep=save, say=say, progress=tell,
-        )  # fmt: skip
-    print(found.to_json() if json else printable(str(found), lines=True))
-
-
 @group.command(epilog=examples("rpq tune opt-125m/ opt-125m-rpq --data wikitext-train.txt --out opt-125m-tuned"))
 @catching
 @o.with_options
@@ -129,6 +79,7 @@ def tune(
     data: o.Data,
     out: o.OutFolder,
     options: TuneOptions,
+    source: HubOptions,
     blocks: Annotated[
         int, Option(min=0, help="Steps on each transformer block alone, before all are tuned together.")
     ] = 0,
@@ -146,15 +97,16 @@ def tune(
     o.find_modules(factory)
     checks.pair(base, folder, factory)
     checks.data(data, "--data", field=text_field)
-    check_free(o.apart_from(base, folder, out=out), overwrite=overwrite)
+    check_free(o.apart_from(Path(base), Path(folder), out=out), overwrite=overwrite)
     if options.steps == 0 and blocks == 0:
         raise unused("--steps", "no step is taken; give some, or --blocks")
-    from rpq_convert.folders import WithBase, tune_folder
+    from rpq_convert.folders import tune_folder
 
+    which = checks.with_base(base, folder, factory, source)
     options = replace(options, autocast="bfloat16" if bfloat16 else None)
     with progress() as tell:
         found = tune_folder(
-            WithBase(base, folder, factory), out, data, options, window=window, samples=samples, field=text_field, blocks=blocks, overwrite=overwrite,
+            which, out, data, options, window=window, samples=samples, field=text_field, blocks=blocks, overwrite=overwrite,
             say=say, progress=tell,
         )  # fmt: skip
     print(found.to_json() if json else printable(str(found), lines=True))
@@ -167,11 +119,13 @@ def tune(
     )
 )
 @catching
+@o.with_options
 def recalibrate(
     base: o.Base,
     folder: o.OutputFolder,
     data: o.Data,
     out: o.OutFolder,
+    source: HubOptions,
     samples: o.Samples = None,
     text_field: o.TextField = None,
     factory: o.Factory = None,
@@ -186,12 +140,13 @@ def recalibrate(
     checks.pair(base, folder, factory)
     if not own:
         checks.data(data, "--data", field=text_field)
-    check_free(o.apart_from(base, folder, out=out), overwrite=overwrite)
-    from rpq_convert.folders import WithBase, coded_sizes, recalibrate_folder
+    check_free(o.apart_from(Path(base), Path(folder), out=out), overwrite=overwrite)
+    from rpq_convert.folders import coded_sizes, recalibrate_folder
 
-    with fitting(coded_sizes(folder)) as callback:
+    which = checks.with_base(base, folder, factory, source)
+    with fitting(coded_sizes(which.folder)) as callback:
         report = recalibrate_folder(
-            WithBase(base, folder, factory), out, None if own else data, samples=samples, field=text_field, workers=workers,
+            which, out, None if own else data, samples=samples, field=text_field, workers=workers,
             overwrite=overwrite, say=say, progress=callback,
         )  # fmt: skip
     show_report(report, json=json)
@@ -199,8 +154,10 @@ def recalibrate(
 
 @group.command(epilog=examples("rpq verify opt-125m-rpq", "rpq verify opt-125m-rpq --quick"))
 @catching
+@o.with_options
 def verify(
     folder: o.OutputFolder,
+    source: HubOptions,
     quick: Annotated[
         bool, Option("--quick", help="Only sizes, headers, index and manifest: no weight is read, whatever its size.")
     ] = False,
@@ -210,8 +167,14 @@ def verify(
     checks.misspelt(folder)
     from rpq_convert.checkpoint.verifying import verify as check
     from rpq_convert.storage.files import files_in
+    from rpq_convert.storage.sources import is_name
 
-    sizes = {name: file.stat().st_size for name, file in files_in(folder).items()}
+    place = Path(folder)
+    if is_name(folder):
+        from rpq_convert.hf.hub import at_hand
+
+        place = at_hand(folder, source)
+    sizes = {name: file.stat().st_size for name, file in files_in(place).items()}
     seen: list[str] = []
     with progress() as tell:
 
@@ -219,7 +182,7 @@ def verify(
             seen.append(name)
             tell(name, sum(sizes[s] for s in seen), sum(sizes.values()))
 
-        files = check(folder, told, quick=quick)
+        files = check(place, told, quick=quick)
     print(
         jsonlib.dumps({"folder": str(folder), "files": files})
         if json
@@ -229,30 +192,20 @@ def verify(
 
 @group.command(epilog=examples("rpq restore opt-125m-rpq opt-125m-dense"))
 @catching
+@o.with_options
 def restore(
     folder: o.OutputFolder,
+    source: HubOptions,
     out: Annotated[Path, Argument(metavar="OUT", help="Where to write the dense checkpoint.")],
     overwrite: o.Overwrite = False,
 ) -> None:
     """Write a plain dense checkpoint from a converted folder."""
-    o.apart(folder, out)
+    o.apart(Path(folder), out)
     checks.converted(folder)
     check_free(out, overwrite=overwrite)
     from rpq_convert.checkpoint.restoring import restore_checkpoint
+    from rpq_convert.hf.hub import at_hand
 
     with progress() as tell:
-        written = restore_checkpoint(folder, out, overwrite=overwrite, progress=tell)
+        written = restore_checkpoint(at_hand(folder, source), out, overwrite=overwrite, progress=tell)
     print(f"{out}: {written.file_bytes:,} bytes of dense weights")
-
-
-@group.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    epilog=examples("rpq serve smollm2-rpq", "rpq serve smollm2-rpq --port 9000 --log-level info"),
-)
-@catching
-def serve(context: typer.Context, folder: o.OutputFolder) -> None:
-    """Serve a converted language model over HTTP as OpenAI's interface: `transformers serve`, which takes all other options."""
-    checks.converted(folder)
-    from rpq_convert.integrations.serving import serve as run
-
-    run([str(folder), *context.args])

@@ -161,6 +161,8 @@ def add_evaluation(folder: Path, on: str, found: Evaluation) -> None:
     report = read_report(folder / REPORT)
     others = [e for e in report.evaluations if (e["on"], e["kind"]) != (on, found.kind)]
     entry = {"on": on, "kind": found.kind, "samples": found.samples, "metrics": dict(found.metrics)}
+    if found.layers:
+        entry["layers"] = dict(found.layers)
     report = replace(report, evaluations=(*others, entry))
     card = folder / CARD
     amend(folder, {REPORT: report.to_json(), CARD: with_quality(card.read_text("utf8"), report)})

@@ -67,12 +67,7 @@ def restore_checkpoint(
     def dense(name: str) -> Tensor:
         if name in kept:
             return source[name]
-        module = RPQWeight.of(contents.modules[name], "meta")
-        for part in module.tensors():
-            module.set_tensor(part, source[f"{name}_rpq.{part}"])
-        module._probe = torch.empty(0, dtype=module.dtype)
-        with torch.no_grad():
-            return module()
+        return decoded(source, name, contents.modules[name])
 
     target.write_weights(told)
     if "model_type" in config:
@@ -81,6 +76,21 @@ def restore_checkpoint(
     (target.work / "rpq_plan.json").unlink()
     target.finish()
     return plan
+
+
+def decoded(source: Mapping[str, Tensor], name: str, what: description.Described) -> Tensor:
+    """Return one weight of a converted folder, decoded.
+
+    Args:
+        source: the folder's tensors. what: the weight's description.
+    """
+    module = RPQWeight.of(what, "meta")
+    for part in module.tensors():
+        module.set_tensor(part, source[f"{name}_rpq.{part}"])
+    module._probe = torch.empty(0, dtype=module.dtype)
+    with torch.no_grad():
+        found: Tensor = module()
+    return found
 
 
 def _part_of(key: str, modules: Mapping[str, Any]) -> bool:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rpq_convert.errors import SourceError
 from rpq_convert.hf import torchvision
+from rpq_convert.hf.hub import at_hand
 from rpq_convert.storage.files import refuse_links
 
 torchvision.fix()
@@ -18,13 +20,33 @@ from transformers.utils.import_utils import is_serve_available  # noqa: E402
 
 
 def serve(arguments: Sequence[str]) -> None:
-    """Run `transformers serve` with these arguments until it is stopped."""
+    """Run `transformers serve` with these arguments until it is stopped.
+
+    Args:
+        arguments: the folder or the repository of the hub, then options of `transformers serve`.
+    """
     if not is_serve_available():
         raise SourceError('serving needs fastapi, uvicorn and openai: pip install "rpq-convert[serve]"')
-    refuse_links(arguments[0])
+    name, *options = arguments
+    folder = at_hand(name)
+    refuse_links(folder)
     from huggingface_hub.constants import HF_HUB_CACHE
     from transformers.cli.transformers import app
 
     Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)  # without it the list of models is an error
 
-    app(args=["serve", *arguments], prog_name="rpq")
+    _list(folder.resolve().name if Path(name).exists() else name, folder)
+    app(args=["serve", str(folder), *options], prog_name="rpq")
+
+
+def _list(name: str, folder: Path) -> None:
+    """Let the server list its model under this name, before those of the hub's cache, which are all that transformers lists."""
+    from transformers.cli.serving.model_manager import ModelManager
+
+    cached = ModelManager.get_gen_models
+    own = {"id": name, "object": "model", "owned_by": "", "created": int(folder.stat().st_mtime)}
+
+    def listed(cache_dir: str | None = None) -> list[dict[str, Any]]:
+        return [own, *(m for m in cached(cache_dir) if m["id"] != name)]
+
+    ModelManager.get_gen_models = staticmethod(listed)  # type: ignore[method-assign, assignment]

@@ -15,6 +15,8 @@ from dataclasses import dataclass, fields
 from rpq_convert.report.schema import Report, Row, largest, mean, ratio
 from rpq_convert.showing import csv_cell, markdown_code, markdown_text, printable
 
+WORST_LAYERS = 5  # of an evaluation, that are named
+
 
 @dataclass(frozen=True)
 class Group:
@@ -202,11 +204,16 @@ def terminal(report: Report, width: int = 80) -> str:
 
 
 def quality(report: Report) -> list[str]:
-    """Return what was measured of the model, a line per evaluation."""
-    return [
-        f"{e['on']} ({e['samples']:,} {e['kind']}): " + ", ".join(f"{k} {v:.4f}" for k, v in e["metrics"].items())
-        for e in report.evaluations
-    ]
+    """Return what was measured of the model, a line per evaluation, and one for the layers that add most to the error."""
+    lines = []
+    for e in report.evaluations:
+        lines.append(
+            f"{e['on']} ({e['samples']:,} {e['kind']}): " + ", ".join(f"{k} {v:.4f}" for k, v in e["metrics"].items())
+        )
+        worst = sorted(e.get("layers", {}).items(), key=lambda item: -item[1])[:WORST_LAYERS]
+        if worst:
+            lines.append(f"{e['on']}, largest output errors: " + ", ".join(f"{name} {v:.2g}" for name, v in worst))
+    return lines
 
 
 def left_out(report: Report, most: int = 20) -> list[str]:
