@@ -1,4 +1,7 @@
-"""Tasks of lm-eval (EleutherAI's harness), where it is installed: the scores of the base and of the converted model."""
+"""Tasks of lm-eval (EleutherAI's harness), where it is installed: the scores of the base and of the converted model.
+
+Nothing slow is imported before the models are scored, so that commands can check what they were asked at once.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,12 @@ import logging
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rpq_convert.core.results import Evaluation
 from rpq_convert.errors import EvaluateError, SourceError
+
+if TYPE_CHECKING:
+    from rpq_convert.core.results import Evaluation
 
 NEEDED = 'tasks need lm-eval: pip install "rpq-convert[tasks]"'
 
@@ -54,6 +59,10 @@ def evaluate_tasks(
     check_tasks(tasks, include)
     if not dense.can_generate() or dense.config.is_encoder_decoder:
         raise EvaluateError(f"tasks are for causal language models; {type(dense).__name__} is none")
+    from rpq_convert.core.results import Evaluation
+    from rpq_convert.hf.hub import hold_back_if_silent
+
+    hold_back_if_silent()  # before datasets is imported, which looks once
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager

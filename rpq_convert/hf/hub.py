@@ -191,6 +191,18 @@ def _download(name: str, patterns: Sequence[str], **options: Any) -> Path:
         return Path(snapshot_download(name, allow_patterns=[*patterns], **options))
 
 
+def hold_back_if_silent(seconds: float = 5.0) -> None:
+    """Keep libraries that would ask the hub for a minute from asking at all where it does not answer; they use what is cached."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=seconds)
+    except (HTTPError, OSError):
+        constants.HF_HUB_OFFLINE = True
+
+
 def client(token: str | bool | None) -> Any:
     """Return huggingface_hub's client."""
     from huggingface_hub import HfApi

@@ -5,7 +5,7 @@ transformers has no way to name a library that its commands should import first,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +35,31 @@ def serve(arguments: Sequence[str]) -> None:
 
     Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)  # without it the list of models is an error
 
-    _list(folder.resolve().name if Path(name).exists() else name, folder)
-    app(args=["serve", str(folder), *options], prog_name="rpq")
+    here = Path(name).exists()
+    _known_as(dict.fromkeys([folder.resolve().name, name] if here else [name]), name, folder)
+    app(args=["serve", name, *options], prog_name="rpq")
 
 
-def _list(name: str, folder: Path) -> None:
-    """Let the server list its model under this name, before those of the hub's cache, which are all that transformers lists."""
+def _known_as(names: Iterable[str], given: str, folder: Path) -> None:
+    """Let the server list its model and answer for it under these names; transformers lists the hub's cache alone.
+
+    Args:
+        given: the name that transformers knows it by.
+    """
     from transformers.cli.serving.model_manager import ModelManager
+    from transformers.cli.serving.utils import BaseHandler
 
-    cached = ModelManager.get_gen_models
-    own = {"id": name, "object": "model", "owned_by": "", "created": int(folder.stat().st_mtime)}
+    cached, resolve, known = ModelManager.get_gen_models, BaseHandler._resolve_model, list(names)
+    made = int(folder.stat().st_mtime)
+    own = [{"id": name, "object": "model", "owned_by": "", "created": made} for name in known]
 
     def listed(cache_dir: str | None = None) -> list[dict[str, Any]]:
-        return [own, *(m for m in cached(cache_dir) if m["id"] != name)]
+        return [*own, *(m for m in cached(cache_dir) if m["id"] not in known)]
+
+    def resolved(self: Any, body: dict[str, Any]) -> Any:
+        if body.get("model") in known:
+            body["model"] = given
+        return resolve(self, body)
 
     ModelManager.get_gen_models = staticmethod(listed)  # type: ignore[method-assign, assignment]
+    BaseHandler._resolve_model = resolved  # type: ignore[method-assign]
