@@ -100,14 +100,13 @@ def tune(
     check_free(o.apart_from(Path(base), Path(folder), out=out), overwrite=overwrite)
     if options.steps == 0 and blocks == 0:
         raise unused("--steps", "no step is taken; give some, or --blocks")
-    from rpq_convert.folders import tune_folder
+    from rpq_convert.folders import Given, tune_folder
 
     which = checks.with_base(base, folder, factory, source)
     options = replace(options, autocast="bfloat16" if bfloat16 else None)
     with progress() as tell:
         found = tune_folder(
-            which, out, data, options, window=window, samples=samples, field=text_field, blocks=blocks, overwrite=overwrite,
-            say=say, progress=tell,
+            which, out, Given(data, window, samples, text_field), options, blocks=blocks, overwrite=overwrite, say=say, progress=tell
         )  # fmt: skip
     print(found.to_json() if json else printable(str(found), lines=True))
 
@@ -141,13 +140,13 @@ def recalibrate(
     if not own:
         checks.data(data, "--data", field=text_field)
     check_free(o.apart_from(Path(base), Path(folder), out=out), overwrite=overwrite)
-    from rpq_convert.folders import coded_sizes, recalibrate_folder
+    from rpq_convert.folders import Given, coded_sizes, recalibrate_folder
 
     which = checks.with_base(base, folder, factory, source)
     with fitting(coded_sizes(which.folder)) as callback:
         report = recalibrate_folder(
-            which, out, None if own else data, samples=samples, field=text_field, workers=workers,
-            overwrite=overwrite, say=say, progress=callback,
+            which, out, Given(None if own else data, samples=samples, field=text_field), workers=workers, overwrite=overwrite,
+            say=say, progress=callback,
         )  # fmt: skip
     show_report(report, json=json)
 
@@ -165,15 +164,11 @@ def verify(
 ) -> None:
     """Check a converted folder: hashes, headers, index, shapes, and that every number is finite."""
     checks.misspelt(folder)
+    from rpq_convert.checkpoint.verifying import here
     from rpq_convert.checkpoint.verifying import verify as check
     from rpq_convert.storage.files import files_in
-    from rpq_convert.storage.sources import is_name
 
-    place = Path(folder)
-    if is_name(folder):
-        from rpq_convert.hf.hub import at_hand
-
-        place = at_hand(folder, source)
+    place = here(folder, source)
     sizes = {name: file.stat().st_size for name, file in files_in(place).items()}
     seen: list[str] = []
     with progress() as tell:
@@ -204,8 +199,7 @@ def restore(
     checks.converted(folder)
     check_free(out, overwrite=overwrite)
     from rpq_convert.checkpoint.restoring import restore_checkpoint
-    from rpq_convert.hf.hub import at_hand
 
     with progress() as tell:
-        written = restore_checkpoint(at_hand(folder, source), out, overwrite=overwrite, progress=tell)
+        written = restore_checkpoint(folder, out, overwrite=overwrite, progress=tell, **source.hub)
     print(f"{out}: {written.file_bytes:,} bytes of dense weights")

@@ -194,15 +194,35 @@ def _measured(
     return found, batches, shown(a, b, lines, words, count) if count else []
 
 
+@dataclass(frozen=True)
+class Given:
+    """Data that a folder is tuned or fitted on.
+
+    Args:
+        path: as for `read_inputs`; None for synthetic inputs (`own_inputs`).
+        window, samples: tokens of one sample of text, and at most so many samples; the default of what makes them where it is None.
+        field: the column of texts in a table.
+    """
+
+    path: Path | None
+    window: int = 512
+    samples: int | None = None
+    field: str | None = None
+
+    def inputs(self, dense: Any, base: str | Path, say: Say | None) -> list[Any]:
+        """Return the inputs of a dense model; `say` is told what was read."""
+        some: dict[str, Any] = {} if self.samples is None else {"samples": self.samples}
+        if self.path is None:
+            return own_inputs(dense, **some)
+        return read_inputs(self.path, base, model=dense, window=self.window, field=self.field, told=say, **some)
+
+
 def tune_folder(
     which: WithBase,
     out: str | Path,
-    data: Path,
+    data: Given,
     options: TuneOptions,
     *,
-    window: int = 256,
-    samples: int = 512,
-    field: str | None = None,
     blocks: int = 0,
     overwrite: bool = False,
     say: Say | None = None,
@@ -212,7 +232,7 @@ def tune_folder(
 
     Args:
         out: the folder to make.
-        data, window, samples, field: as for `read_inputs`.
+        data: what to tune on.
         blocks: steps on each transformer block alone, before all are tuned together; the same options, except the loss.
         overwrite: replace `out`.
         options: how to tune. A killed run continues when it is repeated; blocks are then tuned again first.
@@ -224,7 +244,7 @@ def tune_folder(
     place = Path(out)
     check_free(place, overwrite=overwrite)
     dense, model = which.load()
-    items = read_inputs(data, which.base, model=dense, window=window, samples=samples, field=field, told=say)
+    items = data.inputs(dense, which.base, say)
     if blocks:
         tune_blocks_with(replace(options, steps=blocks, loss="mse"), model, dense, items, progress=progress)
 
@@ -242,11 +262,8 @@ def tune_folder(
 def recalibrate_folder(
     which: WithBase,
     out: str | Path,
-    data: Path | None,
+    data: Given,
     *,
-    window: int = 512,
-    samples: int | None = None,
-    field: str | None = None,
     overwrite: bool = False,
     say: Say | None = None,
     **options: Any,
@@ -254,20 +271,13 @@ def recalibrate_folder(
     """Fit a converted folder to inputs, starting from its codebooks, into another folder.
 
     Args:
-        out, overwrite: as for `tune_folder`.
-        data, window, samples, field: as for `read_inputs`; None for synthetic inputs (`own_inputs`).
+        out, data, overwrite, say: as for `tune_folder`.
         options: those of `recalibrate`.
     """
     place = Path(out)
     check_free(place, overwrite=overwrite)
     dense, model = which.load()
-    some: dict[str, Any] = {} if samples is None else {"samples": samples}
-    items = (
-        own_inputs(dense, **some)
-        if data is None
-        else read_inputs(data, which.base, model=dense, window=window, field=field, told=say, **some)
-    )
-    recalibrate(model, dense, items, **options)
+    recalibrate(model, dense, data.inputs(dense, which.base, say), **options)
     return save(model, place, overwrite=overwrite, files=files_beside(which.folder), base=base_in(Path(which.folder)))
 
 
