@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
+from rpq_convert.conversion.options import QualityOptions
 from rpq_convert.planning.options import PlanOptions
 from rpq_convert.showing import printable
 from rpq_convert.storage.options import SourceOptions
@@ -40,6 +41,7 @@ def convert(
     src: o.Source,
     options: PlanOptions,
     source: SourceOptions,
+    quality: QualityOptions,
     out: o.Out = None,
     device: o.Device = "cpu",
     calibrate: o.Calibrate = None,
@@ -57,7 +59,7 @@ def convert(
     """Convert a checkpoint into a folder of RPQ weights, tensor by tensor, whatever its size."""
     run = Conversion(
         src, o.output_for(src, out), options, source, calibrate=calibrate, samples=samples, text_field=text_field,
-        dry_run=dry_run, overwrite=overwrite,
+        quality=quality, dry_run=dry_run, overwrite=overwrite,
     )  # fmt: skip
     how = How(device, executor, workers, push_to, public)
     run.check(how)
@@ -65,7 +67,7 @@ def convert(
     plan = run.plan()
     if dry_run:
         return show_plan(plan, src, json=json)
-    report = run.convert(plan, how)
+    report = run.judge(run.convert(plan, how))
     show_report(report, json=json)
     say(f"wrote {run.folder}")
     if push_to:

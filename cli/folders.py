@@ -57,19 +57,6 @@ def audit(
         say(f"wrote {output}")
 
 
-@group.command(epilog=examples("rpq diff opt-125m-2bit opt-125m-4bit"))
-@catching
-def diff(
-    a: Annotated[Path, Argument(metavar="A", help="A converted folder.")],
-    b: Annotated[Path, Argument(metavar="B", help="Another, usually of the same model.")],
-) -> None:
-    """Show what differs in size and error between two converted folders."""
-    from rpq_convert.checkpoint.verifying import audit as read
-    from rpq_convert.report.text import diff as compare
-
-    print(printable(compare(read(a), read(b)), lines=True))
-
-
 @group.command(epilog=examples("rpq tune opt-125m/ opt-125m-rpq --data wikitext-train.txt --out opt-125m-tuned"))
 @catching
 @o.with_options

@@ -9,7 +9,7 @@ from typing import Any
 from rpq_convert.checkpoint.kinship import check_base
 from rpq_convert.checkpoint.loading import load
 from rpq_convert.checkpoint.metadata import add_evaluation
-from rpq_convert.checkpoint.opening import Factory, open_checkpoint
+from rpq_convert.checkpoint.opening import Factory, Opened, open_checkpoint
 from rpq_convert.checkpoint.saving import save
 from rpq_convert.checkpoint.verifying import audit
 from rpq_convert.conversion.recalibration import recalibrate
@@ -25,6 +25,7 @@ from rpq_convert.hf.hub import DEFAULT
 from rpq_convert.hf.hub import at_hand as fetched
 from rpq_convert.hf.model_card import base_in
 from rpq_convert.inputs.files import read_inputs, read_text, text_inputs, tokenizer_of
+from rpq_convert.inputs.items import Calibration, prepare
 from rpq_convert.inputs.synthetic import own_inputs
 from rpq_convert.report.schema import Report
 from rpq_convert.running.progress import Progress, Say, counted
@@ -186,7 +187,7 @@ def _measured(
         found = evaluate(dense, converted, ids, window=on.window, progress=told)
         batches = [{"input_ids": part[None]} for part in ids[: 4 * on.window].split(on.window)]
         return found, batches, text_answers(dense, converted, lines, words, count) if count else []
-    batches = text_inputs(base, text, dense, words, window=on.window, samples=on.limit)
+    batches = text_inputs(text, dense, words, on.window, slice(on.limit))
     pooled = gives_vectors(dense, batches[0])
     a, b = (Pooled(dense, base), Pooled(converted, base)) if pooled else (dense, converted)
     found = evaluate(a, b, batches, progress=counted(progress, "batches", len(batches)))
@@ -247,6 +248,29 @@ def tune_folder(
     items = data.inputs(dense, which.base, say)
     if blocks:
         tune_blocks_with(replace(options, steps=blocks, loss="mse"), model, dense, items, progress=progress)
+    return _tuned(model, dense, items, options, Path(which.folder), place, progress=progress, overwrite=overwrite)
+
+
+def tune_written(
+    opened: Opened, folder: Path, data: Calibration, options: TuneOptions, progress: Progress | None = None
+) -> Tuning:
+    """Tune a folder that was just written against the checkpoint that it was made from, in its place.
+
+    Args:
+        data: as for `rpq.convert(calibration=)`. options, progress: as for `tune_folder`.
+    """
+    dense = opened.give_filled().eval()
+    model: Any = load(folder, factory=opened.options.factory).eval()
+    model._rpq_options = dict(audit(folder).options)
+    items = prepare(data, dense, "data")
+    return _tuned(model, dense, items, options, folder, folder, progress=progress, overwrite=True)
+
+
+def _tuned(
+    model: Any, dense: Any, items: list[Any], options: TuneOptions, folder: Path, place: Path, *, progress: Progress | None,
+    overwrite: bool,
+) -> Tuning:  # fmt: skip
+    """Tune the model of a folder, and write it to a place, with what lies beside the folder's weights."""
 
     def told(step: int, loss: float) -> None:
         if progress:
@@ -255,7 +279,7 @@ def tune_folder(
     file = place.with_name(place.name + ".tuning.safetensors")
     tuned = tune_with(options, model, dense, items, checkpoint=file, progress=told)
     model._rpq_options["tuning"] = {"steps": tuned.best, "before": tuned.before, "after": tuned.after}
-    save(model, place, overwrite=overwrite, files=files_beside(which.folder), base=base_in(Path(which.folder)))
+    save(model, place, overwrite=overwrite, files=files_beside(folder), base=base_in(folder))
     return tuned
 
 

@@ -24,6 +24,8 @@ def here(path: str | Path, options: HubOptions = DEFAULT) -> Path:
     """Return a converted folder on this machine: the path itself, or the local copy of a repository of the hub."""
     place, options = located(path, options)
     if not is_name(place):
+        if not Path(place).exists():
+            read_config(Path(place))  # raises, and says what may have been meant
         return Path(place)
     from rpq_convert.hf.hub import at_hand
 

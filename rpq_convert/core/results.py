@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from rpq_convert.report.quality import UNITS
+
 # What a fit measures: fields of Encoded, of a report's rows and of the facts that pieces and layers keep.
 MEASURED = ("error", "dead", "seconds", "inputs", "worst", "output_error", "worst_output")
 
@@ -65,7 +67,6 @@ class Encoded:
 
 
 SHOWN = 240  # characters of an answer in a terminal
-UNITS = {"language model": "tokens", "outputs": "outputs", "sentence pairs": "pairs", "tasks": "questions"}
 
 
 @dataclass(frozen=True)

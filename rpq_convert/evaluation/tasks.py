@@ -5,8 +5,11 @@ Nothing slow is imported before the models are scored, so that commands can chec
 
 from __future__ import annotations
 
+import io
 import logging
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +54,7 @@ def evaluate_tasks(
         include: a folder of tasks of your own.
 
     Returns:
-        `TASK METRIC` and `base TASK METRIC` -> score; the number of questions.
+        `TASK METRIC` and `base_TASK METRIC` -> score; the number of questions.
 
     Raises:
         EvaluateError: lm-eval is not installed, a task is unknown, or its data cannot be had.
@@ -74,24 +77,30 @@ def evaluate_tasks(
     for model in (dense, converted):
         harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, prefix_token_id=_first(tokenizer))
         try:
-            found.append(
-                simple_evaluate(
-                    model=harness,
-                    tasks=[*tasks],
-                    limit=limit,
-                    task_manager=manager,
-                    bootstrap_iters=0,
-                    log_samples=False,
+            with _bars():
+                found.append(
+                    simple_evaluate(
+                        model=harness,
+                        tasks=[*tasks],
+                        limit=limit,
+                        task_manager=manager,
+                        bootstrap_iters=0,
+                        log_samples=False,
+                    )
                 )
-            )
         except (OSError, ConnectionError, ValueError) as e:  # of data sets: no connection, no such repository
             logging.getLogger(__name__).debug("lm-eval failed", exc_info=True)
             reason = (str(e).strip() or repr(e)).splitlines()[0]
             raise EvaluateError(f"{', '.join(tasks)} could not be run; its data comes from the hub: {reason}") from None
     base, mine = ({**_scores(f["results"])} for f in found)
-    metrics = {name: value for k, v in mine.items() for name, value in ((k, v), (f"base {k}", base[k]))}
+    metrics = {name: value for k, v in mine.items() for name, value in ((k, v), (f"base_{k}", base[k]))}
     count = sum(n["effective"] for n in found[1]["n-samples"].values())
     return Evaluation("tasks", metrics, int(count))
+
+
+def _bars() -> AbstractContextManager[Any]:
+    """Hold bars back where TQDM_DISABLE asks for it, which lm-eval does not heed."""
+    return redirect_stderr(io.StringIO()) if os.environ.get("TQDM_DISABLE") == "1" else nullcontext()
 
 
 def _first(tokenizer: Any) -> int:

@@ -109,6 +109,16 @@ def _kind(model: Any, shape: Shape | None = None) -> str | Shape | None:
     return shape
 
 
+def has_own_inputs(model: Any) -> bool:
+    """Return whether synthetic inputs of a model can be made."""
+    return _kind(model) is not None
+
+
+def writes_text(model: Any) -> bool:
+    """Return whether a model is a causal language model, which writes its own text."""
+    return _kind(model) == "text"
+
+
 def _vocabulary(model: Any) -> int:
     size: int = model.get_input_embeddings().weight.shape[0]
     return size

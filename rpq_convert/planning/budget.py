@@ -11,6 +11,7 @@ of an embedding or of an output layer, whose errors reach every prediction, EMBE
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from rpq_convert.core.sizes import parse_size
 from rpq_convert.errors import PlanError
@@ -18,7 +19,7 @@ from rpq_convert.planning import planner
 from rpq_convert.planning.choices import RATES, SHAPES, Choices, Sensitivity
 from rpq_convert.planning.options import PlanOptions
 from rpq_convert.planning.plan import Plan
-from rpq_convert.planning.rules import Rule
+from rpq_convert.planning.rules import Rule, load_preset, preset_names, split_bits
 from rpq_convert.planning.slots import Slot
 from rpq_convert.report.curve import Curve
 
@@ -82,13 +83,21 @@ def sweep(
     low, high = choices.smallest.plan.file_bytes, choices.uniform[0].file_bytes
     sizes = [round(low * (high / low) ** (i / (points - 1))) for i in range(points)]
     mixed = {p.plan.file_bytes: p for size in sizes if (p := choices.within_size(max(low, size)))}
+    named = _presets()
     uniform = [
-        (p, f"dim {dim}{f' x {stages} stages' if stages > 1 else ''}, {8 * stages / dim:.3g} bits")
-        for (dim, stages), p in zip(RATES, choices.uniform)
+        (p, f"dim {dim}{f' x {stages} stages' if stages > 1 else ''}, {8 * stages / dim:.3g} bits", named.get(rate, ""))
+        for rate, p in zip(RATES, choices.uniform)
+        for dim, stages in [rate]
         if p.jobs
     ]
     return Curve(
         tuple(choices.sample(p.plan, p.loss, "mixed") for p in mixed.values()),
-        tuple(choices.sample(p, choices.loss(p), how) for p, how in uniform),
+        tuple(replace(choices.sample(p, choices.loss(p), how), preset=preset) for p, how, preset in uniform),
         () if choices.measured else (SHAPES,),
     )
+
+
+def _presets() -> dict[tuple[int, int], str]:
+    """Return (dim, stages) -> the preset that gives every parameter this layout."""
+    presets = [load_preset(name) for name in preset_names()]
+    return {split_bits(p.settings["bits"]): p.name for p in presets if "bits" in p.settings and not p.rules}

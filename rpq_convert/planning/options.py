@@ -37,11 +37,14 @@ class PlanOptions:
     """
 
     preset: str | None = setting(
-        None, "A preset's name (see `rpq presets`) or a .toml file.", record=ALWAYS, panel=SIZE
+        None,
+        "A preset's name (`rpq presets` says what each keeps) or a .toml file; 5bit by default, 6 times smaller than float32.",
+        record=ALWAYS,
+        panel=SIZE,
     )
     bits: float | None = setting(
         None,
-        "Code bits per weight, 0.05 to 8; a value that no layout has, such as 2.5, mixes layers of several sizes.",
+        "Code bits per weight, 0.05 to 8; a value that no layout has, such as 2.5 or 5, mixes layers of several sizes (preset 5bit is 5.34).",
         record=ALWAYS, panel=SIZE,
     )  # fmt: skip
     target_size: str | int | None = setting(

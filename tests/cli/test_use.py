@@ -122,7 +122,7 @@ def test_tasks_of_lm_eval(place, tmp_path):
     found = subprocess.run([*command, "tiny", "--json"], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr[-2000:]
     told = json.loads(found.stdout)
-    assert set(told["metrics"]) == {"tiny acc", "base tiny acc"} and told["samples"] == 6 and found.stderr == ""
+    assert set(told["metrics"]) == {"tiny acc", "base_tiny acc"} and told["samples"] == 6 and found.stderr == ""
     wrong = subprocess.run([*command, "nosuch"], capture_output=True, text=True)
     assert wrong.returncode == 4 and wrong.stderr.strip().endswith(
         "lm-eval has no task 'nosuch'; `lm_eval ls tasks` lists them"
