@@ -6,7 +6,7 @@ The library checks the same again where Python gives it. Here it is said within 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -26,6 +26,11 @@ from rpq_convert.storage.sources import (
     read_config,
     refuse_misspelt,
 )
+
+from .talk import phase, warn
+
+if TYPE_CHECKING:
+    from rpq_convert.folders import WithBase
 
 
 def unused(option: str, why: str) -> typer.BadParameter:
@@ -86,10 +91,7 @@ def data(where: str | Path, option: str, *, field: str | None = None, window: in
 def evaluated(
     text: Path | None, pairs: Path | None, inputs: Path | None, *, field: str | None, window: int | None
 ) -> None:
-    """Refuse what a model cannot be evaluated on: nothing or several things, and data of another kind."""
-    if sum(x is not None for x in (text, pairs, inputs)) != 1:
-        raise typer.BadParameter("give one of --text, --pairs and --inputs to measure on", param_hint="rpq eval")
-    needs("--text-field", field, "--text with a table", text is not None)
+    """Refuse data of another kind than what they are given as, one of the three."""
     if pairs is not None:
         if not pairs.is_file():
             raise SourceError(f"{pairs} does not exist{did_you_mean(pairs)}")
@@ -112,8 +114,28 @@ def needs(option: str, value: Any, other: str, there: bool) -> None:
         raise unused(option, f"give {other} as well, or leave it out")
 
 
-def report_to_write(folder: Path) -> None:
+def with_base(base: str, folder: str, factory: str | None, options: HubOptions, *, related: bool = True) -> WithBase:
+    """Return a converted model and its base on this machine, and warn where it cannot be the base; this is slow.
+
+    Args:
+        options: of the hub; a revision is the folder's.
+        related: whether a base that it cannot be is a warning. If not, it is refused: the result will be kept.
+    """
+    from rpq_convert.folders import WithBase
+
+    with phase("fetched and compared"):
+        which = WithBase.at_hand(base, folder, factory, options)
+        doubt = which.check()
+    if doubt and not related:
+        raise SourceError(f"{doubt}; leave out keep=True, or give its base")
+    warn((doubt,) if doubt else ())
+    return which
+
+
+def report_to_write(folder: str) -> None:
     """Refuse to keep a result where there is no report to keep it in."""
-    if not (folder / REPORT).is_file():
+    if is_name(folder):
+        raise SourceError(f"{folder} is a repository of the hub; --save writes into a folder")
+    if not (Path(folder) / REPORT).is_file():
         raise SourceError(f"{folder} has no {REPORT} to write into; leave out --save")
-    read_manifest(folder)
+    read_manifest(Path(folder))

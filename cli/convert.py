@@ -99,8 +99,8 @@ def push(
 ) -> None:
     """Verify a converted folder and upload it to the hub, in one commit; private unless --public."""
     checks.converted(folder)
-    read_manifest(folder)
-    _push(folder, repo, public=public, token=token, revision=revision)
+    read_manifest(Path(folder))
+    _push(Path(folder), repo, public=public, token=token, revision=revision)
 
 
 @group.command(

@@ -16,7 +16,8 @@ from . import options as o
 from .app import examples, group
 from .checks import misspelt
 from .errors import catching
-from .show import say, width
+from .show import width
+from .talk import say
 
 if TYPE_CHECKING:
     from rpq_convert.report.schema import Report

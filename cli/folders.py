@@ -1,4 +1,4 @@
-"""The commands for a converted folder: its audit, what it still knows, tuning, checks, the way back."""
+"""The commands for a converted folder: its audit, tuning, checks, the way back."""
 
 import json as jsonlib
 from dataclasses import replace
@@ -58,53 +58,6 @@ def audit(
         say(f"wrote {output}")
 
 
-@group.command(
-    epilog=examples(
-        "rpq eval opt-125m/ opt-125m-rpq --text wikitext.txt --save",
-        "rpq eval minilm/ minilm-rpq --pairs stsb.csv",
-        "rpq eval net.safetensors net-rpq --factory mymodel:build --inputs test.safetensors",
-    )
-)
-@catching
-def eval(
-    base: o.Base,
-    folder: o.OutputFolder,
-    text: Annotated[Path | None, Option(metavar="FILE", help="Text to measure on; not what a fit has seen.")] = None,
-    pairs: Annotated[
-        Path | None,
-        Option(metavar="FILE.csv", help="Sentence, sentence, score: the rank correlation of cosines and scores."),
-    ] = None,
-    inputs: Annotated[
-        Path | None,
-        Option(
-            metavar="PATH",
-            help="Tensors named after the arguments of the model's forward (.safetensors), with labels for accuracy; or a folder of pictures.",
-        ),
-    ] = None,
-    factory: o.Factory = None,
-    window: Annotated[int | None, Option(min=2, help="Tokens of one window; 512 by default.")] = None,
-    text_field: o.TextField = None,
-    windows: Annotated[int | None, Option(min=1, help="At most so many windows, lines, pairs or samples.")] = None,
-    layers: Annotated[bool, Option("--layers", help="Measure what each converted layer adds as well.")] = False,
-    save: Annotated[bool, Option("--save", help="Write the result into FOLDER's report and model card.")] = False,
-    json: o.Json = False,
-) -> None:
-    """Compare a converted model with its base: perplexity, divergence and agreement; cosines; a task's score; accuracy."""
-    o.find_modules(factory)
-    checks.pair(base, folder, factory)
-    if save:
-        checks.report_to_write(folder)
-    checks.evaluated(text, pairs, inputs, field=text_field, window=window)
-    from rpq_convert.folders import WithBase, evaluate_folder
-
-    with progress() as tell:
-        found = evaluate_folder(
-            WithBase(base, folder, factory), text=text, pairs=pairs, inputs=inputs, window=window or 512, windows=windows, field=text_field,
-            layers=layers, keep=save, say=say, progress=tell,
-        )  # fmt: skip
-    print(found.to_json() if json else printable(str(found), lines=True))
-
-
 @group.command(epilog=examples("rpq tune opt-125m/ opt-125m-rpq --data wikitext-train.txt --out opt-125m-tuned"))
 @catching
 @o.with_options
@@ -114,6 +67,7 @@ def tune(
     data: o.Data,
     out: o.OutFolder,
     options: TuneOptions,
+    source: HubOptions,
     blocks: Annotated[
         int, Option(min=0, help="Steps on each transformer block alone, before all are tuned together.")
     ] = 0,
@@ -131,16 +85,16 @@ def tune(
     o.find_modules(factory)
     checks.pair(base, folder, factory)
     checks.data(data, "--data", field=text_field, window=window)
-    check_free(o.apart_from(base, folder, out=out), overwrite=overwrite)
+    check_free(o.apart_from(Path(base), Path(folder), out=out), overwrite=overwrite)
     if options.steps == 0 and blocks == 0:
         raise unused("--steps", "no step is taken; give some, or --blocks")
-    from rpq_convert.folders import WithBase, tune_folder
+    from rpq_convert.folders import Given, tune_folder
 
+    which = checks.with_base(base, folder, factory, source)
     options = replace(options, autocast="bfloat16" if bfloat16 else None)
     with progress() as tell:
         found = tune_folder(
-            WithBase(base, folder, factory), out, data, options, window=window or 256, samples=samples, field=text_field,
-            blocks=blocks, overwrite=overwrite, say=say, progress=tell,
+            which, out, Given(data, window or 256, samples, text_field), options, blocks=blocks, overwrite=overwrite, say=say, progress=tell
         )  # fmt: skip
     print(found.to_json() if json else printable(str(found), lines=True))
 
@@ -152,11 +106,13 @@ def tune(
     )
 )
 @catching
+@o.with_options
 def recalibrate(
     base: o.Base,
     folder: o.OutputFolder,
     data: o.Data,
     out: o.OutFolder,
+    source: HubOptions,
     samples: o.Samples = None,
     text_field: o.TextField = None,
     factory: o.Factory = None,
@@ -171,21 +127,24 @@ def recalibrate(
     checks.pair(base, folder, factory)
     if not own:
         checks.data(data, "--data", field=text_field)
-    check_free(o.apart_from(base, folder, out=out), overwrite=overwrite)
-    from rpq_convert.folders import WithBase, coded_sizes, recalibrate_folder
+    check_free(o.apart_from(Path(base), Path(folder), out=out), overwrite=overwrite)
+    from rpq_convert.folders import Given, coded_sizes, recalibrate_folder
 
-    with fitting(coded_sizes(folder)) as callback:
+    which = checks.with_base(base, folder, factory, source)
+    with fitting(coded_sizes(which.folder)) as callback:
         report = recalibrate_folder(
-            WithBase(base, folder, factory), out, None if own else data, samples=samples, field=text_field, workers=workers,
-            overwrite=overwrite, say=say, progress=callback,
+            which, out, Given(None if own else data, samples=samples, field=text_field), workers=workers, overwrite=overwrite,
+            say=say, progress=callback,
         )  # fmt: skip
     show_report(report, json=json)
 
 
 @group.command(epilog=examples("rpq verify opt-125m-rpq", "rpq verify opt-125m-rpq --quick"))
 @catching
+@o.with_options
 def verify(
     folder: o.OutputFolder,
+    source: HubOptions,
     quick: Annotated[
         bool, Option("--quick", help="Only sizes, headers, index and manifest: no weight is read, whatever its size.")
     ] = False,
@@ -193,10 +152,12 @@ def verify(
 ) -> None:
     """Check a converted folder: hashes, headers, index, shapes, and that every number is finite."""
     checks.misspelt(folder)
+    from rpq_convert.checkpoint.verifying import here
     from rpq_convert.checkpoint.verifying import verify as check
     from rpq_convert.storage.files import files_in
 
-    sizes = {name: file.stat().st_size for name, file in files_in(folder).items()}
+    place = here(folder, source)
+    sizes = {name: file.stat().st_size for name, file in files_in(place).items()}
     seen: list[str] = []
     with progress() as tell:
 
@@ -204,7 +165,7 @@ def verify(
             seen.append(name)
             tell(name, sum(sizes[s] for s in seen), sum(sizes.values()))
 
-        files = check(folder, told, quick=quick)
+        files = check(place, told, quick=quick)
     print(
         jsonlib.dumps({"folder": str(folder), "files": files})
         if json
@@ -214,30 +175,19 @@ def verify(
 
 @group.command(epilog=examples("rpq restore opt-125m-rpq opt-125m-dense"))
 @catching
+@o.with_options
 def restore(
     folder: o.OutputFolder,
+    source: HubOptions,
     out: Annotated[Path, Argument(metavar="OUT", help="Where to write the dense checkpoint.")],
     overwrite: o.Overwrite = False,
 ) -> None:
     """Write a plain dense checkpoint from a converted folder."""
-    o.apart(folder, out)
+    o.apart(Path(folder), out)
     checks.converted(folder)
     check_free(out, overwrite=overwrite)
     from rpq_convert.checkpoint.restoring import restore_checkpoint
 
     with progress() as tell:
-        written = restore_checkpoint(folder, out, overwrite=overwrite, progress=tell)
+        written = restore_checkpoint(folder, out, overwrite=overwrite, progress=tell, **source.hub)
     print(f"{out}: {written.file_bytes:,} bytes of dense weights")
-
-
-@group.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    epilog=examples("rpq serve smollm2-rpq", "rpq serve smollm2-rpq --port 9000 --log-level info"),
-)
-@catching
-def serve(context: typer.Context, folder: o.OutputFolder) -> None:
-    """Serve a converted language model over HTTP as OpenAI's interface: `transformers serve`, which takes all other options."""
-    checks.converted(folder)
-    from rpq_convert.integrations.serving import serve as run
-
-    run([str(folder), *context.args])

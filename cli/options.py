@@ -16,7 +16,9 @@ from rpq_convert.errors import PlanError
 from rpq_convert.planning.rules import parse_rule, preset_names
 
 Source = Annotated[str, Argument(metavar="SRC", help="A hub id, a checkpoint folder, or a safetensors file.")]
-OutputFolder = Annotated[Path, Argument(metavar="FOLDER", help="A folder that rpq-convert wrote.")]
+OutputFolder = Annotated[
+    str, Argument(metavar="FOLDER", help="A folder that rpq-convert wrote, or its repository's id.")
+]
 Public = Annotated[bool, Option("--public", help="Make a pushed repository public; private by default.")]
 Json = Annotated[bool, Option("--json", help="Print JSON to stdout, and nothing else there.")]
 Overwrite = Annotated[
@@ -39,7 +41,7 @@ TextField = Annotated[
         help="The column of texts in a table; by default text, content, messages, prompt and completion, …",
     ),
 ]
-Base = Annotated[Path, Argument(metavar="BASE", help="The dense checkpoint.")]
+Base = Annotated[str, Argument(metavar="BASE", help="The dense checkpoint: a folder, a file or a hub id.")]
 Out = Annotated[
     Path | None,
     Option("--out", "-o", metavar="FOLDER", help="Where to write; the source's name and -rpq by default."),

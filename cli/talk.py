@@ -32,12 +32,13 @@ Log = Annotated[
     Option(metavar="FILE", help="Add what happens to a file, a line of JSON each: time, event, name, seconds, error, bytes."),
 ]  # fmt: skip
 COMMON = {"quiet": (Quiet, False), "verbose": (Verbose, False), "log": (Log, None)}
-LIBRARIES = ("transformers", "huggingface_hub", "torch", "datasets")
+LIBRARIES = ("transformers", "huggingface_hub", "torch", "datasets", "lm_eval")
 HUSHED = {
     "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error", "DATASETS_VERBOSITY": "error", "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "LMEVAL_LOG_LEVEL": "ERROR",
     "PYTHONWARNINGS": "ignore",
 }  # fmt: skip
-NO_BARS = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+NO_BARS = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
 
 @dataclass
@@ -172,10 +173,14 @@ def _libraries(*, quiet: bool) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in wanted}
     loggers = [logging.getLogger(name) for name in LIBRARIES] if quiet else []
     levels = [logger.level for logger in loggers]
+    bars: Any = sys.modules.get("transformers.utils.logging") if wanted else None  # it reads the environment once
+    shown = bars is not None and bars.is_progress_bar_enabled()
     with warnings.catch_warnings():
         os.environ.update({name: value for name, value in wanted.items() if before[name] is None})
         for logger in loggers:
             logger.setLevel(logging.ERROR)
+        if shown:
+            bars.disable_progress_bar()
         if quiet:
             warnings.simplefilter("ignore")
         try:
@@ -186,3 +191,5 @@ def _libraries(*, quiet: bool) -> Iterator[None]:
                     os.environ.pop(name, None)
             for logger, level in zip(loggers, levels):
                 logger.setLevel(level)
+            if shown:
+                bars.enable_progress_bar()

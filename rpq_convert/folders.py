@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rpq_convert.checkpoint.kinship import check_base
 from rpq_convert.checkpoint.loading import load
 from rpq_convert.checkpoint.metadata import add_evaluation
 from rpq_convert.checkpoint.opening import Factory, Opened, open_checkpoint
@@ -13,20 +14,24 @@ from rpq_convert.checkpoint.saving import save
 from rpq_convert.checkpoint.verifying import audit
 from rpq_convert.conversion.recalibration import recalibrate
 from rpq_convert.core.options import shown
-from rpq_convert.core.results import Evaluation
+from rpq_convert.core.results import Answer, Evaluation
 from rpq_convert.errors import EvaluateError, SourceError
+from rpq_convert.evaluation.answers import batch_answers, nearest_answers, text_answers
 from rpq_convert.evaluation.evaluate import evaluate
 from rpq_convert.evaluation.layers import layer_errors
 from rpq_convert.evaluation.pairs import evaluate_pairs
-from rpq_convert.evaluation.pooling import Pooled
+from rpq_convert.evaluation.pooling import Pooled, gives_vectors
+from rpq_convert.evaluation.tasks import evaluate_tasks
+from rpq_convert.hf.hub import DEFAULT
+from rpq_convert.hf.hub import at_hand as fetched
 from rpq_convert.hf.model_card import base_in
-from rpq_convert.inputs.files import read_inputs, read_text, tokenizer_of
+from rpq_convert.inputs.files import read_inputs, read_text, text_inputs, tokenizer_of
 from rpq_convert.inputs.items import Calibration, prepare
 from rpq_convert.inputs.synthetic import own_inputs
 from rpq_convert.report.schema import Report
 from rpq_convert.running.progress import Progress, Say, counted
 from rpq_convert.storage.files import files_beside, refuse_links
-from rpq_convert.storage.options import SourceOptions
+from rpq_convert.storage.options import HubOptions, SourceOptions
 from rpq_convert.storage.records import REPORT, read_manifest
 from rpq_convert.storage.room import check_free
 from rpq_convert.tuning.blocks import tune_blocks_with
@@ -45,6 +50,22 @@ class WithBase:
     base: str | Path
     folder: str | Path
     factory: str | Factory | None = None
+
+    @classmethod
+    def at_hand(
+        cls, base: str | Path, folder: str | Path, factory: str | Factory | None = None, hub: HubOptions = DEFAULT
+    ) -> WithBase:
+        """Return both on this machine; what is a repository of the hub is fetched.
+
+        Args:
+            hub: how the hub is asked; a revision is the folder's.
+        """
+        plain = replace(hub, revision=None)
+        return cls(fetched(base, plain, base=True), fetched(folder, hub), factory)
+
+    def check(self) -> str:
+        """Refuse a base of another class or shape; return why one that fits cannot be the base, or an empty text."""
+        return check_base(self.base, self.folder, self.factory)
 
     def load(self) -> tuple[Any, Any]:
         """Return the dense model and the converted one, in evaluation mode."""
@@ -70,16 +91,47 @@ class WithBase:
         model._rpq_options["later"] = [*model._rpq_options.get("later", ()), step]
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What a model is evaluated on: one of a text, pairs, inputs and tasks.
+
+    Args:
+        text: a causal language model predicts windows of it. Of any other text model the outputs for its lines are compared: logits, or
+            embeddings, pooled as the base's folder says.
+        pairs: CSV of sentence, sentence, score: the rank correlation of the cosine of two embeddings, or of what a cross-encoder
+            gives, with the score.
+        inputs: .safetensors of named arguments, for any model; with `labels`, the accuracy of a classifier. Or a folder of pictures.
+        tasks: names of tasks of lm-eval. include: a folder of tasks of your own.
+        window, limit: tokens of one window, and at most so many windows, lines, samples or questions of a task.
+        field: the column of texts in a table; see `read_text`.
+    """
+
+    text: Path | None = None
+    pairs: Path | None = None
+    inputs: Path | None = None
+    tasks: tuple[str, ...] = ()
+    include: Path | None = None
+    window: int = 512
+    limit: int | None = None
+    field: str | None = None
+
+    @property
+    def on(self) -> Path | None:
+        """The file or folder, if it is one."""
+        return self.text or self.pairs or self.inputs
+
+    @property
+    def name(self) -> str:
+        """What a report calls it."""
+        return ", ".join(self.tasks) if self.on is None else self.on.name
+
+
 def evaluate_folder(
     which: WithBase,
+    on: Measured,
     *,
-    text: Path | None = None,
-    pairs: Path | None = None,
-    inputs: Path | None = None,
-    window: int = 512,
-    windows: int | None = None,
-    field: str | None = None,
     layers: bool = False,
+    answers: int = 0,
     keep: bool = False,
     say: Say | None = None,
     progress: Progress | None = None,
@@ -87,64 +139,107 @@ def evaluate_folder(
     """Evaluate a converted folder against its dense checkpoint.
 
     Args:
-        text: a causal language model predicts windows of it; of any other text model the embeddings of its lines, pooled
-            as the base's folder says, are compared.
-        pairs: CSV of sentence, sentence, score: the rank correlation of the cosine of two embeddings, or of what a cross-encoder
-            gives, with the score.
-        inputs: .safetensors of named arguments, for any model; with `labels`, the accuracy of a classifier. Or a folder of pictures.
-        field: the column of texts in a table; see `read_text`.
-        window, windows: tokens of one window, and at most so many windows, lines or samples.
         layers: measure the error that each converted layer adds as well.
+        answers: show what both say to so many of the inputs.
         keep: write what was found into the folder's report and model card.
-        progress: told what is done now, how much is done, and how much it all is.
+        say: told what was read. progress: told what is done now, how much is done, and how much it all is.
 
     Raises:
         SourceError: a folder cannot be read, or the base has no tokenizer.
-        EvaluateError: nothing to measure on.
+        EvaluateError: nothing to measure on, or outputs that are no answers to show.
     """
-    given = {"text": text, "pairs": pairs, "inputs": inputs}
-    on = [path for path in given.values() if path is not None]
-    if len(on) != 1:
-        raise EvaluateError("give one thing to measure on: a text, pairs or inputs")
+    if sum(map(bool, (on.text, on.pairs, on.inputs, on.tasks))) != 1:
+        raise EvaluateError("give one thing to measure on: a text, pairs, inputs or tasks")
     folder = Path(which.folder)
     if keep:  # said before hours of measuring, not after
         if not (folder / REPORT).is_file():
             raise SourceError(f"{folder} has no {REPORT} to write into; leave out keep=True")
         read_manifest(folder)
     dense, converted = which.load()
-    if text is not None and converted.can_generate():
-        words = tokenizer_of(which.base)
-        ids = words(read_text(text, field, words, say), return_tensors="pt", add_special_tokens=False).input_ids[0]
-        ids = ids[: windows * window] if windows else ids
-        found = evaluate(
-            dense, converted, ids, window=window, progress=counted(progress, "windows", max(1, len(ids) // window))
-        )
-        batches: list[Any] = [{"input_ids": part[None]} for part in ids[: 4 * window].split(window)]
-    elif pairs is not None:
-        found, batches = evaluate_pairs(dense, converted, which.base, pairs, window, windows, progress)
+    if on.tasks:
+        found = evaluate_tasks(dense, converted, tokenizer_of(which.base), on.tasks, limit=on.limit, include=on.include)
     else:
-        batches = read_inputs(
-            on[0], which.base, model=dense, window=window, samples=windows, labels=True, field=field, told=say
-        )
-        told = counted(progress, "batches", len(batches))
-        a, b = (dense, converted) if text is None else (Pooled(dense, which.base), Pooled(converted, which.base))
-        found = evaluate(a, b, batches, progress=told)
-    if layers:
-        found = replace(found, layers=layer_errors(dense, converted, batches))
+        found, batches, shown = _measured(dense, converted, which.base, on, answers, say, progress)
+        if layers:
+            found = replace(found, layers=layer_errors(dense, converted, batches))
+        found = replace(found, answers=tuple(shown))
     if keep:
-        add_evaluation(folder, on[0].name, found)
+        add_evaluation(folder, on.name, found)
     return found
+
+
+def _measured(
+    dense: Any, converted: Any, base: str | Path, on: Measured, count: int, say: Say | None, progress: Progress | None
+) -> tuple[Evaluation, list[Any], list[Answer]]:
+    """Return what was measured, the batches that it was measured on, and the answers to some of them."""
+    if on.pairs is not None:
+        return evaluate_pairs(dense, converted, base, on.pairs, on.window, on.limit, progress, count)
+    if on.text is None:
+        batches = read_inputs(
+            on.inputs or "",
+            base,
+            model=dense,
+            window=on.window,
+            samples=on.limit,
+            labels=True,
+            field=on.field,
+            told=say,
+        )
+        found = evaluate(dense, converted, batches, progress=counted(progress, "batches", len(batches)))
+        return found, batches, batch_answers(dense, converted, batches, count) if count else []
+    words = tokenizer_of(base)
+    text = read_text(on.text, on.field, words, say)
+    lines = text.splitlines()
+    if converted.can_generate() and not converted.config.is_encoder_decoder:
+        ids = words(text, return_tensors="pt", add_special_tokens=False).input_ids[0]
+        ids = ids[: on.limit * on.window] if on.limit else ids
+        told = counted(progress, "windows", max(1, len(ids) // on.window))
+        found = evaluate(dense, converted, ids, window=on.window, progress=told)
+        batches = [{"input_ids": part[None]} for part in ids[: 4 * on.window].split(on.window)]
+        return found, batches, text_answers(dense, converted, lines, words, count) if count else []
+    batches = text_inputs(text, dense, words, on.window, slice(on.limit))
+    pooled = gives_vectors(dense, batches[0])
+    a, b = (Pooled(dense, base), Pooled(converted, base)) if pooled else (dense, converted)
+    found = evaluate(a, b, batches, progress=counted(progress, "batches", len(batches)))
+    shown = nearest_answers if pooled else text_answers
+    return found, batches, shown(a, b, lines, words, count) if count else []
+
+
+@dataclass(frozen=True)
+class Given:
+    """Data that a folder is tuned or fitted on.
+
+    Args:
+        path: as for `read_inputs`; None for synthetic inputs (`own_inputs`).
+        window, samples: tokens of one sample of text, and at most so many samples; the default of what makes them where it is None.
+        field: the column of texts in a table.
+    """
+
+    path: Path | None
+    window: int = 512
+    samples: int | None = None
+    field: str | None = None
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What the card of a folder says of them."""
+        name = "self" if self.path is None else Path(self.path).name
+        return {"data": name, "samples": self.samples, "text_field": self.field}
+
+    def inputs(self, dense: Any, base: str | Path, say: Say | None) -> list[Any]:
+        """Return the inputs of a dense model; `say` is told what was read."""
+        some: dict[str, Any] = {} if self.samples is None else {"samples": self.samples}
+        if self.path is None:
+            return own_inputs(dense, **some)
+        return read_inputs(self.path, base, model=dense, window=self.window, field=self.field, told=say, **some)
 
 
 def tune_folder(
     which: WithBase,
     out: str | Path,
-    data: Path,
+    data: Given,
     options: TuneOptions,
     *,
-    window: int = 256,
-    samples: int = 512,
-    field: str | None = None,
     blocks: int = 0,
     overwrite: bool = False,
     say: Say | None = None,
@@ -154,7 +249,7 @@ def tune_folder(
 
     Args:
         out: the folder to make.
-        data, window, samples, field: as for `read_inputs`.
+        data: what to tune on.
         blocks: steps on each transformer block alone, before all are tuned together; the same options, except the loss.
         overwrite: replace `out`.
         options: how to tune. A killed run continues when it is repeated; blocks are then tuned again first.
@@ -166,11 +261,11 @@ def tune_folder(
     place = Path(out)
     check_free(place, overwrite=overwrite)
     dense, model = which.load()
-    items = read_inputs(data, which.base, model=dense, window=window, samples=samples, field=field, told=say)
+    items = data.inputs(dense, which.base, say)
     if blocks:
         tune_blocks_with(replace(options, steps=blocks, loss="mse"), model, dense, items, progress=progress)
-    asked = {"data": data.name, "window": window, "samples": samples, "text_field": field, "blocks": blocks}
-    which.note(model, "tune", {**asked, **shown(options), "bfloat16": options.autocast is not None})
+    asked = {**data.asked, "window": data.window, "blocks": blocks, **shown(options)}
+    which.note(model, "tune", {**asked, "bfloat16": options.autocast is not None})
     return _tuned(model, dense, items, options, Path(which.folder), place, progress=progress, overwrite=overwrite)
 
 
@@ -209,11 +304,8 @@ def _tuned(
 def recalibrate_folder(
     which: WithBase,
     out: str | Path,
-    data: Path | None,
+    data: Given,
     *,
-    window: int = 512,
-    samples: int | None = None,
-    field: str | None = None,
     overwrite: bool = False,
     say: Say | None = None,
     **options: Any,
@@ -221,30 +313,16 @@ def recalibrate_folder(
     """Fit a converted folder to inputs, starting from its codebooks, into another folder.
 
     Args:
-        out, overwrite: as for `tune_folder`.
-        data, window, samples, field: as for `read_inputs`; None for synthetic inputs (`own_inputs`).
+        out, data, overwrite, say: as for `tune_folder`.
         options: those of `recalibrate`.
     """
     place = Path(out)
     check_free(place, overwrite=overwrite)
     dense, model = which.load()
-    some: dict[str, Any] = {} if samples is None else {"samples": samples}
-    items = (
-        own_inputs(dense, **some)
-        if data is None
-        else read_inputs(data, which.base, model=dense, window=window, field=field, told=say, **some)
-    )
-    where = "self" if data is None else data.name
-    asked = {
-        "data": where,
-        "samples": samples,
-        "text_field": field,
-        "calibration": "calibration" in model._rpq_options,
-    }
     recalibrate(
-        model, dense, items, **options | {"progress": options.get("progress") or False}
+        model, dense, data.inputs(dense, which.base, say), **options | {"progress": options.get("progress") or False}
     )  # what is quiet stays so
-    which.note(model, "recalibrate", asked)
+    which.note(model, "recalibrate", {**data.asked, "calibration": "calibration" in model._rpq_options})
     return save(model, place, overwrite=overwrite, files=files_beside(which.folder), base=base_in(Path(which.folder)))
 
 

@@ -17,6 +17,7 @@ HOMES = {
         "hf/module_source.py",
         "hf/tasks.py",
         "inputs/files.py",
+        "integrations/chat.py",
         "integrations/serving.py",
         "integrations/transformers/",
         "models/opt.py",

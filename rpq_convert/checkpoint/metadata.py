@@ -180,4 +180,6 @@ def with_evaluation(report: Report, on: str, found: Evaluation) -> Report:
     """Return a report with what was measured, in the place of an earlier result on the same data."""
     others = [e for e in report.evaluations if (e["on"], e["kind"]) != (on, found.kind)]
     entry = {"on": on, "kind": found.kind, "samples": found.samples, "metrics": dict(found.metrics)}
+    if found.layers:
+        entry["layers"] = dict(found.layers)
     return replace(report, evaluations=(*others, entry))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
+from rpq_convert.checkpoint.verifying import here
 from rpq_convert.core import description
 from rpq_convert.core.keywords import keywords
+from rpq_convert.core.options import take
 from rpq_convert.core.spec import dtype_name
 from rpq_convert.errors import SourceError
 from rpq_convert.hf.composite import without_description
@@ -20,12 +22,13 @@ from rpq_convert.planning.plan import Plan, Skip
 from rpq_convert.running.progress import Progress
 from rpq_convert.storage.files import files_beside
 from rpq_convert.storage.folder import open_folder
+from rpq_convert.storage.options import HubKeywords, HubOptions
 from rpq_convert.storage.records import CONFIG
 from rpq_convert.storage.sources import read_config
 from rpq_convert.storage.writer import Folder
 
 
-@keywords()
+@keywords(HubOptions)
 def restore_checkpoint(
     path: str | Path,
     out: str | Path,
@@ -33,16 +36,20 @@ def restore_checkpoint(
     overwrite: bool = False,
     max_shard_size: str | int = "5GB",
     progress: Progress | None = None,
+    **hub: Unpack[HubKeywords],
 ) -> Plan:
     """Write a plain dense checkpoint from an RPQ folder, one tensor in memory at a time (plus one weight file).
 
     Args:
+        path: the folder, or the id of a repository on the hub, which is then fetched; `hub` as for `audit`.
         progress: called with a tensor's name, and the bytes that are done and that there are.
     """
     from rpq_convert.core.sizes import parse_size
 
-    folder, config = Path(path), read_config(Path(path))
-    rpq, source = config["quantization_config"], open_folder(path)
+    (options,) = take(hub, HubOptions)
+    folder = here(path, options)
+    config, source = read_config(folder), open_folder(folder)
+    rpq = config["quantization_config"]
     contents = description.read_all(rpq)
     for name, what in contents.modules.items():
         description.check_stored(name, what, source)
@@ -67,12 +74,7 @@ def restore_checkpoint(
     def dense(name: str) -> Tensor:
         if name in kept:
             return source[name]
-        module = RPQWeight.of(contents.modules[name], "meta")
-        for part in module.tensors():
-            module.set_tensor(part, source[f"{name}_rpq.{part}"])
-        module._probe = torch.empty(0, dtype=module.dtype)
-        with torch.no_grad():
-            return module()
+        return decoded(source, name, contents.modules[name])
 
     target.write_weights(told)
     if "model_type" in config:
@@ -81,6 +83,21 @@ def restore_checkpoint(
     (target.work / "rpq_plan.json").unlink()
     target.finish()
     return plan
+
+
+def decoded(source: Mapping[str, Tensor], name: str, what: description.Described) -> Tensor:
+    """Return one weight of a converted folder, decoded.
+
+    Args:
+        source: the folder's tensors. what: the weight's description.
+    """
+    module = RPQWeight.of(what, "meta")
+    for part in module.tensors():
+        module.set_tensor(part, source[f"{name}_rpq.{part}"])
+    module._probe = torch.empty(0, dtype=module.dtype)
+    with torch.no_grad():
+        found: Tensor = module()
+    return found
 
 
 def _part_of(key: str, modules: Mapping[str, Any]) -> bool:

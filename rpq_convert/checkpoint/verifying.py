@@ -17,26 +17,44 @@ from rpq_convert.storage.options import HubKeywords, HubOptions
 from rpq_convert.storage.records import CONFIG, MANIFEST, REPORT, read_manifest, sha256
 from rpq_convert.storage.sources import is_name, located, read_config
 
+DEFAULT = HubOptions()
 
-@keywords()
+
+def here(path: str | Path, options: HubOptions = DEFAULT) -> Path:
+    """Return a converted folder on this machine: the path itself, or the local copy of a repository of the hub."""
+    place, options = located(path, options)
+    if not is_name(place):
+        if not Path(place).exists():
+            read_config(Path(place))  # raises, and says what may have been meant
+        return Path(place)
+    from rpq_convert.hf.hub import at_hand
+
+    return at_hand(place, options)
+
+
+@keywords(HubOptions)
 def verify(
     path: str | Path,
     progress: Callable[[str], None] | None = None,
     *,
     edited: Collection[str] = (),
     quick: bool = False,
+    **source: Unpack[HubKeywords],
 ) -> list[str]:
     """Check a folder: manifest hashes, headers, index, specs and finiteness. Return the files that were checked.
 
     Args:
+        path: the folder, or the id of a repository on the hub, which is then fetched.
         progress: called with every file.
         edited: files that must be there, and need not be as they were written.
         quick: only sizes, headers, index and manifest; no weight is read, and torch is not imported.
+        source: of a repository, as for `audit`.
 
     Raises:
         VerifyError: what is damaged, and where.
     """
-    folder = Path(path)
+    (options,) = take(source, HubOptions)
+    folder = here(path, options)
     refuse_links(folder)
     if not (folder / MANIFEST).is_file():
         read_config(folder)  # raises where it is no RPQ folder at all

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from textwrap import shorten
 from typing import Any
 
 from torch import Tensor
@@ -65,28 +66,52 @@ class Encoded:
         return {name: getattr(self, name) for name in MEASURED}
 
 
+SHOWN = 240  # characters of an answer in a terminal
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the base and the converted model say to one input."""
+
+    question: str
+    base: str
+    converted: str
+
+    def lines(self, number: int) -> list[str]:
+        """Return it for a terminal, long texts cut."""
+        question, base, converted = (
+            shorten(t, SHOWN, placeholder=" …") for t in (self.question, self.base, self.converted)
+        )
+        return [f"{number}  {question}", f"   base       {base}", f"   converted  {converted}"]
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What was measured.
 
     Args:
-        kind: `language model`, `outputs` or `sentence pairs`.
+        kind: `language model`, `outputs`, `sentence pairs` or `tasks`.
         metrics: name -> value; see `evaluate`.
         samples: tokens that were predicted, outputs that were compared, or pairs that were ranked.
         layers: parameter path -> relative squared error of its layer's output on the base's inputs.
+        answers: what both models say to some of the inputs.
     """
 
     kind: str
     metrics: Mapping[str, float]
     samples: int
     layers: Mapping[str, float] = field(default_factory=dict)
+    answers: tuple[Answer, ...] = ()
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1)
+        return json.dumps({k: v for k, v in asdict(self).items() if v or k != "answers"}, indent=1)
 
     def __str__(self) -> str:
         width = max(map(len, self.metrics))
         lines = [f"{self.kind}, {self.samples:,} {UNITS[self.kind]}"]
         lines += [f"  {name:<{width}}  {value:.4f}" for name, value in self.metrics.items()]
         worst = sorted(self.layers.items(), key=lambda item: -item[1])[:5]
-        return "\n".join([*lines, *(f"  layer {name}: output error {error:.2g}" for name, error in worst)])
+        lines += [f"  layer {name}: output error {error:.2g}" for name, error in worst]
+        for number, answer in enumerate(self.answers, 1):
+            lines += ["", *answer.lines(number)]
+        return "\n".join(lines)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rpq_convert.core.results import Evaluation
+from rpq_convert.core.results import Answer, Evaluation
 from rpq_convert.errors import EvaluateError
 from rpq_convert.evaluation.pooling import Pooled
 from rpq_convert.inputs.files import tokenized, tokenizer_of
@@ -31,9 +31,20 @@ def _ranks(values: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def evaluate_pairs(
-    dense: Any, converted: Any, base: str | Path, file: Path, window: int, limit: int | None, progress: Progress | None
-) -> tuple[Evaluation, list[Any]]:
+    dense: Any,
+    converted: Any,
+    base: str | Path,
+    file: Path,
+    window: int,
+    limit: int | None,
+    progress: Progress | None = None,
+    count: int = 0,
+) -> tuple[Evaluation, list[Any], list[Answer]]:
     """Rank scored pairs by both models: by the cosine of two embeddings, pooled as the base's folder says, or by a cross-encoder.
+
+    Args:
+        window, limit: tokens of one text, and at most so many pairs.
+        count: return what both give for so many pairs.
 
     Raises:
         EvaluateError: too few pairs, or a classifier of more classes than a score.
@@ -70,4 +81,8 @@ def evaluate_pairs(
         "spearman": rank_correlation(likeness[1], scores),
         "base_spearman": rank_correlation(likeness[0], scores),
     }
-    return Evaluation("sentence pairs", metrics, len(rows)), batches
+    shown = [
+        Answer(f"{a} | {b} ({score:g})", f"{x:.3f}", f"{y:.3f}")
+        for (a, b, score), x, y in list(zip(rows, *(e.tolist() for e in likeness)))[:count]
+    ]
+    return Evaluation("sentence pairs", metrics, len(rows)), batches, shown

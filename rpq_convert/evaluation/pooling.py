@@ -92,6 +92,13 @@ class Pooled(nn.Module):
         return found
 
 
+@torch.inference_mode()
+def gives_vectors(model: nn.Module, batch: Any) -> bool:
+    """Return whether a text model gives hidden states that can be pooled, rather than logits."""
+    output = model(**batch)
+    return getattr(output, "logits", None) is None and getattr(output, "last_hidden_state", None) is not None
+
+
 def _read_json(file: Path, kind: type) -> Any:
     try:
         found = json.loads(file.read_text("utf8"))

@@ -20,9 +20,11 @@ from rpq_convert.storage.files import belongs, files_in, is_inside, module_weigh
 from rpq_convert.storage.headers import entries_of
 from rpq_convert.storage.options import HubOptions
 from rpq_convert.storage.reader import SafetensorsSource, TensorInfo, infos_of
-from rpq_convert.storage.sources import near
+from rpq_convert.storage.records import CONFIG
+from rpq_convert.storage.sources import did_you_mean, is_name, located, near
 from rpq_convert.version import __version__
 
+DEFAULT = HubOptions()
 LOGIN = "log in with `hf auth login`, or give a token (HF_TOKEN)"
 REFUSALS = {  # an error of huggingface_hub, or its nearest ancestor here -> what it means, and what to do
     "HFValidationError": "is neither a folder nor a hub id such as facebook/opt-125m",
@@ -30,8 +32,9 @@ REFUSALS = {  # an error of huggingface_hub, or its nearest ancestor here -> wha
     "RevisionNotFoundError": "has no such revision on the hub; give a branch, tag or commit that it has",
     "RepositoryNotFoundError": f"is no local folder, and the hub shows no such repository. If it is private, {LOGIN}",
     "LocalTokenNotFoundError": f"needs a login: {LOGIN}",
-    "LocalEntryNotFoundError": "is incomplete in the local cache, and the hub was not reached",
-    "OfflineModeIsEnabled": "needs the hub, but HF_HUB_OFFLINE forbids it",
+    "LocalEntryNotFoundError": "is incomplete in the local cache, and the hub was not reached; give a local path, or try again with "
+    "a connection",
+    "OfflineModeIsEnabled": "is no local folder, and HF_HUB_OFFLINE forbids to ask the hub; give a path, or unset it",
     "HfHubHTTPError": "was refused by the hub",
     "HTTPError": "could not be downloaded: the connection failed; repeat the command to continue",
     "SafetensorsParsingError": "has a broken safetensors file",
@@ -162,11 +165,45 @@ def find(src: str | Path, wanted: Sequence[str], options: HubOptions) -> Reposit
     return Repository(name, folder, cached, token, offline)
 
 
+def at_hand(src: str | Path, options: HubOptions = DEFAULT, *, base: bool = False) -> Path:
+    """Return a model on this machine: the path itself, or the local copy of a repository, fetched as far as it is not there.
+
+    Args:
+        src: a path, the id of a repository, or its address.
+        base: it is a dense checkpoint, of which the weights that would be loaded are fetched and no others.
+
+    Raises:
+        SourceError: there is no such path. HubError: what the hub refuses.
+    """
+    place, options = located(src, options)
+    if not is_name(place):
+        if not Path(place).exists():
+            raise SourceError(f"{place} does not exist{did_you_mean(place)}")
+        return Path(place)
+    repository = find(place, (CONFIG,), options)
+    if not base:
+        return repository.fetch([*repository.files])
+    repository.fetch_beside()
+    return repository.fetch_weights()
+
+
 def _download(name: str, patterns: Sequence[str], **options: Any) -> Path:
     from huggingface_hub import snapshot_download
 
     with asking(name):
         return Path(snapshot_download(name, allow_patterns=[*patterns], **options))
+
+
+def hold_back_if_silent(seconds: float = 5.0) -> None:
+    """Keep libraries that would ask the hub for a minute from asking at all where it does not answer; they use what is cached."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=seconds)
+    except (HTTPError, OSError):
+        constants.HF_HUB_OFFLINE = True
 
 
 def client(token: str | bool | None) -> Any:

@@ -66,7 +66,7 @@ def read_inputs(
         refuse_without_config(src, model)
         words = tokenizer_of(src, **where)
         text, what = words_of(found, words, field)
-        batches = _text_inputs(text, model, words, window, part)
+        batches = text_inputs(text, model, words, window, part)
     if told is not None:
         told(f"read {what} of {found.where}")
     return batches
@@ -169,7 +169,7 @@ def _pictures(src: str | Path, files: Sequence[Path], **where: Any) -> list[Any]
     return batches
 
 
-def _text_inputs(text: str, model: Any, words: Any, window: int, part: slice) -> list[Any]:
+def text_inputs(text: str, model: Any, words: Any, window: int, part: slice) -> list[Any]:
     """Return a part of a text as inputs to run a transformers checkpoint on, by its tokenizer.
 
     Args:

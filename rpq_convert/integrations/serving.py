@@ -5,11 +5,13 @@ transformers has no way to name a library that its commands should import first,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rpq_convert.errors import SourceError
 from rpq_convert.hf import torchvision
+from rpq_convert.hf.hub import at_hand
 from rpq_convert.storage.files import refuse_links
 
 torchvision.fix()
@@ -18,13 +20,46 @@ from transformers.utils.import_utils import is_serve_available  # noqa: E402
 
 
 def serve(arguments: Sequence[str]) -> None:
-    """Run `transformers serve` with these arguments until it is stopped."""
+    """Run `transformers serve` with these arguments until it is stopped.
+
+    Args:
+        arguments: the folder or the repository of the hub, then options of `transformers serve`.
+    """
     if not is_serve_available():
         raise SourceError('serving needs fastapi, uvicorn and openai: pip install "rpq-convert[serve]"')
-    refuse_links(arguments[0])
+    name, *options = arguments
+    folder = at_hand(name)
+    refuse_links(folder)
     from huggingface_hub.constants import HF_HUB_CACHE
     from transformers.cli.transformers import app
 
     Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)  # without it the list of models is an error
 
-    app(args=["serve", *arguments], prog_name="rpq")
+    here = Path(name).exists()
+    _known_as(dict.fromkeys([folder.resolve().name, name] if here else [name]), name, folder)
+    app(args=["serve", name, *options], prog_name="rpq")
+
+
+def _known_as(names: Iterable[str], given: str, folder: Path) -> None:
+    """Let the server list its model and answer for it under these names; transformers lists the hub's cache alone.
+
+    Args:
+        given: the name that transformers knows it by.
+    """
+    from transformers.cli.serving.model_manager import ModelManager
+    from transformers.cli.serving.utils import BaseHandler
+
+    cached, resolve, known = ModelManager.get_gen_models, BaseHandler._resolve_model, list(names)
+    made = int(folder.stat().st_mtime)
+    own = [{"id": name, "object": "model", "owned_by": "", "created": made} for name in known]
+
+    def listed(cache_dir: str | None = None) -> list[dict[str, Any]]:
+        return [*own, *(m for m in cached(cache_dir) if m["id"] not in known)]
+
+    def resolved(self: Any, body: dict[str, Any]) -> Any:
+        if body.get("model") in known:
+            body["model"] = given
+        return resolve(self, body)
+
+    ModelManager.get_gen_models = staticmethod(listed)  # type: ignore[method-assign, assignment]
+    BaseHandler._resolve_model = resolved  # type: ignore[method-assign]

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 
 from rpq_convert.report.schema import Report
 
+WORST_LAYERS = 5  # of an evaluation, that are named
 UNITS = {
     "language model": "tokens",
     "outputs": "outputs",
     "sentence pairs": "pairs",
+    "tasks": "questions",
 }  # kind of an evaluation -> of its samples
 WORDS = {  # metric -> what it says; `base` is the base's value, where there is one
     "perplexity": "perplexity {value:.4g}, the base's {base:.4g}",
@@ -27,11 +29,14 @@ WORDS = {  # metric -> what it says; `base` is the base's value, where there is 
 
 
 def quality(report: Report) -> list[str]:
-    """Return what was measured of the model, a line per evaluation."""
-    return [
-        f"{e['on']} ({e['samples']:,} {UNITS.get(e['kind'], e['kind'])}): {words(e['metrics'])}"
-        for e in report.evaluations
-    ]
+    """Return what was measured of the model, a line per evaluation, and one for the layers that add most to the error."""
+    lines = []
+    for e in report.evaluations:
+        lines.append(f"{e['on']} ({e['samples']:,} {UNITS.get(e['kind'], e['kind'])}): {words(e['metrics'])}")
+        worst = sorted(e.get("layers", {}).items(), key=lambda item: -item[1])[:WORST_LAYERS]
+        if worst:
+            lines.append(f"{e['on']}, largest output errors: " + ", ".join(f"{name} {v:.2g}" for name, v in worst))
+    return lines
 
 
 def words(metrics: Mapping[str, float]) -> str:
@@ -43,5 +48,5 @@ def words(metrics: Mapping[str, float]) -> str:
         if known:
             said.append(known.format(value=value, base=base, percent=100 * value))
         elif name.removeprefix("base_") not in metrics or not name.startswith("base_"):
-            said.append(f"{name.replace('_', ' ')} {value:.4f}")
+            said.append(f"{name.replace('_', ' ')} {value:.4f}" + ("" if base is None else f", the base's {base:.4f}"))
     return "; ".join(said)

@@ -110,7 +110,8 @@ class Report:
         rows: every parameter and persistent buffer.
         files: the files of the folder, once written.
         predicted_bytes: size of the weight files by plan, headers included; equals `weight_file_bytes` on disk.
-        evaluations: what was measured later: each `on` (what), `kind`, `samples` and `metrics`.
+        evaluations: what was measured later: each `on` (what), `kind`, `samples` and `metrics`, and perhaps `layers`: path -> error that
+            the layer adds.
         dropped: tensors of the source that are left out.
     """
 

@@ -143,12 +143,16 @@ class FileEntry(Struct, forbid_unknown_fields=True):
 
 
 class EvaluationEntry(Struct):
-    """What was measured: on what, of which kind, on how many samples. Metrics may be infinite or NaN."""
+    """What was measured: on what, of which kind, on how many samples. Metrics may be infinite or NaN.
+
+    `layers`: path of a converted weight -> relative squared error that it adds to its layer's output.
+    """
 
     on: str
     kind: str
     samples: Size
     metrics: dict[str, float]
+    layers: dict[str, float] = {}
 
 
 class WorstEntry(Struct, forbid_unknown_fields=True):

@@ -35,14 +35,18 @@ Options = TypeVar("Options", bound=HubOptions)
 
 
 def is_name(src: str | Path) -> bool:
-    """Return whether a source can only be a repository's name: no local path has this name, and it is written like one."""
-    text = str(src)
+    """Return whether a source can only be a repository's name: no local path has this name, and it is written like one.
+
+    What lies in a folder that exists, or ends in `/`, is a path: the hub is not asked for it, which may take a minute to fail.
+    """
+    text, path = str(src), Path(src)
     return (
-        not Path(src).exists()
-        and not Path(src).is_absolute()
+        not path.exists()
+        and not path.is_absolute()
         and not text.startswith((".", "~"))
+        and not text.endswith(("/", ".safetensors", ".bin", ".json"))
         and text.count("/") <= 1
-        and not text.endswith((".safetensors", ".bin", ".json"))
+        and not ("/" in text and path.parent.is_dir())
     )
 
 

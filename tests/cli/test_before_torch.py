@@ -123,7 +123,7 @@ REFUSED = [  # arguments, exit code, what is said
     (("eval", MODEL, SMALL, "--inputs", "text.txt"), 4, "is neither tensors (.safetensors) nor pictures"),
     (("eval", MODEL, SMALL, "--pairs", "pears.csv"), 4, "pears.csv does not exist; did you mean pairs.csv?"),
     (("eval", MODEL, SMALL, "--pairs", "pairs.csv"), 4, "pairs.csv, line 2: not sentence, sentence, score"),
-    (("eval", MODEL, SMALL), 2, "give one of --text, --pairs and --inputs"),
+    (("eval", MODEL, SMALL), 2, "give one of --text, --pairs, --inputs and --tasks"),
     ((*TUNE, "--data", "txt.txt"), 4, "txt.txt does not exist; did you mean text.txt?"),
     (("recalibrate", MODEL, SMALL, "--out", "out", "--data", "txt.txt"), 4, "did you mean text.txt?"),
     (("tune", MODEL, SMALL, "--data", "text.txt", "--out", SMALL), 4, "already exists"),

@@ -11,7 +11,7 @@ import transformers as tf
 from hub import COMMIT, TOKEN, Hub, Repository, copied
 from huggingface_hub import metadata_load
 from paths import ROOT
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import rpq_convert as rpq
 
@@ -203,6 +203,47 @@ def test_a_converted_folder_is_pushed_whole_or_not_at_all(folder, tmp_path):
     assert "1_Pooling/config.json" in rpq.verify(pushed.folder)
     card = (pushed.folder / "README.md").read_text()
     assert 'from_pretrained("me/small-rpq")' in card and "many-rpq" not in card.split("## Size")[0]
+
+
+def test_commands_take_repositories_where_a_folder_is_expected(folder, tmp_path):
+    """The base and the converted model are both on the hub; all commands run in one process."""
+    code = """
+from rpq_convert.cli import group
+from typer.testing import CliRunner
+def command(*words):
+    done = CliRunner().invoke(group, words)
+    return [done.exit_code, done.stdout[-2000:], done.stderr[-2000:]]
+here, data = sys.argv[1:]
+out["verify"] = command("verify", "team/small-rpq", "-q")
+out["audit"] = command("audit", "team/small-rpq", "--json")
+out["restore"] = command("restore", "team/small-rpq", here + "/dense", "-q")
+out["eval"] = command("eval", "team/small", "team/small-rpq", "--inputs", data, "--json", "-q")
+out["save"] = command("eval", "team/small", "team/small-rpq", "--inputs", data, "--save")
+out["tune"] = command("tune", "team/small", "team/small-rpq", "--data", data, "--steps", "2", "--out", here + "/tuned", "-q")
+out["fed"] = command("recalibrate", "team/small", "team/small-rpq", "--data", data, "--out", here + "/fed", "-q")
+out["missing"] = command("verify", "team/missing")
+out["python"] = rpq.verify("team/small-rpq") == rpq.verify("team/small-rpq", revision="main")
+"""
+    small = tmp_path / "small-rpq"
+    rpq.convert_checkpoint(folder, small, bits=8)
+    data = tmp_path / "data.safetensors"
+    save_file({"input_ids": torch.randint(0, 2000, (40, 9))}, data)
+    with Hub({"team/small": folder, "team/small-rpq": small}) as hub:
+        told = run(hub, tmp_path / "cache", code, tmp_path, data)
+        assert not hub.asked(".h5") and not hub.asked(".py")
+    for name in ("verify", "restore", "eval", "tune", "fed"):
+        assert told[name][0] == 0 and told[name][2] == "", told[name]
+    assert "team/small-rpq is whole" in told["verify"][1] and told["audit"][0] == 0
+    assert json.loads(told["eval"][1])["metrics"]["cosine"] > 0.99
+    assert told["save"][0] == 4 and "--save writes into a folder" in told["save"][2]
+    assert told["missing"][0] == 4 and "the hub shows no such repository" in told["missing"][2]
+    assert told["python"] is True
+    for made in ("tuned", "fed"):
+        rpq.verify(tmp_path / made)
+    dense = load_file(tmp_path / "dense" / "model.safetensors")
+    assert {k: v.shape for k, v in dense.items()} == {
+        k: v.shape for k, v in load_file(folder / "model.safetensors").items()
+    }
 
 
 @pytest.mark.slow

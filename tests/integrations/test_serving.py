@@ -46,7 +46,7 @@ def test_a_server_answers_what_generate_says(folder):
         client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=None)
         while True:  # until it answers or ends
             try:
-                client.models.list()
+                listed = client.models.list()
                 break
             except APIConnectionError:
                 assert server.poll() is None, server.communicate()[0][-3000:]
@@ -54,6 +54,11 @@ def test_a_server_answers_what_generate_says(folder):
         answer = client.chat.completions.create(
             model=str(folder), messages=[{"role": "user", "content": "w5 w6 w7"}], max_tokens=6, temperature=0
         )
+        assert [m.id for m in listed.data][:2] == [folder.name, str(folder)]
+        named = client.chat.completions.create(
+            model=folder.name, messages=[{"role": "user", "content": "w5 w6 w7"}], max_tokens=6, temperature=0
+        )
+        assert named.choices[0].message.content == answer.choices[0].message.content
     finally:
         server.terminate()
         print(server.communicate()[0][-3000:])  # shown where the test fails
