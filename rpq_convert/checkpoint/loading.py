@@ -31,6 +31,7 @@ from rpq_convert.schemas.checking import check, parse_json, read_text
 from rpq_convert.storage.files import GENERATION, refuse_links
 from rpq_convert.storage.folder import open_folder
 from rpq_convert.storage.options import SourceOptions
+from rpq_convert.storage.unpacking import checked
 from rpq_convert.storage.writer import CONFIG
 
 
@@ -103,6 +104,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def fill(model: nn.Module, config: Mapping[str, Any], source: Any) -> None:
     """Give an empty model its RPQ weights and dense tensors."""
     contents = description.read_all(config)
+    source = checked(source, contents)
     tied = contents.aliases()
     if contents.extra:
         model._rpq_extra = dict.fromkeys(contents.extra, source)  # type: ignore[assignment]  # what `save` keeps, unread till then
@@ -112,7 +114,6 @@ def fill(model: nn.Module, config: Mapping[str, Any], source: Any) -> None:
         paths = (name, *tied.get(name, []))
         for path in paths:
             description.check_place(path, what, surgery.parameter_at(model, path))
-        description.check_stored(name, what, source)
         surgery.places(model, paths).install(RPQWeight.of(what, "meta"))
     homes: dict[int, tuple[Tensor, list[tuple[nn.Module, str, bool]], str]] = {}
     for path, module in model.named_modules():

@@ -19,6 +19,7 @@ from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning.plan import Plan, Skip
 from rpq_convert.storage.files import files_beside
 from rpq_convert.storage.folder import open_folder
+from rpq_convert.storage.unpacking import checked
 from rpq_convert.storage.writer import CONFIG, Folder
 
 
@@ -29,10 +30,8 @@ def restore_checkpoint(
     from rpq_convert.core.safetensors import parse_size
 
     folder, config = Path(path), read_config(Path(path))
-    rpq, source = config["quantization_config"], open_folder(path)
-    contents = description.read_all(rpq)
-    for name, what in contents.modules.items():
-        description.check_stored(name, what, source)
+    contents = description.read_all(config["quantization_config"])
+    source = checked(open_folder(path), contents)
     infos = {k: source.infos[k] for k in source}
     kept = {k: i for k, i in infos.items() if not contents.is_guard(k, i) and not _part_of(k, contents.modules)}
     if twice := sorted(set(kept) & set(contents.modules)):

@@ -76,6 +76,7 @@ def save(
         with onloaded(rpq):
             tensors = {k: t.cpu().contiguous() for k, t in rpq.stored().items()}
         folder.put(
+            job,
             Encoded(
                 job.name,
                 tensors,
@@ -85,7 +86,7 @@ def save(
                 rpq.zero_row,
                 record.get("inputs"),
                 record.get("worst"),
-            )
+            ),
         )
 
     def tensor(name: str) -> Tensor:

@@ -16,6 +16,7 @@ from rpq_convert.report.schema import FileRow, Report, read_report
 from rpq_convert.storage.files import files_in, is_inside, refuse_links
 from rpq_convert.storage.folder import open_folder
 from rpq_convert.storage.options import HubOptions
+from rpq_convert.storage.unpacking import checked
 from rpq_convert.storage.writer import CONFIG, MANIFEST, REPORT, is_finite, read_manifest, sha256
 
 
@@ -53,18 +54,13 @@ def verify(
         if progress:
             progress(name)
     try:
-        config, source = read_config(folder), open_folder(folder)
+        contents = description.read_all(read_config(folder)["quantization_config"])
+        source = checked(open_folder(folder), contents)
+        for key in set(source) - set(manifest.get("not_finite", ())):
+            if not is_finite(source[key]):
+                raise VerifyError(f"{key} holds NaN or infinite values")
     except SourceError as e:
         raise VerifyError(str(e)) from None
-    try:
-        contents = description.read_all(config["quantization_config"])
-        for name, what in contents.modules.items():
-            description.check_stored(name, what, source)
-    except SourceError as e:
-        raise VerifyError(str(e)) from None
-    for key in set(source) - set(manifest.get("not_finite", ())):
-        if not is_finite(source[key]):
-            raise VerifyError(f"{key} holds NaN or infinite values")
     return sorted(files)
 
 

@@ -11,11 +11,12 @@ of an embedding or of an output layer, whose errors reach every prediction, EMBE
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rpq_convert.core.safetensors import parse_size
 from rpq_convert.errors import PlanError
 from rpq_convert.planning import planner
-from rpq_convert.planning.choices import RATES, SHAPES, Choices, Sensitivity
+from rpq_convert.planning.choices import SHAPES, Choices, Sensitivity, sizes_of
 from rpq_convert.planning.options import PlanOptions
 from rpq_convert.planning.plan import Plan
 from rpq_convert.planning.rules import Rule
@@ -83,8 +84,8 @@ def sweep(
     sizes = [round(low * (high / low) ** (i / (points - 1))) for i in range(points)]
     mixed = {p.plan.file_bytes: p for size in sizes if (p := choices.within_size(max(low, size)))}
     uniform = [
-        (p, f"dim {dim}{f' x {stages} stages' if stages > 1 else ''}, {8 * stages / dim:.3g} bits")
-        for (dim, stages), p in zip(RATES, choices.uniform)
+        (p, _named(size))
+        for size, p in zip(sizes_of(options), choices.uniform)
         if p.jobs
     ]
     return Curve(
@@ -92,3 +93,10 @@ def sweep(
         tuple(choices.sample(p, choices.loss(p), how) for p, how in uniform),
         () if choices.measured else (SHAPES,),
     )
+
+
+def _named(size: Mapping[str, Any]) -> str:
+    if "bits" in size:
+        return f"entropy-coded, {size['bits']:g} bits"
+    dim, stages = size["dim"], size["stages"]
+    return f"dim {dim}{f' x {stages} stages' if stages > 1 else ''}, {8 * stages / dim:.3g} bits"

@@ -14,7 +14,7 @@ from rpq_convert.planning.rules import Rule, as_rule, mixes
 SIZE, WHAT = "Size and quality", "What to convert"
 DEFAULT_PRESET = "5bit"  # the smallest within 10 % of SmolLM2-135M: docs/default-preset.md
 DEFAULT_SHARD = "5GB"
-FITS = ("kmeans", "additive", "random")  # the names of fit.FITTERS, which a plan must not import
+FITS = ("kmeans", "additive", "ecvq", "random")  # the names of fit.FITTERS, which a plan must not import
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +78,12 @@ class PlanOptions:
         most=0.1,
         panel=SIZE,
     )
+    storage: str | None = setting(
+        None,
+        "How files hold codes: one byte each, or entropy-coded (rans): the best quality for a file's bytes, at 8 bits in memory.",
+        choices=("bytes", "rans"),
+        panel=SIZE,
+    )
     grow: bool = setting(False, "Convert layers that would grow as well.", record=ALWAYS, panel=SIZE)
     dtype: Literal["float32", "float16", "bfloat16"] | None = setting(
         None, "Dtype of what stays dense and of decoded weights; as stored by default.", record=ALWAYS, panel=SIZE
@@ -111,15 +117,26 @@ class PlanOptions:
             raise PlanError("stages needs dim: together they are the bits per weight")
         if self.fit is not None and self.fit not in FITS:
             raise PlanError(f"fit must be {', '.join(FITS[:-1])} or {FITS[-1]}, not {self.fit!r}")
+        if self.storage not in (None, "bytes", "rans"):
+            raise PlanError(f"storage must be 'bytes' or 'rans', not {self.storage!r}")
+        if self.storage is not None and self.fit is not None and (self.storage == "rans") != (self.fit == "ecvq"):
+            raise PlanError(f"fit={self.fit!r} and storage={self.storage!r} exclude each other: ecvq is the fit for rans")
+        if self.coded and (self.dim is not None or self.codebooks is not None):
+            raise PlanError("entropy-coded weights take bits, a preset or a target_size, not dim or codebooks")
         if isinstance(self.sensitivity, str) and self.sensitivity != "shape":
             raise PlanError(f"sensitivity must be 'shape' or a mapping from names to numbers, not {self.sensitivity!r}")
         if self.sensitivity is not None and not self.budgets:
             raise PlanError("sensitivity serves a target_size or an average of bits; give one of them")
 
     @property
+    def coded(self) -> bool:
+        """Whether files are to hold codes entropy-coded, in any number of bits."""
+        return self.storage == "rans" or self.fit == "ecvq"
+
+    @property
     def budgets(self) -> dict[str, Any]:
         """What the size of each parameter is chosen by: name -> value; empty where one size serves all."""
-        mixed = self.bits if self.bits is not None and mixes(self.bits) else None
+        mixed = self.bits if self.bits is not None and not self.coded and mixes(self.bits) else None
         asked = {"target_size": self.target_size, "max_error": self.max_error, "bits": mixed}
         return {name: value for name, value in asked.items() if value is not None}
 

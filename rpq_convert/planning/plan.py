@@ -124,7 +124,7 @@ class Plan:
         for skip in self.skips:
             found[skip.name] = (dtype_of(skip.dtype), skip.shape)
         for job in self.jobs:
-            for part, (dtype, shape) in job.spec.tensors(job.weight_view, job.shape).items():
+            for part, (dtype, shape) in job.spec.stored(job.weight_view, job.shape).items():
                 found[f"{job.name}_rpq.{part}"] = (dtype, shape)
         return found
 
@@ -162,7 +162,7 @@ class Plan:
         rows = [
             Row(
                 name=j.name, layer=j.layer, shape=j.shape, dtype=j.dtype, decision="rpq", reason=j.rule,
-                dense_bytes=j.dense_bytes, codebook_bytes=j.nbytes["codebooks"], code_bytes=j.nbytes["codes"],
+                dense_bytes=j.dense_bytes, codebook_bytes=j.nbytes["codebooks"], code_bytes=sum(j.nbytes.get(part, 0) for part in ("codes", "stream", "frequencies")),
                 scale_bytes=j.nbytes.get("scales", 0),
                 outlier_bytes=j.nbytes.get("outliers", 0) + j.nbytes.get("positions", 0), spec=f"{j.spec.describe()}, {j.fit}",
                 expected_error=j.expected_error, aliases=j.aliases,
@@ -215,6 +215,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON values; of its parts those that have a guard of their own."""
         found = {"format_version": FORMAT_VERSION} | without_empty(asdict(self), "dropped")
+        found["jobs"] = [job | {"spec": own.spec.to_dict()} for job, own in zip(found["jobs"], self.jobs)]
         parts = [p for p in found.pop("parts") if self._first(p) not in (None, self._first(""))]
         return found | ({"parts": parts} if parts else {})
 
@@ -257,7 +258,7 @@ def _job(entry: Mapping[str, Any], where: str) -> Job:
         spec = Spec(**entry["spec"])
         field = ""
         job = Job(**_tuples(entry) | {"spec": spec})
-        tensors = spec.tensors(job.weight_view, job.shape)
+        tensors = {**spec.tensors(job.weight_view, job.shape), **spec.stored(job.weight_view, job.shape)}
     except ValueError as e:
         raise PlanError(f"{where}{field}: {e}") from None
     if large := [part for part, (_, size) in tensors.items() if math.prod(size) > kinds.MAX_NUMBERS]:
