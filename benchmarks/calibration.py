@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from real_models import perplexity, smollm2
+from real_models import megabytes, perplexity, smollm2
 
 import rpq_convert as rpq
 
@@ -41,11 +41,11 @@ plain = perplexity(base, tokenizer, test)
 command = f"--bits {' '.join(f'{b:g}' for b in asked.bits)} --how {' '.join(asked.how)} --windows {asked.windows} --steps {asked.steps}"
 print(f"`python benchmarks/calibration.py FIT TEST {command}`, calibrated on {asked.windows * 512:,} tokens\n")
 print("| bits | fitted to | MB | perplexity | / base | seconds |\n|---|---|---|---|---|---|", flush=True)
-print(f"| 32 | | {rpq.model_size(base):.1f} | {plain:.3f} | 1 | |", flush=True)
+print(f"| 32 | | {megabytes(base):.1f} | {plain:.3f} | 1 | |", flush=True)
 
 
 def row(bits: float, how: str, model, seconds: float) -> None:
-    size = rpq.model_size(model)
+    size = megabytes(model)
     with rpq.decoded(model):
         found = perplexity(model, tokenizer, test)
     print(f"| {bits:g} | {how} | {size:.1f} | {found:.3f} | {found / plain:.3f} | {seconds:.0f} |", flush=True)

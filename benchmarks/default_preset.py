@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from real_models import perplexity, smollm2
+from real_models import megabytes, perplexity, smollm2
 
 import rpq_convert as rpq
 
@@ -20,7 +20,7 @@ import rpq_convert as rpq
 def main(text: str, presets: list[str]) -> None:
     model, tokenizer = smollm2()
     base = perplexity(model, tokenizer, text)
-    dense = rpq.model_size(model)
+    dense = megabytes(model)
     print("| preset | MB | bits per weight | perplexity | / base | seconds |\n|---|---|---|---|---|---|")
     print(f"| unconverted (float32) | {dense:.1f} | 32 | {base:.3f} | 1 | |", flush=True)
     for preset in presets:
@@ -28,7 +28,7 @@ def main(text: str, presets: list[str]) -> None:
         start = time.perf_counter()
         rpq.convert(converted, preset=preset)
         seconds = time.perf_counter() - start
-        size = rpq.model_size(converted)
+        size = megabytes(converted)
         rpq.restore(converted)
         after = perplexity(converted, tokenizer, text)
         print(

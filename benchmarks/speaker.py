@@ -16,6 +16,7 @@ from real_models import package_file
 from torch import Tensor, nn
 
 import rpq_convert as rpq
+from rpq_convert.report.text import means
 
 RATE, MELS, FRAMES = 16_000, 40, 160
 LOUDNESS = (1, 10, 100, 1000)  # of mel power
@@ -102,12 +103,8 @@ def main() -> None:
         for calibration in (None, data):
             model = copy.deepcopy(dense)
             report = rpq.convert(model, bits=bits, calibration=calibration)
-            worst = report.worst
-            assert worst is not None
             rows[f"{bits:g} bits{', calibrated' * (calibration is not None)}"] = model
-            print(
-                f"{bits:g} bits: error {report.error:.2g}, worst output {worst.worst:.2g} in {worst.name}", flush=True
-            )
+            print(f"{bits:g} bits: {means(report)}", flush=True)
     print("| | " + " | ".join(f"x {loud}" for loud in LOUDNESS) + " |\n|---|" + "---|" * len(LOUDNESS))
     for name, model in rows.items():
         cosines = [(model(test * loud) * dense(test * loud)).sum(1) for loud in LOUDNESS]

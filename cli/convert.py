@@ -1,25 +1,27 @@
 """The commands that plan a conversion, make it and upload it."""
 
 import json as jsonlib
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Argument, Option
 
-from rpq_convert.errors import FolderError, SourceError
 from rpq_convert.planning.options import PlanOptions
 from rpq_convert.showing import printable
 from rpq_convert.storage.options import SourceOptions
+from rpq_convert.storage.records import read_manifest
+from rpq_convert.storage.room import check_file
 
+from . import checks
 from . import options as o
 from .app import examples, group, main
+from .converting import Conversion, How
 from .errors import catching
-from .show import progress, say, show_report, warn
+from .show import say, show_report, warn
 
 if TYPE_CHECKING:
-    from rpq_convert.checkpoint.opening import Opened
+    from rpq_convert.planning.plan import Plan
 
 CONVERT_EPILOG = examples(
     "rpq-convert facebook/opt-66b --codebooks heads",
@@ -51,64 +53,22 @@ def convert(
     quiet: o.Quiet = False,
 ) -> None:
     """Convert a checkpoint into a folder of RPQ weights, tensor by tensor, whatever its size."""
-    if device != "cpu":
-        raise typer.BadParameter("fits run on the CPU in this version; use --device cpu", param_hint="--device")
-    folder = o.output_for(src, out)
-    from rpq_convert.calibration.sensitivity import needs_sensitivities
-    from rpq_convert.checkpoint.metadata import make_report
-    from rpq_convert.checkpoint.opening import open_checkpoint
-    from rpq_convert.conversion.plans import plan_opened
-    from rpq_convert.conversion.streaming import convert_opened
-
-    if not dry_run and folder.exists() and not overwrite:  # said before a download, not after
-        raise FolderError(f"{folder} already exists; choose another folder or pass --overwrite")
-    if push_to and not dry_run:
-        from rpq_convert.checkpoint.publishing import check_login
-
-        check_login(push_to, token=source.token)  # hours before the upload
-    opened = open_checkpoint(src, source, need="headers")
-    if opened.model is None and not dry_run:
-        raise SourceError(f"{src} has no config.json: give --factory package:callable, which builds its model")
-    data = None if calibrate is None else _calibration(calibrate, opened, samples, text_field, options.seed)
-    if needs_sensitivities(options) and (not dry_run or Path(src).exists()):
-        if not quiet:
-            say("measuring what the model is sensitive to")
-        opened = opened.fetched()
-        if callable(data) and opened.model is not None:
-            data = data(opened.filled())  # written once, for the measurement and the fit
-    plan = plan_opened(opened, options, data=data)
-    warn(plan.warnings)
+    run = Conversion(
+        src, o.output_for(src, out), options, source, calibrate=calibrate, samples=samples, text_field=text_field,
+        dry_run=dry_run, overwrite=overwrite, quiet=quiet,
+    )  # fmt: skip
+    how = How(device, executor, workers, push_to, public)
+    run.check(how)
+    run.open()
+    plan = run.plan()
     if dry_run:
-        return show_report(make_report(plan, {}, title=o.name_of(src)), json=json)
-    before = opened.slots()
-    ready = opened.fetched()
-    if ready.slots() != before:  # the weights say more than their headers: tied names with values of their own
-        plan = plan_opened(ready, options, data=data)
-        warn(plan.warnings)
-    with progress(plan, quiet=quiet) as callback:
-        how: dict[str, Any] = {"executor": executor, "workers": workers, "progress": callback}
-        report = convert_opened(ready, folder, plan, data, overwrite=overwrite, **how)
-    warn(tuple(w for w in report.warnings if w not in plan.warnings))
+        return show_plan(plan, src, json=json)
+    report = run.convert(plan, how)
     show_report(report, json=json)
     if not quiet:
-        say(f"wrote {folder}")
+        say(f"wrote {run.folder}")
     if push_to:
-        _push(folder, push_to, public=public, token=source.token)
-
-
-def _calibration(where: str, opened: "Opened", samples: int | None, field: str | None, seed: int) -> Any:
-    """Return the inputs to calibrate on, or the function of the dense model that makes them."""
-    from rpq_convert.inputs.files import read_inputs
-    from rpq_convert.inputs.synthetic import own_inputs
-
-    if opened.options.factory is not None and not where.endswith(".safetensors"):
-        raise typer.BadParameter(
-            "a factory's model has no tokenizer; give a .safetensors file of its arguments", param_hint="--calibrate"
-        )
-    some: dict[str, Any] = {} if samples is None else {"samples": samples}
-    if where == "self":
-        return partial(own_inputs, seed=seed, **some)
-    return read_inputs(where, opened.src, model=opened.model, field=field, **opened.options.hub, **some)
+        _push(run.folder, push_to, public=public, token=source.token)
 
 
 def _push(folder: Path, repo: str, *, public: bool, token: str | bool | None, revision: str | None = None) -> None:
@@ -132,6 +92,8 @@ def push(
     ] = None,
 ) -> None:
     """Verify a converted folder and upload it to the hub, in one commit; private unless --public."""
+    checks.converted(folder)
+    read_manifest(folder)
     _push(folder, repo, public=public, token=token, revision=revision)
 
 
@@ -160,10 +122,15 @@ def plan(
 
     Weights are read only where they are at hand and sizes are to be chosen: to measure what the model is sensitive to.
     """
-    if sweep or sweep_out is not None:
+    if sweep_out is not None:
+        check_file(sweep_out, (".svg",))
+    sweep = sweep or sweep_out is not None
+    if sweep and explain is not None:
+        raise checks.unused("--explain", "a curve is of many plans; leave out --sweep")
+    checks.source(src, source, weights=bool(options.budgets))
+    if sweep:
         return _sweep(src, sweep_out, json, options, source)
     from rpq_convert.calibration.sensitivity import needs_sensitivities
-    from rpq_convert.checkpoint.metadata import make_report
     from rpq_convert.conversion.plans import open_target, plan_opened
 
     made = plan_opened(open_target(src, source, measured=needs_sensitivities(options)), options)
@@ -174,7 +141,13 @@ def plan(
     elif json:
         print(made.to_json())
     else:
-        show_report(make_report(made, {}, title=o.name_of(src)), json=False)
+        show_plan(made, src, json=False)
+
+
+def show_plan(plan: "Plan", src: str, *, json: bool) -> None:
+    from rpq_convert.checkpoint.metadata import make_report
+
+    show_report(make_report(plan, {}, title=o.name_of(src)), json=json)
 
 
 def _sweep(src: str, file: Path | None, json: bool, options: PlanOptions, source: SourceOptions) -> None:

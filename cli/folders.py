@@ -10,10 +10,13 @@ from typer import Argument, Option
 
 from rpq_convert.showing import printable
 from rpq_convert.storage.options import HubOptions
+from rpq_convert.storage.room import check_file, check_free
 from rpq_convert.tuning.options import TuneOptions
 
+from . import checks
 from . import options as o
 from .app import examples, group
+from .checks import unused
 from .errors import catching
 from .show import fits, say, show_report, width
 
@@ -33,6 +36,11 @@ def audit(
     json: Annotated[bool, Option("--json", help="The same as --format json.")] = False,
 ) -> None:
     """Show a converted folder's size audit: every tensor, its bytes and its measured error."""
+    if json and checks.given("format") and format != "json":
+        raise typer.BadParameter(f"--json and --format {format} contradict each other", param_hint="--json")
+    if output is not None:
+        check_file(output)
+    checks.report_of(folder, source)
     from rpq_convert.checkpoint.verifying import audit as read
 
     report = read(folder, **source.hub)
@@ -97,6 +105,11 @@ def eval(
     if sum(x is not None for x in (text, pairs, inputs)) != 1:
         raise typer.BadParameter("give one of --text, --pairs and --inputs to measure on", param_hint="rpq eval")
     o.find_modules(factory)
+    checks.needs("--text-field", text_field, "--text with a table", text is not None)
+    checks.pair(base, folder, factory)
+    checks.evaluated(text, pairs, inputs, text_field)
+    if save:
+        checks.report_to_write(folder)
     from rpq_convert.folders import WithBase, evaluate_folder
 
     found = evaluate_folder(
@@ -130,9 +143,14 @@ def tune(
     json: o.Json = False,
 ) -> None:
     """Train a converted model's codebooks, scales, norms and biases against its base; with --recode also codes."""
+    o.find_modules(factory)
+    checks.pair(base, folder, factory)
+    checks.data(data, "--data", field=text_field)
+    check_free(o.apart_from(base, folder, out=out), overwrite=overwrite)
+    if options.steps == 0 and blocks == 0:
+        raise unused("--steps", "no step is taken; give some, or --blocks")
     import torch
 
-    o.find_modules(factory)
     from rpq_convert.folders import WithBase, tune_folder
 
     options = replace(options, autocast=torch.bfloat16 if bfloat16 else None)
@@ -165,26 +183,39 @@ def recalibrate(
 ) -> None:
     """Fit a converted model to its inputs, from the codebooks that it has; 'self' as data: synthetic inputs."""
     o.find_modules(factory)
+    own = str(data) == "self"
+    checks.needs("--text-field", text_field, "a table as --data", not own)
+    checks.pair(base, folder, factory)
+    if not own:
+        checks.data(data, "--data", field=text_field)
+    check_free(o.apart_from(base, folder, out=out), overwrite=overwrite)
     from rpq_convert.folders import WithBase, recalibrate_folder
 
     report = recalibrate_folder(
-        WithBase(base, folder, factory), out, None if str(data) == "self" else data, samples=samples, field=text_field, workers=workers,
-        overwrite=overwrite, progress=None if quiet else fits(),
+        WithBase(base, folder, factory), out, None if own else data, samples=samples, field=text_field, workers=workers,
+        overwrite=overwrite, say=None if quiet else say, progress=None if quiet else fits(),
     )  # fmt: skip
     show_report(report, json=json)
 
 
-@group.command(epilog=examples("rpq verify opt-125m-rpq"))
+@group.command(epilog=examples("rpq verify opt-125m-rpq", "rpq verify opt-125m-rpq --quick"))
 @catching
-def verify(folder: o.OutputFolder, json: o.Json = False) -> None:
+def verify(
+    folder: o.OutputFolder,
+    quick: Annotated[
+        bool, Option("--quick", help="Only sizes, headers, index and manifest: no weight is read, whatever its size.")
+    ] = False,
+    json: o.Json = False,
+) -> None:
     """Check a converted folder: hashes, headers, index, shapes, and that every number is finite."""
+    checks.misspelt(folder)
     from rpq_convert.checkpoint.verifying import verify as check
 
-    files = check(folder)
+    files = check(folder, quick=quick)
     print(
         jsonlib.dumps({"folder": str(folder), "files": files})
         if json
-        else printable(f"{folder} is whole: {len(files)} files checked")
+        else printable(f"{folder} is whole: {len(files)} files checked" + (", without hashes" if quick else ""))
     )
 
 
@@ -197,6 +228,8 @@ def restore(
 ) -> None:
     """Write a plain dense checkpoint from a converted folder."""
     o.apart(folder, out)
+    checks.converted(folder)
+    check_free(out, overwrite=overwrite)
     from rpq_convert.checkpoint.restoring import restore_checkpoint
 
     written = restore_checkpoint(folder, out, overwrite=overwrite)
@@ -210,6 +243,7 @@ def restore(
 @catching
 def serve(context: typer.Context, folder: o.OutputFolder) -> None:
     """Serve a converted language model over HTTP as OpenAI's interface: `transformers serve`, which takes all other options."""
+    checks.converted(folder)
     from rpq_convert.integrations.serving import serve as run
 
     run([str(folder), *context.args])

@@ -58,7 +58,10 @@ OutFolder = Annotated[Path, Option("--out", "-o", metavar="FOLDER", help="Where 
 
 Factory = Annotated[
     str | None,
-    Option(metavar="PACKAGE:CALLABLE", help="Builds the model of a checkpoint that is not transformers'."),
+    Option(
+        metavar="MODULE:FUNCTION",
+        help="Builds the model of a checkpoint that is not transformers': package.module:function or file.py:function.",
+    ),
 ]
 Seed = Annotated[int, Option(min=0, help="Decides every random number.")]
 
@@ -137,7 +140,10 @@ def _sensitivity(text: str) -> Any:
     from rpq_convert.errors import PlanError
     from rpq_convert.schemas import kinds
     from rpq_convert.schemas.checking import read_json
+    from rpq_convert.storage.sources import did_you_mean
 
+    if not Path(text).is_file():
+        raise PlanError(f"sensitivities {text} is no file, nor 'shape'{did_you_mean(text)}")
     return read_json(text, kinds.SENSITIVITIES, PlanError)
 
 
@@ -182,8 +188,19 @@ def output_for(src: str, out: Path | None) -> Path:
 
 
 def name_of(src: str) -> str:
-    """Return the last part of a source's name, whether a hub id or a path such as `.`."""
-    return Path(src).resolve().name if Path(src).exists() else src.rstrip("/").rpartition("/")[2]
+    """Return the last part of a source's name, whether a hub id, its address or a path such as `.`."""
+    if Path(src).exists():
+        return Path(src).resolve().name
+    from rpq_convert.storage.options import HubOptions
+    from rpq_convert.storage.sources import located
+
+    return str(located(src, HubOptions())[0]).rstrip("/").rpartition("/")[2]
+
+
+def apart_from(base: Path, folder: Path, *, out: Path) -> Path:
+    """Refuse an output that would harm the base or the converted folder; it may replace the converted folder itself."""
+    apart(base, out)
+    return out if out.resolve() == folder.resolve() else apart(folder, out)
 
 
 def apart(src: Path, out: Path) -> Path:
@@ -193,5 +210,10 @@ def apart(src: Path, out: Path) -> Path:
     if src.exists() and not taken.isdisjoint((real, *real.parents)):
         raise typer.BadParameter(
             f"{out} is or holds the source {src}; choose another folder", param_hint="the output folder"
+        )
+    if src.is_dir() and real in target.parents:
+        raise typer.BadParameter(
+            f"{out} would lie in the source {src}, and be taken for a part of it; pass --out with a folder outside of it",
+            param_hint="the output folder",
         )
     return out

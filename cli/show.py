@@ -50,7 +50,7 @@ def progress(plan: "Plan", *, quiet: bool) -> Iterator[Callable[[Any, Any], None
 
 def fits(total: int | None = None) -> Callable[[Any, Any], None]:
     """Return a callback that says a line per fit."""
-    done, of = 0, "" if total is None else f"/{total}"
+    done, all_of = 0, "" if total is None else f"/{total}"
 
     def callback(job: Any, encoded: Any) -> None:
         nonlocal done
@@ -58,9 +58,9 @@ def fits(total: int | None = None) -> Callable[[Any, Any], None]:
         if encoded is None:
             facts = "done before"
         else:
-            error = "" if encoded.error is None else f"error {encoded.error:.2g}, "
-            facts = f"{error}{encoded.seconds:.1f} s"
-        say(f"[{done}{of}] {job.name}: {facts}")
+            of, error = ("weight", encoded.error) if encoded.output_error is None else ("output", encoded.output_error)
+            facts = ("" if error is None else f"{of} error {error:.2g}, ") + f"{encoded.seconds:.1f} s"
+        say(f"[{done}{all_of}] {job.name}: {facts}")
 
     return callback
 

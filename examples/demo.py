@@ -51,7 +51,7 @@ def embed(model, tokenizer) -> torch.Tensor:
 
 
 def megabytes(size: int) -> str:
-    return f"{size / 2**20:.1f} MB"
+    return f"{size / 1e6:.1f} MB"
 
 
 def picture(report: rpq.Report) -> Table:

@@ -13,7 +13,7 @@ from rpq_convert.checkpoint.saving import save
 from rpq_convert.checkpoint.verifying import audit
 from rpq_convert.conversion.recalibration import recalibrate
 from rpq_convert.core.results import Evaluation
-from rpq_convert.errors import EvaluateError, FolderError, SourceError
+from rpq_convert.errors import EvaluateError, SourceError
 from rpq_convert.evaluation.evaluate import evaluate
 from rpq_convert.evaluation.layers import layer_errors
 from rpq_convert.evaluation.pairs import Say, evaluate_pairs, progress_lines
@@ -24,7 +24,8 @@ from rpq_convert.inputs.synthetic import own_inputs
 from rpq_convert.report.schema import Report
 from rpq_convert.storage.files import files_beside, refuse_links
 from rpq_convert.storage.options import SourceOptions
-from rpq_convert.storage.writer import REPORT, read_manifest
+from rpq_convert.storage.records import REPORT, read_manifest
+from rpq_convert.storage.room import check_free
 from rpq_convert.tuning.blocks import tune_blocks_with
 from rpq_convert.tuning.options import TuneOptions
 from rpq_convert.tuning.tune import Tuning, tune_with
@@ -99,7 +100,7 @@ def evaluate_folder(
     dense, converted = which.load()
     if text is not None and converted.can_generate():
         words = tokenizer_of(which.base)
-        ids = words(read_text(text, field), return_tensors="pt", add_special_tokens=False).input_ids[0]
+        ids = words(read_text(text, field, words, say), return_tensors="pt", add_special_tokens=False).input_ids[0]
         ids = ids[: windows * window] if windows else ids
         found = evaluate(
             dense, converted, ids, window=window, progress=progress_lines(say, "windows", len(ids) // window)
@@ -108,7 +109,9 @@ def evaluate_folder(
     elif pairs is not None:
         found, batches = evaluate_pairs(dense, converted, which.base, pairs, window, windows, say)
     else:
-        batches = read_inputs(on[0], which.base, model=dense, window=window, samples=windows, labels=True, field=field)
+        batches = read_inputs(
+            on[0], which.base, model=dense, window=window, samples=windows, labels=True, field=field, told=say
+        )
         told = progress_lines(say, "batches", len(batches))
         a, b = (dense, converted) if text is None else (Pooled(dense, which.base), Pooled(converted, which.base))
         found = evaluate(a, b, batches, progress=told)
@@ -144,9 +147,10 @@ def tune_folder(
     Raises:
         SourceError, FolderError: as `load` and `save`. CalibrationError: no data. TuneError: as `tune`.
     """
-    place = _free(out, overwrite)
+    place = Path(out)
+    check_free(place, overwrite=overwrite)
     dense, model = which.load()
-    items = read_inputs(data, which.base, model=dense, window=window, samples=samples, field=field)
+    items = read_inputs(data, which.base, model=dense, window=window, samples=samples, field=field, told=say)
     told = None if say is None else lambda step, loss: say(f"step {step}: loss {loss:.4g}")
     if blocks:
         for path, done in tune_blocks_with(replace(options, steps=blocks, loss="mse"), model, dense, items).items():
@@ -168,6 +172,7 @@ def recalibrate_folder(
     samples: int | None = None,
     field: str | None = None,
     overwrite: bool = False,
+    say: Say | None = None,
     **options: Any,
 ) -> Report:
     """Fit a converted folder to inputs, starting from its codebooks, into another folder.
@@ -177,20 +182,14 @@ def recalibrate_folder(
         data, window, samples, field: as for `read_inputs`; None for synthetic inputs (`own_inputs`).
         options: those of `recalibrate`.
     """
-    place = _free(out, overwrite)
+    place = Path(out)
+    check_free(place, overwrite=overwrite)
     dense, model = which.load()
     some: dict[str, Any] = {} if samples is None else {"samples": samples}
     items = (
         own_inputs(dense, **some)
         if data is None
-        else read_inputs(data, which.base, model=dense, window=window, field=field, **some)
+        else read_inputs(data, which.base, model=dense, window=window, field=field, told=say, **some)
     )
     recalibrate(model, dense, items, **options)
     return save(model, place, overwrite=overwrite, files=files_beside(which.folder), base=base_in(Path(which.folder)))
-
-
-def _free(out: str | Path, overwrite: bool) -> Path:
-    place = Path(out)
-    if place.exists() and not overwrite:
-        raise FolderError(f"{place} already exists; choose another folder or pass --overwrite")
-    return place

@@ -26,7 +26,7 @@ from rpq_convert.report.schema import FileRow, Report, Row
 from rpq_convert.showing import csv_cell, markdown_code, markdown_text, one_line, printable
 from rpq_convert.storage.files import refuse_links
 from rpq_convert.storage.folder import open_folder
-from rpq_convert.storage.writer import CONFIG, MANIFEST
+from rpq_convert.storage.records import CONFIG, MANIFEST
 
 REFUSED = (SourceError, VerifyError)
 WEIGHTS = "model.safetensors"

@@ -48,7 +48,7 @@ def main(folder: str, name: str, peer: str, settings: str, out: str) -> None:
     start = time.perf_counter()
     size = tool.compress(model, json.loads(settings), Data(task, Path(folder)))
     minutes = (time.perf_counter() - start) / 60
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux: KiB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # MiB, from Linux's KiB
     tensors = {n: t.detach().clone().contiguous() for n, t in model.state_dict().items() if n in names}
     save_file(tensors, Path(out) / "weights.safetensors")
     (Path(out) / "facts.json").write_text(json.dumps({"bytes": size, "minutes": minutes, "peak_mb": peak}))

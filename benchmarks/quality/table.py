@@ -16,7 +16,7 @@ HEADER = """# Quality for the bytes, tool by tool
 `benchmarks/quality/__main__.py` say which files it needs.
 
 - Each tool converts the same dense model on a CPU. The same code then decodes and measures its weights.
-- **MB** (2^20 bytes) counts everything that a file holds: codes, codebooks, scales and zero points, and at 16 bits what a tool
+- **MB** (10^6 bytes) counts everything that a file holds: codes, codebooks, scales and zero points, and at 16 bits what a tool
   leaves alone.
 - **Bits** are all those bytes per parameter.
 - No row of its size or below beats a row in **bold**.
@@ -70,10 +70,13 @@ def _section(name: str, task: Any, rows: Sequence[Row]) -> str:
             loss = _loss(task, row)
             leads = best is None or loss < best
             best = loss if leads else best
-            cells = [f"{row['bytes'] / 2**20:.1f}", f"{_bits(task, row):.2f}", _title(row), _words(row["settings"])]
+            cells = [f"{row['bytes'] / 1e6:.1f}", f"{_bits(task, row):.2f}", _title(row), _words(row["settings"])]
             cells += [_figure(c, row["metrics"][c]) for c in columns]
             threads = row.get("threads", 1)
-            cells += [f"{row['minutes']:.1f}" + f" (x {threads})" * (threads > 1), f"{row['peak_mb']:.0f}"]
+            cells += [
+                f"{row['minutes']:.1f}" + f" (x {threads})" * (threads > 1),
+                f"{row['peak_mb'] * 2**20 / 1e6:.0f}",
+            ]
             lines.append("| " + " | ".join(f"**{c}**" if leads else c for c in cells) + " |")
         lines += ["", *_per_size(task, done)]
     if failed:
@@ -123,7 +126,7 @@ def _words(settings: Row) -> str:
         "calibrated": lambda v: "calibrated", "own": lambda v: "calibrated on synthetic inputs", "steps": lambda v: f"{v} steps of tuning",
         "recode": lambda v: "code updates", "codebooks": lambda v: "codebooks of one byte",
         "outliers": lambda v: f"{100 * v:g} % outliers",
-        "target_size": lambda v: f"sizes chosen for {v / 2**20:.1f} MB",
+        "target_size": lambda v: f"sizes chosen for {v / 1e6:.1f} MB",
         "imatrix": lambda v: "importance matrix", "iters": lambda v: f"{v} iterations",
     }  # fmt: skip
     return ", ".join(said[k](v) if k in said else f"{k} {v}" for k, v in settings.items() if v is not False)

@@ -9,6 +9,7 @@ from torch import nn
 
 from rpq_convert.checkpoint.metadata import make_report
 from rpq_convert.core.rans import rate_of, stream_bytes
+from rpq_convert.encoding.measure import record_of
 from rpq_convert.layers import surgery
 from rpq_convert.planning import layer_types
 from rpq_convert.planning.plan import Job, Plan
@@ -19,7 +20,7 @@ from rpq_convert.running.offload import onloaded
 
 def plan_of(model: nn.Module, max_shard_size: str | int | None = None) -> Plan:
     """Return the plan that describes a converted model as it is now, whoever converted it."""
-    from rpq_convert.core.safetensors import parse_size
+    from rpq_convert.core.sizes import parse_size
     from rpq_convert.core.spec import dtype_name
     from rpq_convert.planning.options import DEFAULT_SHARD
     from rpq_convert.planning.plan import Skip
@@ -78,8 +79,7 @@ def _why(model: nn.Module, name: str) -> str:
 def facts_of(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Return what is known of every RPQ weight beside its plan: what its fit measured, and its row of zeros."""
     return {
-        name: {**getattr(weight, "record", {}), "zero_row": weight.zero_row}
-        for name, weight in surgery.layers_of(model).items()
+        name: {**record_of(weight), "zero_row": weight.zero_row} for name, weight in surgery.layers_of(model).items()
     }
 
 

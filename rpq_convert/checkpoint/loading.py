@@ -24,15 +24,13 @@ from rpq_convert.hf import hub
 from rpq_convert.layers import surgery
 from rpq_convert.layers.surgery import AFTER
 from rpq_convert.layers.weight import RPQWeight
-from rpq_convert.planning.plan import FORMAT_VERSION
 from rpq_convert.running.holders import Held, become_held, held_elsewhere, storage_of
-from rpq_convert.schemas import kinds
-from rpq_convert.schemas.checking import check, parse_json, read_text
-from rpq_convert.storage.files import GENERATION, refuse_links
+from rpq_convert.storage.files import GENERATION
 from rpq_convert.storage.folder import open_folder
 from rpq_convert.storage.options import SourceOptions
+from rpq_convert.storage.records import CONFIG
+from rpq_convert.storage.sources import is_name, located, read_config
 from rpq_convert.storage.unpacking import checked
-from rpq_convert.storage.writer import CONFIG
 
 
 def load(path: str | Path, *, device: str | torch.device | None = None, **source: Any) -> nn.Module:
@@ -48,9 +46,10 @@ def load(path: str | Path, *, device: str | torch.device | None = None, **source
         SourceError: not an RPQ folder, a newer format, missing or unexpected tensors.
     """
     (options,) = take(source, SourceOptions)
+    path, options = located(path, options)
     factory = options.factory
     folder, repository = Path(path), None
-    if hub.is_name(path):
+    if is_name(path):
         repository = hub.find(path, (CONFIG,), options)
         folder = repository.folder
     config = read_config(folder)
@@ -79,26 +78,6 @@ def load(path: str | Path, *, device: str | torch.device | None = None, **source
     for act in AFTER:
         act(model)
     return model.to(device) if device is not None else model
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return config.json of an RPQ folder, checked."""
-    refuse_links(folder)
-    path = folder / CONFIG
-    if not path.is_file():
-        raise SourceError(f"{path} does not exist: not a checkpoint folder")
-    config: Any = parse_json(read_text(path, kinds.CONFIG, SourceError), kinds.CONFIG, path, SourceError)
-    rpq = config.get("quantization_config") if isinstance(config, dict) else None
-    if not isinstance(rpq, dict) or rpq.get("quant_method") != "rpq":
-        raise SourceError(
-            f"{folder} is not an RPQ checkpoint: its config.json has no quantization_config of method rpq"
-        )
-    if rpq.get("format_version") != FORMAT_VERSION:
-        raise SourceError(
-            f"{folder} has format version {rpq.get('format_version')!r}, this rpq-convert reads {FORMAT_VERSION}"
-        )
-    check(config, kinds.CONFIG, path, SourceError)
-    return config  # type: ignore[no-any-return]
 
 
 def fill(model: nn.Module, config: Mapping[str, Any], source: Any) -> None:

@@ -13,18 +13,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rpq_convert.core.results import Evaluation
+from rpq_convert.core.results import MEASURED, Evaluation
 from rpq_convert.errors import SourceError
 from rpq_convert.hf.composite import with_description
 from rpq_convert.hf.model_card import BASE_CARD, Base, is_ours, model_card, with_quality
-from rpq_convert.planning.plan import FORMAT_VERSION, Plan
+from rpq_convert.planning.plan import Plan
 from rpq_convert.report.schema import FileRow, Report, read_report
 from rpq_convert.schemas import kinds
 from rpq_convert.schemas.checking import read_json
-from rpq_convert.storage.writer import CARD, CONFIG, PLAN, REPORT, Folder, amend, write_manifest, write_text
+from rpq_convert.schemas.kinds import FORMAT_VERSION
+from rpq_convert.storage.records import CARD, CONFIG, PLAN, REPORT
+from rpq_convert.storage.writer import Folder, amend, write_manifest, write_text
 from rpq_convert.version import __version__
-
-FACTS = ("error", "dead", "seconds", "inputs", "worst")  # what a fit measures
 
 
 def make_report(
@@ -33,7 +33,7 @@ def make_report(
     """Return the plan's report with what the fits measured."""
     rows = []
     for row in plan.rows():
-        measured: dict[str, Any] = {k: facts[row.name].get(k) for k in FACTS} if row.name in facts else {}
+        measured: dict[str, Any] = {k: facts[row.name].get(k) for k in MEASURED} if row.name in facts else {}
         rows.append(replace(row, **measured))
     report = replace(plan.report(title), rows=tuple(rows), files=tuple(files))
     return replace(report, warnings=(*report.warnings, *_calibrated(plan, report)))

@@ -7,9 +7,8 @@ headers alone, from which a size can be planned but nothing converted. Each is a
 from __future__ import annotations
 
 import copy
-import importlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,13 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from rpq_convert.checkpoint.extra_state import EXTRA, has_extra_state, set_extra_states
+from rpq_convert.checkpoint.factories import Factory, find_factory
 from rpq_convert.core import description
 from rpq_convert.core.spec import dtype_name
 from rpq_convert.errors import SourceError
 from rpq_convert.hf import hub
 from rpq_convert.hf.model_card import Base, base_in
 from rpq_convert.layers import surgery
-from rpq_convert.planning.quantized import refuse_config, refuse_parts
+from rpq_convert.planning.announced import refuse_config
+from rpq_convert.planning.quantized import refuse_parts
 from rpq_convert.planning.slots import Slot, walk, walk_headers
 from rpq_convert.report.schema import Dropped
 from rpq_convert.running import meta
@@ -35,9 +36,9 @@ from rpq_convert.storage.files import files_beside, files_in, refuse_links, weig
 from rpq_convert.storage.folder import open_folder
 from rpq_convert.storage.names import missing, under_names, unwrapped
 from rpq_convert.storage.options import SourceOptions
-from rpq_convert.storage.writer import CARD, CONFIG
+from rpq_convert.storage.records import CARD, CONFIG
+from rpq_convert.storage.sources import check_source, is_name, located
 
-Factory = Callable[[], nn.Module]
 DEFAULT = SourceOptions()
 FILLED = "not in the checkpoint: filled as transformers fills it"
 
@@ -165,8 +166,10 @@ def open_checkpoint(
     Raises:
         SourceError: nothing found, a broken file, keys that do not fit the model, an already quantized checkpoint.
     """
+    src, options = located(src, options)
+    check_source(src, options, weights=need == "weights")
     folder, repository = Path(src), None
-    if hub.is_name(src):
+    if is_name(src):
         repository = hub.find(src, (CONFIG,) if need != "weights" else (CONFIG, CARD), options)
         folder, options = repository.folder, replace(options, revision=repository.commit)
     refuse_links(folder)
@@ -187,10 +190,7 @@ def open_checkpoint(
             opened.source = _fitted(opened.model, opened.source)
         return opened
     if not folder.is_dir():
-        what = (
-            "is a file; give its folder, or a factory for a bare weight file" if folder.exists() else "does not exist"
-        )
-        raise SourceError(f"{src} {what}")
+        raise SourceError(f"{src} is a file; give its folder, or a factory for a bare weight file")
     _open_transformers(opened, folder, repository, need)
     return opened
 
@@ -262,14 +262,15 @@ def _look(
 
 
 def empty_from_factory(factory: str | Factory) -> nn.Module:
-    """Build a model with parameters on meta and real buffers, from a callable or `"package.module:callable"`.
+    """Build a model with parameters on meta and real buffers, from a callable or its name (factories.py).
 
     If the factory returns a converted model (`RPQViT`), its dense form is returned.
     """
+    build = find_factory(factory)
     try:
-        model = meta.build_empty(_callable(factory))
-    except MemoryError as e:
-        raise SourceError(f"factory {factory!r}: {e}") from None
+        model = meta.build_empty(build)
+    except Exception as e:  # the user's code
+        raise SourceError(f"factory {factory!r} raised {type(e).__name__}: {e}") from e
     if not isinstance(model, nn.Module):
         raise SourceError(f"factory {factory!r} returned {type(model).__name__}, not a module")
     for weight, places in surgery.places_of(model).items():
@@ -285,24 +286,11 @@ def compute_buffers(model: nn.Module, factory: str | Factory | None) -> nn.Modul
     """
     empty = [n for n, b in model.named_buffers() if b.is_meta]
     if empty and factory is not None:
-        real = dict(_callable(factory)().named_buffers())
+        real = dict(find_factory(factory)().named_buffers())
         for path in empty:
             module, name = surgery.find(model, path)
             module._buffers[name] = real[path]
     return model
-
-
-def _callable(factory: str | Factory) -> Factory:
-    told = factory
-    if isinstance(factory, str):
-        module, _, name = factory.partition(":")
-        try:
-            factory = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError, TypeError) as e:
-            raise SourceError(f"factory {factory!r}: {e}; write it as package.module:callable") from None
-    if not callable(factory):
-        raise SourceError(f"factory {told!r} is not callable; write it as package.module:callable")
-    return factory
 
 
 def _fitted(model: nn.Module, source: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 from rpq_convert.checkpoint.verifying import verify
 from rpq_convert.errors import HubError
 from rpq_convert.hf.hub import asking, client
-from rpq_convert.storage.writer import CARD, MANIFEST, read_manifest
+from rpq_convert.storage.records import CARD, MANIFEST, read_manifest
 
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 

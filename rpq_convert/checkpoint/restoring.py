@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpq_convert.checkpoint.loading import read_config
 from rpq_convert.core import description
 from rpq_convert.core.spec import dtype_name
 from rpq_convert.errors import SourceError
@@ -19,15 +18,17 @@ from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning.plan import Plan, Skip
 from rpq_convert.storage.files import files_beside
 from rpq_convert.storage.folder import open_folder
+from rpq_convert.storage.records import CONFIG
+from rpq_convert.storage.sources import read_config
 from rpq_convert.storage.unpacking import checked
-from rpq_convert.storage.writer import CONFIG, Folder
+from rpq_convert.storage.writer import Folder
 
 
 def restore_checkpoint(
     path: str | Path, out: str | Path, *, overwrite: bool = False, max_shard_size: str | int = "5GB"
 ) -> Plan:
     """Write a plain dense checkpoint from an RPQ folder, one tensor in memory at a time (plus one weight file)."""
-    from rpq_convert.core.safetensors import parse_size
+    from rpq_convert.core.sizes import parse_size
 
     folder, config = Path(path), read_config(Path(path))
     contents = description.read_all(config["quantization_config"])

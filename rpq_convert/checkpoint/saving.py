@@ -15,7 +15,7 @@ from rpq_convert.checkpoint.described import facts_of, plan_of
 from rpq_convert.checkpoint.extra_state import plain_states
 from rpq_convert.checkpoint.metadata import write_rest
 from rpq_convert.core import description
-from rpq_convert.core.results import Encoded
+from rpq_convert.core.results import MEASURED, Encoded
 from rpq_convert.core.spec import dtype_name
 from rpq_convert.errors import SourceError
 from rpq_convert.hf.model_card import Base, base_of
@@ -75,19 +75,8 @@ def save(
         rpq, record = found[job.name], facts[job.name]
         with onloaded(rpq):
             tensors = {k: t.cpu().contiguous() for k, t in rpq.stored().items()}
-        folder.put(
-            job,
-            Encoded(
-                job.name,
-                tensors,
-                record.get("error"),
-                record.get("dead", 0),
-                record.get("seconds", 0.0),
-                rpq.zero_row,
-                record.get("inputs"),
-                record.get("worst"),
-            ),
-        )
+        measured = {k: record[k] for k in MEASURED if k in record}
+        folder.put(job, Encoded(job.name, tensors, zero_row=rpq.zero_row, **measured))
 
     def tensor(name: str) -> Tensor:
         if name in extra:

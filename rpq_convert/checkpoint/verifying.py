@@ -1,4 +1,4 @@
-"""Verify and audit a converted folder."""
+"""Verify and audit a converted folder. Importing this is quick: torch is imported where tensors are looked at."""
 
 from __future__ import annotations
 
@@ -7,27 +7,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rpq_convert.checkpoint.loading import read_config
-from rpq_convert.core import description
 from rpq_convert.core.options import take
 from rpq_convert.errors import SourceError, VerifyError
-from rpq_convert.hf import hub
 from rpq_convert.report.schema import FileRow, Report, read_report
-from rpq_convert.storage.files import files_in, is_inside, refuse_links
-from rpq_convert.storage.folder import open_folder
+from rpq_convert.storage.files import files_in, is_inside, refuse_links, weight_paths
+from rpq_convert.storage.headers import joined, read_entries
 from rpq_convert.storage.options import HubOptions
-from rpq_convert.storage.unpacking import checked
-from rpq_convert.storage.writer import CONFIG, MANIFEST, REPORT, is_finite, read_manifest, sha256
+from rpq_convert.storage.records import CONFIG, MANIFEST, REPORT, read_manifest, sha256
+from rpq_convert.storage.sources import is_name, located, read_config
 
 
 def verify(
-    path: str | Path, progress: Callable[[str], None] | None = None, *, edited: Collection[str] = ()
+    path: str | Path,
+    progress: Callable[[str], None] | None = None,
+    *,
+    edited: Collection[str] = (),
+    quick: bool = False,
 ) -> list[str]:
     """Check a folder: manifest hashes, headers, index, specs and finiteness. Return the files that were checked.
 
     Args:
         progress: called with every file.
         edited: files that must be there, and need not be as they were written.
+        quick: only sizes, headers, index and manifest; no weight is read, and torch is not imported.
 
     Raises:
         VerifyError: what is damaged, and where.
@@ -37,31 +39,56 @@ def verify(
     if not (folder / MANIFEST).is_file():
         read_config(folder)  # raises where it is no RPQ folder at all
     manifest = read_manifest(folder)
-    files = {name: (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}
-    unlisted = [n for n in files_in(folder) if n not in files and (n == CONFIG or ".safetensors" in n)]
+    _check_files(folder, manifest["files"], edited, progress, hashes=not quick)
+    try:
+        if quick:
+            read_config(folder)
+            paths, index = weight_paths(folder)
+            joined(map(read_entries, paths), index, folder)
+        else:
+            _check_tensors(folder, manifest.get("not_finite", ()))
+    except SourceError as e:
+        raise VerifyError(str(e)) from None
+    return sorted(manifest["files"])
+
+
+def _check_files(
+    folder: Path,
+    listed: dict[str, dict[str, Any]],
+    edited: Collection[str],
+    progress: Callable[[str], None] | None,
+    *,
+    hashes: bool,
+) -> None:
+    """Compare the files of a folder with its manifest."""
+    unlisted = [n for n in files_in(folder) if n not in listed and (n == CONFIG or ".safetensors" in n)]
     if unlisted:
         raise VerifyError(f"{folder / unlisted[0]} is not in the manifest")
-    for name, (size, digest) in files.items():
+    for name, facts in listed.items():
         file = folder / name
         if not is_inside(name) or not file.is_file():
             raise VerifyError(f"{file} is missing")
         if name in edited:
             continue
-        if file.stat().st_size != size:
-            raise VerifyError(f"{file} has {file.stat().st_size} bytes, the manifest says {size}")
-        if sha256(file) != digest:
+        if (size := file.stat().st_size) != facts["bytes"]:
+            raise VerifyError(f"{file} has {size} bytes, the manifest says {facts['bytes']}")
+        if hashes and sha256(file) != facts["sha256"]:
             raise VerifyError(f"{file} does not match its sha256 in the manifest")
         if progress:
             progress(name)
-    try:
-        contents = description.read_all(read_config(folder)["quantization_config"])
-        source = checked(open_folder(folder), contents)
-        for key in set(source) - set(manifest.get("not_finite", ())):
-            if not is_finite(source[key]):
-                raise VerifyError(f"{key} holds NaN or infinite values")
-    except SourceError as e:
-        raise VerifyError(str(e)) from None
-    return sorted(files)
+
+
+def _check_tensors(folder: Path, not_finite: Collection[str]) -> None:
+    """Compare the tensors of a folder with their descriptions, and look for numbers that are none."""
+    from rpq_convert.core import description
+    from rpq_convert.storage.folder import open_folder
+    from rpq_convert.storage.unpacking import checked
+    from rpq_convert.storage.writer import is_finite
+
+    source = checked(open_folder(folder), description.read_all(read_config(folder)["quantization_config"]))
+    for key in set(source) - set(not_finite):
+        if not is_finite(source[key]):
+            raise VerifyError(f"{key} holds NaN or infinite values")
 
 
 def audit(path: str | Path, **source: Any) -> Report:
@@ -72,8 +99,11 @@ def audit(path: str | Path, **source: Any) -> Report:
         source: of a repository: `revision`, `token`, `local_files_only`, the fields of `HubOptions`.
     """
     (options,) = take(source, HubOptions)
+    path, options = located(path, options)
     folder = Path(path)
-    if hub.is_name(path):
+    if is_name(path):
+        from rpq_convert.hf import hub
+
         repository = hub.find(path, (CONFIG, REPORT), options)
         folder, files = repository.folder, dict(repository.files)
     else:

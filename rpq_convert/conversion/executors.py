@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NAMES = ("serial", "threads", "processes")
+from rpq_convert.conversion.asked import check_executor
 
 
 def run(fn: Callable[[Any], Any], items: Iterable[Any], *, executor: str = "serial", workers: int = 1) -> Iterator[Any]:
@@ -33,8 +33,7 @@ def run(fn: Callable[[Any], Any], items: Iterable[Any], *, executor: str = "seri
             be importable and picklable).
         workers: how many run at once.
     """
-    if executor not in NAMES:
-        raise ValueError(f"executor must be one of {', '.join(NAMES)}, not {executor!r}")
+    check_executor(executor, None)
     if executor == "serial" or workers <= 1:
         yield from map(fn, items)
     elif executor == "threads":

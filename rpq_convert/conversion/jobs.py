@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rpq_convert.checkpoint.opening import either
+from rpq_convert.conversion.asked import check_executor
 from rpq_convert.conversion.executors import run
 from rpq_convert.core.results import Encoded, Statistics
 from rpq_convert.encoding.encode import encode
@@ -35,7 +36,12 @@ def run_jobs(
     statistics: Mapping[str, Statistics | None] | None = None,
     start: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Iterator[Encoded]:
-    """Encode every job, in order of completion; at most `workers` tensors are in memory."""
+    """Encode every job, in order of completion; at most `workers` tensors are in memory.
+
+    Raises:
+        PlanError: an executor that there is not, or workers that it does not have.
+    """
+    check_executor(executor, workers)
 
     def item(job: Job) -> tuple[Any, ...]:
         tensor = either(source, (job.name, *job.aliases)).detach().to(getattr(torch, job.dtype))

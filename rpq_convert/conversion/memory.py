@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from rpq_convert.calibration.sequential import walk
 from rpq_convert.checkpoint.described import report_of
 from rpq_convert.checkpoint.opening import Opened
+from rpq_convert.conversion.asked import check_asked, check_plan_alone
 from rpq_convert.conversion.jobs import run_jobs
 from rpq_convert.conversion.plans import plan_opened
 from rpq_convert.core.options import take
 from rpq_convert.core.results import Encoded
 from rpq_convert.encoding.encode import build
+from rpq_convert.encoding.measure import set_record
 from rpq_convert.errors import PlanError
 from rpq_convert.inputs.items import Calibration, prepare
 from rpq_convert.layers import surgery
@@ -71,6 +73,8 @@ def convert(
         >>> report = rpq.convert(model, bits=4); print(report)
     """
     (asked,) = take(options, PlanOptions)
+    check_plan_alone(plan, options)
+    check_asked(asked, calibrated=calibration is not None, tokenizer=tokenizer, executor=executor, workers=workers)
     model = unwrapped(model)
     how: dict[str, Any] = {"executor": executor, "workers": workers}
     optimizers = optimizers_of(model)
@@ -189,11 +193,11 @@ def swap(places: Places, job: Job, encoded: Encoded) -> RPQWeight:
     assert old is not None  # the plan was checked against the model
     device = old.device if not old.is_meta else torch.device("cpu")
     rpq = build(job, {k: t.to(device) for k, t in encoded.tensors.items()}, encoded.zero_row)
-    rpq.record = {  # type: ignore[assignment]
+    record = {
         "layer": job.layer, "fit": job.fit, "seed": job.seed, "rule": job.rule, "padding_idx": job.padding_idx,
-        "error": encoded.error, "dead": encoded.dead, "seconds": encoded.seconds, "inputs": encoded.inputs,
-        "worst": encoded.worst,
+        **encoded.measured,
     }  # fmt: skip
+    set_record(rpq, record)
     for parameter in rpq.parameters():
         parameter.requires_grad_(old.requires_grad)
     rpq.train(places.module.training)

@@ -24,6 +24,6 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def model_size(model: nn.Module) -> float:
-    """Return the size of parameters and buffers in MB (2**20 bytes), shared tensors once, as RPQ-pytorch counts it."""
+    """Return the size of parameters and buffers in MiB (2**20 bytes), shared tensors once, as RPQ-pytorch counts it."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return sum(t.numel() * t.element_size() for t in tensors.values()) / 2**20

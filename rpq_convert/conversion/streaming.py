@@ -9,6 +9,7 @@ from typing import Any
 from rpq_convert.checkpoint.extra_state import check_plain
 from rpq_convert.checkpoint.metadata import write_rest
 from rpq_convert.checkpoint.opening import Opened, either, open_checkpoint
+from rpq_convert.conversion.asked import check_asked, check_plan_alone
 from rpq_convert.conversion.jobs import run_jobs
 from rpq_convert.conversion.memory import Progress, convert_calibrated, parameters_of
 from rpq_convert.conversion.plans import plan_opened
@@ -22,6 +23,7 @@ from rpq_convert.planning.plan import Job, Plan, Skip
 from rpq_convert.report.schema import Dropped, Report
 from rpq_convert.running.digest import describe
 from rpq_convert.storage.options import SourceOptions
+from rpq_convert.storage.room import check_free
 from rpq_convert.storage.writer import Folder
 
 
@@ -54,6 +56,9 @@ def convert_checkpoint(
         SourceError, PlanError, EncodeError, FolderError: see their docs. Nothing is left under the name `out`.
     """
     asked, source = take(options, PlanOptions, SourceOptions)
+    check_plan_alone(plan, options)
+    check_asked(asked, calibrated=calibration is not None, tokenizer=tokenizer, executor=executor, workers=workers)
+    check_free(out, overwrite=overwrite)
     opened = open_checkpoint(src, source)
     data = calibration
     if calibration is not None and opened.model is not None:
@@ -97,16 +102,20 @@ def convert_opened(
         if progress:
             progress(job, encoded)
 
-    if data is not None:
-        model = opened.give_filled()
-        convert_calibrated(model, plan, parameters_of(model), data, keep, how, stored=folder.get)
-    else:
-        opened.drop_filled()  # measured for a budget before: a stream needs one tensor at a time
-        for job in plan.jobs:
-            if folder.done(job):
-                keep(job, None)
-        for encoded in run_jobs([j for j in plan.jobs if not folder.done(j)], opened.source, **how):
-            keep(by_name[encoded.name], encoded)
+    try:
+        if data is not None:
+            model = opened.give_filled()
+            convert_calibrated(model, plan, parameters_of(model), data, keep, how, stored=folder.get)
+        else:
+            opened.drop_filled()  # measured for a budget before: a stream needs one tensor at a time
+            for job in plan.jobs:
+                if folder.done(job):
+                    keep(job, None)
+            for encoded in run_jobs([j for j in plan.jobs if not folder.done(j)], opened.source, **how):
+                keep(by_name[encoded.name], encoded)
+    except Exception:
+        folder.forget()  # such as of data that is none for this model: the next try may have other settings
+        raise
     aliases = {s.name: (s.name, *s.aliases) for s in plan.skips}
     folder.write_weights(lambda name: either(opened.source, aliases[name]))
     facts = {j.name: folder.facts(j) for j in plan.jobs}

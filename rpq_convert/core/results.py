@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from torch import Tensor
+
+# What a fit measures: fields of Encoded, of a report's rows and of the facts that pieces and layers keep.
+MEASURED = ("error", "dead", "seconds", "inputs", "worst", "output_error", "worst_output")
 
 
 @dataclass(frozen=True)
@@ -31,22 +35,32 @@ class Encoded:
     Args:
         name: the job's name.
         tensors: `codebooks`, `codes` and perhaps `scales`, as the job's spec shapes them.
-        error: relative squared error `|W - W'|^2 / |W|^2`; None for random codebooks.
+        error: relative squared error of the weights, `|W - W'|^2 / |W|^2`; None for random codebooks.
         dead: codewords that no code uses.
         seconds: wall time of the fit.
         zero_row: a padding row that decodes to zeros.
         inputs: how many input vectors it was calibrated on; None where it was fitted to the weights alone.
-        worst: the error of the worst output.
+        worst: the weight error of the worst output.
+        output_error: relative squared error of the layer's output on the calibration inputs, `tr(E H E^T) / tr(W H W^T)` with
+            `E = W - W'`; None without calibration.
+        worst_output: that of the worst output.
     """
 
     name: str
     tensors: Mapping[str, Tensor]
-    error: float | None
-    dead: int
-    seconds: float
+    error: float | None = None
+    dead: int = 0
+    seconds: float = 0.0
     zero_row: int | None = None
     inputs: int | None = None
     worst: float | None = None
+    output_error: float | None = None
+    worst_output: float | None = None
+
+    @property
+    def measured(self) -> dict[str, Any]:
+        """What the fit measured, by name."""
+        return {name: getattr(self, name) for name in MEASURED}
 
 
 UNITS = {"language model": "tokens", "outputs": "outputs", "sentence pairs": "pairs"}

@@ -15,6 +15,8 @@ import math
 import torch
 from torch import Tensor
 
+from rpq_convert.core.axes import WeightView
+
 LEAST = 8  # smallest block that is worth a transform
 
 
@@ -71,3 +73,10 @@ def _steps(x: Tensor, size: int, back: bool) -> Tensor:
         half *= 2
     y = y.reshape(-1, size) / math.sqrt(size)
     return (y * sign if back else y).reshape(x.shape)
+
+
+def rotate_weight(weight: Tensor, view: WeightView, size: int) -> Tensor:
+    """Return a weight, in its stored shape, with its inputs rotated; 0 for no rotation."""
+    if not size:
+        return weight
+    return view.from_matrix(rotate(view.to_matrix(weight, "in"), size), tuple(weight.shape), "in")

@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-from rpq_convert.errors import PlanError
-
 # In the order of the library's own list, by which it sorts tensors in a file, last first.
 SAFETENSORS_NAMES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.float8_e5m2: "F8_E5M2",
@@ -44,20 +42,3 @@ def header(entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
 def file_size(entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> int:
     """Return the size in bytes of a safetensors file that holds these tensors."""
     return 8 + len(header(entries)) + sum(d.itemsize * math.prod(s) for d, s in entries.values())
-
-
-def parse_size(text: str | int) -> int:
-    """Return bytes from `5GB`, `300MiB`, `1e6` or a number."""
-    if isinstance(text, int):
-        value = text
-    else:
-        units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1}
-        upper = text.strip().upper()
-        unit = next((u for u in sorted(units, key=len, reverse=True) if upper.endswith(u)), "")
-        try:
-            value = int(float(upper.removesuffix(unit)) * units.get(unit, 1))
-        except (ValueError, OverflowError):
-            raise PlanError(f"size {text!r} is not a number with an optional unit such as 5GB or 300MiB") from None
-    if value < 1:
-        raise PlanError(f"size {text!r} must be positive")
-    return value

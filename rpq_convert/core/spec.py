@@ -158,7 +158,8 @@ class Spec:
         single weights lose a quarter of a bit, less at low rates, whatever their number.
         """
         if self.rate is not None:
-            return min(1.0, (1 + 0.425 * (1 - math.exp(-2 * self.rate))) * 4.0**-self.rate)
+            lost: float = min(1.0, (1 + 0.425 * (1 - math.exp(-2 * self.rate))) * 4.0**-self.rate)
+            return lost
         n, length = view.matrix_shape(shape, self.axis)
         points = max(1, n * math.ceil(length / self.dim) / self.books)
         loss = 1 + 1.72 / self.dim**0.8 if self.stages == 1 else max(1.45, 0.15 + 0.5 * self.bits)

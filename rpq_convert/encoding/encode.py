@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from rpq_convert.core.results import Encoded, Statistics
-from rpq_convert.core.rotation import rotate
+from rpq_convert.core.rotation import rotate, rotate_weight
 from rpq_convert.core.spec import CODEBOOK_DTYPES, DTYPES, dtype_of
 from rpq_convert.encoding.init_std import default_std
+from rpq_convert.encoding.measure import output_errors, weight_errors
 from rpq_convert.errors import EncodeError
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning.plan import Job
@@ -44,23 +45,25 @@ def encode(
         raise EncodeError(f"{job.name}: the plan says {list(job.shape)}, the tensor is {list(tensor.shape)}")
     if tensor.is_meta and not job.is_random:
         raise EncodeError(f"{job.name}: the tensor is on meta, so there is nothing to fit; use fit='random'")
-    dense = tensor.detach().to("cpu", torch.float32) if not tensor.is_meta else tensor
-    statistics = statistics and _grouped(statistics, job)
+    dense = given = tensor.detach().to("cpu", torch.float32) if not tensor.is_meta else tensor
+    seen, statistics = statistics, statistics and _grouped(statistics, job)
     if not tensor.is_meta and not torch.isfinite(dense.sum()) and not torch.isfinite(dense).all():
         bad = int((~torch.isfinite(dense)).sum())
         raise EncodeError(f"{job.name} {list(job.shape)} holds {bad} NaN or infinite values; fix or exclude it")
     if job.spec.rotation and not job.is_random:
-        view = job.weight_view
-        matrix = rotate(view.to_matrix(dense, "in"), job.spec.rotation)
-        dense = view.from_matrix(matrix, job.shape, "in").contiguous()
+        dense = rotate_weight(dense, job.weight_view, job.spec.rotation)
         statistics = statistics and _rotated(statistics, job.spec.rotation)
     encoded = _random(job, dense, std) if job.is_random else _fit(job, dense, statistics, start)
     tensors, dead, zero_row = encoded
-    error = worst = None
+    measured: dict[str, Any] = {}
     if not job.is_random:
-        error, worst = relative_errors(dense, build(job, tensors, zero_row, dtype=torch.float32))
-    inputs = statistics.inputs if statistics else None
-    return Encoded(job.name, tensors, error, dead, time.perf_counter() - began, zero_row, inputs, worst)
+        rpq = build(job, tensors, zero_row, dtype=torch.float32)
+        measured["error"], measured["worst"] = weight_errors(given, rpq)
+        if seen is not None:
+            measured["inputs"] = seen.inputs
+            found = output_errors(given, rpq().detach(), rpq, seen.hessian)
+            measured["output_error"], measured["worst_output"] = found
+    return Encoded(job.name, tensors, dead=dead, seconds=time.perf_counter() - began, zero_row=zero_row, **measured)
 
 
 def build(job: Job, tensors: Mapping[str, Tensor], zero_row: int | None, dtype: torch.dtype | None = None) -> RPQWeight:
@@ -72,32 +75,6 @@ def build(job: Job, tensors: Mapping[str, Tensor], zero_row: int | None, dtype: 
         rpq.set_tensor(name, tensor)
     rpq._probe = torch.empty(0, dtype=rpq.dtype, device=tensors["codes"].device)
     return rpq
-
-
-CHUNK = 1 << 18  # weights decoded at a time to measure an error
-
-
-@torch.no_grad()
-def relative_errors(dense: Tensor, rpq: RPQWeight) -> tuple[float, float]:
-    """Return `|W - W'|^2 / |W|^2` of the whole, 0 for a zero tensor that decodes to zeros, and of the worst output that is not zero."""
-    matrix = rpq.view.to_matrix(dense, rpq.spec.axis)  # [n, L]
-    by_rows = rpq.spec.axis == "in"  # rows are outputs
-    outputs = matrix.shape[0 if by_rows else 1]
-    base, rest = torch.zeros(2, outputs, dtype=torch.float64)
-    total = torch.zeros(2, dtype=torch.float64)
-    step = max(1, CHUNK // matrix.shape[1])
-    for start in range(0, matrix.shape[0], step):
-        part = matrix[start : start + step].double()
-        wrong = part - rpq.matrix_rows(start, start + step)
-        for i, (sums, square) in enumerate(((base, part.square_()), (rest, wrong.square_()))):
-            total[i] += square.sum()
-            if by_rows:
-                sums[start : start + step] = square.sum(1)
-            else:
-                sums += square.sum(0)
-    worst = torch.where(base > 0, rest / base, 0.0).max()
-    power, left = total.tolist()
-    return left / power if power else (math.inf if left else 0.0), float(worst)
 
 
 # Without statistics, large weights count more up to this dim: nearest codewords leave them the largest errors, and language models

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from rpq_convert.core.results import Evaluation
-from rpq_convert.errors import EvaluateError, SourceError
+from rpq_convert.errors import EvaluateError
 from rpq_convert.evaluation.pooling import Pooled
 from rpq_convert.inputs.files import tokenized, tokenizer_of
-from rpq_convert.inputs.tables import plain_text
+from rpq_convert.inputs.tables import scored_pairs
 from rpq_convert.running.state import kept
 
 
@@ -47,7 +45,7 @@ def evaluate_pairs(
     Raises:
         EvaluateError: too few pairs, or a classifier of more classes than a score.
     """
-    rows = list(_scored(file))[:limit]
+    rows = scored_pairs(file)[:limit]
     if len(rows) < 2:
         raise EvaluateError(f"{file} holds {len(rows)} pairs; at least two are needed")
     scores = torch.tensor([score for *_, score in rows], dtype=torch.float32)
@@ -80,15 +78,3 @@ def evaluate_pairs(
         "base_spearman": rank_correlation(likeness[0], scores),
     }
     return Evaluation("sentence pairs", metrics, len(rows)), batches
-
-
-def _scored(file: Path) -> Iterator[tuple[str, str, float]]:
-    """Yield (sentence, sentence, score) of a csv; a first line whose third field is no number is a heading."""
-    for number, row in enumerate(csv.reader(io.StringIO(plain_text(file))), 1):
-        try:
-            a, b, score = row[0], row[1], float(row[2])
-        except (IndexError, ValueError):
-            if number == 1:
-                continue
-            raise SourceError(f"{file}, line {number}: not sentence, sentence, score") from None
-        yield a, b, score

@@ -15,7 +15,17 @@ from rpq_convert.fit.kmeans import fit_kmeans
 from rpq_convert.fit.random import fit_random
 from rpq_convert.fit.result import Fitted, count_dead
 
-__all__ = ["FITTERS", "Fitted", "count_dead", "fit_additive", "fit_ecvq", "fit_ecvq_to_inputs", "fit_gptq", "fit_kmeans", "fit_random"]
+__all__ = [
+    "FITTERS",
+    "Fitted",
+    "count_dead",
+    "fit_additive",
+    "fit_ecvq",
+    "fit_ecvq_to_inputs",
+    "fit_gptq",
+    "fit_kmeans",
+    "fit_random",
+]
 
 FITTERS: dict[str, Callable[..., Fitted]] = {
     "random": fit_random,

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from rpq_convert.core import rans
 from rpq_convert.fit.gptq import fit_gptq
-from rpq_convert.fit.problem import Importance, Problem, fit_distinct, make_problem, round_codebooks
 from rpq_convert.fit.loops.nearest import CODEWORDS
+from rpq_convert.fit.problem import Importance, Problem, fit_distinct, make_problem, round_codebooks
 from rpq_convert.fit.result import Fitted, count_dead
 from rpq_convert.kernels.rans import encode
 
@@ -77,6 +77,7 @@ def fit_ecvq(
             asked -= over
         else:
             codes[:] = 0
+    assert table is not None
     rounded, _ = round_codebooks(table[None, None], problem, codebook_dtype)
     out = torch.from_numpy(codes)
     return Fitted(rounded, out, count_dead(out, books))
@@ -151,7 +152,10 @@ class Line:
         first = float(self.sums[2, -1] / self.sums[1, -1])
         best = np.inf, np.array([first]), np.empty(0)
         for start in (self.even, self.dense):
-            few, many = max(high - low, 1e-30) / 2**24, 2 * max(high - low, 1e-30)  # steps that take too many bits, too few
+            few, many = (
+                max(high - low, 1e-30) / 2**24,
+                2 * max(high - low, 1e-30),
+            )  # steps that take too many bits, too few
             for _ in range(BISECTIONS):
                 step = float(np.sqrt(few * many))
                 words, thresholds, bits, error = self.lloyd(start(step, low, high), PRICE * step * step)

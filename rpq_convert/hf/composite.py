@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rpq_convert.planning.plan import FORMAT_VERSION
+from rpq_convert.schemas.kinds import FORMAT_VERSION
 
 KEY = "quantization_config"
 OF_A_PART: Mapping[str, Any] = {"quant_method": "rpq", "format_version": FORMAT_VERSION}

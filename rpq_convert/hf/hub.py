@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from rpq_convert.errors import HubError, SourceError
-from rpq_convert.storage.files import belongs, files_in, is_inside, module_weights, weight_files
-from rpq_convert.storage.folder import read_index
+from rpq_convert.storage.files import belongs, files_in, is_inside, module_weights, read_index, weight_files
+from rpq_convert.storage.headers import entries_of
 from rpq_convert.storage.options import HubOptions
-from rpq_convert.storage.reader import SafetensorsSource, TensorInfo, tensor_infos
+from rpq_convert.storage.reader import SafetensorsSource, TensorInfo, infos_of
 from rpq_convert.version import __version__
 
 LOGIN = "log in with `hf auth login`, or give a token (HF_TOKEN)"
@@ -38,18 +38,6 @@ REFUSALS = {  # an error of huggingface_hub, or its nearest ancestor here -> wha
     "ValueError": "has something that the hub does not accept",
 }
 ADDING = ("LocalEntryNotFoundError", "HfHubHTTPError", "HTTPError", "SafetensorsParsingError", "OSError", "ValueError")
-
-
-def is_name(src: str | Path) -> bool:
-    """Return whether a source can only be a repository's name: no local path has this name, and it is written like one."""
-    text = str(src)
-    return (
-        not Path(src).exists()
-        and not Path(src).is_absolute()
-        and not text.startswith((".", "~"))
-        and text.count("/") <= 1
-        and not text.endswith((".safetensors", ".bin", ".json"))
-    )
 
 
 @contextmanager
@@ -140,7 +128,7 @@ class Repository:
 
     def _header(self, file: str) -> dict[str, TensorInfo]:
         found = client(self.token).parse_safetensors_file_metadata(self.name, file, revision=self.commit)
-        return tensor_infos({k: asdict(t) for k, t in found.tensors.items()}, Path(self.name, file), 0)
+        return infos_of(entries_of({k: asdict(t) for k, t in found.tensors.items()}, Path(self.name, file), 0))
 
 
 def find(src: str | Path, wanted: Sequence[str], options: HubOptions) -> Repository:

@@ -17,9 +17,8 @@ from typing import Any
 
 from rpq_convert.hf.hub import Repository
 from rpq_convert.report.schema import Report
-from rpq_convert.report.text import number
 from rpq_convert.showing import markdown_text, printable
-from rpq_convert.storage.writer import CARD
+from rpq_convert.storage.records import CARD
 from rpq_convert.version import __version__
 
 BASE_CARD = "README.base.md"
@@ -223,8 +222,6 @@ def _made(report: Report, place: str, base: Base) -> list[str]:
     if tuning:
         loss = f"held-out loss {tuning['before']:.4g} before, {tuning['after']:.4g} after"
         said.append(f"Tuned against the dense model, {tuning['steps']} steps: {loss}.")
-    if report.error is not None:
-        said.append(f"Mean relative squared error of the converted weights: {number(report.error)}.")
     return said
 
 

@@ -29,7 +29,8 @@ from rpq_convert.core import description
 from rpq_convert.core.spec import dtype_name
 from rpq_convert.errors import SourceError
 from rpq_convert.layers import surgery
-from rpq_convert.planning.quantized import refuse_config, refuse_parts
+from rpq_convert.planning.announced import refuse_config
+from rpq_convert.planning.quantized import refuse_parts
 from rpq_convert.planning.slots import Slot
 from rpq_convert.report.schema import Dropped
 from rpq_convert.storage.pickles import PickleSource

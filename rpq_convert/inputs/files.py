@@ -1,13 +1,13 @@
 """Inputs: files as what a model is run on, to calibrate it, to tune it and to evaluate it.
 
-A text or a folder of texts, as a checkpoint's own tokenizer cuts it; a folder of pictures, through its own image processor; or,
-for any module at all, a safetensors file whose tensors are named after the arguments of the model's forward, one sample a
-row. Synthetic inputs, for models without data, are in `synthetic.py`.
+Texts, tables and chats, as a checkpoint's own tokenizer cuts them; pictures, through its own image processor; or, for any module at
+all, a safetensors file whose tensors are named after the arguments of the model's forward, one sample a row. `found.py` says what
+was given. Synthetic inputs, for models without data, are in `synthetic.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from rpq_convert.errors import CalibrationError, SourceError
-from rpq_convert.inputs.tables import plain_text, table_texts
+from rpq_convert.inputs.found import Found, find_data
+from rpq_convert.inputs.hub_data import hub_items
+from rpq_convert.inputs.tables import Chat, kind_of, plain_text, said, table_items
 from rpq_convert.storage.files import refuse_links
+from rpq_convert.storage.formats import TABLES
 
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-TEXTS = (".txt", ".md", ".rst")
-TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")  # rows with texts in them
 ROWS = 16  # samples of a batch
 LABELS = "labels"  # of a file: what a classifier should say; only an evaluation reads them
+Told = Callable[[str], None]
 
 
 def read_inputs(
@@ -34,50 +35,104 @@ def read_inputs(
     samples: int | None = 128,
     labels: bool = False,
     field: str | None = None,
+    told: Told | None = None,
     **where: Any,
 ) -> list[Any]:
     """Return what a file or folder holds as batches for a model.
 
     Args:
-        file: a text, a table of texts (.jsonl, .json, .csv, .tsv, .parquet), a folder of texts or of pictures, or a .safetensors
-            file of named arguments, samples along the first axis.
+        file: a text, a table of texts or chats, pictures, a folder of them, a data set of the hub (`find_data`), or a
+            .safetensors file of named arguments, samples along the first axis.
         src: the checkpoint whose tokenizer or image processor reads it; tensors need neither.
         model: its transformers model, perhaps on meta, which says how it takes a text.
         window, samples: tokens of one sample of text, and at most so many samples.
         labels: keep tensors of that name.
-        field: the column of texts in a table; see `read_text`.
+        field: the column of texts in a table.
+        told: called with a sentence about what was read.
         where: revision, token, local_files_only of a checkpoint on the hub.
 
     Raises:
         SourceError: a file that cannot be read, or a checkpoint that has no tokenizer or processor. CalibrationError: nothing in it.
     """
-    path = Path(file)
-    if path.suffix == ".safetensors":
-        return _tensors(path, samples, labels)
-    pictures = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES) if path.is_dir() else []
-    if pictures:
-        return _pictures(src, pictures[:samples], **where)
-    return text_inputs(src, read_text(path, field), model, window=window, samples=samples, **where)
+    found = find_data(file, field)
+    if found.kind == "tensors":
+        batches, what = _tensors(found.files[0], samples, labels)
+    elif found.kind == "pictures":
+        batches, what = _pictures(src, found.files[:samples], **where), f"{len(found.files[:samples])} pictures"
+    else:
+        refuse_without_config(src, model)
+        words = tokenizer_of(src, **where)
+        text, what = words_of(found, words, field)
+        batches = text_inputs(src, text, model, words, window=window, samples=samples)
+    if told is not None:
+        told(f"read {what} of {found.where}")
+    return batches
 
 
-def read_text(path: Path, field: str | None = None) -> str:
-    """Return a text file's contents, or those of all texts in a folder, in the order of their names.
+def read_text(path: Path, field: str | None = None, tokenizer: Any = None, told: Told | None = None) -> str:
+    """Return a text file's contents, or those of all texts and tables in a folder, in the order of their names.
 
     Args:
-        field: of a table (.jsonl, .json, .csv, .tsv, .parquet): the column that holds the texts; by default what its name says.
+        field, told: as for `read_inputs`. tokenizer: writes chats by its template; without one what is said in them is taken.
     """
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in (*TEXTS, *TABLES) and p.is_file())
-        if not files:
-            kinds = ", ".join((*TEXTS, *TABLES))
-            raise SourceError(f"{path} holds neither texts ({kinds}) nor pictures ({', '.join(PICTURES)})")
-        return "\n".join(read_text(file, field) for file in files)
-    if path.suffix.lower() in TABLES:
-        return "\n".join(table_texts(path, field))
-    return plain_text(path)
+    found = find_data(path, field)
+    if found.kind not in ("texts", "hub"):
+        raise SourceError(f"{path} holds {found.kind}, where a text is needed")
+    text, what = words_of(found, tokenizer, field)
+    if told is not None:
+        told(f"read {what} of {found.where}")
+    return text
 
 
-def _tensors(path: Path, samples: int | None, labels: bool) -> list[Any]:
+def words_of(found: Found, tokenizer: Any = None, field: str | None = None) -> tuple[str, str]:
+    """Return the text of data that was found, and what it is in words: "100 lines, 9,148 words, column text"."""
+    parts: list[str] = []
+    counts: dict[str, int] = {"lines": 0, "rows": 0, "chats": 0}
+    columns: dict[str, None] = {}
+
+    def take(items: Sequence[str | Chat], column: str) -> None:
+        columns.update({column: None} if column else {})
+        for item in items:
+            counts["rows" if isinstance(item, str) else "chats"] += 1
+            parts.append(item if isinstance(item, str) else _written(item, tokenizer))
+
+    if found.kind == "hub":
+        take(*hub_items(found.name, field))
+    for file in found.files:
+        if kind_of(file) in TABLES:
+            take(*table_items(file, field))
+        else:
+            parts.append(plain_text(file))
+            counts["lines"] += sum(bool(line.strip()) for line in parts[-1].splitlines())
+    text = "\n".join(parts)
+    if not text.strip():
+        raise CalibrationError(f"{found.where}: the text is empty")
+    what = [f"{len(found.files)} files"] if len(found.files) > 1 else []
+    what += [f"{n:,} {name[:-1] if n == 1 else name}" for name, n in counts.items() if n]
+    what += [f"{len(text.split()):,} words", *(f"column {name}" for name in columns)]
+    return text, ", ".join(what)
+
+
+def _written(chat: Chat, tokenizer: Any) -> str:
+    """Return a chat as the model was taught to read it, where its tokenizer has a template."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return said(chat)
+    try:
+        return str(tokenizer.apply_chat_template(chat, tokenize=False))
+    except Exception as e:  # templates raise what they like over roles that they do not know
+        reason = (str(e).strip() or repr(e)).splitlines()[0]
+        raise SourceError(f"a chat does not fit the tokenizer's template: {reason}") from None
+
+
+def refuse_without_config(src: str | Path, model: Any) -> None:
+    """Refuse to read a text for a model that comes without a tokenizer."""
+    if getattr(model, "config", None) is None:
+        raise SourceError(
+            f"{src} has no config.json, and so no tokenizer for a text; give tensors in a .safetensors file"
+        )
+
+
+def _tensors(path: Path, samples: int | None, labels: bool) -> tuple[list[Any], str]:
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as e:
@@ -89,10 +144,11 @@ def _tensors(path: Path, samples: int | None, labels: bool) -> list[Any]:
     if len(set(sizes.values())) > 1:
         raise SourceError(f"{path}: its tensors hold different numbers of samples: {sizes}")
     count = min(sizes.values())
-    return [{k: t[i : i + ROWS] for k, t in tensors.items()} for i in range(0, count, ROWS)]
+    batches = [{k: t[i : i + ROWS] for k, t in tensors.items()} for i in range(0, count, ROWS)]
+    return batches, f"{count:,} samples of {', '.join(tensors)}"
 
 
-def _pictures(src: str | Path, files: list[Path], **where: Any) -> list[Any]:
+def _pictures(src: str | Path, files: Sequence[Path], **where: Any) -> list[Any]:
     from transformers import AutoImageProcessor
 
     try:
@@ -111,23 +167,18 @@ def _pictures(src: str | Path, files: list[Path], **where: Any) -> list[Any]:
 
 
 def text_inputs(
-    src: str | Path, text: str, model: Any, *, window: int = 512, samples: int | None = 128, **where: Any
+    src: str | Path, text: str, model: Any, words: Any, *, window: int = 512, samples: int | None = 128
 ) -> list[Any]:
     """Return a text as inputs to calibrate a transformers checkpoint on, by its tokenizer.
 
     Args:
-        src, model, where: as for `read_inputs`.
+        src, model: as for `read_inputs`. words: the tokenizer.
         window: tokens of one sample, or what the text or the model's positions allow.
         samples: at most so many: windows of the text for a causal language model, lines for any other.
 
     Raises:
         SourceError: no tokenizer. CalibrationError: no text.
     """
-    if getattr(model, "config", None) is None:
-        raise SourceError(
-            f"{src} has no config.json, and so no tokenizer for a text; give tensors in a .safetensors file"
-        )
-    words = tokenizer_of(src, **where)
     window = min(window, getattr(model.config.get_text_config(), "max_position_embeddings", None) or window)
     if not model.can_generate() or model.config.is_encoder_decoder:
         lines = sorted(

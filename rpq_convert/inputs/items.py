@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rpq_convert.errors import CalibrationError, SourceError
 from rpq_convert.inputs import files
+from rpq_convert.inputs.found import is_path
 
 WINDOW = 512  # tokens of a text, where the model allows as many
 CHAT = ("messages", "conversation", "conversations", "chat")  # columns of a row that hold a chat
@@ -43,7 +44,7 @@ def prepare(data: Any, model: Any, name: str, *, tokenizer: Any = None, labels: 
     Args:
         data: an input or an iterable of inputs: tensors, arrays, numbers in lists, tuples of arguments, dicts and batches of
             tokenizers, rows of a data set, texts, chats (lists of role and content), pictures; a file or folder, as
-            `read_inputs` takes it; or a function of the model that returns any of these.
+            `read_inputs` takes it (as text too, where it is there or ends like one); or a function of the model that returns any of these.
         model: what will be called on them.
         name: of the caller's argument, for messages.
         labels: keep the labels in dicts, though the model does not take them.
@@ -55,8 +56,8 @@ def prepare(data: Any, model: Any, name: str, *, tokenizer: Any = None, labels: 
     maker = _Maker(model, name, tokenizer, labels)
     if callable(data) and not isinstance(data, (Mapping, nn.Module)) and not hasattr(data, "__getitem__"):
         data = data(model)
-    if isinstance(data, Path):
-        return files.read_inputs(data, maker.folder(), model=model)
+    if isinstance(data, Path) or (isinstance(data, str) and is_path(data)):
+        return files.read_inputs(data, maker.folder(), model=model, labels=labels)
     items = [data] if _is_one(data) else _listed(data, name)
     return [maker.make(item, i) for i, item in enumerate(items)]
 

@@ -12,7 +12,18 @@ from torch.nn import functional as F
 
 from rpq_convert.core.axes import WeightView
 from rpq_convert.core.rans import (
-    DAMAGED, LANES, LOWEST, PRECISION, STATE, SYMBOLS, WORD, check_frequencies, frequencies_of, joined, parts, segments,
+    DAMAGED,
+    LANES,
+    LOWEST,
+    PRECISION,
+    STATE,
+    SYMBOLS,
+    WORD,
+    check_frequencies,
+    frequencies_of,
+    joined,
+    parts,
+    segments,
 )  # fmt: skip
 from rpq_convert.core.spec import Spec
 from rpq_convert.kernels.jit.cache import njit

@@ -1,7 +1,7 @@
 """RPQViT: vit-pytorch's ViT with as many codebooks as heads, and the layout that RPQ-pytorch published sizes for.
 
-vit-pytorch has since put two norms into the patch embedding. They are left out here, so that the figures (361.429MB for
-ViT giant, 88.164MB for ViT base) and the function are the published ones; `rpq.convert` on a current ViT keeps them.
+vit-pytorch has since put two norms into the patch embedding. They are left out here, so that the figures (361.429 MiB for
+ViT giant, 88.164 MiB for ViT base) and the function are the published ones; `rpq.convert` on a current ViT keeps them.
 """
 
 from __future__ import annotations

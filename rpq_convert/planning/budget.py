@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rpq_convert.core.safetensors import parse_size
+from rpq_convert.core.sizes import parse_size
 from rpq_convert.errors import PlanError
 from rpq_convert.planning import planner
 from rpq_convert.planning.choices import SHAPES, Choices, Sensitivity, sizes_of
@@ -83,11 +83,7 @@ def sweep(
     low, high = choices.smallest.plan.file_bytes, choices.uniform[0].file_bytes
     sizes = [round(low * (high / low) ** (i / (points - 1))) for i in range(points)]
     mixed = {p.plan.file_bytes: p for size in sizes if (p := choices.within_size(max(low, size)))}
-    uniform = [
-        (p, _named(size))
-        for size, p in zip(sizes_of(options), choices.uniform)
-        if p.jobs
-    ]
+    uniform = [(p, _named(size)) for size, p in zip(sizes_of(options), choices.uniform) if p.jobs]
     return Curve(
         tuple(choices.sample(p.plan, p.loss, "mixed") for p in mixed.values()),
         tuple(choices.sample(p, choices.loss(p), how) for p, how in uniform),

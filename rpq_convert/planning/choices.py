@@ -25,7 +25,31 @@ RATES = (
     (1, 1), (4, 3), (3, 2), (5, 3), (2, 1), (4, 2), (7, 3), (5, 2), (8, 3), (3, 1), (6, 2), (7, 2), (4, 1), (8, 2),
     (5, 1), (6, 1), (7, 1), (8, 1), (10, 1), (12, 1), (14, 1), (16, 1),
 )  # fmt: skip
-CODED = (7, 6.5, 6, 5.5, 5, 4.75, 4.5, 4.25, 4, 3.75, 3.5, 3.25, 3, 2.75, 2.5, 2.25, 2, 1.75, 1.5, 1.25, 1, 0.75, 0.5)  # bits
+CODED = (
+    7,
+    6.5,
+    6,
+    5.5,
+    5,
+    4.75,
+    4.5,
+    4.25,
+    4,
+    3.75,
+    3.5,
+    3.25,
+    3,
+    2.75,
+    2.5,
+    2.25,
+    2,
+    1.75,
+    1.5,
+    1.25,
+    1,
+    0.75,
+    0.5,
+)  # bits
 # Errors of equal size harm the more the farther a rate is from 2 bits. Above, they sit on the large weights, above all with one
 # codebook: by what factor for every bit, fitted to SmolLM2's perplexities, [one stage, several]. Below, they no longer add up as
 # squares: by what factor for every bit, fitted to MiniLM's cosine with its word embedding alone at 1.6, 1.33 and 1 bits.

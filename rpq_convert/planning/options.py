@@ -8,12 +8,14 @@ from typing import Any, Literal
 
 from rpq_convert.core.options import ALWAYS, NEVER, check_ranges, setting
 from rpq_convert.core.options import record as recorded
+from rpq_convert.core.sizes import parse_size
 from rpq_convert.errors import PlanError
-from rpq_convert.planning.rules import Rule, as_rule, mixes
+from rpq_convert.planning.rules import Rule, as_rule, load_preset, mixes, split_bits
 
 SIZE, WHAT = "Size and quality", "What to convert"
 DEFAULT_PRESET = "5bit"  # the smallest within 10 % of SmolLM2-135M: docs/default-preset.md
 DEFAULT_SHARD = "5GB"
+DECIDING = ("preset", "bits", "target_size", "max_error", "codebooks", "dim")  # the sizes, one of them at a time
 FITS = ("kmeans", "additive", "ecvq", "random")  # the names of fit.FITTERS, which a plan must not import
 
 
@@ -108,25 +110,26 @@ class PlanOptions:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         check_ranges(self, PlanError)
         self._check_sizes()
-        if self.codebooks is not None and self.codebooks != "heads":
-            try:
-                int(self.codebooks)
-            except ValueError:
-                raise PlanError(f"codebooks must be 'heads' or a number, not {self.codebooks!r}") from None
-        if self.stages is not None and self.dim is None:
-            raise PlanError("stages needs dim: together they are the bits per weight")
         if self.fit is not None and self.fit not in FITS:
             raise PlanError(f"fit must be {', '.join(FITS[:-1])} or {FITS[-1]}, not {self.fit!r}")
         if self.storage not in (None, "bytes", "rans"):
             raise PlanError(f"storage must be 'bytes' or 'rans', not {self.storage!r}")
         if self.storage is not None and self.fit is not None and (self.storage == "rans") != (self.fit == "ecvq"):
-            raise PlanError(f"fit={self.fit!r} and storage={self.storage!r} exclude each other: ecvq is the fit for rans")
+            raise PlanError(
+                f"fit={self.fit!r} and storage={self.storage!r} exclude each other: ecvq is the fit for rans"
+            )
         if self.coded and (self.dim is not None or self.codebooks is not None):
             raise PlanError("entropy-coded weights take bits, a preset or a target_size, not dim or codebooks")
+        if self.axis not in (None, "out", "in"):
+            raise PlanError(f"axis must be 'out' or 'in', not {self.axis!r}")
         if isinstance(self.sensitivity, str) and self.sensitivity != "shape":
             raise PlanError(f"sensitivity must be 'shape' or a mapping from names to numbers, not {self.sensitivity!r}")
-        if self.sensitivity is not None and not self.budgets:
+        if self.sensitivity is not None and not self.budgets.keys() - {"max_error"}:
             raise PlanError("sensitivity serves a target_size or an average of bits; give one of them")
+        if self.max_error is not None and self.fit == "random":
+            raise PlanError(
+                "max_error is of a fit, and fit='random' draws codebooks without looking at weights; leave one out"
+            )
 
     @property
     def coded(self) -> bool:
@@ -141,14 +144,23 @@ class PlanOptions:
         return {name: value for name, value in asked.items() if value is not None}
 
     def _check_sizes(self) -> None:
-        names: tuple[str, ...] = ("preset", "bits", "codebooks")
-        if self.budgets:
-            names = ("preset", "bits", "codebooks", "dim", "stages", "target_size", "max_error")
-        given = sorted(n for n in names if getattr(self, n) is not None)
-        if len(given) > 1 and self.budgets:
-            raise PlanError(f"give one of {', '.join(given)}, not several: each decides the sizes")
+        given = [n for n in DECIDING if getattr(self, n) is not None]
         if len(given) > 1:
-            raise PlanError("give one of preset, bits and codebooks, not several")
+            raise PlanError(f"give one of {' and '.join(given)}, not both: each decides the sizes")
+        if self.stages is not None and self.dim is None:
+            raise PlanError("stages needs dim: together they are the bits per weight")
+        if self.bits is not None:
+            split_bits(self.bits)
+        if self.preset is not None:
+            load_preset(self.preset)
+        for size in (self.target_size, self.max_shard_size):
+            if size is not None:
+                parse_size(size)
+        if self.codebooks is not None and self.codebooks != "heads":
+            try:
+                int(self.codebooks)
+            except (ValueError, TypeError):
+                raise PlanError(f"codebooks must be 'heads' or a number, not {self.codebooks!r}") from None
 
     def record(self) -> dict[str, Any]:
         """Return what was asked, for plans and reports, as JSON values."""

@@ -24,9 +24,8 @@ from rpq_convert.errors import PlanError
 from rpq_convert.report.schema import Dropped, Report, Row, dropped_of, without_empty
 from rpq_convert.schemas import kinds
 from rpq_convert.schemas.checking import check
+from rpq_convert.schemas.kinds import FORMAT_VERSION
 from rpq_convert.version import __version__
-
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -162,9 +161,8 @@ class Plan:
         rows = [
             Row(
                 name=j.name, layer=j.layer, shape=j.shape, dtype=j.dtype, decision="rpq", reason=j.rule,
-                dense_bytes=j.dense_bytes, codebook_bytes=j.nbytes["codebooks"], code_bytes=sum(j.nbytes.get(part, 0) for part in ("codes", "stream", "frequencies")),
-                scale_bytes=j.nbytes.get("scales", 0),
-                outlier_bytes=j.nbytes.get("outliers", 0) + j.nbytes.get("positions", 0), spec=f"{j.spec.describe()}, {j.fit}",
+                dense_bytes=j.dense_bytes, codebook_bytes=j.nbytes["codebooks"], code_bytes=_sum(j, "codes", "stream", "frequencies"),
+                scale_bytes=_sum(j, "scales"), outlier_bytes=_sum(j, "outliers", "positions"), spec=f"{j.spec.describe()}, {j.fit}",
                 expected_error=j.expected_error, aliases=j.aliases,
             )
             for j in self.jobs
@@ -249,6 +247,10 @@ class Plan:
             parts=tuple(data.get("parts", ())),
             dropped=dropped_of(data.get("dropped", ())),
         )
+
+
+def _sum(job: Job, *parts: str) -> int:
+    return sum(job.nbytes.get(part, 0) for part in parts)
 
 
 def _job(entry: Mapping[str, Any], where: str) -> Job:

@@ -17,7 +17,7 @@ import torch
 
 from rpq_convert.core.axes import WeightView
 from rpq_convert.core.rotation import fitting
-from rpq_convert.core.safetensors import parse_size
+from rpq_convert.core.sizes import parse_size
 from rpq_convert.core.spec import Spec, dtype_name, dtype_of
 from rpq_convert.errors import PlanError
 from rpq_convert.planning.options import DEFAULT_PRESET, FITS, PlanOptions

@@ -8,7 +8,7 @@ what their config announces and by the records that tools leave beside them.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from rpq_convert.errors import PlanError, SourceError
+from rpq_convert.planning.announced import AGAIN
 from rpq_convert.planning.layer_types import is_rpq
 
-AGAIN = "start from the original weights"
 TOOLS = (
     "torchao", "optimum", "quanto", "bitsandbytes", "hqq", "gptqmodel", "auto_gptq", "awq", "autoawq", "aqlm", "eetq", "fbgemm_gpu",
     "compressed_tensors", "modelopt", "quark", "vptq", "spqr_quant", "auto_round", "neural_compressor", "fp_quant", "sinq",
@@ -26,15 +26,6 @@ TOOLS = (
     *(f"transformers.integrations.{kind}" for kind in ("bitnet", "finegrained_fp8", "fbgemm_fp8", "higgs", "mxfp4", "nvfp4")),
     *(f"transformers.integrations.{kind}" for kind in ("gguf", "ggml", "fouroversix")),
 )  # fmt: skip
-FILES = (
-    "hf_quant_config.json",
-    "quantize_config.json",
-    "quant_config.json",
-    "quantization_config.json",
-    "quanto_qmap.json",
-    "qmodel.pt",
-)
-KEYS = ("quantization_config", "compression_config", "quantization", "load_in_8bit", "load_in_4bit")
 SCALE = re.compile(r"(.*[._])?\w*(scales?|scale_inv|zero_points?|zeros)", re.IGNORECASE)
 PARTS = re.compile(  # of a quantized weight, whatever module they belong to
     r"(.*\.)?(qweight|qzeros|g_idx|scb|(nested_)?absmax|(nested_)?quant_map|quant_state.*|weight_format|w_q|qidxs|trellis|suh|svh|scaled_fp8"
@@ -92,35 +83,6 @@ def _packed(tensors: Mapping[str, Tensor]) -> str:
     low = [n for n, t in tensors.items() if t.dtype in PACKED or (t.is_floating_point() and t.dtype.itemsize == 1)]
     weights = [n for n in low if tensors[n].ndim > 1 and ("weight" in n or n.startswith("q"))]
     return f"{weights[0]} is {tensors[weights[0]].dtype}, with scales beside it" if scaled and weights else ""
-
-
-def refuse_config(config: Mapping[str, Any], files: Iterable[str], where: str | Path) -> None:
-    """Refuse a checkpoint whose config, or a file beside it, says that it is quantized.
-
-    Args:
-        config: its config.json. files: names of its files. where: for the message.
-    """
-    if found := _announced(config):
-        raise SourceError(f"{where} is quantized already ({found}); {AGAIN}")
-    if records := sorted(set(FILES) & set(files)):
-        raise SourceError(
-            f"{where} is quantized already ({records[0]} says so); {AGAIN}, or remove that file where the weights are dense"
-        )
-
-
-def _announced(config: Any) -> str:
-    """Return which part of a config announces quantized weights, or an empty text."""
-    if isinstance(config, list):
-        return next((f for v in config if (f := _announced(v))), "")
-    if not isinstance(config, Mapping):
-        return ""
-    for key, value in config.items():
-        if key in KEYS and (any(value.values()) if isinstance(value, Mapping) else value):
-            method = value.get("quant_method") or value.get("quant_algo") if isinstance(value, Mapping) else None
-            return str(method or key)
-        if found := _announced(value):
-            return found
-    return ""
 
 
 def refuse_parts(

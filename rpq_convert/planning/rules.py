@@ -105,6 +105,8 @@ def preset_names() -> list[str]:
 
 def load_preset(name: str) -> Preset:
     """Read a preset by its name in `configs/`, or a TOML file by its path."""
+    if not isinstance(name, str):
+        raise PlanError(f"preset must be a name or the path of a .toml file, not {name!r}")
     if name.endswith(".toml"):
         path: Any = Path(name)
         if not path.is_file():
@@ -112,7 +114,9 @@ def load_preset(name: str) -> Preset:
     elif name in preset_names():
         path = resources.files("rpq_convert.configs") / f"{name}.toml"
     else:
-        raise PlanError(f"unknown preset {name!r}; presets: {', '.join(preset_names())}, or the path of a .toml file")
+        raise PlanError(
+            f"unknown preset {name!r}; presets: {', '.join(preset_names())}, or the path of a .toml file{_or_file(name)}"
+        )
     try:
         data = tomllib.loads(read_text(path, kinds.PRESET, PlanError))
     except (tomllib.TOMLDecodeError, RecursionError) as e:
@@ -120,6 +124,10 @@ def load_preset(name: str) -> Preset:
     check(data, kinds.PRESET, name, PlanError)
     rules = tuple(as_rule(r) for r in data.get("rules", ()))
     return Preset(name, data.get("description", ""), data.get("settings", {}), rules)
+
+
+def _or_file(name: str) -> str:
+    return f", which ends in .toml: {name} does not" if Path(name).is_file() else ""
 
 
 def settings_for(slot: Slot, base: Mapping[str, Any], rules: Iterable[Rule]) -> tuple[dict[str, Any], Rule | None]:

@@ -56,7 +56,7 @@ class Curve:
         shown = [s for s in (*self.mixed, *self.uniform) if s.loss > 0]
         if not shown:
             raise ValueError("no plan of this curve has a loss; there is nothing to draw")
-        x = Axis([s.file_bytes / 2**20 for s in shown], LEFT, WIDTH - RIGHT)
+        x = Axis([s.file_bytes / 1e6 for s in shown], LEFT, WIDTH - RIGHT)
         y = Axis([s.loss for s in shown], HEIGHT - BOTTOM, TOP)
         parts = [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img"><style>{STYLE}</style>'
@@ -70,16 +70,16 @@ class Curve:
             at = y.at(value)
             parts.append(f'<path class="grid" d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}"/>')
             parts.append(f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{value:g}</text>')
-        points = [(x.at(s.file_bytes / 2**20), y.at(s.loss), s) for s in self.mixed if s.loss > 0]
+        points = [(x.at(s.file_bytes / 1e6), y.at(s.loss), s) for s in self.mixed if s.loss > 0]
         line = " ".join(f"{a:.1f},{b:.1f}" for a, b, _ in points)
         parts.append(f'<polyline class="mixed" points="{line}"/>')
         parts += [f'<circle class="dot" cx="{a:.1f}" cy="{b:.1f}" r="3">{_told(s)}</circle>' for a, b, s in points]
         for s in self.uniform:
             if s.loss > 0:
-                a, b = x.at(s.file_bytes / 2**20), y.at(s.loss)
+                a, b = x.at(s.file_bytes / 1e6), y.at(s.loss)
                 parts.append(f'<circle class="one" cx="{a:.1f}" cy="{b:.1f}" r="4.5">{_told(s)}</circle>')
         middle = (LEFT + WIDTH - RIGHT) / 2
-        parts.append(f'<text x="{middle}" y="{HEIGHT - 16}" text-anchor="middle">weight files, MB (2^20 bytes)</text>')
+        parts.append(f'<text x="{middle}" y="{HEIGHT - 16}" text-anchor="middle">weight files, MB</text>')
         parts.append(
             f'<text x="{LEFT}" y="42">expected loss: line, sizes mixed; rings, one size everywhere</text></svg>'
         )

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
-from rpq_convert.report.schema import Report, mean_error
-from rpq_convert.report.text import group, left_out, megabytes, number, quality, totals, worst
+from rpq_convert.report.schema import Report
+from rpq_convert.report.text import (
+    error,
+    group,
+    left_out,
+    legend,
+    megabytes,
+    number,
+    quality,
+    shown_error,
+    totals,
+    worst,
+)
 from rpq_convert.showing import html_text
 
 STYLE = """
@@ -32,7 +43,7 @@ def fragment(report: Report) -> str:
     """Return the report as an HTML fragment, for notebooks."""
     groups = group(report.rows)
     largest = max((g.dense_bytes for g in groups), default=1) or 1
-    rows = "".join(_row(g, largest) for g in groups)
+    rows = "".join(_row(g, largest, report.output_error is not None) for g in groups)
     cards = "".join(
         f"<div class=card>{html_text(label)}<b>{megabytes(report.total(part))}</b></div>"
         for label, part in (
@@ -56,26 +67,26 @@ def fragment(report: Report) -> str:
     )
     return (
         f"<div class=rpq><style>{STYLE}</style><h1>{html_text(report.title)}</h1><p class=sum>{html_text(totals(report))}</p>"
-        f"<div class=cards>{cards}</div>{measured}{warnings}<input placeholder='filter' aria-label='filter'>"
+        f"<div class=cards>{cards}</div>{measured}{warnings}<p>{html_text(legend(report))}</p><input placeholder='filter' aria-label='filter'>"
         f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
         f"{f'<p>Left out of the source:</p><ul>{dropped}</ul>' if dropped else ''}"
         f"{f'<ul>{files}</ul>' if files else ''}<script>{SCRIPT}</script></div>"
     )
 
 
-def _row(g, largest: int) -> str:  # type: ignore[no-untyped-def]
+def _row(g, largest: int, mixed: bool) -> str:  # type: ignore[no-untyped-def]
     r = g.first
     how = r.spec if r.decision == "rpq" else f"{r.decision}: {r.reason}"
     many = f" <small>x{len(g.rows)}</small>" if len(g.rows) > 1 else ""
     width, inner = 100 * g.dense_bytes / largest, 100 * min(1.0, g.bytes / g.dense_bytes if g.dense_bytes else 0)
-    error, low = mean_error(g.rows), worst(g.rows)
+    value, low = error(g.rows)[0] if r.decision == "rpq" else None, worst(g.rows)
     return (
         f"<tr><td>{html_text(g.name)}{many}</td><td>{html_text(r.layer)}</td><td>{html_text('×'.join(map(str, r.shape)))}</td>"
         f"<td>{html_text(how)}</td><td class=n data-v={g.dense_bytes}>{megabytes(g.dense_bytes)}</td>"
         f"<td class=n data-v={g.bytes}>{megabytes(g.bytes)}</td><td data-v={g.dense_bytes} style='width:12rem'>"
         f"<div class=bar style='width:{width:.1f}%'><i style='width:{inner:.1f}%'></i></div></td>"
         f"<td class=n data-v={r.bits_per_weight:.6f}>{r.bits_per_weight:.3f}</td>"
-        f"<td class=n data-v={-1 if error is None else error:.9f}>{number(error)}</td>"
+        f"<td class=n data-v={-1 if value is None else value:.9f}>{shown_error(g.rows, mixed=mixed)}</td>"
         f"<td class=n data-v={-1 if low is None else low:.9f}>{number(low)}</td></tr>"
     )
 

@@ -30,12 +30,14 @@ class Row:
         reason: the rule that converts it, or why it stays dense.
         dense_bytes: its size before. `codebook_bytes`, `code_bytes`, `scale_bytes`, `outlier_bytes` and `other_bytes` (what
             stays dense) are its size after.
-        expected_error: relative squared error `|W - W'|^2 / |W|^2`, estimated from bits per weight.
+        expected_error: relative squared error of the weights, `|W - W'|^2 / |W|^2`, estimated from bits per weight.
         error: the same, as measured.
         seconds: wall time of the fit.
         dead: codewords that no code uses.
         inputs: input vectors that it was calibrated on, if any.
-        worst: the measured error of its worst output.
+        worst: the weight error of its worst output.
+        output_error: relative squared error of the layer's output on the calibration inputs, as measured.
+        worst_output: that of its worst output.
         aliases: other names of the same tensor.
     """
 
@@ -58,6 +60,8 @@ class Row:
     dead: int | None = None
     inputs: int | None = None
     worst: float | None = None
+    output_error: float | None = None
+    worst_output: float | None = None
     aliases: tuple[str, ...] = ()
 
     @property
@@ -154,14 +158,23 @@ class Report:
 
     @property
     def error(self) -> float | None:
-        """Mean measured relative squared error, weighted by parameters; None before a fit."""
-        return mean_error(self.rows)
+        """Mean measured weight error, weighted by parameters; None before a fit."""
+        return mean(self.rows, "error")
+
+    @property
+    def output_error(self) -> float | None:
+        """Mean measured error of the layers' outputs, weighted by parameters; None without calibration."""
+        return mean(self.rows, "output_error")
+
+    @property
+    def worst_layer(self) -> Row | None:
+        """The row with the largest error, of its output where some were measured, else of its weights; None before a fit."""
+        return largest(self.rows, "output_error") or largest(self.rows, "error")
 
     @property
     def worst(self) -> Row | None:
-        """The row with the worst output; None before a fit."""
-        measured = [r for r in self.rows if r.worst is not None]
-        return max(measured, key=lambda r: r.worst or 0.0, default=None)
+        """The row whose worst output is the worst of all, by the same measure; None before a fit."""
+        return largest(self.rows, "worst_output") or largest(self.rows, "worst")
 
     @property
     def file_bytes(self) -> int:
@@ -197,7 +210,16 @@ class Report:
         return (f"{100 * left / self.params:.1f} % of the parameters stay dense: {why}",)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"schema_version": SCHEMA_VERSION} | without_empty(asdict(self), "dropped")
+        data = {"schema_version": SCHEMA_VERSION} | without_empty(asdict(self), "dropped")
+        return data | {"summary": self.summary()}
+
+    def summary(self) -> dict[str, Any]:
+        """Return what follows from the rows, as JSON values: sizes, mean errors, the worst layer and the worst output."""
+        plain = ("bytes", "dense_bytes", "bits_per_weight", "output_error", "error")
+        return {k: getattr(self, k) for k in plain} | {
+            "worst_layer": _worst(self.worst_layer, "output_error", "error"),
+            "worst_output": _worst(self.worst, "worst_output", "worst"),
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "the value") -> Report:
@@ -215,7 +237,7 @@ class Report:
                 f"{where} is not a report of schema {SCHEMA_VERSION}, but {version!r}; update rpq-convert"
             )
         check(data, kinds.REPORT, where, SourceError)
-        rest = {k: v for k, v in data.items() if k != "schema_version"}
+        rest = {k: v for k, v in data.items() if k not in ("schema_version", "summary")}
         rows = tuple(Row(**{**r, "shape": tuple(r["shape"]), "aliases": tuple(r["aliases"])}) for r in rest.pop("rows"))
         files = tuple(FileRow(**f) for f in rest.pop("files"))
         warnings, found = tuple(rest.pop("warnings")), tuple(rest.pop("evaluations", ()))  # earlier versions have none
@@ -277,8 +299,20 @@ def ratio(before: int, after: int) -> float:
     return before / after if after else math.inf
 
 
-def mean_error(rows: tuple[Row, ...] | list[Row]) -> float | None:
-    """Return the mean measured error of rows, weighted by parameters; None where nothing was measured."""
-    measured = [r for r in rows if r.error is not None]
+def _worst(row: Row | None, output: str, weight: str) -> dict[str, Any] | None:
+    if row is None:
+        return None
+    of = "weight" if getattr(row, output) is None else "output"
+    return {"name": row.name, "of": of, "value": getattr(row, weight if of == "weight" else output)}
+
+
+def mean(rows: Iterable[Row], measure: str) -> float | None:
+    """Return the mean of a measure of rows, weighted by parameters; None where nothing was measured."""
+    measured = [r for r in rows if getattr(r, measure) is not None]
     weight = sum(r.params for r in measured)
-    return sum((r.error or 0.0) * r.params for r in measured) / weight if weight else None
+    return sum(getattr(r, measure) * r.params for r in measured) / weight if weight else None
+
+
+def largest(rows: Iterable[Row], measure: str) -> Row | None:
+    """Return the row with the largest value of a measure; None where nothing was measured."""
+    return max((r for r in rows if getattr(r, measure) is not None), key=lambda r: getattr(r, measure), default=None)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
-from rpq_convert.report.schema import Report, Row, mean_error, ratio
+from rpq_convert.report.schema import Report, Row, largest, mean, ratio
 from rpq_convert.showing import csv_cell, markdown_code, markdown_text, printable
 
 
@@ -64,8 +64,8 @@ def _numbers(column: Sequence[str]) -> str:
 
 
 def megabytes(n: int) -> str:
-    """Return a size in MB of 2**20 bytes, with three decimals."""
-    return f"{n / 2**20:.3f}MB"
+    """Return a size in MB of 10**6 bytes, with three decimals."""
+    return f"{n / 1e6:.3f} MB"
 
 
 def short(text: str, width: int) -> str:
@@ -82,9 +82,63 @@ def number(value: float | None) -> str:
     return "" if value is None else f"{value:.2g}"
 
 
+OUTPUT, WEIGHT, EXPECTED = "output", "weight", "expected"  # what an error is of, and that it was not measured
+
+
+def error(rows: Iterable[Row]) -> tuple[float | None, str]:
+    """Return the mean error of rows that share a line, and what it is of: outputs where they were measured, else weights."""
+    rows = tuple(rows)
+    for measure, of in (("output_error", OUTPUT), ("error", WEIGHT), ("expected_error", EXPECTED)):
+        if (value := mean(rows, measure)) is not None:
+            return value, of
+    return None, EXPECTED
+
+
 def worst(rows: Iterable[Row]) -> float | None:
-    """Return the error of the worst output of all rows; None before a fit."""
-    return max((r.worst for r in rows if r.worst is not None), default=None)
+    """Return the error of the worst output of all rows, as it was measured by `error`; None before a fit."""
+    rows = tuple(rows)
+    measure = "worst_output" if error(rows)[1] == OUTPUT else "worst"
+    row = largest(rows, measure)
+    return None if row is None else getattr(row, measure)
+
+
+def shown_error(rows: Iterable[Row], *, mixed: bool) -> str:
+    """Return the mean error of rows as text: `~` where it is expected, `w` after a weight error beside errors of outputs."""
+    value, of = error(rows)
+    return (
+        ("~" if of == EXPECTED else "") + number(value) + ("w" if mixed and of != OUTPUT else "")
+        if value is not None
+        else ""
+    )
+
+
+def legend(report: Report) -> str:
+    """Return what the errors in a table of the report's rows are; empty where it shows none."""
+    shown = {error([r])[1] for r in report.rows if r.decision == "rpq" and error([r])[0] is not None}
+    mixed = OUTPUT in shown and len(shown) > 1
+    said = {
+        OUTPUT: "relative squared error of the layer's output on its calibration inputs",
+        WEIGHT: "w: of its weights" if mixed else "relative squared error of the weights; that of outputs is not known",
+        EXPECTED: "~: of the weights, expected from the bits, not measured",
+    }
+    last = [] if shown <= {EXPECTED} else ["worst: that of the worst output"]
+    return "error: " + "; ".join([*(said[of] for of in said if of in shown), *last]) if shown else ""
+
+
+def means(report: Report) -> str:
+    """Return the mean errors, the worst layer and the worst output in one line; empty before a fit."""
+    layer, row = report.worst_layer, report.worst
+    if layer is None or row is None:
+        return ""
+    parts = [
+        f"{number(value)} of {of}"
+        for of, value in (("outputs", report.output_error), ("weights", report.error))
+        if value is not None
+    ]
+    return (
+        f"mean error {', '.join(parts)}; worst layer {number(error([layer])[0])}, {layer.name}; "
+        f"worst output {number(worst([row]))}, in {row.name}"
+    )
 
 
 def terminal(report: Report, width: int = 80) -> str:
@@ -98,13 +152,12 @@ def terminal(report: Report, width: int = 80) -> str:
             f"{'converted':<{name}} {'n':>4} {'MB':>8} {'bits/w':>6} {'ratio':>6} {'error':>8} {'worst':>7}"[:width]
         )
         for g in converted:
-            error = mean_error(g.rows)
-            shown = number(error) if error is not None else f"~{number(g.first.expected_error)}"
+            shown = shown_error(g.rows, mixed=report.output_error is not None)
             lines.append(
-                f"{short(g.name, name):<{name}} {len(g.rows):>4} {g.bytes / 2**20:>8.3f} "
+                f"{short(g.name, name):<{name}} {len(g.rows):>4} {g.bytes / 1e6:>8.3f} "
                 f"{g.first.bits_per_weight:>6.3f} {ratio(g.dense_bytes, g.bytes):>5.1f}x {shown:>8} {number(worst(g.rows)):>7}"
             )
-        lines.append("")
+        lines += [*_wrap(legend(report), width), ""]
     for title, decision in (("left dense", "dense"), ("buffers", "buffer")):
         reasons: dict[str, list[Row]] = {}
         for r in report.rows:
@@ -115,7 +168,7 @@ def terminal(report: Report, width: int = 80) -> str:
         for reason, rows in sorted(reasons.items(), key=lambda kv: -sum(r.bytes for r in kv[1])):
             text = rows[0].reason if len(rows) == 1 else reason
             size = sum(r.bytes for r in rows)
-            lines.append(f"{short(text, width - 17):<{width - 17}} {len(rows):>5} {size / 2**20:>10.3f}")
+            lines.append(f"{short(text, width - 17):<{width - 17}} {len(rows):>5} {size / 1e6:>10.3f}")
         if reasons:
             lines.append("")
     if report.dropped:
@@ -139,8 +192,8 @@ def terminal(report: Report, width: int = 80) -> str:
         lines.append(f"{'on disk':<14} {megabytes(n):>15} {n:>20,} bytes{same}")
         others = report.file_bytes - n
         lines.append(f"{'other files':<14} {megabytes(others):>15} {others:>20,} bytes")
-    if (row := report.worst) is not None:
-        lines += ["", *_wrap(f"worst output: error {number(row.worst)}, in {row.name}", width)]
+    if said := means(report):
+        lines += ["", *_wrap(said, width)]
     for line in quality(report):
         lines += ["", *_wrap(line, width)]
     for warning in report.all_warnings:
@@ -180,8 +233,8 @@ def markdown(report: Report) -> str:
     lines = [
         f"**{totals(report)}**",
         "",
-        "| tensor | layer | shape | how | dense | now | bits/weight | error | worst output |",
-        "|---|---|---|---|---:|---:|---:|---:|---:|",
+        "| tensor | layer | shape | how | dense | now | bits/weight | output error | weight error | worst output |",
+        "|---|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for g in group(report.rows):
         r = g.first
@@ -189,10 +242,12 @@ def markdown(report: Report) -> str:
         many = f" (x{len(g.rows)})" if len(g.rows) > 1 else ""
         cells = [
             f"{markdown_code(g.name)}{many}", markdown_text(r.layer), "x".join(map(str, r.shape)), markdown_text(how),
-            megabytes(g.dense_bytes), megabytes(g.bytes), f"{r.bits_per_weight:.3f}", number(mean_error(g.rows)),
-            number(worst(g.rows)),
+            megabytes(g.dense_bytes), megabytes(g.bytes), f"{r.bits_per_weight:.3f}",
+            number(mean(g.rows, "output_error")), number(mean(g.rows, "error")), number(worst(g.rows)),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
+    if said := means(report):
+        lines += ["", markdown_text(f"Relative squared errors: {said}.")]
     if report.dropped:
         lines += ["", "Left out of the source:", "", *(f"- {markdown_text(line)}" for line in left_out(report))]
     lines += [f"\n> **Warning**: {markdown_text(w)}" for w in report.all_warnings]
@@ -212,6 +267,10 @@ def csv_table(report: Report) -> str:
     return out.getvalue()
 
 
+def _same(x: Row, y: Row) -> bool:
+    return all(getattr(x, f) == getattr(y, f) for f in ("bytes", "spec", "error", "output_error"))
+
+
 def diff(a: Report, b: Report) -> str:
     """Return a Markdown table of what differs between two reports."""
     left, right = {r.name: r for r in a.rows}, {r.name: r for r in b.rows}
@@ -219,12 +278,12 @@ def diff(a: Report, b: Report) -> str:
         f"{markdown_text(a.title)}: {totals(a)}",
         f"{markdown_text(b.title)}: {totals(b)}",
         "",
-        "| tensor | bytes | bytes | change | error | error |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| tensor | bytes | bytes | change | output error | output error | weight error | weight error |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name in dict.fromkeys((*left, *right)):
         x, y = left.get(name), right.get(name)
-        if x is not None and y is not None and (x.bytes, x.error, x.spec) == (y.bytes, y.error, y.spec):
+        if x is not None and y is not None and _same(x, y):
             continue
         before, after = (x.bytes if x else 0), (y.bytes if y else 0)
         cells = [
@@ -232,11 +291,12 @@ def diff(a: Report, b: Report) -> str:
             f"{before:,}",
             f"{after:,}",
             f"{after - before:+,}",
-            number(x.error if x else None),
-            number(y.error if y else None),
+            *(number(getattr(r, measure) if r else None) for measure in ("output_error", "error") for r in (x, y)),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     lines.append(
-        f"| total | {a.bytes:,} | {b.bytes:,} | {b.bytes - a.bytes:+,} | {number(a.error)} | {number(b.error)} |"
+        f"| total | {a.bytes:,} | {b.bytes:,} | {b.bytes - a.bytes:+,} | "
+        + " | ".join(number(getattr(r, measure)) for measure in ("output_error", "error") for r in (a, b))
+        + " |"
     )
     return "\n".join(lines)

@@ -15,6 +15,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 MAX_NUMBERS = 1 << 48  # numbers of one tensor
 MAX_AXES = 32
+FORMAT_VERSION = 1  # of plans and of converted folders
 
 Size = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Count = Annotated[int, Meta(ge=1, le=MAX_NUMBERS)]
@@ -130,6 +131,8 @@ class RowEntry(Struct, forbid_unknown_fields=True):
     dead: Size | None = None
     inputs: Size | None = None
     worst: NotNegative | None = None
+    output_error: NotNegative | None = None
+    worst_output: NotNegative | None = None
 
     def __post_init__(self) -> None:
         _check_numbers(self.shape)
@@ -151,6 +154,26 @@ class EvaluationEntry(Struct):
     metrics: dict[str, float]
 
 
+class WorstEntry(Struct, forbid_unknown_fields=True):
+    """The row with the largest error, and what that is the error of."""
+
+    name: str
+    of: Literal["output", "weight"]
+    value: NotNegative
+
+
+class SummaryEntry(Struct, forbid_unknown_fields=True):
+    """What follows from a report's rows (`rpq_convert.report.schema.Report.summary`); it is written for readers and never read."""
+
+    bytes: Size
+    dense_bytes: Size
+    bits_per_weight: NotNegative
+    output_error: NotNegative | None = None
+    error: NotNegative | None = None
+    worst_layer: WorstEntry | None = None
+    worst_output: WorstEntry | None = None
+
+
 class ReportFile(Struct, forbid_unknown_fields=True):
     """rpq_report.json: the size audit (`rpq_convert.report.schema.Report`)."""
 
@@ -164,6 +187,7 @@ class ReportFile(Struct, forbid_unknown_fields=True):
     version: str = ""
     evaluations: list[EvaluationEntry] = []
     dropped: list[DroppedEntry] = []
+    summary: SummaryEntry | UnsetType = UNSET
 
 
 class ManifestEntry(Struct):
@@ -275,6 +299,8 @@ class PieceFacts(Struct, forbid_unknown_fields=True):
     zero_row: Size | None
     inputs: Size | None
     worst: NotNegative | None = None
+    output_error: NotNegative | None = None
+    worst_output: NotNegative | None = None
 
 
 class TuningFacts(Struct):

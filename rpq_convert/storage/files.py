@@ -193,6 +193,50 @@ def weight_files(
     raise SourceError(f"{where} has no weights: no {WHOLE}, index or {PICKLE}{which}")
 
 
+def weight_paths(
+    folder: Path, *, allow_pickle: bool = False, named: str | None = None
+) -> tuple[list[Path], dict[str, str] | None]:
+    """Return the weight files of a folder, and its index if they have one; all are safetensors, or all are pickled.
+
+    Args:
+        allow_pickle, named: as for `weight_files`.
+
+    Raises:
+        SourceError: as `weight_files`; a missing shard, or an index that leaves the folder.
+    """
+    if not folder.is_dir():
+        raise SourceError(f"{folder} does not exist")
+    refuse_links(folder)
+    names = {p.name for p in folder.iterdir() if p.is_file()}
+    chosen = weight_files(names, folder, allow_pickle=allow_pickle, named=named)
+    index = read_index(folder / chosen[0]) if chosen[0].endswith(".json") else None
+    paths = [_inside(folder, n) for n in (chosen if index is None else sorted(set(index.values())))]
+    if pickled := [p for p in paths if p.suffix != ".safetensors"]:
+        if not allow_pickle:
+            raise SourceError(f"{pickled[0]} is not a safetensors file; a pickled one needs --allow-pickle")
+        if len(pickled) < len(paths):
+            raise SourceError(f"{folder}: its index names pickled files and others, such as {pickled[0].name}")
+    return paths, index
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Return the map from tensors to files of an index.
+
+    Raises:
+        SourceError: it is none.
+    """
+    return read_json(path, kinds.INDEX, SourceError)["weight_map"]  # type: ignore[no-any-return]
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """Return a shard's path, refusing one that leaves the folder."""
+    if "/" in name or not is_inside(name):
+        raise SourceError(f"{folder}: the index names {name!r}, which leaves the folder")
+    if not (folder / name).is_file():
+        raise SourceError(f"{folder / name} is missing, the index names it")
+    return folder / name
+
+
 def refuse_links(folder: str | Path) -> None:
     """Refuse a checkpoint's folder with a link that leaves it: its target would be read, copied or uploaded.
 

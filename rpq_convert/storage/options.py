@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rpq_convert.core.options import setting
+from rpq_convert.errors import SourceError
 
 PANEL = "Source"
 
@@ -32,7 +33,10 @@ class SourceOptions(HubOptions):
     """Where a checkpoint comes from, and how it may be read."""
 
     factory: str | Callable[[], Any] | None = setting(
-        None, "Builds the model of a checkpoint that is not transformers'.", metavar="PACKAGE:CALLABLE", panel=PANEL
+        None,
+        "Builds the model of a checkpoint that is not transformers': package.module:function or file.py:function.",
+        metavar="MODULE:FUNCTION",
+        panel=PANEL,
     )
     state_dict: str | None = setting(
         None,
@@ -41,3 +45,7 @@ class SourceOptions(HubOptions):
         panel=PANEL,
     )
     allow_pickle: bool = setting(False, "Read pickled weights, tensors only, where there are no others.", panel=PANEL)
+
+    def __post_init__(self) -> None:
+        if self.state_dict is not None and not self.allow_pickle:
+            raise SourceError("state_dict chooses among those of a pickled file, which needs --allow-pickle as well")

@@ -24,24 +24,17 @@ from torch import Tensor
 from rpq_convert.core import description
 from rpq_convert.core.results import Encoded
 from rpq_convert.core.safetensors import SAFETENSORS_NAMES
-from rpq_convert.errors import FolderError, VerifyError
+from rpq_convert.errors import FolderError
 from rpq_convert.kernels.rans import packed, unpacked
 from rpq_convert.planning.plan import Job, Plan
 from rpq_convert.schemas import kinds
 from rpq_convert.schemas.checking import check, parse_json, read_json
 from rpq_convert.storage.files import INDEX
 from rpq_convert.storage.pickles import PickleSource
+from rpq_convert.storage.records import MANIFEST, ORIGIN, PLAN, read_manifest, sha256
+from rpq_convert.storage.room import check_free, check_room
 
-PLAN, REPORT, MANIFEST, CONFIG, CARD = (
-    "rpq_plan.json",
-    "rpq_report.json",
-    "rpq_manifest.json",
-    "config.json",
-    "README.md",
-)
-ORIGIN = "rpq_source.json"  # only in unfinished folders
 AGAIN = "; delete it and run the same command again"  # what to do about a piece that does not serve
-FACTS = ("name", "error", "dead", "seconds", "zero_row", "inputs", "worst")  # of a finished job
 
 
 class Folder:
@@ -65,26 +58,46 @@ class Folder:
                 raise FolderError(
                     f"{key} is {dtype}, which safetensors cannot hold; cast it, or register it with persistent=False"
                 )
-        self.work = self.out.with_name(self.out.name + ".partial")
-        if self.out.exists() and not overwrite:
-            raise FolderError(f"{self.out} already exists; choose another folder or pass --overwrite")
+        self.work = work_of(self.out)
+        check_free(self.out, overwrite=overwrite)
         stored = self.work / PLAN
         self.origin = self.work / ORIGIN
-        early = {f"{ORIGIN}.partial", f"{PLAN}.partial", ORIGIN}
-        if self.work.exists() and any(p.name not in early for p in self.work.iterdir()):
+        self.pieces = self.work / "pieces"
+        if self._begun():
             same = stored.is_file() and stored.read_text("utf8", errors="replace") == plan.to_json()
             fresh = self.origin.is_file() and self.origin.read_text("utf8", errors="replace") == origin
             if not (same and fresh) and not overwrite:
                 self._check_records(stored)
-                what = "of a source that has changed since" if same else "with other settings; repeat them to go on"
+                what = "of a source that has changed since" if same else f"with other settings{self._others(stored)}"
                 raise FolderError(f"{self.work} holds an unfinished run {what}; delete it, or pass --overwrite")
             if not (same and fresh):
                 shutil.rmtree(self.work)
-        self.pieces = self.work / "pieces"
+        check_room(self.out, bytes_to_write(self.out, plan))
         self.work.mkdir(parents=True, exist_ok=True)
         write_text(self.origin, origin)
         write_text(stored, plan.to_json())
         self.pieces.mkdir(exist_ok=True)
+
+    def _begun(self) -> bool:
+        """Return whether an earlier run left work that would be lost; one that failed at its start left none."""
+        if not self.work.exists():
+            return False
+        early = {f"{ORIGIN}.partial", f"{PLAN}.partial", ORIGIN, PLAN, self.pieces.name}
+        others = any(p.name not in early for p in self.work.iterdir())
+        return others or any(self.pieces.glob("*.safetensors"))
+
+    def forget(self) -> None:
+        """Remove a run that failed before anything was done; what was done is kept for the next one."""
+        if self.work.exists() and not self._begun():
+            shutil.rmtree(self.work)
+
+    def _others(self, stored: Path) -> str:
+        """Say which settings an unfinished run had, where they can be told."""
+        before = read_json(stored, kinds.PLAN, FolderError)["options"] if stored.is_file() else {}
+        now = json.loads(self.plan.to_json())["options"]
+        names = [n for n in {**before, **now} if before.get(n) != now.get(n)]
+        told = [f"{n} {'other data' if n == 'calibration' else before.get(n)}" for n in names[:3]]
+        return f" ({', '.join(told)}); repeat them to go on" if told else "; repeat them to go on"
 
     def _check_records(self, stored: Path) -> None:
         """Refuse an unfinished run whose records are damaged, before it is said to be of another plan or source."""
@@ -99,7 +112,7 @@ class Folder:
 
     def put(self, job: Job, encoded: Encoded) -> None:
         """Store a finished job, completely or not at all."""
-        facts = {k: getattr(encoded, k) for k in FACTS}
+        facts = {"name": encoded.name, "zero_row": encoded.zero_row, **encoded.measured}
         tensors = packed(job.spec, job.weight_view, job.shape, encoded.tensors)
         write_tensors(self._piece(job.name), tensors, {"rpq": json.dumps(facts)})
 
@@ -225,6 +238,18 @@ class Folder:
         return self.out
 
 
+def work_of(out: Path) -> Path:
+    """Return where an output folder is written before it is complete."""
+    return out.with_name(out.name + ".partial")
+
+
+def bytes_to_write(out: str | Path, plan: Plan) -> int:
+    """Return the bytes that a plan still needs on the disk: its pieces and its weight files, but for what an earlier run wrote."""
+    work = work_of(Path(out))
+    there = sum(p.stat().st_size for p in work.rglob("*.safetensors")) if work.is_dir() else 0
+    return max(0, plan.file_bytes + sum(sum(j.nbytes.values()) for j in plan.jobs) - there)
+
+
 def write_manifest(folder: Path, files: Mapping[str, Path], not_finite: Sequence[str] = ()) -> None:
     """Write size and sha256 of files into a folder's manifest.
 
@@ -241,18 +266,6 @@ def is_finite(tensor: Tensor) -> bool:
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return True
     return bool(torch.isfinite(tensor.float() if tensor.is_floating_point() else tensor).all())
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return a folder's manifest.
-
-    Raises:
-        VerifyError: there is none, or it is broken.
-    """
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise VerifyError(f"{path} is missing: the folder was not finished by rpq-convert")
-    return read_json(path, kinds.MANIFEST, VerifyError)  # type: ignore[no-any-return]
 
 
 def amend(folder: Path, texts: Mapping[str, str]) -> None:
@@ -302,8 +315,3 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rpq_convert.core.options import take
+from rpq_convert.encoding.measure import remeasure
 from rpq_convert.errors import TuneError
 from rpq_convert.inputs.items import prepare
 from rpq_convert.layers import surgery
@@ -65,6 +66,7 @@ def tune_blocks_with(options: TuneOptions, model: nn.Module, base: nn.Module, da
                     numbers = [(torch.tensor(i),) for i in range(len(items))]
                     found[path] = tune_with(options, _Block(block, path, samples), _Recorded(wanted), numbers)
                 _advance(samples, path, block, mine)
+        remeasure(model, base)
     return found
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rpq_convert.core.rotation import rotate
+from rpq_convert.core.rotation import rotate_weight
 from rpq_convert.core.spec import CODEWORDS
 from rpq_convert.layers.weight import RPQWeight
 
@@ -109,10 +109,7 @@ class CodeUpdates:
 
 def _coded(rpq: RPQWeight, weight: Tensor) -> Tensor:
     """Return a tensor shaped like the weight as the matrix [n, L] that the codes describe."""
-    if rpq.spec.rotation:
-        turned = rotate(rpq.view.to_matrix(weight, "in"), rpq.spec.rotation)
-        weight = rpq.view.from_matrix(turned, rpq.shape, "in")
-    return rpq.view.to_matrix(weight, rpq.spec.axis).contiguous()
+    return rpq.view.to_matrix(rotate_weight(weight, rpq.view, rpq.spec.rotation), rpq.spec.axis).contiguous()
 
 
 def _nearest(points: Tensor, tables: Tensor, book: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rpq_convert.core.options import take
+from rpq_convert.encoding.measure import remeasure
 from rpq_convert.errors import TuneError
 from rpq_convert.inputs.items import prepare
 from rpq_convert.layers import surgery
@@ -128,7 +129,10 @@ def tune_with(
         raise TuneError(f"{type(model).__name__} has no RPQ layer to tune; convert it first")
     again = recomputed(model) if options.recompute else nullcontext()
     with again, quiet(model) as mine, quiet(base) as its:
-        return _Run(options, model, base, batches, judged, checkpoint, progress, (mine, its)).run()
+        done = _Run(options, model, base, batches, judged, checkpoint, progress, (mine, its)).run()
+        if done.best:
+            remeasure(model, base)
+        return done
 
 
 class _Run:

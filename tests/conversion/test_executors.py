@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import rpq_convert as rpq
-from rpq_convert.conversion.executors import NAMES, run
+from rpq_convert.conversion.asked import EXECUTORS as NAMES
+from rpq_convert.conversion.executors import run
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import rpq_convert as rpq
 from rpq_convert.layers.surgery import layers_of
-from rpq_convert.storage.writer import sha256
+from rpq_convert.storage.records import sha256
 
 SHARE = 0.05
 

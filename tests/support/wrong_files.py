@@ -106,13 +106,14 @@ def defaults(*classes):
 
 
 OPTIONAL = {
-    "plan": defaults(Spec, Job, Skip), "report": {*defaults(Row), "predicted_bytes", "version", "evaluations", "options"},
+    "plan": defaults(Spec, Job, Skip), "report": {*defaults(Row), "predicted_bytes", "version", "evaluations", "options", "summary", "worst_layer"},
     "config": {*defaults(Spec), "zero_row", "plan_sha256", "version"}, "preset": {*SETTINGS, "description", "settings", "rules"},
-    "manifest": set(), "index": set(), "piece": {"worst"}, "tuning": set(), "sensitivities": set(), "source": set(),
+    "manifest": set(), "index": set(), "piece": {"worst", "output_error", "worst_output"}, "tuning": set(), "sensitivities": set(), "source": set(),
 }  # fmt: skip
 NULLABLE = {
-    "plan": {"padding_idx", "scales"}, "config": {"scales", "zero_row", "guard"}, "piece": {"error", "zero_row", "inputs", "worst"},
-    "report": {"expected_error", "error", "seconds", "dead", "inputs", "worst", "predicted_bytes"},
+    "plan": {"padding_idx", "scales"}, "config": {"scales", "zero_row", "guard"},
+    "piece": {"error", "zero_row", "inputs", "worst", "output_error", "worst_output"},
+    "report": {"expected_error", "error", "seconds", "dead", "inputs", "worst", "output_error", "worst_output", "worst_layer", "predicted_bytes"},
 }  # fmt: skip
 MAPPINGS = ("modules", "tied", "files", "metrics", "weight_map")  # whose entries have names of their own
 

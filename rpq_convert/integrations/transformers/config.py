@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from rpq_convert.planning.plan import FORMAT_VERSION
+from rpq_convert.schemas.kinds import FORMAT_VERSION
 
 METHOD = "rpq"
 STORED = ("modules", "tied", "guard", "plan_sha256", "version")

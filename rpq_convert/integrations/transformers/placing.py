@@ -16,7 +16,6 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from rpq_convert.checkpoint.loading import read_config
 from rpq_convert.core import description
 from rpq_convert.core.description import Contents, Described
 from rpq_convert.errors import SourceError
@@ -25,6 +24,7 @@ from rpq_convert.layers import surgery
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning.slots import home_first
 from rpq_convert.storage.reader import read_header
+from rpq_convert.storage.sources import read_config
 
 GUARD = "rpq.guard"  # where the empty tensors go that stop a loader which does not know RPQ
 

@@ -17,7 +17,8 @@ from rpq_convert.integrations.transformers import on_load, placing
 from rpq_convert.layers import surgery
 from rpq_convert.layers.surgery import AFTER
 from rpq_convert.layers.weight import RPQWeight
-from rpq_convert.planning.plan import FORMAT_VERSION, Job, Plan
+from rpq_convert.planning.plan import Job, Plan
+from rpq_convert.schemas.kinds import FORMAT_VERSION
 
 
 class RPQQuantizer(HfQuantizer):

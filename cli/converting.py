@@ -1,0 +1,169 @@
+"""The steps of `rpq convert`: check, open, plan, convert. The command calls them in this order.
+
+What can be said from the options alone is said in `check`, which imports nothing slow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from rpq_convert.conversion.asked import check_asked
+from rpq_convert.errors import SourceError
+from rpq_convert.planning.options import PlanOptions
+from rpq_convert.storage.options import SourceOptions
+from rpq_convert.storage.room import check_free
+
+from . import checks
+from .show import progress, say, warn
+
+if TYPE_CHECKING:
+    from rpq_convert.checkpoint.opening import Opened
+    from rpq_convert.planning.plan import Plan
+    from rpq_convert.report.schema import Report
+
+
+@dataclass(frozen=True)
+class How:
+    """How fits run, and where the result goes besides its folder."""
+
+    device: str = "cpu"
+    executor: str = "threads"
+    workers: int | None = None
+    push_to: str | None = None
+    public: bool = False
+
+
+@dataclass
+class Conversion:
+    """One conversion of a checkpoint into a folder, as it was asked for.
+
+    Args:
+        src, folder: from where to where.
+        calibrate: a path, `self`, or None. samples, text_field: of it.
+        dry_run: only a plan is wanted.
+        overwrite: replace the folder.
+        quiet: say warnings only.
+    """
+
+    src: str
+    folder: Path
+    options: PlanOptions
+    source: SourceOptions
+    calibrate: str | None = None
+    samples: int | None = None
+    text_field: str | None = None
+    dry_run: bool = False
+    overwrite: bool = False
+    quiet: bool = False
+    opened: Opened = field(init=False)
+    data: Any = field(default=None, init=False)
+
+    def check(self, how: How) -> None:
+        """Refuse what cannot end well or would do nothing, before anything slow is imported or fetched."""
+        if how.device != "cpu":
+            raise typer.BadParameter("fits run on the CPU in this version; use --device cpu", param_hint="--device")
+        checks.needs("--public", how.public, "--push-to", how.push_to is not None)
+        checks.needs("--samples", self.samples, "--calibrate", self.calibrate is not None)
+        checks.needs("--text-field", self.text_field, "--calibrate", self.calibrate is not None)
+        check_asked(self.options, calibrated=self.calibrate is not None, executor=how.executor, workers=how.workers)
+        checks.source(
+            self.src,
+            self.source,
+            weights=not self.dry_run or bool(self.options.budgets),
+            pushes=how.push_to is not None,
+        )
+        if self.calibrate is not None:
+            self._check_data(self.calibrate)
+        if not self.dry_run:
+            check_free(self.folder, overwrite=self.overwrite)
+        if how.push_to and not self.dry_run:
+            from rpq_convert.checkpoint.publishing import check_login
+
+            check_login(how.push_to, token=self.source.token)  # hours before the upload
+
+    def _check_data(self, where: str) -> None:
+        if where == "self":
+            checks.needs("--text-field", self.text_field, "a table as --calibrate", False)
+            return
+        found = checks.data(where, "--calibrate", field=self.text_field)
+        if self.source.factory is not None and found.kind != "tensors":
+            raise typer.BadParameter(
+                "a factory's model has no tokenizer; give a .safetensors file of its arguments, or 'self'",
+                param_hint="--calibrate",
+            )
+
+    def open(self) -> None:
+        """Find the checkpoint by its headers, and the data to calibrate on."""
+        from rpq_convert.checkpoint.opening import open_checkpoint
+
+        self.opened = open_checkpoint(self.src, self.source, need="headers")
+        if self.opened.model is None and not self.dry_run:
+            raise SourceError(f"{self.src} has no config.json: give --factory package:callable, which builds its model")
+        if self.calibrate is not None:
+            self.data = self._inputs(self.calibrate)
+
+    def _inputs(self, where: str) -> Any:
+        """Return the inputs to calibrate on, or the function of the dense model that makes them."""
+        from rpq_convert.inputs.files import read_inputs
+        from rpq_convert.inputs.synthetic import own_inputs
+
+        some: dict[str, Any] = {} if self.samples is None else {"samples": self.samples}
+        if where == "self":
+            return partial(own_inputs, seed=self.options.seed, **some)
+        hub, told = self.opened.options.hub, None if self.quiet else say
+        return read_inputs(
+            where, self.opened.src, model=self.opened.model, field=self.text_field, told=told, **hub, **some
+        )
+
+    def plan(self) -> Plan:
+        """Return the plan; for a conversion the weights are then at hand."""
+        from rpq_convert.calibration.sensitivity import needs_sensitivities
+
+        if needs_sensitivities(self.options) and (not self.dry_run or Path(self.src).exists()):
+            if not self.quiet:
+                say("measuring what the model is sensitive to")
+            self.opened = self.opened.fetched()
+            if callable(self.data) and self.opened.model is not None:
+                self.data = self.data(self.opened.filled())  # written once, for the measurement and the fit
+        plan = self._planned()
+        if self.dry_run:
+            return plan
+        self._check_room(plan)
+        before = self.opened.slots()
+        self.opened = self.opened.fetched()
+        if (
+            self.opened.slots() != before
+        ):  # the weights say more than their headers: tied names with values of their own
+            plan = self._planned()
+        return plan
+
+    def _check_room(self, plan: Plan) -> None:
+        """Refuse to fetch and fit what the disk has no room for."""
+        from rpq_convert.storage.room import check_room
+        from rpq_convert.storage.writer import bytes_to_write
+
+        check_room(self.folder, bytes_to_write(self.folder, plan))
+
+    def _planned(self) -> Plan:
+        from rpq_convert.conversion.plans import plan_opened
+
+        plan = plan_opened(self.opened, self.options, data=self.data)
+        warn(plan.warnings)
+        return plan
+
+    def convert(self, plan: Plan, how: How) -> Report:
+        """Convert, and say what was not known before."""
+        from rpq_convert.conversion.streaming import convert_opened
+
+        with progress(plan, quiet=self.quiet) as callback:
+            report = convert_opened(
+                self.opened, self.folder, plan, self.data, overwrite=self.overwrite, executor=how.executor,
+                workers=how.workers, progress=callback,
+            )  # fmt: skip
+        warn(tuple(w for w in report.warnings if w not in plan.warnings))
+        return report

@@ -1,0 +1,64 @@
+"""Asked: what a conversion was asked for, held together before it begins. Free of torch, so that commands can ask at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
+
+from rpq_convert.errors import PlanError
+from rpq_convert.planning.options import PlanOptions
+
+EXECUTORS = ("serial", "threads", "processes")
+
+
+def check_asked(
+    options: PlanOptions,
+    *,
+    calibrated: bool,
+    tokenizer: Any = None,
+    executor: str = "threads",
+    workers: int | None = None,
+) -> None:
+    """Refuse settings of a conversion that contradict each other, or that would do nothing.
+
+    Args:
+        calibrated: whether data is given. The others: as for `rpq.convert`.
+
+    Raises:
+        PlanError: which settings.
+    """
+    check_executor(executor, workers)
+    if calibrated and options.fit == "random":
+        raise PlanError(
+            "calibration serves a fit, and fit='random' draws codebooks without looking at weights; leave one out"
+        )
+    if tokenizer is not None and not calibrated:
+        raise PlanError("tokenizer reads the texts of calibration; give calibration as well")
+
+
+def check_executor(executor: str, workers: int | None) -> None:
+    """Refuse an executor that there is not, and workers that it does not have.
+
+    Raises:
+        PlanError: which.
+    """
+    if executor not in EXECUTORS:
+        raise PlanError(f"executor must be one of {', '.join(EXECUTORS)}, not {executor!r}")
+    if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
+        raise PlanError(f"workers must be a whole number of at least 1, not {workers!r}")
+    if executor == "serial" and workers not in (None, 1):
+        raise PlanError(f"the serial executor has one worker, not {workers}; leave out workers or take threads")
+
+
+def check_plan_alone(plan: Any, options: Iterable[str]) -> None:
+    """Refuse options of a plan beside a plan that was made before.
+
+    Raises:
+        PlanError: which options would do nothing.
+    """
+    own = {f.name for f in fields(PlanOptions)}
+    if plan is not None and (beside := [name for name in options if name in own]):
+        raise PlanError(
+            f"a plan decides everything, so {', '.join(beside)} would do nothing; give options to rpq.plan instead"
+        )

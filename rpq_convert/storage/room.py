@@ -1,0 +1,75 @@
+"""Room: whether an output can be written where it is wanted, before it takes long to find out. Free of torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+from rpq_convert.errors import FolderError
+
+
+def check_free(out: str | Path, *, overwrite: bool) -> None:
+    """Refuse an output folder that exists, or that cannot be made.
+
+    Raises:
+        FolderError: what is in its way.
+    """
+    place = Path(out)
+    if place.exists() and not place.is_dir():
+        raise FolderError(f"{place} is a file; choose another folder")
+    if place.exists() and not overwrite:
+        raise FolderError(f"{place} already exists; choose another folder or pass --overwrite")
+    _check_writable(place)
+
+
+def check_file(file: str | Path, ends: Collection[str] = ()) -> None:
+    """Refuse a file to write that cannot be written.
+
+    Args:
+        ends: it must end in one of these, if any are given.
+
+    Raises:
+        FolderError: what is in its way.
+    """
+    path = Path(file)
+    if ends and path.suffix.lower() not in ends:
+        raise FolderError(
+            f"{path} is written as {' or '.join(ends)[1:].upper()}; give a name that ends in {' or '.join(ends)}"
+        )
+    if path.is_dir():
+        raise FolderError(f"{path} is a folder; give the name of a file")
+    if not path.parent.is_dir():
+        raise FolderError(f"{path.parent} does not exist; make it, or give another file")
+    _check_writable(path)
+
+
+def _check_writable(path: Path) -> None:
+    above = nearest(path)
+    if not above.is_dir():
+        raise FolderError(f"{path} cannot be made: {above} is a file")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise FolderError(f"{path} cannot be made: {above} is not writable")
+
+
+def check_room(out: str | Path, needed: int) -> None:
+    """Refuse to begin what the disk has no room for.
+
+    Args:
+        out: the output folder. needed: bytes that will be written, beside those that are there.
+
+    Raises:
+        FolderError: how much is missing.
+    """
+    free = shutil.disk_usage(nearest(Path(out))).free
+    if needed > free:
+        raise FolderError(
+            f"disk full: {out} needs {needed / 1e6:,.1f} MB while it is written, and {free / 1e6:,.1f} MB are free there; "
+            "free some space or choose another folder"
+        )
+
+
+def nearest(path: Path) -> Path:
+    """Return what exists of a path or above it."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())

@@ -1,0 +1,267 @@
+"""Sources: what was given as a checkpoint, recognised before anything slow is imported or fetched. Free of torch.
+
+A dense checkpoint is a folder, a file of tensors, or a repository of the hub by its id or its address. A converted one is a folder or
+a repository. Whatever else people give is named in one line, with what helps (formats.py).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rpq_convert.errors import SourceError
+from rpq_convert.planning.announced import AGAIN, refuse_config
+from rpq_convert.schemas import kinds
+from rpq_convert.schemas.checking import MAX_BYTES, check, parse_json, read_json, read_text
+from rpq_convert.schemas.kinds import FORMAT_VERSION
+from rpq_convert.storage import formats
+from rpq_convert.storage.files import files_in, refuse_links, weight_paths
+from rpq_convert.storage.headers import joined, read_entries
+from rpq_convert.storage.options import HubOptions, SourceOptions
+from rpq_convert.storage.records import CONFIG, MANIFEST, ORIGIN
+
+UNFINISHED = "is an unfinished conversion; repeat the command that made it to go on"
+LIKE = 0.75  # how alike names are of which one may be meant by the other, from 0 to 1
+_ADDRESS = re.compile(r"(?:(?:https?:/{1,2})?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf:/{1,2})(.+)", re.IGNORECASE)
+_OTHER_ADDRESS = re.compile(r"(\w+):/{1,2}\S+")
+_PAGES = ("tree", "blob", "resolve", "raw", "commit")  # before a revision, in an address
+Options = TypeVar("Options", bound=HubOptions)
+
+
+def is_name(src: str | Path) -> bool:
+    """Return whether a source can only be a repository's name: no local path has this name, and it is written like one."""
+    text = str(src)
+    return (
+        not Path(src).exists()
+        and not Path(src).is_absolute()
+        and not text.startswith((".", "~"))
+        and text.count("/") <= 1
+        and not text.endswith((".safetensors", ".bin", ".json"))
+    )
+
+
+def located(src: str | Path, options: Options) -> tuple[str | Path, Options]:
+    """Return a source and how it is asked for, the address of a page of the hub as its repository's id and revision.
+
+    Raises:
+        SourceError: an address that is not that of a model on the hub.
+    """
+    text = str(src)
+    found = None if Path(src).exists() else _ADDRESS.fullmatch(text)
+    if found is None:
+        if Path(src).exists() and options.revision is not None:
+            raise SourceError(f"{text} is a local path, so it has no revision {options.revision!r}; leave it out")
+        if not Path(src).exists() and (other := _OTHER_ADDRESS.fullmatch(text)):
+            raise SourceError(
+                f"{text} is an address ({other[1]}); download what is there and give its folder, or a hub id"
+            )
+        return src, options
+    parts = [p for p in re.split(r"[?#]", found[1])[0].split("/") if p]
+    if parts[:1] in (["datasets"], ["spaces"]):
+        kind = parts[0].removesuffix("s")
+        hint = f"; as data it is given as hub:{'/'.join(parts[1:3])}" if kind == "dataset" else ""
+        raise SourceError(f"{text} is the address of a {kind}, not of a model{hint}")
+    name = "/".join(parts[:2] if len(parts) > 1 and parts[1] not in _PAGES else parts[:1])
+    rest = parts[name.count("/") + 1 :]
+    revision = rest[1] if len(rest) > 1 and rest[0] in _PAGES else None
+    if revision is None or options.revision is not None:
+        return name, options
+    return name, replace(options, revision=revision)
+
+
+def near(path: str | Path, fits: Callable[[Path], bool] = lambda _: True) -> str:
+    """Return an existing path that may have been meant by one that does not exist, as text; empty for none.
+
+    Args:
+        fits: whether it could serve.
+    """
+    path = Path(path)
+    there = next((p for p in path.parents if p.is_dir()), None)
+    if there is None:
+        return ""
+    missing, *rest = path.relative_to(there).parts
+    names = {p.name.lower(): p.name for p in there.iterdir() if not p.name.startswith(".")}
+    close = difflib.get_close_matches(missing.lower(), names, 3, LIKE)
+    close += [n for n in sorted(names) if Path(n).stem == missing.lower() and n not in close]
+    candidates = (there.joinpath(names[n], *rest) for n in close)
+    return next((str(p) for p in candidates if p.exists() and fits(p)), "")
+
+
+def did_you_mean(path: str | Path, fits: Callable[[Path], bool] = lambda _: True) -> str:
+    """Return the end of a sentence about a path that does not exist."""
+    found = near(path, fits)
+    return f"; did you mean {found}?" if found else ""
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Return whether a path looks like a model at first sight, dense or converted."""
+    if path.is_file():
+        return path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+    return (path / CONFIG).is_file() or any(path.glob("*.safetensors"))
+
+
+def is_converted(path: Path) -> bool:
+    """Return whether a path is a folder that rpq-convert wrote, at first sight."""
+    return (path / MANIFEST).is_file() or _method(_config(path)) == "rpq"
+
+
+def refuse_misspelt(path: str | Path, fits: Callable[[Path], bool]) -> None:
+    """Refuse what can be a repository's name where a local path has nearly the same: it is faster to ask than to fetch."""
+    if is_name(path) and (meant := near(path, fits)):
+        raise SourceError(
+            f"{path} does not exist; did you mean {meant}? The hub's model of that name is https://huggingface.co/{path}"
+        )
+
+
+def check_source(src: str | Path, options: SourceOptions, *, weights: bool = True) -> None:
+    """Refuse what is no dense checkpoint, as far as names, headers and small files tell.
+
+    Args:
+        weights: it must have some; for a plan a config is enough.
+
+    Raises:
+        SourceError: what it is, and what to do.
+    """
+    path = Path(src)
+    if not path.exists():
+        if not is_name(src) and not _ADDRESS.fullmatch(str(src)):
+            raise SourceError(f"{src} does not exist{did_you_mean(path, is_checkpoint)}")
+    elif path.is_file():
+        _check_file(path, options)
+    elif path.is_dir():
+        _check_folder(path, options, weights)
+    else:
+        raise SourceError(f"{src} is neither a file nor a folder")
+
+
+def _check_file(path: Path, options: SourceOptions) -> None:
+    if found := formats.of_file(path):
+        if found in (formats.LARGE_JSON, formats.TEXT_FORMATS) and (path.parent / CONFIG).is_file():
+            raise SourceError(f"{path} is a file of a checkpoint; give its folder {path.parent}")
+        raise SourceError(found.of(path))
+    config = _config(path.parent)
+    if _method(config) == "rpq":
+        raise SourceError(f"{path} is a file of a converted folder, quantized already (rpq); {AGAIN}")
+    if config.get("model_type") and options.factory is None:
+        raise SourceError(
+            f"{path} is a file of a checkpoint; give its folder {path.parent}, or a factory for a bare weight file"
+        )
+    if path.suffix == ".safetensors":
+        read_entries(path)
+    elif not options.allow_pickle:
+        raise SourceError(f"{path} is not a safetensors file; a pickled one needs --allow-pickle")
+
+
+def _check_folder(path: Path, options: SourceOptions, weights: bool) -> None:
+    _refuse_unfinished(path)
+    refuse_links(path)
+    names = files_in(path)
+    config = read_json(path / CONFIG, kinds.DENSE_CONFIG, SourceError) if CONFIG in names else {}
+    if _method(config) == "rpq":
+        raise SourceError(
+            f"{path} is a converted folder, quantized already (rpq); {AGAIN}, or write dense ones: rpq restore {path} DENSE"
+        )
+    refuse_config(config, names, path)
+    if "adapter_config.json" in names and CONFIG not in names:
+        raise SourceError(_adapter(path).of(path))
+    for name, file in names.items():
+        if "/" not in name and formats.is_pointer(file):
+            raise SourceError(formats.POINTER.of(file))
+    if CONFIG in names and not weights:
+        return
+    named = config.get("transformers_weights")
+    try:
+        paths, index = weight_paths(path, allow_pickle=options.allow_pickle, named=named)
+    except SourceError:
+        if "pytorch_model.bin" not in names and (found := formats.of_names(names, lambda n: _text(path / n))):
+            raise SourceError(found.of(path)) from None
+        if inner := sorted(p.parent.name for p in path.glob("*/config.json")):
+            raise SourceError(f"{path} has no weights; did you mean {path / inner[-1]}?") from None
+        raise
+    if all(p.suffix == ".safetensors" for p in paths):
+        joined(map(read_entries, paths), index, path)
+    elif found := next((f for p in paths if (f := formats.of_file(p))), None):
+        raise SourceError(found.of(path))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return config.json of a converted folder, checked.
+
+    Raises:
+        SourceError: it is none; what it is instead, and what to do.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise SourceError(_instead(folder))
+    _refuse_unfinished(folder)
+    refuse_links(folder)
+    config: Any = parse_json(read_text(path, kinds.CONFIG, SourceError), kinds.CONFIG, path, SourceError)
+    if _method(config) != "rpq":
+        hint = "" if _method(config) else f"; convert it first: rpq-convert {folder}"
+        raise SourceError(
+            f"{folder} is not an RPQ checkpoint: its config.json has no quantization_config of method rpq{hint}"
+        )
+    version = config["quantization_config"].get("format_version")
+    if version != FORMAT_VERSION:
+        raise SourceError(f"{folder} has format version {version!r}, this rpq-convert reads {FORMAT_VERSION}")
+    check(config, kinds.CONFIG, path, SourceError)
+    return config  # type: ignore[no-any-return]
+
+
+def _instead(folder: Path) -> str:
+    """Say what a path is that holds no config.json and should be a converted folder."""
+    if not folder.exists():
+        meant = near(folder, is_converted) or near(folder)
+        return f"{folder} does not exist: not a checkpoint folder" + (f"; did you mean {meant}?" if meant else "")
+    if folder.is_file() and is_converted(folder.parent):
+        return f"{folder} is a file of a converted folder; give the folder {folder.parent}"
+    if folder.is_file():
+        found = formats.of_file(folder)
+    elif is_unfinished(folder):
+        return f"{folder} {UNFINISHED}"
+    else:
+        names = files_in(folder)
+        adapter = "adapter_config.json" in names
+        found = _adapter(folder) if adapter else formats.of_names(names, lambda n: _text(folder / n))
+    return found.of(folder) if found else f"{folder / CONFIG} does not exist: {folder} is not a checkpoint folder"
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Return whether a folder is the work of a conversion that has not ended."""
+    return (folder / ORIGIN).is_file() or (folder.name.endswith(".partial") and (folder / "pieces").is_dir())
+
+
+def _refuse_unfinished(folder: Path) -> None:
+    if is_unfinished(folder):
+        raise SourceError(f"{folder} {UNFINISHED}")
+
+
+def _adapter(folder: Path) -> formats.Format:
+    return formats.adapter_of(_text(folder / "adapter_config.json"))
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """Return a folder's config where it can be read, without judging it."""
+    try:
+        data = json.loads(_text(folder / CONFIG) or "")
+    except (ValueError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _method(config: Any) -> str:
+    quantized = config.get("quantization_config") if isinstance(config, dict) else None
+    return str(quantized.get("quant_method", "")) if isinstance(quantized, dict) else ""
+
+
+def _text(path: Path) -> str | None:
+    try:
+        with open(path, encoding="utf8") as file:
+            return file.read(MAX_BYTES)
+    except (OSError, UnicodeDecodeError):
+        return None
