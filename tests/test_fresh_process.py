@@ -206,6 +206,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow  # minutes on two cores
 def test_models_of_a_factory(tmp_path, monkeypatch):
     (tmp_path / "pictures.py").write_text(PICTURES, "utf8")
     monkeypatch.syspath_prepend(tmp_path)

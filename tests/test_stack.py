@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 
+import pytest
 import torch
 from paths import ROOT
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -11,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
+@pytest.mark.slow  # a minute on two cores
 def test_the_page_runs(tmp_path):
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -608,6 +608,7 @@ def test_disk_full(bert, tmp_path, room, where):
         subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_told_and_the_run_goes_on(bert, tmp_path):
     out = tmp_path / "out"
 
@@ -653,8 +654,11 @@ DEEP = ("--factory", "factories:deep", "--preset", "5bit", "--workers", "2")
 
 @pytest.mark.parametrize(
     "how, executor",
-    [(signal.SIGINT, "threads"), (signal.SIGINT, "processes"), (signal.SIGKILL, "threads")],
-    ids=["ctrl-C", "ctrl-C in processes", "killed"],
+    [
+        pytest.param(signal.SIGINT, "threads", id="ctrl-C", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, "processes", id="ctrl-C in processes", marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, "threads", id="killed"),
+    ],
 )
 def test_an_interrupted_run_goes_on(how, executor, interrupted, tmp_path):
     source, whole = interrupted
@@ -678,6 +682,7 @@ def test_an_interrupted_run_goes_on(how, executor, interrupted, tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_the_installed_commands_outside_the_checkout(bare, tmp_path):
     binaries, before = Path(sys.executable).parent, bare.read_bytes()
     for name in ("rpq", "rpq-convert"):

@@ -4,7 +4,8 @@ import hashlib
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, inputs, outputs
+from architectures import ARCHITECTURES, EACH_KIND, inputs, outputs
+from often import often
 from paths import ROOT
 
 import rpq_convert as rpq
@@ -59,7 +60,7 @@ def gradients(model):
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", often(ARCHITECTURES, EACH_KIND))
 def test_architecture(name, tmp_path):
     torch.manual_seed(0)
     model = ARCHITECTURES[name](64).eval()

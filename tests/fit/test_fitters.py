@@ -329,6 +329,7 @@ def test_extreme_magnitudes():
         assert error(fitted, normal(400, 64) * scale) / scale**2 / 25600 < 0.012
 
 
+@pytest.mark.slow
 def test_memory_never_holds_points_by_codewords():
     # Dim 2: 1,048,576 points, so points x 256 floats would be 1 GiB. A process of its own, since only the peak of all
     # resident memory counts torch's, numpy's and numba's arrays alike.

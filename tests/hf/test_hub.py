@@ -115,6 +115,7 @@ out["again"] = rpq.plan("team/small", bits=4, revision="v1", local_files_only=Tr
     assert f"--revision {COMMIT}" in (out / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_large_file_goes_on_where_it_broke_off(folder, tmp_path):
     large = copied(folder, tmp_path / "large")
     config = tf.BertConfig(
@@ -204,6 +205,7 @@ def test_a_converted_folder_is_pushed_whole_or_not_at_all(folder, tmp_path):
     assert 'from_pretrained("me/small-rpq")' in card and "many-rpq" not in card.split("## Size")[0]
 
 
+@pytest.mark.slow
 def test_push_from_the_command_line(folder, tmp_path):
     code = """
 import subprocess

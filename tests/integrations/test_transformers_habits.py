@@ -1,11 +1,13 @@
 """What users of transformers do to a converted model or folder: other heads, dtypes, sizes; a folder that is written again."""
 
+import itertools
 import json
 
 import pytest
 import torch
 import transformers as tf
 from architectures import wide
+from often import often
 from safetensors.torch import load_file
 
 import rpq_convert as rpq
@@ -76,7 +78,7 @@ def test_t5_keeps_its_range(tmp_path):
     assert as_bfloat16.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", often([torch.float16, torch.bfloat16, torch.float32], (torch.float16,)))
 def test_a_config_without_a_dtype_means_that_of_the_files(dtype, tmp_path):
     tf.BertModel(bert()).to(dtype).save_pretrained(tmp_path / "s")
     without_dtype(tmp_path / "s")
@@ -128,8 +130,16 @@ def test_models_without_a_cache_in_their_outputs_under_a_budget():
         assert rpq.plan(model, bits=6.3, grow=True).file_bytes > 0
 
 
-@pytest.mark.parametrize("shards", [("60KB", None), (None, "60KB"), ("60KB", "90KB")])
-@pytest.mark.parametrize("before", ["converted", "dense", "saved"])
+SHARDS = (("60KB", None), (None, "60KB"), ("60KB", "90KB"))
+
+
+@pytest.mark.parametrize(
+    "before, shards",
+    often(
+        itertools.product(("converted", "dense", "saved"), SHARDS),
+        [*zip(("converted", "dense", "saved"), SHARDS)],
+    ),
+)
 def test_save_pretrained_over_another_model(before, shards, tmp_path):
     """Of the earlier model nothing is left that would be read, and all that is said is said of the new one."""
     first, second = ({} if s is None else {"max_shard_size": s} for s in shards)

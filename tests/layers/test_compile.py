@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import zoo
+from often import often
 from paths import ROOT
 from test_zoo import LAYOUTS, close, generator, pair, run
 from torch import nn
@@ -45,10 +46,14 @@ def small():
     return model
 
 
-@pytest.mark.parametrize("at", range(len(zoo.ZOO)), ids=[r.name for r in zoo.ZOO])
-def test_compiled_forward_and_backward_are_those_of_eager_code(at):
-    row = zoo.ZOO[at]
-    _, model = pair(row, CHOICES[at % len(CHOICES)])
+ROWS = {row.name: row for row in zoo.ZOO}
+LONG = ("LSTM", "GRU no bias", "Funnel attention", "XLNet attention", "RecurrentGemma gates", "experts transposed")
+
+
+@pytest.mark.parametrize("name", often(ROWS, ROWS.keys() - {*LONG}))
+def test_compiled_forward_and_backward_are_those_of_eager_code(name):
+    row = ROWS[name]
+    _, model = pair(row, CHOICES[zoo.ZOO.index(row) % len(CHOICES)])
     model.eval()  # a spectral norm goes on with its iteration while it trains
     twin, inputs = copy.deepcopy(model), row.inputs(generator())  # some keep a state
     expected = run(twin, inputs)
@@ -62,8 +67,8 @@ def test_compiled_forward_and_backward_are_those_of_eager_code(at):
     close(out, expected, row.dtype)
     found = gradients(model)
     assert set(found) == set(wanted) and any("codebooks" in n for n in found)
-    for name in wanted:
-        close(found[name], wanted[name], row.dtype, name)
+    for path in wanted:
+        close(found[path], wanted[path], row.dtype, path)
 
 
 # row -> the operators that its graph must hold: products and lookups on codes, one decode for a convolution
