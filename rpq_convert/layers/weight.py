@@ -345,14 +345,15 @@ class RPQWeight(nn.Module):
         Args:
             stored: part -> (dtype, shape) in files.
         """
-        for name in GUARDED:
-            if self._buffers[name] is not None:
-                held = {name: self.stored_tensor(name)}
-                if name not in stored:
-                    held = {part: torch.empty(stored[part][1], dtype=stored[part][0], device="meta") for part in PACKED}
-                for part, tensor in held.items():
-                    self._parameters[part] = nn.Parameter(tensor, requires_grad=False)
+        for name in (n for n in GUARDED if self._buffers[n] is not None):
+            if name in stored:
+                self._parameters[name] = nn.Parameter(self.stored_tensor(name), requires_grad=False)
                 del self._buffers[name]
+                continue
+            self._non_persistent_buffers_set.add(name)  # it stays, so that the weight can be read
+            for part in PACKED:
+                dtype, size = stored[part]
+                self._parameters[part] = nn.Parameter(torch.empty(size, dtype=dtype, device="meta"), requires_grad=False)
 
     def guard(self) -> None:
         """Make guarded buffers of codes, whatever other code has put in their place.
@@ -364,6 +365,7 @@ class RPQWeight(nn.Module):
             held: dict[str, Any] = {part: self._parameters.pop(part) for part in PACKED}
             codes = unpacked(self.spec, self.view, self.shape, held)["codes"]
             self._buffers["codes"] = guard(codes.to(held["stream"].device))
+            self._non_persistent_buffers_set.discard("codes")
         for name in GUARDED:
             table: dict[str, Any] = self._parameters if self._parameters.get(name) is not None else self._buffers
             if table.get(name) is not None:
