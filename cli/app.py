@@ -1,12 +1,16 @@
 """The two apps: `rpq-convert` is one command, `rpq` groups all; and what every command's help ends with."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
-SETTINGS: dict[str, Any] = {"no_args_is_help": True, "pretty_exceptions_enable": False, "add_completion": False}
+from rpq_convert.version import __version__
+
+HELP = {"help_option_names": ["--help", "-h"]}
+SETTINGS: dict[str, Any] = {"no_args_is_help": True, "pretty_exceptions_enable": False, "context_settings": HELP}
 EXIT_CODES = (
-    "Exit codes: 0 done, 2 usage, 3 plan, 4 input or output, 5 verification, 130 interrupted (run again to go on)."
+    "Exit codes: 0 done, 2 usage, 3 plan, 4 input or output, 5 verification, 130 interrupted (run again to go on). "
+    "RPQ_TRACEBACK=1 in the environment shows where an error arose."
 )
 
 
@@ -14,6 +18,15 @@ def examples(*lines: str) -> str:
     return "\n\n".join(["Examples:", *(f"  {line}" for line in lines), EXIT_CODES])
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"rpq-convert {__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+]
 group = typer.Typer(
     **SETTINGS,
     help="Make neural networks small: product-quantize their weights.",
@@ -21,4 +34,9 @@ group = typer.Typer(
         "rpq plan facebook/opt-125m --bits 4", "rpq convert facebook/opt-125m --bits 4", "rpq audit opt-125m-rpq"
     ),
 )
-main = typer.Typer(**SETTINGS)
+main = typer.Typer(**SETTINGS, add_completion=False)
+
+
+@group.callback()
+def rpq(version: Version = False) -> None:
+    """Take the options that stand before a command."""

@@ -1,12 +1,14 @@
 """The commands that plan a conversion, make it and upload it."""
 
 import json as jsonlib
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Argument, Option
 
+from rpq_convert.conversion.options import QualityOptions
 from rpq_convert.planning.options import PlanOptions
 from rpq_convert.showing import printable
 from rpq_convert.storage.options import SourceOptions
@@ -15,10 +17,11 @@ from rpq_convert.storage.room import check_file
 
 from . import checks
 from . import options as o
-from .app import examples, group, main
+from .app import HELP, Version, examples, group, main
 from .converting import Conversion, How
 from .errors import catching
-from .show import say, show_report, warn
+from .show import chosen, progress, show_report
+from .talk import detail, phase, say, warn
 
 if TYPE_CHECKING:
     from rpq_convert.planning.plan import Plan
@@ -30,7 +33,7 @@ CONVERT_EPILOG = examples(
 )
 
 
-@main.command(epilog=CONVERT_EPILOG)
+@main.command(epilog=CONVERT_EPILOG, context_settings=HELP)
 @group.command(epilog=CONVERT_EPILOG)
 @catching
 @o.with_options
@@ -38,6 +41,7 @@ def convert(
     src: o.Source,
     options: PlanOptions,
     source: SourceOptions,
+    quality: QualityOptions,
     out: o.Out = None,
     device: o.Device = "cpu",
     calibrate: o.Calibrate = None,
@@ -50,12 +54,12 @@ def convert(
     public: o.Public = False,
     overwrite: o.Overwrite = False,
     json: o.Json = False,
-    quiet: o.Quiet = False,
+    version: Version = False,
 ) -> None:
     """Convert a checkpoint into a folder of RPQ weights, tensor by tensor, whatever its size."""
     run = Conversion(
         src, o.output_for(src, out), options, source, calibrate=calibrate, samples=samples, text_field=text_field,
-        dry_run=dry_run, overwrite=overwrite, quiet=quiet,
+        quality=quality, dry_run=dry_run, overwrite=overwrite,
     )  # fmt: skip
     how = How(device, executor, workers, push_to, public)
     run.check(how)
@@ -63,10 +67,9 @@ def convert(
     plan = run.plan()
     if dry_run:
         return show_plan(plan, src, json=json)
-    report = run.convert(plan, how)
+    report = run.judge(run.convert(plan, how))
     show_report(report, json=json)
-    if not quiet:
-        say(f"wrote {run.folder}")
+    say(f"wrote {run.folder}")
     if push_to:
         _push(run.folder, push_to, public=public, token=source.token)
 
@@ -74,7 +77,9 @@ def convert(
 def _push(folder: Path, repo: str, *, public: bool, token: str | bool | None, revision: str | None = None) -> None:
     from rpq_convert.checkpoint.publishing import push
 
-    say(f"pushed to {push(folder, repo, private=not public, token=token, revision=revision)}")
+    with phase("uploaded"), progress() as tell:
+        where = push(folder, repo, private=not public, token=token, revision=revision, progress=tell)
+    say(f"pushed to {where}")
 
 
 @group.command(
@@ -133,8 +138,11 @@ def plan(
     from rpq_convert.calibration.sensitivity import needs_sensitivities
     from rpq_convert.conversion.plans import open_target, plan_opened
 
-    made = plan_opened(open_target(src, source, measured=needs_sensitivities(options)), options)
+    with phase("planned"), progress() as tell:
+        opened = open_target(src, source, measured=needs_sensitivities(options))
+        made = plan_opened(opened, options, progress=partial(tell, "sensitivities"))
     warn(made.warnings)
+    detail(chosen(made))
     if explain is not None:
         text = printable(made.explain(explain), lines=True)
         print(jsonlib.dumps({"name": explain, "explanation": text}) if json else text)
@@ -156,7 +164,9 @@ def _sweep(src: str, file: Path | None, json: bool, options: PlanOptions, source
         raise typer.BadParameter(f"the curve shows every size; leave out {', '.join(sized)}", param_hint="--sweep")
     from rpq_convert.conversion.plans import open_target, sweep_opened
 
-    curve = sweep_opened(open_target(src, source, measured=True), options)
+    with phase("planned"), progress() as tell:
+        opened = open_target(src, source, measured=True)
+        curve = sweep_opened(opened, options, progress=partial(tell, "sensitivities"))
     warn(curve.warnings)
     if file is not None:
         file.write_text(curve.to_svg(o.name_of(src)), "utf8")

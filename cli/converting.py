@@ -7,22 +7,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from rpq_convert.conversion.asked import check_asked
+from rpq_convert.conversion.options import BEST, FAST, QualityOptions
 from rpq_convert.errors import SourceError
+from rpq_convert.inputs.tables import is_pairs
 from rpq_convert.planning.options import PlanOptions
 from rpq_convert.storage.options import SourceOptions
 from rpq_convert.storage.room import check_free
 
 from . import checks
-from .show import progress, say, warn
+from .show import chosen, fitting, progress
+from .talk import detail, phase, say, warn
 
 if TYPE_CHECKING:
     from rpq_convert.checkpoint.opening import Opened
+    from rpq_convert.conversion.effort import Chosen
     from rpq_convert.planning.plan import Plan
     from rpq_convert.report.schema import Report
 
@@ -45,9 +50,9 @@ class Conversion:
     Args:
         src, folder: from where to where.
         calibrate: a path, `self`, or None. samples, text_field: of it.
+        quality: how much care is taken, and how the result is judged. chosen: the effort that it came to.
         dry_run: only a plan is wanted.
         overwrite: replace the folder.
-        quiet: say warnings only.
     """
 
     src: str
@@ -57,11 +62,12 @@ class Conversion:
     calibrate: str | None = None
     samples: int | None = None
     text_field: str | None = None
+    quality: QualityOptions = QualityOptions()
     dry_run: bool = False
     overwrite: bool = False
-    quiet: bool = False
     opened: Opened = field(init=False)
     data: Any = field(default=None, init=False)
+    chosen: Chosen = field(init=False)
 
     def check(self, how: How) -> None:
         """Refuse what cannot end well or would do nothing, before anything slow is imported or fetched."""
@@ -70,7 +76,10 @@ class Conversion:
         checks.needs("--public", how.public, "--push-to", how.push_to is not None)
         checks.needs("--samples", self.samples, "--calibrate", self.calibrate is not None)
         checks.needs("--text-field", self.text_field, "--calibrate", self.calibrate is not None)
-        check_asked(self.options, calibrated=self.calibrate is not None, executor=how.executor, workers=how.workers)
+        check_asked(
+            self.options, calibrated=self.calibrate is not None, effort=self.quality.effort, executor=how.executor,
+            workers=how.workers,
+        )  # fmt: skip
         checks.source(
             self.src,
             self.source,
@@ -79,6 +88,8 @@ class Conversion:
         )
         if self.calibrate is not None:
             self._check_data(self.calibrate)
+        if (judge := self.quality.check_data) is not None and not is_pairs(judge):
+            checks.data(judge, "--check-data", field=self.text_field)
         if not self.dry_run:
             check_free(self.folder, overwrite=self.overwrite)
         if how.push_to and not self.dry_run:
@@ -101,7 +112,8 @@ class Conversion:
         """Find the checkpoint by its headers, and the data to calibrate on."""
         from rpq_convert.checkpoint.opening import open_checkpoint
 
-        self.opened = open_checkpoint(self.src, self.source, need="headers")
+        with phase("opened"):
+            self.opened = open_checkpoint(self.src, self.source, need="headers")
         if self.opened.model is None and not self.dry_run:
             raise SourceError(f"{self.src} has no config.json: give --factory package:callable, which builds its model")
         if self.calibrate is not None:
@@ -115,7 +127,7 @@ class Conversion:
         some: dict[str, Any] = {} if self.samples is None else {"samples": self.samples}
         if where == "self":
             return partial(own_inputs, seed=self.options.seed, **some)
-        hub, told = self.opened.options.hub, None if self.quiet else say
+        hub, told = self.opened.options.hub, say
         return read_inputs(
             where, self.opened.src, model=self.opened.model, field=self.text_field, told=told, **hub, **some
         )
@@ -125,8 +137,7 @@ class Conversion:
         from rpq_convert.calibration.sensitivity import needs_sensitivities
 
         if needs_sensitivities(self.options) and (not self.dry_run or Path(self.src).exists()):
-            if not self.quiet:
-                say("measuring what the model is sensitive to")
+            say("measuring what the model is sensitive to")
             self.opened = self.opened.fetched()
             if callable(self.data) and self.opened.model is not None:
                 self.data = self.data(self.opened.filled())  # written once, for the measurement and the fit
@@ -140,7 +151,20 @@ class Conversion:
             self.opened.slots() != before
         ):  # the weights say more than their headers: tied names with values of their own
             plan = self._planned()
+        self._choose(plan)
         return plan
+
+    def _choose(self, plan: Plan) -> None:
+        """Choose the effort, say what it costs, and take synthetic inputs where it needs some and none were given."""
+        from rpq_convert.conversion.effort import begun, choose
+
+        given = {None: "", "self": "synthetic inputs"}.get(self.calibrate, self.calibrate or "")
+        asked = self.quality.effort or (None if given else begun(self.folder))
+        self.chosen = choose(asked, self.opened, plan, given=given)
+        if self.chosen.said:
+            say(self.chosen.said)
+        if self.chosen.effort != FAST and self.data is None:
+            self.data = self._inputs("self")
 
     def _check_room(self, plan: Plan) -> None:
         """Refuse to fetch and fit what the disk has no room for."""
@@ -152,18 +176,49 @@ class Conversion:
     def _planned(self) -> Plan:
         from rpq_convert.conversion.plans import plan_opened
 
-        plan = plan_opened(self.opened, self.options, data=self.data)
+        with phase("planned"), progress() as tell:
+            plan = plan_opened(self.opened, self.options, data=self.data, progress=partial(tell, "sensitivities"))
         warn(plan.warnings)
+        detail(chosen(plan))
         return plan
 
     def convert(self, plan: Plan, how: How) -> Report:
         """Convert, and say what was not known before."""
         from rpq_convert.conversion.streaming import convert_opened
 
-        with progress(plan, quiet=self.quiet) as callback:
+        with phase("converted"), fitting({j.name: prod(j.shape) for j in plan.jobs}) as callback:
             report = convert_opened(
                 self.opened, self.folder, plan, self.data, overwrite=self.overwrite, executor=how.executor,
                 workers=how.workers, progress=callback,
             )  # fmt: skip
         warn(tuple(w for w in report.warnings if w not in plan.warnings))
-        return report
+        return self._tuned() if self.chosen.effort == BEST else report
+
+    def _tuned(self) -> Report:
+        """Tune what was written, on the inputs that it was calibrated on."""
+        from rpq_convert.checkpoint.verifying import audit
+        from rpq_convert.folders import tune_written
+
+        say(f"{self.folder} is calibrated and whole; tuning it now")
+        with progress() as tell:
+            tune_written(self.opened, self.folder, self.data, self.chosen.tuning, progress=tell)
+        return audit(self.folder)
+
+    def judge(self, report: Report) -> Report:
+        """Compare the result with its base, and return the report with what was found."""
+        if not self.quality.check:
+            return report
+        from rpq_convert.conversion.checking import check_folder, judged_on
+
+        seen = None if self.calibrate == "self" else self.calibrate
+        seconds = self.quality.seconds
+        judged, why = check_folder(
+            self.opened, self.folder, report, seconds=seconds,
+            judge=lambda: judged_on(
+                self.opened, self.quality.check_data, seen=seen, samples=self.samples, field=self.text_field
+            ),
+            told=lambda on: say(f"comparing the result with its base on {on}, for at most {seconds:g} s (--no-check for none)"),
+        )  # fmt: skip
+        if why:
+            say(f"not checked: {why}")
+        return judged

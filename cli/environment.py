@@ -7,8 +7,6 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-from rpq_convert import kernels
-
 PACKAGES = ("rpq-convert", "torch", "transformers", "safetensors", "numba")
 BROKEN = (
     "broken: a CUDA build beside a CPU-only torch. rpq-convert works around it in its own commands; to fix it everywhere, "
@@ -17,10 +15,16 @@ BROKEN = (
 )
 
 
+def versions() -> dict[str, str]:
+    """Return name -> version, without importing anything."""
+    return {"python": platform.python_version()} | {package: installed(package) for package in PACKAGES}
+
+
 def facts() -> dict[str, str | int]:
     """Return name -> value, in the order to print."""
-    found: dict[str, str | int] = {"python": platform.python_version(), "platform": platform.platform()}
-    found |= {package: installed(package) for package in PACKAGES}
+    from rpq_convert import kernels
+
+    found: dict[str, str | int] = {"python": platform.python_version(), "platform": platform.platform(), **versions()}
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return found | {"cpus": cpus, "kernels": kernels.described(), "torchvision": torchvision()}
 

@@ -19,6 +19,9 @@ import typer
 from rpq_convert import errors
 from rpq_convert.showing import one_line
 
+from .talk import spoken
+from .wording import as_flags
+
 CODES: dict[type[BaseException], int] = {
     errors.PlanError: 3,
     errors.CalibrationError: 4,
@@ -45,7 +48,7 @@ def sentence(error: BaseException) -> str:
         return f"interrupted; {RESUMABLE}"
     if isinstance(error, BrokenProcessPool):
         return f"error: a worker process died, perhaps for want of memory; {RESUMABLE}"
-    text = one_line(str(error)) or type(error).__name__
+    text = as_flags(one_line(str(error))) or type(error).__name__
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in text:
         return f"error: disk full: {text}; free some space and {RESUMABLE}"
     return f"error: {text}"
@@ -53,6 +56,7 @@ def sentence(error: BaseException) -> str:
 
 def catching(command: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a command: known errors become one line on stderr and their exit code; RPQ_TRACEBACK=1 adds the traceback."""
+    command = spoken(command)
 
     @wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> Any:

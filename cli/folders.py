@@ -18,7 +18,8 @@ from . import options as o
 from .app import examples, group
 from .checks import unused
 from .errors import catching
-from .show import fits, say, show_report, width
+from .show import fitting, progress, show_report, width
+from .talk import say
 
 
 @group.command(epilog=examples("rpq audit opt-125m-rpq", "rpq audit opt-125m-rpq --format html --output audit.html"))
@@ -56,19 +57,6 @@ def audit(
         say(f"wrote {output}")
 
 
-@group.command(epilog=examples("rpq diff opt-125m-2bit opt-125m-4bit"))
-@catching
-def diff(
-    a: Annotated[Path, Argument(metavar="A", help="A converted folder.")],
-    b: Annotated[Path, Argument(metavar="B", help="Another, usually of the same model.")],
-) -> None:
-    """Show what differs in size and error between two converted folders."""
-    from rpq_convert.checkpoint.verifying import audit as read
-    from rpq_convert.report.text import diff as compare
-
-    print(printable(compare(read(a), read(b)), lines=True))
-
-
 @group.command(
     epilog=examples(
         "rpq eval opt-125m/ opt-125m-rpq --text wikitext.txt --save",
@@ -98,7 +86,6 @@ def eval(
     windows: Annotated[int | None, Option(min=1, help="At most so many windows, lines, pairs or samples.")] = None,
     layers: Annotated[bool, Option("--layers", help="Measure what each converted layer adds as well.")] = False,
     save: Annotated[bool, Option("--save", help="Write the result into FOLDER's report and model card.")] = False,
-    quiet: o.Quiet = False,
     json: o.Json = False,
 ) -> None:
     """Compare a converted model with its base: perplexity, divergence and agreement; cosines; a task's score; accuracy."""
@@ -112,10 +99,11 @@ def eval(
         checks.report_to_write(folder)
     from rpq_convert.folders import WithBase, evaluate_folder
 
-    found = evaluate_folder(
-        WithBase(base, folder, factory), text=text, pairs=pairs, inputs=inputs, window=window, windows=windows, field=text_field,
-        layers=layers, keep=save, say=None if quiet else say,
-    )  # fmt: skip
+    with progress() as tell:
+        found = evaluate_folder(
+            WithBase(base, folder, factory), text=text, pairs=pairs, inputs=inputs, window=window, windows=windows, field=text_field,
+            layers=layers, keep=save, say=say, progress=tell,
+        )  # fmt: skip
     print(found.to_json() if json else printable(str(found), lines=True))
 
 
@@ -139,7 +127,6 @@ def tune(
     text_field: o.TextField = None,
     factory: o.Factory = None,
     overwrite: o.Overwrite = False,
-    quiet: o.Quiet = False,
     json: o.Json = False,
 ) -> None:
     """Train a converted model's codebooks, scales, norms and biases against its base; with --recode also codes."""
@@ -149,15 +136,14 @@ def tune(
     check_free(o.apart_from(base, folder, out=out), overwrite=overwrite)
     if options.steps == 0 and blocks == 0:
         raise unused("--steps", "no step is taken; give some, or --blocks")
-    import torch
-
     from rpq_convert.folders import WithBase, tune_folder
 
-    options = replace(options, autocast=torch.bfloat16 if bfloat16 else None)
-    found = tune_folder(
-        WithBase(base, folder, factory), out, data, options, window=window, samples=samples, field=text_field, blocks=blocks, overwrite=overwrite,
-        say=None if quiet else say,
-    )  # fmt: skip
+    options = replace(options, autocast="bfloat16" if bfloat16 else None)
+    with progress() as tell:
+        found = tune_folder(
+            WithBase(base, folder, factory), out, data, options, window=window, samples=samples, field=text_field, blocks=blocks, overwrite=overwrite,
+            say=say, progress=tell,
+        )  # fmt: skip
     print(found.to_json() if json else printable(str(found), lines=True))
 
 
@@ -178,7 +164,6 @@ def recalibrate(
     factory: o.Factory = None,
     workers: o.Workers = None,
     overwrite: o.Overwrite = False,
-    quiet: o.Quiet = False,
     json: o.Json = False,
 ) -> None:
     """Fit a converted model to its inputs, from the codebooks that it has; 'self' as data: synthetic inputs."""
@@ -189,12 +174,13 @@ def recalibrate(
     if not own:
         checks.data(data, "--data", field=text_field)
     check_free(o.apart_from(base, folder, out=out), overwrite=overwrite)
-    from rpq_convert.folders import WithBase, recalibrate_folder
+    from rpq_convert.folders import WithBase, coded_sizes, recalibrate_folder
 
-    report = recalibrate_folder(
-        WithBase(base, folder, factory), out, None if own else data, samples=samples, field=text_field, workers=workers,
-        overwrite=overwrite, say=None if quiet else say, progress=None if quiet else fits(),
-    )  # fmt: skip
+    with fitting(coded_sizes(folder)) as callback:
+        report = recalibrate_folder(
+            WithBase(base, folder, factory), out, None if own else data, samples=samples, field=text_field, workers=workers,
+            overwrite=overwrite, say=say, progress=callback,
+        )  # fmt: skip
     show_report(report, json=json)
 
 
@@ -210,8 +196,17 @@ def verify(
     """Check a converted folder: hashes, headers, index, shapes, and that every number is finite."""
     checks.misspelt(folder)
     from rpq_convert.checkpoint.verifying import verify as check
+    from rpq_convert.storage.files import files_in
 
-    files = check(folder, quick=quick)
+    sizes = {name: file.stat().st_size for name, file in files_in(folder).items()}
+    seen: list[str] = []
+    with progress() as tell:
+
+        def told(name: str) -> None:
+            seen.append(name)
+            tell(name, sum(sizes[s] for s in seen), sum(sizes.values()))
+
+        files = check(folder, told, quick=quick)
     print(
         jsonlib.dumps({"folder": str(folder), "files": files})
         if json
@@ -232,7 +227,8 @@ def restore(
     check_free(out, overwrite=overwrite)
     from rpq_convert.checkpoint.restoring import restore_checkpoint
 
-    written = restore_checkpoint(folder, out, overwrite=overwrite)
+    with progress() as tell:
+        written = restore_checkpoint(folder, out, overwrite=overwrite, progress=tell)
     print(f"{out}: {written.file_bytes:,} bytes of dense weights")
 
 

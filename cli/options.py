@@ -12,11 +12,13 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import typer
 from typer import Argument, Option
 
+from rpq_convert.errors import PlanError
+from rpq_convert.planning.rules import parse_rule, preset_names
+
 Source = Annotated[str, Argument(metavar="SRC", help="A hub id, a checkpoint folder, or a safetensors file.")]
 OutputFolder = Annotated[Path, Argument(metavar="FOLDER", help="A folder that rpq-convert wrote.")]
 Public = Annotated[bool, Option("--public", help="Make a pushed repository public; private by default.")]
 Json = Annotated[bool, Option("--json", help="Print JSON to stdout, and nothing else there.")]
-Quiet = Annotated[bool, Option("--quiet", "-q", help="No progress; warnings and errors only on stderr.")]
 Overwrite = Annotated[
     bool, Option("--overwrite", help="Replace an existing output folder once the new one is complete.")
 ]
@@ -111,10 +113,16 @@ def _parameter(kind: Any, f: Field[Any]) -> inspect.Parameter:
         min=told["least"],
         max=told["most"],
         rich_help_panel=told.get("panel"),
+        autocompletion=_presets if f.name == "preset" else None,
     )
     return inspect.Parameter(
         f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, option]
     )
+
+
+def _presets(incomplete: str) -> list[str]:
+    """Return the presets that a shell offers after a beginning."""
+    return [name for name in preset_names() if name.startswith(incomplete)]
 
 
 def _first(hint: Any) -> Any:
@@ -124,7 +132,10 @@ def _first(hint: Any) -> Any:
 def _meant(name: str, value: Any) -> Any:
     """Return what a field's text on the command line means to the library."""
     if name == "rules":
-        return [parse_rule(r) for r in value or ()]
+        try:
+            return [parse_rule(r) for r in value or ()]
+        except PlanError as e:
+            raise typer.BadParameter(str(e), param_hint="--rule") from None
     if name == "sensitivity" and value is not None:
         return _sensitivity(value)
     if name == "codebooks" and value and value.isascii() and value.isdigit():
@@ -137,7 +148,6 @@ def _meant(name: str, value: Any) -> Any:
 def _sensitivity(text: str) -> Any:
     if text == "shape":
         return text
-    from rpq_convert.errors import PlanError
     from rpq_convert.schemas import kinds
     from rpq_convert.schemas.checking import read_json
     from rpq_convert.storage.sources import did_you_mean
@@ -151,35 +161,6 @@ def find_modules(factory: str | None) -> None:
     """Let a factory lie in the working directory."""
     if factory and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-
-
-def parse_rule(text: str) -> dict[str, Any]:
-    """Turn `PATTERN:key=value,key=value` into a rule. The last colon divides, so `type:Linear:bits=4` is meant well."""
-    pattern, colon, settings = text.rpartition(":")
-    if not colon or not pattern or not settings:
-        raise typer.BadParameter(f"{text!r} is not PATTERN:key=value,key=value", param_hint="--rule")
-    rule: dict[str, Any] = {"match": pattern}
-    for item in settings.split(","):
-        key, equals, value = (part.strip() for part in item.partition("="))
-        if not equals and key in ("skip", "grow"):
-            value = "true"
-        elif not equals or not key or not value:
-            raise typer.BadParameter(f"{item!r} in {text!r} is not key=value", param_hint="--rule")
-        if key == "match":
-            raise typer.BadParameter(f"{text!r} sets match; the pattern goes before the colon", param_hint="--rule")
-        rule[key] = _value(value)
-    return rule
-
-
-def _value(text: str) -> bool | int | float | str:
-    if text in ("true", "false"):
-        return text == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 def output_for(src: str, out: Path | None) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rpq_convert.checkpoint.loading import load
 from rpq_convert.checkpoint.metadata import add_evaluation
-from rpq_convert.checkpoint.opening import Factory, open_checkpoint
+from rpq_convert.checkpoint.opening import Factory, Opened, open_checkpoint
 from rpq_convert.checkpoint.saving import save
 from rpq_convert.checkpoint.verifying import audit
 from rpq_convert.conversion.recalibration import recalibrate
@@ -16,12 +16,14 @@ from rpq_convert.core.results import Evaluation
 from rpq_convert.errors import EvaluateError, SourceError
 from rpq_convert.evaluation.evaluate import evaluate
 from rpq_convert.evaluation.layers import layer_errors
-from rpq_convert.evaluation.pairs import Say, evaluate_pairs, progress_lines
+from rpq_convert.evaluation.pairs import evaluate_pairs
 from rpq_convert.evaluation.pooling import Pooled
 from rpq_convert.hf.model_card import base_in
 from rpq_convert.inputs.files import read_inputs, read_text, tokenizer_of
+from rpq_convert.inputs.items import Calibration, prepare
 from rpq_convert.inputs.synthetic import own_inputs
 from rpq_convert.report.schema import Report
+from rpq_convert.running.progress import Progress, Say, counted
 from rpq_convert.storage.files import files_beside, refuse_links
 from rpq_convert.storage.options import SourceOptions
 from rpq_convert.storage.records import REPORT, read_manifest
@@ -70,6 +72,7 @@ def evaluate_folder(
     layers: bool = False,
     keep: bool = False,
     say: Say | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Evaluate a converted folder against its dense checkpoint.
 
@@ -83,6 +86,7 @@ def evaluate_folder(
         window, windows: tokens of one window, and at most so many windows, lines or samples.
         layers: measure the error that each converted layer adds as well.
         keep: write what was found into the folder's report and model card.
+        progress: told what is done now, how much is done, and how much it all is.
 
     Raises:
         SourceError: a folder cannot be read, or the base has no tokenizer.
@@ -95,7 +99,7 @@ def evaluate_folder(
     folder = Path(which.folder)
     if keep:  # said before hours of measuring, not after
         if not (folder / REPORT).is_file():
-            raise SourceError(f"{folder} has no {REPORT} to write into; leave out --save")
+            raise SourceError(f"{folder} has no {REPORT} to write into; leave out keep=True")
         read_manifest(folder)
     dense, converted = which.load()
     if text is not None and converted.can_generate():
@@ -103,16 +107,16 @@ def evaluate_folder(
         ids = words(read_text(text, field, words, say), return_tensors="pt", add_special_tokens=False).input_ids[0]
         ids = ids[: windows * window] if windows else ids
         found = evaluate(
-            dense, converted, ids, window=window, progress=progress_lines(say, "windows", len(ids) // window)
+            dense, converted, ids, window=window, progress=counted(progress, "windows", max(1, len(ids) // window))
         )
         batches: list[Any] = [{"input_ids": part[None]} for part in ids[: 4 * window].split(window)]
     elif pairs is not None:
-        found, batches = evaluate_pairs(dense, converted, which.base, pairs, window, windows, say)
+        found, batches = evaluate_pairs(dense, converted, which.base, pairs, window, windows, progress)
     else:
         batches = read_inputs(
             on[0], which.base, model=dense, window=window, samples=windows, labels=True, field=field, told=say
         )
-        told = progress_lines(say, "batches", len(batches))
+        told = counted(progress, "batches", len(batches))
         a, b = (dense, converted) if text is None else (Pooled(dense, which.base), Pooled(converted, which.base))
         found = evaluate(a, b, batches, progress=told)
     if layers:
@@ -134,6 +138,7 @@ def tune_folder(
     blocks: int = 0,
     overwrite: bool = False,
     say: Say | None = None,
+    progress: Progress | None = None,
 ) -> Tuning:
     """Tune a converted folder against its dense checkpoint, into another folder.
 
@@ -143,6 +148,7 @@ def tune_folder(
         blocks: steps on each transformer block alone, before all are tuned together; the same options, except the loss.
         overwrite: replace `out`.
         options: how to tune. A killed run continues when it is repeated; blocks are then tuned again first.
+        progress: as for `evaluate_folder`.
 
     Raises:
         SourceError, FolderError: as `load` and `save`. CalibrationError: no data. TuneError: as `tune`.
@@ -151,15 +157,40 @@ def tune_folder(
     check_free(place, overwrite=overwrite)
     dense, model = which.load()
     items = read_inputs(data, which.base, model=dense, window=window, samples=samples, field=field, told=say)
-    told = None if say is None else lambda step, loss: say(f"step {step}: loss {loss:.4g}")
     if blocks:
-        for path, done in tune_blocks_with(replace(options, steps=blocks, loss="mse"), model, dense, items).items():
-            if say is not None:
-                say(f"{path}: {done}")
+        tune_blocks_with(replace(options, steps=blocks, loss="mse"), model, dense, items, progress=progress)
+    return _tuned(model, dense, items, options, Path(which.folder), place, progress=progress, overwrite=overwrite)
+
+
+def tune_written(
+    opened: Opened, folder: Path, data: Calibration, options: TuneOptions, progress: Progress | None = None
+) -> Tuning:
+    """Tune a folder that was just written against the checkpoint that it was made from, in its place.
+
+    Args:
+        data: as for `rpq.convert(calibration=)`. options, progress: as for `tune_folder`.
+    """
+    dense = opened.give_filled().eval()
+    model: Any = load(folder, factory=opened.options.factory).eval()
+    model._rpq_options = dict(audit(folder).options)
+    items = prepare(data, dense, "data")
+    return _tuned(model, dense, items, options, folder, folder, progress=progress, overwrite=True)
+
+
+def _tuned(
+    model: Any, dense: Any, items: list[Any], options: TuneOptions, folder: Path, place: Path, *, progress: Progress | None,
+    overwrite: bool,
+) -> Tuning:  # fmt: skip
+    """Tune the model of a folder, and write it to a place, with what lies beside the folder's weights."""
+
+    def told(step: int, loss: float) -> None:
+        if progress:
+            progress(f"step {step} of {options.steps}: loss {loss:.4g}", step, options.steps)
+
     file = place.with_name(place.name + ".tuning.safetensors")
     tuned = tune_with(options, model, dense, items, checkpoint=file, progress=told)
     model._rpq_options["tuning"] = {"steps": tuned.best, "before": tuned.before, "after": tuned.after}
-    save(model, place, overwrite=overwrite, files=files_beside(which.folder), base=base_in(Path(which.folder)))
+    save(model, place, overwrite=overwrite, files=files_beside(folder), base=base_in(folder))
     return tuned
 
 
@@ -193,3 +224,10 @@ def recalibrate_folder(
     )
     recalibrate(model, dense, items, **options)
     return save(model, place, overwrite=overwrite, files=files_beside(which.folder), base=base_in(Path(which.folder)))
+
+
+def coded_sizes(folder: str | Path) -> dict[str, int]:
+    """Return the number of parameters of every weight of a converted folder that is stored as codes; empty without a report."""
+    if not (Path(folder) / REPORT).is_file():
+        return {}
+    return {row.name: row.params for row in audit(folder).rows if row.decision == "rpq"}

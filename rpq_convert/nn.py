@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from rpq_convert.conversion.memory import convert
-from rpq_convert.core.spec import dtype_name
+from rpq_convert.core.keywords import keywords
+from rpq_convert.core.options import dtype_text
+from rpq_convert.core.spec import dtype_of
 from rpq_convert.errors import PlanError
 from rpq_convert.layers import surgery
 from rpq_convert.layers.weight import RPQWeight
@@ -26,6 +28,7 @@ __all__ = [
 ]  # fmt: skip
 
 
+@keywords()
 def build_layer(
     kind: type[nn.Module],
     arguments: Mapping[str, Any],
@@ -35,7 +38,7 @@ def build_layer(
     seed: int | None = None,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> Any:
     """Build one layer with random codes, at the variance that its own initialisation would have given the weight.
 
@@ -53,10 +56,10 @@ def build_layer(
         raise PlanError(f"RPQ{kind.__name__} needs either num_codebooks or bits")
     if num_codebooks is not None and (not isinstance(num_codebooks, int) or isinstance(num_codebooks, bool)):
         raise PlanError(f"num_codebooks must be a whole number of at least 1, not {num_codebooks!r}")
-    dtype = dtype or torch.get_default_dtype()
-    layer = kind(**arguments, device="meta", dtype=dtype)
+    named = dtype_text(dtype or torch.get_default_dtype())
+    layer = kind(**arguments, device="meta", dtype=dtype_of(named))
     size = {"num_codebooks": num_codebooks} if bits is None else {"bits": bits, "books": 1}
-    rule = {"match": "weight", **size, "codebook_dtype": dtype_name(dtype), "scales": "none"}
+    rule = {"match": "weight", **size, "codebook_dtype": named, "scales": "none"}
     if seed is not None and generator is None:
         generator = torch.Generator().manual_seed(seed)
     seed = draw_seed(generator) if seed is None else seed
@@ -95,7 +98,7 @@ class RPQLinear(metaclass=_Constructor):
         num_codebooks: int | None = None,
         bias: bool = True,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         **how: Any,
     ) -> nn.Linear:
         arguments = {"in_features": in_features, "out_features": out_features, "bias": bias}
@@ -121,7 +124,7 @@ class RPQEmbedding(metaclass=_Constructor):
         scale_grad_by_freq: bool = False,
         sparse: bool = False,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         **how: Any,
     ) -> nn.Embedding:
         arguments = {
@@ -144,7 +147,7 @@ class RPQBilinear(metaclass=_Constructor):
         num_codebooks: int | None = None,
         bias: bool = True,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         **how: Any,
     ) -> nn.Bilinear:
         arguments = {

@@ -54,7 +54,7 @@ def run(*arguments, code=0):
 
 def test_calibrate_then_eval(spoken, tmp_path):
     kind, base, text = spoken
-    run("convert", base, "--out", tmp_path / "plain", "--bits", 2, "--grow", "-q")
+    run("convert", base, "--out", tmp_path / "plain", "--bits", 2, "--grow", "--effort", "fast", "--no-check", "-q")
     told = run(
         "convert",
         base,
@@ -198,7 +198,7 @@ def test_tune(spoken, tmp_path):
     kind, base, text = spoken
     if kind == "encoder-decoder":
         return
-    run("convert", base, "--out", tmp_path / "small", "--bits", 1, "--grow", "-q")
+    run("convert", base, "--out", tmp_path / "small", "--bits", 1, "--grow", "--effort", "fast", "--no-check", "-q")
     asked = ("tune", base, tmp_path / "small", "--text", text, "--window", 40, "--steps", 8, "--out")
     found = json.loads(run(*asked, tmp_path / "tuned", "--json").stdout)
     assert found["after"] <= found["before"] and found["history"][0] == [0, found["before"]]
@@ -213,7 +213,7 @@ def test_a_converted_folder_is_fitted_to_inputs_later(spoken, tmp_path):
     kind, base, text = spoken
     if kind == "encoder-decoder":
         return
-    run("convert", base, "--out", tmp_path / "plain", "--bits", 2, "--grow", "-q")
+    run("convert", base, "--out", tmp_path / "plain", "--bits", 2, "--grow", "--effort", "fast", "--no-check", "-q")
     asked = ("recalibrate", base, tmp_path / "plain", "--out", tmp_path / "fed", "--json", "-q")
     report = json.loads(run(*asked, "--data", text, "--samples", 30).stdout)
     assert report["options"]["calibration"]["items"] > 1
@@ -231,7 +231,7 @@ def test_pairs_are_ranked_and_kept_in_report_and_card(spoken, tmp_path):
     kind, base, _ = spoken
     if kind != "outputs":
         return
-    run("convert", base, "--out", tmp_path / "small", "--bits", 4, "--grow", "-q")
+    run("convert", base, "--out", tmp_path / "small", "--bits", 4, "--grow", "--effort", "fast", "--no-check", "-q")
     rows = [(f"w{i} w{i + 1} w{i + 2}", f"w{i} w{2 * i + 5} w{3 * i}", i % 7) for i in range(20)]
     pairs = tmp_path / "pairs.csv"
     pairs.write_text("first,second,score\n" + "".join(f"{a},{b},{s}\n" for a, b, s in rows))

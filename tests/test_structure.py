@@ -27,6 +27,10 @@ HOMES = {
     "msgspec": {"schemas"},
     "typer": {"cli"},
     "rich": {"cli"},
+    "matplotlib": {"report/charts.py"},
+    "PIL": {"report/charts.py", "inputs/"},
+    "jinja2": {"report/html.py"},
+    "squarify": {"report/html.py"},
     "numba": {"kernels", "fit/loops"},
     "triton": {"kernels"},
 }
@@ -86,8 +90,9 @@ def test_a_wheel_holds_types_commands_and_presets(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     held = set(zipfile.ZipFile(wheel).namelist())
     packages = {f"rpq_convert/{place(f)}" for f in FILES}
-    presets = {f"rpq_convert/configs/{p.name}" for p in (ROOT / "configs").glob("*.toml")}
-    assert presets and packages | presets | {"rpq_convert/py.typed"} <= held
+    presets = {f"rpq_convert/configs/{p.name}" for p in (ROOT / "configs").iterdir() if p.suffix in (".toml", ".json")}
+    templates = {f"rpq_convert/{place(t)}" for t in (ROOT / "rpq_convert/report/templates").iterdir()}
+    assert presets and templates and packages | presets | templates | {"rpq_convert/py.typed"} <= held
     assert not [name for name in held if name.startswith(("cli/", "configs/", "tests/"))]
 
 

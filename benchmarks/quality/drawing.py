@@ -12,8 +12,6 @@ from html import escape
 from importlib import import_module
 from typing import Any
 
-from rpq_convert.report.curve import Axis
-
 Row = dict[str, Any]
 WIDTH, HEIGHT = 820, 500
 LEFT, RIGHT, TOP, BOTTOM = 70, 190, 44, 52  # the legend is on the right
@@ -142,3 +140,20 @@ def landing(task: Any, rows: Sequence[Row]) -> str:
             f'<text{" class=" + chr(34) + "ours" + chr(34) if ours else ""} x="{right + 40}" y="{at}">{escape(name)}</text>'
         )
     return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+class Axis:
+    """A logarithmic axis from one place of the picture to another."""
+
+    def __init__(self, values: list[float], start: float, stop: float) -> None:
+        low, high = math.log10(min(values)), math.log10(max(values))
+        self.low, self.high = low - 0.04, high + 0.04
+        self.start, self.stop = start, stop
+
+    def at(self, value: float) -> float:
+        return self.start + (math.log10(value) - self.low) / (self.high - self.low) * (self.stop - self.start)
+
+    def ticks(self) -> list[float]:
+        decades = range(math.floor(self.low), math.ceil(self.high) + 1)
+        steps = (1, 2, 5) if self.high - self.low < 3 else (1,)
+        return [v for d in decades for m in steps if self.low <= math.log10(v := m * 10.0**d) <= self.high]

@@ -12,15 +12,17 @@ over the output's energy. Not used: noise in one layer at a time, which takes a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rpq_convert.core.keywords import keywords
+from rpq_convert.core.options import take
 from rpq_convert.encoding.encode import build, encode
 from rpq_convert.errors import NothingToRun, PlanError
 from rpq_convert.inputs.items import Calibration, prepare
@@ -28,7 +30,7 @@ from rpq_convert.inputs.synthetic import SEQUENCES, probe_inputs
 from rpq_convert.layers import surgery
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning import planner
-from rpq_convert.planning.options import PlanOptions
+from rpq_convert.planning.options import PlanKeywords, PlanOptions
 from rpq_convert.planning.plan import Job
 from rpq_convert.planning.slots import walk
 from rpq_convert.running.call import call, first_tensor, without_padding
@@ -37,14 +39,21 @@ from rpq_convert.running.modes import quiet
 PROBE = (4, 1)  # dim and stages of the quick fit
 STEPS = 8  # per octave, to which results are rounded: threads and machines add up in other orders
 LARGEST = 8 * 10**9  # bytes of a model that is loaded whole to be measured without being asked
+Progress = Callable[[int, int], None]
+T = TypeVar("T")
 LEAST = 0.01  # of the average weight's, at least: a weight that no input reached still counts
 # The share of the loss from a layer's errors that calibration leaves; tables that are only looked up gain nothing by it. MiniLM at
 # 2 bits loses .30 of its mean cosine without and .18 with it, SmolLM2 at 4 bits .61 and .085 nats.
 CALIBRATED = 0.5
 
 
+@keywords(PlanOptions)
 def sensitivities(
-    model: nn.Module, data: Calibration | None = None, *, seed: int = 0, **options: Any
+    model: nn.Module,
+    data: Calibration | None = None,
+    *,
+    progress: Progress | None = None,
+    **options: Unpack[PlanKeywords],
 ) -> dict[str, float]:
     """Measure the loss per unit of relative squared error of every parameter that can be converted.
 
@@ -52,8 +61,8 @@ def sensitivities(
         model: dense, in memory; it is the same afterwards.
         data: inputs such as the model will see, as for `rpq.convert(calibration=)`; a few suffice.
             By default synthetic inputs: a language model writes its own text, others get random tokens or smooth noise.
-        seed: decides the drawn numbers.
-        options: those of `rpq.plan` that say what is converted: rules, include, exclude, …
+        progress: called with the number of weights and inputs done, and of all.
+        options: those of `rpq.plan` that say what is converted (rules, include, exclude, …), and `seed`.
 
     Returns:
         Parameter name -> nats per prediction (outputs with logits) or relative squared output error, per unit of relative
@@ -65,21 +74,39 @@ def sensitivities(
     Example:
         >>> rpq.convert(model, target_size="50MB", sensitivity=rpq.sensitivities(model, batches))
     """
-    generator = torch.Generator().manual_seed(seed)
+    (asked,) = take({**options, "dim": PROBE[0], "stages": PROBE[1]}, PlanOptions)
+    generator = torch.Generator().manual_seed(asked.seed)
     with quiet(model) as restore:
         items = probe_inputs(model, generator) if data is None else prepare(data, model, "data")
         if not items:
             raise NothingToRun(f"there is nothing to run {type(model).__name__} on: give data, or sensitivity='shape'")
-        plan = planner.make_plan(walk(model), PlanOptions(dim=PROBE[0], stages=PROBE[1], seed=seed, **options))
-        probes = {j.name: probe for j in plan.jobs if not j.is_random if (probe := _probe(model, j)) is not None}
+        plan = planner.make_plan(walk(model), asked)
+        jobs = [j for j in plan.jobs if not j.is_random]
+        told = _counter(progress, len(jobs) + len(items))
+        probes = {j.name: probe for j in told(jobs) if (probe := _probe(model, j)) is not None}
         sums = dict.fromkeys(probes, 0.0)
         with _collecting(model, probes, sums):
-            count = sum(_backward(model, item, generator, restore) for item in items)
+            count = sum(_backward(model, item, generator, restore) for item in told(items))
     found = {n: sums[n] / count / probe.error for n, probe in probes.items() if probe.error}
     weights = {n: math.prod(probes[n].weight.shape) for n in found}
     least = LEAST * sum(found.values()) / max(1, sum(weights.values()))
     rounded = {n: max(value, least * weights[n]) for n, value in found.items()}
     return {n: 2.0 ** (round(STEPS * math.log2(v)) / STEPS) for n, v in rounded.items() if v > 0}
+
+
+def _counter(progress: Progress | None, total: int) -> Callable[[Iterable[T]], Iterator[T]]:
+    """Return what walks through a part of all things and tells after each how many are done."""
+    done = 0
+
+    def walk_through(things: Iterable[T]) -> Iterator[T]:
+        nonlocal done
+        for thing in things:
+            yield thing
+            done += 1
+            if progress:
+                progress(done, total)
+
+    return walk_through
 
 
 @dataclass(frozen=True)
@@ -155,14 +182,22 @@ def needs_sensitivities(options: PlanOptions) -> bool:
     return bool(options.budgets.keys() - {"max_error"}) and options.sensitivity is None and options.fit != "random"
 
 
-def measure_for(options: PlanOptions, model: Callable[[], nn.Module], data: Calibration | None = None) -> PlanOptions:
+def measure_for(
+    options: PlanOptions,
+    model: Callable[[], nn.Module],
+    data: Calibration | None = None,
+    progress: Progress | None = None,
+) -> PlanOptions:
     """Return a plan's options with measured sensitivities, where this model can be run."""
-    found = measured(options, model, data)
+    found = measured(options, model, data, progress)
     return options if found is None else replace(options, sensitivity=found)
 
 
 def measured(
-    options: PlanOptions, model: Callable[[], nn.Module], data: Calibration | None = None
+    options: PlanOptions,
+    model: Callable[[], nn.Module],
+    data: Calibration | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, float] | None:
     """Return what a model that these options convert is sensitive to; None where it cannot be run, or is too large to load."""
     ready = model()
@@ -172,7 +207,7 @@ def measured(
     inputs = None if data is None else prepare(data, ready, "calibration")
     what = {name: getattr(options, name) for name in ("rules", "include", "exclude", "seed", "axis", "fit")}
     try:
-        found = sensitivities(ready, inputs and inputs[:SEQUENCES], **what)
+        found = sensitivities(ready, inputs and inputs[:SEQUENCES], progress=progress, **what)
     except NothingToRun:
         return None
     if data is not None:  # they will be calibrated on it

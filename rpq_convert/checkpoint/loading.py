@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rpq_convert.checkpoint.extra_state import has_extra_state, set_extra_states
 from rpq_convert.checkpoint.opening import compute_buffers, empty_from_factory
 from rpq_convert.core import description
+from rpq_convert.core.keywords import keywords
 from rpq_convert.core.options import take
 from rpq_convert.errors import SourceError
 from rpq_convert.hf import hub
@@ -27,13 +28,14 @@ from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.running.holders import Held, become_held, held_elsewhere, storage_of
 from rpq_convert.storage.files import GENERATION
 from rpq_convert.storage.folder import open_folder
-from rpq_convert.storage.options import SourceOptions
+from rpq_convert.storage.options import SourceKeywords, SourceOptions
 from rpq_convert.storage.records import CONFIG
 from rpq_convert.storage.sources import is_name, located, read_config
 from rpq_convert.storage.unpacking import checked
 
 
-def load(path: str | Path, *, device: str | torch.device | None = None, **source: Any) -> nn.Module:
+@keywords(SourceOptions)
+def load(path: str | Path, *, device: str | torch.device | None = None, **source: Unpack[SourceKeywords]) -> nn.Module:
     """Rebuild a converted model from its folder, in eval mode.
 
     Args:

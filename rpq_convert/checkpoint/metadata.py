@@ -152,15 +152,20 @@ def renew(
     write_manifest(folder, listed, not_finite)
 
 
-def add_evaluation(folder: Path, on: str, found: Evaluation) -> None:
-    """Write what was measured into a folder's report and model card. It replaces an earlier result on the same data.
+def add_evaluation(folder: Path, on: str, found: Evaluation) -> Report:
+    """Write what was measured into a folder's report and model card, and return the report. It replaces an earlier result on the same data.
 
     Args:
         on: the name of what was measured on, such as a file's.
     """
-    report = read_report(folder / REPORT)
-    others = [e for e in report.evaluations if (e["on"], e["kind"]) != (on, found.kind)]
-    entry = {"on": on, "kind": found.kind, "samples": found.samples, "metrics": dict(found.metrics)}
-    report = replace(report, evaluations=(*others, entry))
+    report = with_evaluation(read_report(folder / REPORT), on, found)
     card = folder / CARD
     amend(folder, {REPORT: report.to_json(), CARD: with_quality(card.read_text("utf8"), report)})
+    return report
+
+
+def with_evaluation(report: Report, on: str, found: Evaluation) -> Report:
+    """Return a report with what was measured, in the place of an earlier result on the same data."""
+    others = [e for e in report.evaluations if (e["on"], e["kind"]) != (on, found.kind)]
+    entry = {"on": on, "kind": found.kind, "samples": found.samples, "metrics": dict(found.metrics)}
+    return replace(report, evaluations=(*others, entry))

@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from rpq_convert.checkpoint.verifying import verify
+from rpq_convert.core.keywords import keywords
 from rpq_convert.errors import HubError
 from rpq_convert.hf.hub import asking, client
+from rpq_convert.running.progress import Progress
 from rpq_convert.storage.records import CARD, MANIFEST, read_manifest
 
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 
 
+@keywords()
 def push(
     folder: str | Path,
     repo: str,
@@ -28,6 +31,7 @@ def push(
     private: bool = True,
     token: str | bool | None = None,
     revision: str | None = None,
+    progress: Progress | None = None,
 ) -> str:
     """Upload a converted folder to the hub, in one commit.
 
@@ -36,6 +40,7 @@ def push(
         repo: the repository's id, `user/name` or `name`; it is made if it does not exist.
         private: whether only you see it; of an existing repository this must be what it is.
         token: instead of the stored one. revision: the branch to commit to; it is made if it does not exist.
+        progress: called with a file's name, and the bytes that are uploaded and that there are.
 
     Returns:
         The address of the repository, or of its branch.
@@ -62,12 +67,19 @@ def push(
             api.create_branch(name, branch=revision)
             held = set(api.list_repo_files(name, revision=revision))
         elif any(f.endswith(WEIGHTS) for f in held) and MANIFEST not in held:
-            raise HubError(f"{name} holds the weights of another model; push to a repository or --revision of its own")
+            raise HubError(f"{name} holds the weights of another model; push to a repository or a revision of its own")
         contents = _contents(place, names, name)
         stale = sorted(f for f in held if f.endswith(WEIGHTS) and "/" not in f and f not in contents)
+        added = [CommitOperationAdd(f, c) for f, c in contents.items()]
+        sizes, done = [a.upload_info.size for a in added], 0
+        for one, size in zip(added, sizes):
+            if progress:
+                progress(f"uploading {one.path_in_repo}", done, sum(sizes))
+            api.preupload_lfs_files(name, [one], revision=revision)
+            done += size
         api.create_commit(
             name,
-            [CommitOperationDelete(f) for f in stale] + [CommitOperationAdd(f, c) for f, c in contents.items()],
+            [CommitOperationDelete(f) for f in stale] + added,
             commit_message="Upload a model converted with rpq-convert",
             revision=revision,
         )
@@ -94,7 +106,7 @@ def _check_visibility(is_private: bool, private: bool, name: str) -> None:
     if is_private == private:
         return
     has, want, do = (
-        ("private", "public", "leave --public out") if is_private else ("public", "private", "pass --public")
+        ("private", "public", "pass private=True") if is_private else ("public", "private", "pass private=False")
     )
     raise HubError(
         f"{name} exists and is {has}, not {want}: {do}, change its settings on the hub, or choose another name"

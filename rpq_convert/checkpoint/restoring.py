@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from rpq_convert.core import description
+from rpq_convert.core.keywords import keywords
 from rpq_convert.core.spec import dtype_name
 from rpq_convert.errors import SourceError
 from rpq_convert.hf.composite import without_description
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning.plan import Plan, Skip
+from rpq_convert.running.progress import Progress
 from rpq_convert.storage.files import files_beside
 from rpq_convert.storage.folder import open_folder
 from rpq_convert.storage.records import CONFIG
@@ -24,10 +26,20 @@ from rpq_convert.storage.unpacking import checked
 from rpq_convert.storage.writer import Folder
 
 
+@keywords()
 def restore_checkpoint(
-    path: str | Path, out: str | Path, *, overwrite: bool = False, max_shard_size: str | int = "5GB"
+    path: str | Path,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    max_shard_size: str | int = "5GB",
+    progress: Progress | None = None,
 ) -> Plan:
-    """Write a plain dense checkpoint from an RPQ folder, one tensor in memory at a time (plus one weight file)."""
+    """Write a plain dense checkpoint from an RPQ folder, one tensor in memory at a time (plus one weight file).
+
+    Args:
+        progress: called with a tensor's name, and the bytes that are done and that there are.
+    """
     from rpq_convert.core.sizes import parse_size
 
     folder, config = Path(path), read_config(Path(path))
@@ -42,6 +54,15 @@ def restore_checkpoint(
     plan = Plan((), tuple(skips), {}, parse_size(max_shard_size))
     target = Folder(out, plan, overwrite=overwrite)
 
+    sizes, done = {s.name: s.nbytes for s in skips}, 0
+
+    def told(name: str) -> Tensor:
+        nonlocal done
+        tensor, done = dense(name), done + sizes[name]
+        if progress:
+            progress(name, done, sum(sizes.values()))
+        return tensor
+
     def dense(name: str) -> Tensor:
         if name in kept:
             return source[name]
@@ -52,7 +73,7 @@ def restore_checkpoint(
         with torch.no_grad():
             return module()
 
-    target.write_weights(dense)
+    target.write_weights(told)
     if "model_type" in config:
         target.write(CONFIG, json.dumps(without_description(config), indent=1))
     target.copy(files_beside(folder))

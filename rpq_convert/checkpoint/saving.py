@@ -15,6 +15,7 @@ from rpq_convert.checkpoint.described import facts_of, plan_of
 from rpq_convert.checkpoint.extra_state import plain_states
 from rpq_convert.checkpoint.metadata import write_rest
 from rpq_convert.core import description
+from rpq_convert.core.keywords import keywords
 from rpq_convert.core.results import MEASURED, Encoded
 from rpq_convert.core.spec import dtype_name
 from rpq_convert.errors import SourceError
@@ -31,6 +32,7 @@ from rpq_convert.storage.files import GENERATION, named_files
 from rpq_convert.storage.writer import Folder
 
 
+@keywords()
 def save(
     model: nn.Module,
     out: str | Path,

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
+from rpq_convert.core.keywords import keywords
 from rpq_convert.core.options import take
 from rpq_convert.errors import SourceError, VerifyError
 from rpq_convert.report.schema import FileRow, Report, read_report
 from rpq_convert.storage.files import files_in, is_inside, refuse_links, weight_paths
 from rpq_convert.storage.headers import joined, read_entries
-from rpq_convert.storage.options import HubOptions
+from rpq_convert.storage.options import HubKeywords, HubOptions
 from rpq_convert.storage.records import CONFIG, MANIFEST, REPORT, read_manifest, sha256
 from rpq_convert.storage.sources import is_name, located, read_config
 
 
+@keywords()
 def verify(
     path: str | Path,
     progress: Callable[[str], None] | None = None,
@@ -91,7 +93,8 @@ def _check_tensors(folder: Path, not_finite: Collection[str]) -> None:
             raise VerifyError(f"{key} holds NaN or infinite values")
 
 
-def audit(path: str | Path, **source: Any) -> Report:
+@keywords(HubOptions)
+def audit(path: str | Path, **source: Unpack[HubKeywords]) -> Report:
     """Return the report of an RPQ folder, with the sizes that its files have; of a repository, no weight is fetched.
 
     Args:

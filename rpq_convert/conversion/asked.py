@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
+from rpq_convert.conversion.options import BEST, FAST, GOOD
+from rpq_convert.core.options import one_of
 from rpq_convert.errors import PlanError
 from rpq_convert.planning.options import PlanOptions
 
@@ -16,6 +18,7 @@ def check_asked(
     options: PlanOptions,
     *,
     calibrated: bool,
+    effort: str | None = None,
     tokenizer: Any = None,
     executor: str = "threads",
     workers: int | None = None,
@@ -23,7 +26,7 @@ def check_asked(
     """Refuse settings of a conversion that contradict each other, or that would do nothing.
 
     Args:
-        calibrated: whether data is given. The others: as for `rpq.convert`.
+        calibrated: whether data is given. effort: of `QualityOptions`. The others: as for `rpq.convert`.
 
     Raises:
         PlanError: which settings.
@@ -33,6 +36,12 @@ def check_asked(
         raise PlanError(
             "calibration serves a fit, and fit='random' draws codebooks without looking at weights; leave one out"
         )
+    if effort == FAST and calibrated:
+        raise PlanError(
+            "effort fast fits to the weights alone, so data to calibrate on would do nothing; leave one out"
+        )
+    if effort in (GOOD, BEST) and options.fit == "random":
+        raise PlanError(f"effort {effort} calibrates, and fit='random' looks at no weights; leave one out")
     if tokenizer is not None and not calibrated:
         raise PlanError("tokenizer reads the texts of calibration; give calibration as well")
 
@@ -43,8 +52,7 @@ def check_executor(executor: str, workers: int | None) -> None:
     Raises:
         PlanError: which.
     """
-    if executor not in EXECUTORS:
-        raise PlanError(f"executor must be one of {', '.join(EXECUTORS)}, not {executor!r}")
+    one_of("executor", executor, EXECUTORS, PlanError)
     if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
         raise PlanError(f"workers must be a whole number of at least 1, not {workers!r}")
     if executor == "serial" and workers not in (None, 1):

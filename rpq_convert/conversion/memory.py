@@ -2,35 +2,45 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from rpq_convert.calibration.sequential import walk
 from rpq_convert.checkpoint.described import report_of
+from rpq_convert.checkpoint.metadata import with_evaluation
 from rpq_convert.checkpoint.opening import Opened
 from rpq_convert.conversion.asked import check_asked, check_plan_alone
 from rpq_convert.conversion.jobs import run_jobs
+from rpq_convert.conversion.options import BEST, GOOD
 from rpq_convert.conversion.plans import plan_opened
+from rpq_convert.core.keywords import keywords
 from rpq_convert.core.options import take
 from rpq_convert.core.results import Encoded
 from rpq_convert.encoding.encode import build
 from rpq_convert.encoding.measure import set_record
 from rpq_convert.errors import PlanError
+from rpq_convert.evaluation.check import quick_check
 from rpq_convert.inputs.items import Calibration, prepare
+from rpq_convert.inputs.synthetic import own_inputs
 from rpq_convert.layers import surgery
 from rpq_convert.layers.encoders import padded
 from rpq_convert.layers.rollback import unchanged_on_failure
 from rpq_convert.layers.surgery import AFTER, Places
 from rpq_convert.layers.weight import RPQWeight
-from rpq_convert.planning.options import PlanOptions
+from rpq_convert.planning.layer_types import original_class
+from rpq_convert.planning.options import PlanKeywords, PlanOptions
 from rpq_convert.planning.plan import Job, Plan
 from rpq_convert.planning.quantized import refuse_model
 from rpq_convert.report.schema import Report
+from rpq_convert.report.verdict import SYNTHETIC
 from rpq_convert.running.digest import describe
 from rpq_convert.running.holders import optimizers_of
 from rpq_convert.running.offload import refuse_offloaded
@@ -39,6 +49,7 @@ from rpq_convert.running.wrappers import unwrapped
 Progress = Callable[[Job, Encoded | None], None]
 
 
+@keywords(PlanOptions)
 def convert(
     model: nn.Module,
     *,
@@ -48,7 +59,9 @@ def convert(
     plan: Plan | None = None,
     calibration: Calibration | None = None,
     tokenizer: Any = None,
-    **options: Any,
+    effort: Literal["fast", "good"] | None = None,
+    check: bool | Calibration = False,
+    **options: Unpack[PlanKeywords],
 ) -> Report:
     """Convert a model in place.
 
@@ -60,6 +73,9 @@ def convert(
             dict of keyword arguments, a text, a chat, a picture or a row of a data set (`inputs/items.py`); or a
             function of the dense model that returns such inputs (`rpq.own_inputs`).
         tokenizer: the tokenizer or processor of texts, chats and pictures; by default that of the model's folder.
+        effort: `good` calibrates on synthetic inputs where no calibration is given; otherwise the weights alone decide.
+        check: compare the result with the model as it was, on these inputs, or True for synthetic ones: the report's evaluations, and
+            its verdict in words, then say what was lost. It takes a copy of the dense model.
         options: fields of `PlanOptions`: preset, bits, dim, codebooks, rules, include, exclude, fit, seed, …
 
     Returns:
@@ -73,18 +89,46 @@ def convert(
         >>> report = rpq.convert(model, bits=4); print(report)
     """
     (asked,) = take(options, PlanOptions)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{model!r} is no module; convert_checkpoint(src, out) converts a folder, a file or a hub id")
     check_plan_alone(plan, options)
-    check_asked(asked, calibrated=calibration is not None, tokenizer=tokenizer, executor=executor, workers=workers)
-    model = unwrapped(model)
     how: dict[str, Any] = {"executor": executor, "workers": workers}
+    check_asked(asked, calibrated=calibration is not None, effort=effort, tokenizer=tokenizer, **how)
+    if effort == BEST:
+        raise PlanError(
+            "effort best tunes against the dense model: keep a copy, take effort good, and then rpq.tune(model, copy, data)"
+        )
+    if effort == GOOD and calibration is None:
+        calibration = partial(own_inputs, seed=asked.seed)
+    model = unwrapped(model)
     optimizers = optimizers_of(model)
     refuse_model(model)
     refuse_offloaded(model, "convert")
     with unchanged_on_failure(model), torch.inference_mode(False):  # whose tensors would never train
         data = None if calibration is None else prepare(calibration, model, "calibration", tokenizer=tokenizer)
         plan = plan or plan_opened(Opened(model, None), asked, data=data)
+        if not plan.jobs and (coded := len(surgery.layers_of(model))):
+            raise PlanError(
+                f"{original_class(model).__name__} is converted already: {coded} weights are codes; start from the dense model, or "
+                "make it dense with rpq.restore(model)"
+            )
         plan = replace(plan, warnings=(*plan.warnings, *_stale(model, plan, optimizers)))
-        return _convert(model, plan, data, progress, how)
+        base = None if check is False else copy.deepcopy(model)
+        report = _convert(model, plan, data, progress, how)
+    return report if base is None else _checked(base, model, report, check)
+
+
+def _checked(base: nn.Module, model: nn.Module, report: Report, data: Any) -> Report:
+    """Return the report with what a comparison of both models found, or a warning that says what prevented it."""
+    try:
+        found = quick_check(
+            base, model, None if data is True else prepare(data, base, "check", labels=True), seconds=math.inf
+        )
+    except Exception as e:  # models raise what they like, and the conversion is done
+        return replace(
+            report, warnings=(*report.warnings, f"not checked: {(str(e).strip() or repr(e)).splitlines()[0]}")
+        )
+    return with_evaluation(report, SYNTHETIC if data is True else "given inputs", found)
 
 
 def _stale(model: nn.Module, plan: Plan, optimizers: Sequence[tuple[str, frozenset[int]]]) -> list[str]:

@@ -5,25 +5,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from torch import nn
 
-from rpq_convert.calibration.sensitivity import measure_for, measured, needs_sensitivities
+from rpq_convert.calibration.sensitivity import Progress, measure_for, measured, needs_sensitivities
 from rpq_convert.checkpoint.opening import Opened, open_checkpoint
+from rpq_convert.core.keywords import keywords
 from rpq_convert.core.options import take
 from rpq_convert.inputs.items import Calibration
+from rpq_convert.layers import surgery
 from rpq_convert.planning import budget
 from rpq_convert.planning.heads import head_rules
-from rpq_convert.planning.options import PlanOptions
+from rpq_convert.planning.options import PlanKeywords, PlanOptions
 from rpq_convert.planning.plan import Plan
 from rpq_convert.planning.quantized import refuse_model
 from rpq_convert.report.curve import Curve
 from rpq_convert.running.wrappers import unwrapped
-from rpq_convert.storage.options import SourceOptions
+from rpq_convert.storage.options import SourceKeywords, SourceOptions
 
 
-def plan(target: nn.Module | str | Path | Any, **options: Any) -> Plan:
+class ConversionKeywords(PlanKeywords, SourceKeywords, total=False):
+    """What callers may give to plan or convert anything that can be opened, for type checkers."""
+
+
+@keywords(PlanOptions, SourceOptions)
+def plan(target: nn.Module | str | Path | Any, **options: Unpack[ConversionKeywords]) -> Plan:
     """Plan a conversion; a weight is read only to measure what a budget is best spent on.
 
     Args:
@@ -44,7 +51,8 @@ def plan(target: nn.Module | str | Path | Any, **options: Any) -> Plan:
     return plan_opened(open_target(target, source, measured=needs_sensitivities(asked)), asked)
 
 
-def sweep(target: nn.Module | str | Path | Any, *, points: int = 24, **options: Any) -> Curve:
+@keywords(PlanOptions, SourceOptions)
+def sweep(target: nn.Module | str | Path | Any, *, points: int = 24, **options: Unpack[ConversionKeywords]) -> Curve:
     """Return the curve of size against expected quality.
 
     Args:
@@ -72,8 +80,13 @@ def open_target(target: Any, source: SourceOptions, *, measured: bool) -> Opened
     return open_checkpoint(target, source, need="weights" if measured and Path(target).exists() else "headers")
 
 
-def plan_opened(opened: Opened, options: PlanOptions, *, data: Calibration | None = None) -> Plan:
+def plan_opened(
+    opened: Opened, options: PlanOptions, *, data: Calibration | None = None, progress: Progress | None = None
+) -> Plan:
     """Plan a conversion; where sizes are chosen to a budget and the weights are at hand, the model is measured.
+
+    Args:
+        data, progress: as for `sensitivities`.
 
     Raises:
         PlanError: what was asked cannot be planned, or another tool has quantized the model.
@@ -81,20 +94,23 @@ def plan_opened(opened: Opened, options: PlanOptions, *, data: Calibration | Non
     if opened.model is not None:
         refuse_model(opened.model)
     if needs_sensitivities(options) and opened.model is not None:
-        options = measure_for(options, opened.filled, data)
+        options = measure_for(options, opened.filled, data, progress)
     rules = None if opened.model is None else head_rules(opened.model)
     made = budget.make_plan(opened.slots(), options, head_rules=rules, warnings=_notes(opened))
     return replace(made, dropped=opened.dropped())
 
 
-def sweep_opened(opened: Opened, options: PlanOptions, *, points: int = 24, sensitivity: Any = None) -> Curve:
+def sweep_opened(
+    opened: Opened, options: PlanOptions, *, points: int = 24, sensitivity: Any = None, progress: Progress | None = None
+) -> Curve:
     """Return the curve of size against expected quality, by measured sensitivities where `plan_opened` would measure them."""
     if sensitivity is None and opened.model is not None:
-        sensitivity = measured(options, opened.filled)
+        sensitivity = measured(options, opened.filled, progress=progress)
     return budget.sweep(opened.slots(), options, sensitivity, points=points, warnings=_notes(opened))
 
 
 def _notes(opened: Opened) -> Sequence[str]:
     if opened.model is not None:
-        return opened.notes
+        coded = len(surgery.layers_of(opened.model))
+        return [*opened.notes, *([f"{coded} weights are codes already and stay as they are"] if coded else [])]
     return ["planned from tensor names and shapes alone: layer types are guesses; give a factory to convert"]

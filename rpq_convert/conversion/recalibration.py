@@ -13,6 +13,7 @@ from torch import nn
 
 from rpq_convert.checkpoint.described import plan_of
 from rpq_convert.conversion.memory import Progress, convert_calibrated, finish
+from rpq_convert.core.keywords import keywords
 from rpq_convert.core.spec import Spec
 from rpq_convert.errors import CalibrationError
 from rpq_convert.inputs.items import Calibration, prepare
@@ -22,6 +23,7 @@ from rpq_convert.report.schema import Report
 from rpq_convert.running.digest import describe
 
 
+@keywords()
 def recalibrate(
     model: nn.Module,
     base: nn.Module,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from rpq_convert.core.keywords import keywords
 from rpq_convert.layers import surgery
 from rpq_convert.layers.rollback import unchanged_on_failure
 from rpq_convert.layers.surgery import AFTER
 from rpq_convert.running.offload import refuse_offloaded
 
 
+@keywords()
 def restore(model: nn.Module) -> nn.Module:
     """Turn a converted model back into a dense one, in place: every class and parameter as before conversion."""
     refuse_offloaded(model, "restore")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from rpq_convert.checkpoint.extra_state import check_plain
 from rpq_convert.checkpoint.metadata import write_rest
@@ -12,7 +12,8 @@ from rpq_convert.checkpoint.opening import Opened, either, open_checkpoint
 from rpq_convert.conversion.asked import check_asked, check_plan_alone
 from rpq_convert.conversion.jobs import run_jobs
 from rpq_convert.conversion.memory import Progress, convert_calibrated, parameters_of
-from rpq_convert.conversion.plans import plan_opened
+from rpq_convert.conversion.plans import ConversionKeywords, plan_opened
+from rpq_convert.core.keywords import keywords
 from rpq_convert.core.options import take
 from rpq_convert.core.results import Encoded
 from rpq_convert.core.spec import dtype_name
@@ -27,6 +28,7 @@ from rpq_convert.storage.room import check_free
 from rpq_convert.storage.writer import Folder
 
 
+@keywords(PlanOptions, SourceOptions)
 def convert_checkpoint(
     src: str | Path,
     out: str | Path,
@@ -38,7 +40,7 @@ def convert_checkpoint(
     plan: Plan | None = None,
     calibration: Calibration | None = None,
     tokenizer: Any = None,
-    **options: Any,
+    **options: Unpack[ConversionKeywords],
 ) -> Report:
     """Convert a checkpoint tensor by tensor, whatever its size, into a folder.
 

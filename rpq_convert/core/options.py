@@ -7,11 +7,14 @@ values once (`take`); the command line makes its options from the same fields (c
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field, fields
 from typing import Any
 
 ALWAYS, IF_SET, NEVER = "always", "if set", "never"  # whether a plan's record holds a setting
+DTYPES = ("float32", "float16", "bfloat16")  # of models, by their names in torch
+STORED_DTYPES = (*DTYPES, "float64")  # of scales and outliers
+CODEBOOK_DTYPES = (*STORED_DTYPES, "float8_e4m3fn")
 
 
 def setting(
@@ -30,10 +33,12 @@ def setting(
     return field(default=default, metadata={"help": help, "least": least, "most": most, "record": record, **shown})
 
 
-def check_ranges(options: Any, error: type[Exception]) -> None:
-    """Raise `error` for a number that is outside the range of its field."""
+def check_values(options: Any, error: type[Exception]) -> None:
+    """Raise `error` for a number that is outside the range of its field, and for a text that is none of its choices."""
     for f in fields(options):
         value, least, most = getattr(options, f.name), f.metadata["least"], f.metadata["most"]
+        if (choices := f.metadata.get("choices")) and value is not None and not callable(value):
+            one_of(f.name, value, choices, error)
         if (least is None and most is None) or value is None:
             continue
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -42,17 +47,34 @@ def check_ranges(options: Any, error: type[Exception]) -> None:
             raise error(f"{f.name} must be a number {reach}, not {value!r}")
 
 
-def take(given: Mapping[str, Any], *kinds: type) -> list[Any]:
+def near(name: Any, known: Iterable[str]) -> str:
+    """Return the question that names what was probably meant, to end a message with; empty where nothing is near."""
+    found = difflib.get_close_matches(str(name), sorted(known), 1, 0.54)  # fp16 is near to float16
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def one_of(name: str, value: Any, choices: Sequence[str], error: type[Exception]) -> None:
+    """Raise `error` for a value that is none of the choices; it lists them, and names the nearest."""
+    if value not in choices:
+        listed = f"{', '.join(choices[:-1])} or {choices[-1]}"
+        raise error(f"{name} must be {listed}, not {value!r}{near(value, choices)}")
+
+
+def dtype_text(value: Any) -> Any:
+    """Return the name of a torch dtype, given as it is or as text such as `float16` or `torch.float16`; None for None."""
+    return None if value is None else str(value).removeprefix("torch.")
+
+
+def take(given: Mapping[str, object], *kinds: type[Any]) -> list[Any]:
     """Return one object of each kind, made of the keyword arguments that are its fields.
 
     Raises:
         TypeError: an argument that is a field of none; it names the nearest one.
     """
     known = [{f.name for f in fields(kind)} for kind in kinds]
-    for name in given:
-        if not any(name in names for names in known):
-            near = difflib.get_close_matches(name, set().union(*known), 1)
-            raise TypeError(f"unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    every = set().union(*known)
+    if unknown := [name for name in given if name not in every]:
+        raise TypeError(f"unknown option {unknown[0]!r}{near(unknown[0], every)}")
     return [kind(**{k: v for k, v in given.items() if k in names}) for kind, names in zip(kinds, known)]
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from rpq_convert.report.quality import UNITS
+
 # What a fit measures: fields of Encoded, of a report's rows and of the facts that pieces and layers keep.
 MEASURED = ("error", "dead", "seconds", "inputs", "worst", "output_error", "worst_output")
 
@@ -61,9 +63,6 @@ class Encoded:
     def measured(self) -> dict[str, Any]:
         """What the fit measured, by name."""
         return {name: getattr(self, name) for name in MEASURED}
-
-
-UNITS = {"language model": "tokens", "outputs": "outputs", "sentence pairs": "pairs"}
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from rpq_convert.core import rans
+from rpq_convert.core import options, rans
 from rpq_convert.core.axes import WeightView, check_axis
 
 CODEWORDS = 256  # a code is one byte
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
-CODEBOOK_DTYPES = {**DTYPES, "float8_e4m3fn": torch.float8_e4m3fn}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in options.STORED_DTYPES}
+CODEBOOK_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in options.CODEBOOK_DTYPES}
 LAYOUTS = ("blocks", "rows")
 STORAGES = ("bytes", "rans")
 ROTATIONS = (0, *(2**k for k in range(3, 13)))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rpq_convert.core.keywords import keywords
 from rpq_convert.core.results import Evaluation
 from rpq_convert.errors import EvaluateError
 from rpq_convert.evaluation.outputs import Comparison
@@ -24,6 +25,7 @@ from rpq_convert.running.state import kept
 Progress = Callable[[int], None]
 
 
+@keywords()
 @torch.inference_mode()
 def evaluate(
     base: nn.Module,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rpq_convert.core.keywords import keywords
 from rpq_convert.errors import EvaluateError
 from rpq_convert.evaluation.outputs import main_output
 from rpq_convert.inputs.items import prepare
@@ -17,6 +18,7 @@ from rpq_convert.running.call import call, without_padding
 from rpq_convert.running.state import kept
 
 
+@keywords()
 @torch.inference_mode()
 def layer_errors(base: nn.Module, model: nn.Module, data: Any) -> dict[str, float]:
     """Return, for every converted layer, the relative squared error of its output on the inputs that the base gives it.

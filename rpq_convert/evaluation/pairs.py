@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from rpq_convert.errors import EvaluateError
 from rpq_convert.evaluation.pooling import Pooled
 from rpq_convert.inputs.files import tokenized, tokenizer_of
 from rpq_convert.inputs.tables import scored_pairs
+from rpq_convert.running.progress import Progress, counted
 from rpq_convert.running.state import kept
 
 
@@ -29,16 +29,9 @@ def _ranks(values: Tensor) -> Tensor:
     return (last - (counts - 1) / 2)[place]
 
 
-Say = Callable[[str], None]
-
-
-def progress_lines(say: Say | None, what: str, total: int) -> Callable[[int], None] | None:
-    return None if say is None else lambda done: say(f"{done} of {max(1, total)} {what}")
-
-
 @torch.inference_mode()
 def evaluate_pairs(
-    dense: Any, converted: Any, base: str | Path, file: Path, window: int, limit: int | None, say: Say | None
+    dense: Any, converted: Any, base: str | Path, file: Path, window: int, limit: int | None, progress: Progress | None
 ) -> tuple[Evaluation, list[Any]]:
     """Rank scored pairs by both models: by the cosine of two embeddings, pooled as the base's folder says, or by a cross-encoder.
 
@@ -57,7 +50,7 @@ def evaluate_pairs(
     batches = [dict(batch) for batch in tokenized(words, texts, window)]
     models = [m if crosses else Pooled(m, base) for m in (dense, converted)]
     found: tuple[list[Tensor], list[Tensor]] = ([], [])
-    told = progress_lines(say, "batches", len(batches))
+    told = counted(progress, "batches", len(batches))
     with kept(dense, converted):
         for done, batch in enumerate(batches, 1):
             for parts, model in zip(found, models):

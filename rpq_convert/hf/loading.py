@@ -36,7 +36,7 @@ def load_config(folder: str | Path) -> Any:
         hint = (
             "it needs code from the checkpoint, which is never run" if "auto_map" in raw else "unknown to transformers"
         )
-        raise SourceError(f"{path}: model type {kind!r}: {hint}; for your own model give factory=package:callable")
+        raise SourceError(f"{path}: model type {kind!r}: {hint}; for your own model give factory='package:callable'")
     if named := _code_named(raw):
         raise SourceError(f"{path}: {named} is code of a repository, which is never run; remove it from the file")
     try:
@@ -65,7 +65,7 @@ def model_class(config: Any) -> Any:
                 return found
         raise SourceError(
             f"transformers {transformers.__version__} has no model class {name!r}; register your own "
-            "(AutoModel.register), or give factory=package:callable"
+            "(AutoModel.register), or give factory='package:callable'"
         )
     try:
         found = transformers.MODEL_MAPPING[type(config)]

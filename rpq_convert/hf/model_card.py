@@ -17,6 +17,7 @@ from typing import Any
 
 from rpq_convert.hf.hub import Repository
 from rpq_convert.report.schema import Report
+from rpq_convert.report.verdict import POOR, RUINED, verdict
 from rpq_convert.showing import markdown_text, printable
 from rpq_convert.storage.records import CARD
 from rpq_convert.version import __version__
@@ -172,7 +173,10 @@ def with_quality(card: str, report: Report) -> str:
         for name, value in e["metrics"].items()
     ]
     table = ["| measured on | what | metric | value |", "|---|---|---|---:|", *rows]
-    section = "\n".join([QUALITY, "", *table])
+    judged = verdict(report)
+    bad = "**Warning**: " if judged is not None and judged.level in (POOR, RUINED) else ""
+    said = [] if judged is None else [f"> {bad}{markdown_text(str(judged))}", ""]
+    section = "\n".join([QUALITY, "", *said, *table])
     before, found, rest = card.partition(f"\n{QUALITY}\n")
     if found:
         _, heading, after = rest.partition("\n## ")

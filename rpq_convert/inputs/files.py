@@ -22,6 +22,7 @@ from rpq_convert.storage.files import refuse_links
 from rpq_convert.storage.formats import TABLES
 
 ROWS = 16  # samples of a batch
+CALIBRATED = 128  # samples to calibrate on, where no number is given
 LABELS = "labels"  # of a file: what a classifier should say; only an evaluation reads them
 Told = Callable[[str], None]
 
@@ -32,7 +33,8 @@ def read_inputs(
     *,
     model: Any = None,
     window: int = 512,
-    samples: int | None = 128,
+    samples: int | None = CALIBRATED,
+    skip: int = 0,
     labels: bool = False,
     field: str | None = None,
     told: Told | None = None,
@@ -45,7 +47,7 @@ def read_inputs(
             .safetensors file of named arguments, samples along the first axis.
         src: the checkpoint whose tokenizer or image processor reads it; tensors need neither.
         model: its transformers model, perhaps on meta, which says how it takes a text.
-        window, samples: tokens of one sample of text, and at most so many samples.
+        window, samples, skip: tokens of one sample of text, and at most so many samples, after those that are skipped.
         labels: keep tensors of that name.
         field: the column of texts in a table.
         told: called with a sentence about what was read.
@@ -54,16 +56,16 @@ def read_inputs(
     Raises:
         SourceError: a file that cannot be read, or a checkpoint that has no tokenizer or processor. CalibrationError: nothing in it.
     """
-    found = find_data(file, field)
+    found, part = find_data(file, field), slice(skip, None if samples is None else skip + samples)
     if found.kind == "tensors":
-        batches, what = _tensors(found.files[0], samples, labels)
+        batches, what = _tensors(found.files[0], part, labels)
     elif found.kind == "pictures":
-        batches, what = _pictures(src, found.files[:samples], **where), f"{len(found.files[:samples])} pictures"
+        batches, what = _pictures(src, found.files[part], **where), f"{len(found.files[part])} pictures"
     else:
         refuse_without_config(src, model)
         words = tokenizer_of(src, **where)
         text, what = words_of(found, words, field)
-        batches = text_inputs(src, text, model, words, window=window, samples=samples)
+        batches = _text_inputs(text, model, words, window, part)
     if told is not None:
         told(f"read {what} of {found.where}")
     return batches
@@ -132,12 +134,12 @@ def refuse_without_config(src: str | Path, model: Any) -> None:
         )
 
 
-def _tensors(path: Path, samples: int | None, labels: bool) -> tuple[list[Any], str]:
+def _tensors(path: Path, part: slice, labels: bool) -> tuple[list[Any], str]:
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as e:
         raise SourceError(f"{path} is not a safetensors file: {e}") from None
-    tensors = {k: t[:samples] for k, t in tensors.items() if t.ndim and (labels or k != LABELS)}
+    tensors = {k: t[part] for k, t in tensors.items() if t.ndim and (labels or k != LABELS)}
     sizes = {k: len(t) for k, t in tensors.items()}
     if not sizes or min(sizes.values()) == 0:
         raise CalibrationError(f"{path} holds no samples; name its tensors after the arguments of the model's forward")
@@ -166,23 +168,20 @@ def _pictures(src: str | Path, files: Sequence[Path], **where: Any) -> list[Any]
     return batches
 
 
-def text_inputs(
-    src: str | Path, text: str, model: Any, words: Any, *, window: int = 512, samples: int | None = 128
-) -> list[Any]:
-    """Return a text as inputs to calibrate a transformers checkpoint on, by its tokenizer.
+def _text_inputs(text: str, model: Any, words: Any, window: int, part: slice) -> list[Any]:
+    """Return a part of a text as inputs to run a transformers checkpoint on, by its tokenizer.
 
     Args:
-        src, model: as for `read_inputs`. words: the tokenizer.
         window: tokens of one sample, or what the text or the model's positions allow.
-        samples: at most so many: windows of the text for a causal language model, lines for any other.
+        part: which samples: windows of the text for a causal language model, lines for any other.
 
     Raises:
-        SourceError: no tokenizer. CalibrationError: no text.
+        CalibrationError: no text.
     """
     window = min(window, getattr(model.config.get_text_config(), "max_position_embeddings", None) or window)
     if not model.can_generate() or model.config.is_encoder_decoder:
         lines = sorted(
-            [line for line in text.splitlines() if line.strip()][:samples], key=len
+            [line for line in text.splitlines() if line.strip()][part], key=len
         )  # so that few are padded much
         batches = [dict(batch) for batch in tokenized(words, lines, window)]
         if model.config.is_encoder_decoder:
@@ -190,7 +189,7 @@ def text_inputs(
     else:
         ids = words(text, return_tensors="pt", add_special_tokens=False).input_ids[0]
         window = max(1, min(window, len(ids)))
-        rows = ids[: len(ids) // window * window].view(-1, window)[:samples]
+        rows = ids[: len(ids) // window * window].view(-1, window)[part]
         batches = [{"input_ids": part} for part in rows.split(4) if len(part)]
     if not batches:
         raise CalibrationError("the text is empty")

@@ -82,7 +82,7 @@ def find_data(where: str | Path, field: str | None = None) -> Found:
         raise SourceError(f"{text} does not exist{did_you_mean(path)}")
     tables = [p for p in found.files if found.kind == "texts" and kind_of(p) in TABLES]
     if field is not None and not tables:
-        raise SourceError(f"{text} is no table, so it has no column {field!r}; leave out --text-field")
+        raise SourceError(f"{text} is no table, so it has no column {field!r}; leave out field={field!r}")
     if tables:
         check_head(tables[0], field)
     return found

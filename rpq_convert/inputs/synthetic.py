@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rpq_convert.core.keywords import keywords
 from rpq_convert.errors import CalibrationError
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.running.modes import quiet
@@ -25,6 +26,7 @@ PICTURES = 8  # to measure sensitivities on
 Shape = tuple[int, int, int]  # channels, height and width of a picture
 
 
+@keywords()
 def own_inputs(
     model: Any, *, samples: int = 64, window: int = 128, batch: int = 64, seed: int = 0, shape: Shape | None = None
 ) -> list[Any]:
@@ -105,6 +107,16 @@ def _kind(model: Any, shape: Shape | None = None) -> str | Shape | None:
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         return shape or (getattr(config, "num_channels", 3), height, width)
     return shape
+
+
+def has_own_inputs(model: Any) -> bool:
+    """Return whether synthetic inputs of a model can be made."""
+    return _kind(model) is not None
+
+
+def writes_text(model: Any) -> bool:
+    """Return whether a model is a causal language model, which writes its own text."""
+    return _kind(model) == "text"
 
 
 def _vocabulary(model: Any) -> int:

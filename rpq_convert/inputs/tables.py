@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rpq_convert.errors import SourceError
+from rpq_convert.storage.formats import TABLES
 
 FIELDS = ("text", "content", "sentence", "document", "messages", "conversation", "conversations", "chat")
 CHATS = FIELDS[4:]
@@ -110,6 +111,16 @@ def check_head(path: Path, field: str | None = None) -> None:
     rows = _rows_of_text(path, text)
     if first := next(itertools.islice(rows, 1), None):
         _columns(first, field, f"{path}, row 1") if not isinstance(first, str) or field else None
+
+
+def is_pairs(path: str | Path) -> bool:
+    """Return whether a file is a table of scored pairs, by its head."""
+    if not Path(path).is_file() or kind_of(Path(path)) not in TABLES:
+        return False
+    try:
+        return bool(scored_pairs(Path(path), HEAD))
+    except SourceError:
+        return False
 
 
 def scored_pairs(path: Path, limit: int = -1) -> list[tuple[str, str, float]]:
@@ -248,7 +259,7 @@ def _columns(row: Any, field: str | None, where: str) -> list[str]:
     if not names or names[0] not in row:
         have = ", ".join(map(str, row)) or "no field"
         raise SourceError(
-            f"{where} has no field {field or ' or '.join(FIELDS[:2])!r}; it has {have}; choose one with --text-field"
+            f"{where} has no field {field or ' or '.join(FIELDS[:2])!r}; it has {have}; choose one with field='NAME'"
         )
     return names
 

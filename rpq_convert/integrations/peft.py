@@ -16,6 +16,7 @@ from torch import nn
 
 from rpq_convert.checkpoint.described import plan_of
 from rpq_convert.conversion.memory import convert
+from rpq_convert.core.keywords import keywords
 from rpq_convert.layers import surgery
 from rpq_convert.layers.rollback import unchanged_on_failure
 from rpq_convert.planning.plan import Plan
@@ -27,6 +28,7 @@ TIED = "_get_module_names_tied_with_embedding"
 TOKENS = ".token_adapter"  # what it puts between an embedding and the adapter of some of its rows
 
 
+@keywords()
 def merge_adapter(model: Any, *, adapters: list[str] | None = None) -> tuple[nn.Module, Report]:
     """Merge a PEFT model's adapters into its RPQ layers and unload them.
 

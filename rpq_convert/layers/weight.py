@@ -353,7 +353,9 @@ class RPQWeight(nn.Module):
             self._non_persistent_buffers_set.add(name)  # it stays, so that the weight can be read
             for part in PACKED:
                 dtype, size = stored[part]
-                self._parameters[part] = nn.Parameter(torch.empty(size, dtype=dtype, device="meta"), requires_grad=False)
+                self._parameters[part] = nn.Parameter(
+                    torch.empty(size, dtype=dtype, device="meta"), requires_grad=False
+                )
 
     def guard(self) -> None:
         """Make guarded buffers of codes, whatever other code has put in their place.

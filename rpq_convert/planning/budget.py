@@ -11,6 +11,7 @@ of an embedding or of an output layer, whose errors reach every prediction, EMBE
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rpq_convert.core.sizes import parse_size
@@ -19,7 +20,7 @@ from rpq_convert.planning import planner
 from rpq_convert.planning.choices import SHAPES, Choices, Sensitivity, sizes_of
 from rpq_convert.planning.options import PlanOptions
 from rpq_convert.planning.plan import Plan
-from rpq_convert.planning.rules import Rule
+from rpq_convert.planning.rules import Rule, load_preset, preset_names, split_bits
 from rpq_convert.planning.slots import Slot
 from rpq_convert.report.curve import Curve
 
@@ -83,16 +84,27 @@ def sweep(
     low, high = choices.smallest.plan.file_bytes, choices.uniform[0].file_bytes
     sizes = [round(low * (high / low) ** (i / (points - 1))) for i in range(points)]
     mixed = {p.plan.file_bytes: p for size in sizes if (p := choices.within_size(max(low, size)))}
-    uniform = [(p, _named(size)) for size, p in zip(sizes_of(options), choices.uniform) if p.jobs]
+    named = _presets()
+    uniform = [
+        (p, _described(size), named.get((size.get("dim", 0), size.get("stages", 0)), ""))
+        for size, p in zip(sizes_of(options), choices.uniform)
+        if p.jobs
+    ]
     return Curve(
         tuple(choices.sample(p.plan, p.loss, "mixed") for p in mixed.values()),
-        tuple(choices.sample(p, choices.loss(p), how) for p, how in uniform),
+        tuple(replace(choices.sample(p, choices.loss(p), how), preset=preset) for p, how, preset in uniform),
         () if choices.measured else (SHAPES,),
     )
 
 
-def _named(size: Mapping[str, Any]) -> str:
+def _described(size: Mapping[str, Any]) -> str:
     if "bits" in size:
         return f"entropy-coded, {size['bits']:g} bits"
     dim, stages = size["dim"], size["stages"]
     return f"dim {dim}{f' x {stages} stages' if stages > 1 else ''}, {8 * stages / dim:.3g} bits"
+
+
+def _presets() -> dict[tuple[int, int], str]:
+    """Return (dim, stages) -> the preset that gives every parameter this layout."""
+    presets = [load_preset(name) for name in preset_names()]
+    return {split_bits(p.settings["bits"]): p.name for p in presets if "bits" in p.settings and not p.rules}

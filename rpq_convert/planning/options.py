@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from rpq_convert.core.options import ALWAYS, NEVER, check_ranges, setting
+from rpq_convert.core.options import ALWAYS, DTYPES, NEVER, check_values, dtype_text, setting
 from rpq_convert.core.options import record as recorded
 from rpq_convert.core.sizes import parse_size
 from rpq_convert.errors import PlanError
-from rpq_convert.planning.rules import Rule, as_rule, load_preset, mixes, split_bits
+from rpq_convert.planning.rules import AXES, FITS, STORAGES, Rule, as_rules, check_preset, mixes, split_bits
+
+if TYPE_CHECKING:
+    import torch
+
+Given = (
+    str | Mapping[str, Any] | Rule
+)  # a rule as people write it: "type:Embedding:bits=8", {"match": "type:Embedding", "bits": 8}
 
 SIZE, WHAT = "Size and quality", "What to convert"
 DEFAULT_PRESET = "5bit"  # the smallest within 10 % of SmolLM2-135M: docs/default-preset.md
 DEFAULT_SHARD = "5GB"
 DECIDING = ("preset", "bits", "target_size", "max_error", "codebooks", "dim")  # the sizes, one of them at a time
-FITS = ("kmeans", "additive", "ecvq", "random")  # the names of fit.FITTERS, which a plan must not import
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +37,14 @@ class PlanOptions:
     """
 
     preset: str | None = setting(
-        None, "A preset's name (see `rpq presets`) or a .toml file.", record=ALWAYS, panel=SIZE
+        None,
+        "A preset's name (`rpq presets` says what each keeps) or a .toml file; 5bit by default, 6 times smaller than float32.",
+        record=ALWAYS,
+        panel=SIZE,
     )
     bits: float | None = setting(
         None,
-        "Code bits per weight, 0.05 to 8; a value that no layout has, such as 2.5, mixes layers of several sizes.",
+        "Code bits per weight, 0.05 to 8; a value that no layout has, such as 2.5 or 5, mixes layers of several sizes (preset 5bit is 5.34).",
         record=ALWAYS, panel=SIZE,
     )  # fmt: skip
     target_size: str | int | None = setting(
@@ -60,7 +69,7 @@ class PlanOptions:
         record=ALWAYS, metavar="heads|N", panel=SIZE,
     )  # fmt: skip
     axis: Literal["out", "in"] | None = setting(
-        None, "Axis that sub-vectors run along, where both are possible.", record=ALWAYS, panel=SIZE
+        None, "Axis that sub-vectors run along, where both are possible.", choices=AXES, record=ALWAYS, panel=SIZE
     )
     fit: str | None = setting(None, "How codebooks are found.", choices=FITS, record=ALWAYS, panel=SIZE)
     seed: int = setting(0, "Decides every random number.", least=0, record=ALWAYS, panel=SIZE)
@@ -83,12 +92,16 @@ class PlanOptions:
     storage: str | None = setting(
         None,
         "How files hold codes: one byte each, or entropy-coded (rans): the best quality for a file's bytes, at 8 bits in memory.",
-        choices=("bytes", "rans"),
+        choices=STORAGES,
         panel=SIZE,
     )
     grow: bool = setting(False, "Convert layers that would grow as well.", record=ALWAYS, panel=SIZE)
     dtype: Literal["float32", "float16", "bfloat16"] | None = setting(
-        None, "Dtype of what stays dense and of decoded weights; as stored by default.", record=ALWAYS, panel=SIZE
+        None,
+        "Dtype of what stays dense and of decoded weights; as stored by default.",
+        choices=DTYPES,
+        record=ALWAYS,
+        panel=SIZE,
     )
     include: tuple[str, ...] = setting(
         (), "Convert only these; repeatable.", record=ALWAYS, metavar="PATTERN", panel=WHAT
@@ -104,24 +117,21 @@ class PlanOptions:
     max_shard_size: str | int = setting(DEFAULT_SHARD, "Largest weight file.", record=NEVER, metavar="SIZE", panel=SIZE)
 
     def __post_init__(self) -> None:
-        rules: Iterable[Rule | Mapping[str, Any]] = self.rules
-        object.__setattr__(self, "rules", tuple(as_rule(r) for r in rules))
+        object.__setattr__(self, "rules", as_rules(self.rules))
         for name in ("include", "exclude"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        check_ranges(self, PlanError)
+            given: str | Iterable[str] = getattr(self, name)
+            object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
+        object.__setattr__(self, "dtype", dtype_text(self.dtype))
+        check_values(self, PlanError)
+        if self.preset is not None:
+            check_preset(self.preset)
         self._check_sizes()
-        if self.fit is not None and self.fit not in FITS:
-            raise PlanError(f"fit must be {', '.join(FITS[:-1])} or {FITS[-1]}, not {self.fit!r}")
-        if self.storage not in (None, "bytes", "rans"):
-            raise PlanError(f"storage must be 'bytes' or 'rans', not {self.storage!r}")
         if self.storage is not None and self.fit is not None and (self.storage == "rans") != (self.fit == "ecvq"):
             raise PlanError(
                 f"fit={self.fit!r} and storage={self.storage!r} exclude each other: ecvq is the fit for rans"
             )
         if self.coded and (self.dim is not None or self.codebooks is not None):
             raise PlanError("entropy-coded weights take bits, a preset or a target_size, not dim or codebooks")
-        if self.axis not in (None, "out", "in"):
-            raise PlanError(f"axis must be 'out' or 'in', not {self.axis!r}")
         if isinstance(self.sensitivity, str) and self.sensitivity != "shape":
             raise PlanError(f"sensitivity must be 'shape' or a mapping from names to numbers, not {self.sensitivity!r}")
         if self.sensitivity is not None and not self.budgets.keys() - {"max_error"}:
@@ -151,8 +161,6 @@ class PlanOptions:
             raise PlanError("stages needs dim: together they are the bits per weight")
         if self.bits is not None:
             split_bits(self.bits)
-        if self.preset is not None:
-            load_preset(self.preset)
         for size in (self.target_size, self.max_shard_size):
             if size is not None:
                 parse_size(size)
@@ -162,9 +170,40 @@ class PlanOptions:
             except (ValueError, TypeError):
                 raise PlanError(f"codebooks must be 'heads' or a number, not {self.codebooks!r}") from None
 
+    def as_json(self, name: str) -> Any:
+        """Return the value of a field as a JSON value that means the same when it is given again."""
+        value = getattr(self, name)
+        if name == "rules":
+            return [{"match": rule.match, **rule.settings} for rule in self.rules]
+        return list(value) if isinstance(value, tuple) else value
+
     def record(self) -> dict[str, Any]:
         """Return what was asked, for plans and reports, as JSON values."""
-        found = recorded(self) | {"rules": [{"match": r.match, **r.settings} for r in self.rules]}
+        found = recorded(self) | {"rules": self.as_json("rules")}
         if all(found[k] is None for k in ("preset", "bits", "dim", "codebooks")):
             found["preset"] = DEFAULT_PRESET
         return found
+
+
+class PlanKeywords(TypedDict, total=False):
+    """What callers may give for the fields of `PlanOptions`, for type checkers."""
+
+    preset: str | None
+    bits: float | None
+    target_size: str | int | None
+    max_error: float | None
+    sensitivity: str | Mapping[str, Any] | None
+    dim: int | None
+    codebooks: str | int | None
+    axis: Literal["out", "in"] | None
+    fit: str | None
+    seed: int
+    stages: int | None
+    rotation: int | None
+    outliers: float | None
+    grow: bool
+    dtype: str | torch.dtype | None
+    include: str | Iterable[str]
+    exclude: str | Iterable[str]
+    rules: Given | Iterable[Given]
+    max_shard_size: str | int

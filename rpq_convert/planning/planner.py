@@ -20,7 +20,7 @@ from rpq_convert.core.rotation import fitting
 from rpq_convert.core.sizes import parse_size
 from rpq_convert.core.spec import Spec, dtype_name, dtype_of
 from rpq_convert.errors import PlanError
-from rpq_convert.planning.options import DEFAULT_PRESET, FITS, PlanOptions
+from rpq_convert.planning.options import DEFAULT_PRESET, PlanOptions
 from rpq_convert.planning.plan import Job, Plan, Skip
 from rpq_convert.planning.rules import SETTINGS, SIZES, Rule, Settings, load_preset, overlay, settings_for, split_bits
 from rpq_convert.planning.slots import Slot
@@ -268,8 +268,6 @@ def job_of(
     fit = "ecvq" if spec.rate is not None else settings.fit or "kmeans"
     if fit == "ecvq" and spec.rate is None:
         fit = "kmeans"
-    if fit not in FITS:
-        raise PlanError(f"{slot.name}: fit must be {', '.join(FITS[:-1])} or {FITS[-1]}, not {fit!r}")
     if fit == "kmeans" and spec.stages > 1:
         fit = "additive"
     if fit == "random":  # no weight is larger than the others
@@ -327,6 +325,6 @@ def _coarse(plan: Plan) -> list[str]:
         return []
     return [
         f"{bits:.2g} code bits per weight keep little of pretrained weights (expected relative squared error {error:.2f} "
-        f"of 1): this size suits random codebooks and training (--fit random). To keep a pretrained model usable, use "
-        f"--preset {DEFAULT_PRESET}."
+        f"of 1): this size suits random codebooks and training (fit='random'). To keep a pretrained model usable, use "
+        f"preset={DEFAULT_PRESET!r}."
     ]

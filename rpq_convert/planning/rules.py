@@ -17,6 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rpq_convert.core.options import CODEBOOK_DTYPES, STORED_DTYPES, dtype_text, near, one_of
 from rpq_convert.errors import PlanError
 from rpq_convert.schemas import kinds
 from rpq_convert.schemas.checking import check, read_text
@@ -43,6 +44,17 @@ SETTINGS = {
     "view": "axis names of a raw parameter, e.g. 'expert out in'",
 }
 
+AXES = ("out", "in")
+STORAGES = ("bytes", "rans")
+FITS = ("kmeans", "additive", "ecvq", "random")  # the names of fit.FITTERS, which a plan must not import
+CHOICES = {
+    "axis": AXES,
+    "fit": FITS,
+    "storage": STORAGES,
+    "codebook_dtype": CODEBOOK_DTYPES,
+    "scales": (*STORED_DTYPES, "none"),
+}
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -56,9 +68,7 @@ class Rule:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.settings) - set(SETTINGS))
-        if unknown:
-            raise PlanError(f"rule {self.match!r} sets {', '.join(unknown)}; known settings: {', '.join(SETTINGS)}")
+        object.__setattr__(self, "settings", _checked(self.settings, f"rule {self.match!r}"))
         for key in ("skip", "grow"):
             if not isinstance(self.settings.get(key, False), bool):
                 raise PlanError(f"rule {self.match!r}: {key} must be true or false, not {self.settings[key]!r}")
@@ -80,6 +90,21 @@ class Rule:
         return self.match in names
 
 
+def _checked(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return settings with dtypes as text; refuse one that is unknown, or a word that is none of its choices."""
+    unknown = sorted(set(settings) - set(SETTINGS))
+    if unknown:
+        raise PlanError(
+            f"{where} sets {', '.join(unknown)}{near(unknown[0], SETTINGS)}; known settings: {', '.join(SETTINGS)}"
+        )
+    named = {k: dtype_text(v) for k, v in settings.items() if k in ("codebook_dtype", "scales")}
+    checked = {**settings, **named}
+    for name, choices in CHOICES.items():
+        if checked.get(name) is not None:
+            one_of(f"{where}: {name}", checked[name], choices, PlanError)
+    return checked
+
+
 @dataclass(frozen=True)
 class Preset:
     name: str
@@ -88,14 +113,60 @@ class Preset:
     rules: tuple[Rule, ...] = ()
 
 
-def as_rule(rule: Rule | Mapping[str, Any]) -> Rule:
-    """Accept a Rule or a mapping with `match` and settings."""
+def as_rules(given: Any) -> tuple[Rule, ...]:
+    """Return rules as people give them: one or several, each as `as_rule` takes it; or patterns and their settings in one mapping."""
+    if isinstance(given, (str, Rule)) or (isinstance(given, Mapping) and "match" in given):
+        return (as_rule(given),)
+    if isinstance(given, Mapping):
+        if plain := [p for p, settings in given.items() if not isinstance(settings, Mapping)]:
+            raise PlanError(
+                f"rules {dict(given)!r}: give {plain[0]!r} settings, such as {{'bits': 8}}, or the rule a 'match'"
+            )
+        return tuple(Rule(pattern, settings) for pattern, settings in given.items())
+    return tuple(as_rule(rule) for rule in given)
+
+
+def as_rule(rule: Rule | Mapping[str, Any] | str) -> Rule:
+    """Accept a Rule, a mapping with `match` and settings, or their text, `PATTERN:key=value,key=value`."""
     if isinstance(rule, Rule):
         return rule
-    rest = dict(rule)
+    rest = parse_rule(rule) if isinstance(rule, str) else dict(rule)
     if "match" not in rest:
-        raise PlanError(f"rule {dict(rule)!r} has no 'match'")
+        raise PlanError(f"rule {dict(rest)!r} has no 'match'")
     return Rule(rest.pop("match"), rest)
+
+
+def parse_rule(text: str) -> dict[str, Any]:
+    """Turn `PATTERN:key=value,key=value` into a rule. The last colon divides, so `type:Linear:bits=4` is meant well.
+
+    Raises:
+        PlanError: it is not written so.
+    """
+    pattern, colon, settings = text.rpartition(":")
+    if not colon or not pattern or not settings:
+        raise PlanError(f"rule {text!r} is not PATTERN:key=value,key=value")
+    rule: dict[str, Any] = {"match": pattern}
+    for item in settings.split(","):
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not equals and key in ("skip", "grow"):
+            value = "true"
+        elif not equals or not key or not value:
+            raise PlanError(f"rule {text!r}: {item!r} is not key=value")
+        if key == "match":
+            raise PlanError(f"rule {text!r} sets match; the pattern goes before the colon")
+        rule[key] = _value(value)
+    return rule
+
+
+def _value(text: str) -> bool | int | float | str:
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def preset_names() -> list[str]:
@@ -103,20 +174,29 @@ def preset_names() -> list[str]:
     return sorted(f.name.removesuffix(".toml") for f in files if f.name.endswith(".toml"))
 
 
-def load_preset(name: str) -> Preset:
-    """Read a preset by its name in `configs/`, or a TOML file by its path."""
+def check_preset(name: Any) -> Any:
+    """Return the file of a preset, given by its name in `configs/` or by its path.
+
+    Raises:
+        PlanError: there is none; it lists those that there are.
+    """
     if not isinstance(name, str):
         raise PlanError(f"preset must be a name or the path of a .toml file, not {name!r}")
     if name.endswith(".toml"):
-        path: Any = Path(name)
-        if not path.is_file():
+        if not Path(name).is_file():
             raise PlanError(f"preset file {name} does not exist")
-    elif name in preset_names():
-        path = resources.files("rpq_convert.configs") / f"{name}.toml"
-    else:
+        return Path(name)
+    known = preset_names()
+    if name not in known:
         raise PlanError(
-            f"unknown preset {name!r}; presets: {', '.join(preset_names())}, or the path of a .toml file{_or_file(name)}"
+            f"unknown preset {name!r}{near(name, known)}; presets: {', '.join(known)}, or the path of a .toml file{_or_file(name)}"
         )
+    return resources.files("rpq_convert.configs") / f"{name}.toml"
+
+
+def load_preset(name: str) -> Preset:
+    """Read a preset by its name in `configs/`, or a TOML file by its path."""
+    path = check_preset(name)
     try:
         data = tomllib.loads(read_text(path, kinds.PRESET, PlanError))
     except (tomllib.TOMLDecodeError, RecursionError) as e:

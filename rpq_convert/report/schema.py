@@ -186,8 +186,22 @@ class Report:
 
     @property
     def all_warnings(self) -> tuple[str, ...]:
-        """The plan's warnings, and those that follow from the rows: outputs that were lost, many parameters left dense."""
+        """The plan's warnings, and those that follow: a bad verdict, outputs that were lost, many parameters left dense."""
+        return (*self._judged(), *self.plain_warnings)
+
+    @property
+    def plain_warnings(self) -> tuple[str, ...]:
+        """All warnings but the verdict, for views that show it by itself."""
         return (*self.warnings, *self._lost(), *self._left_dense())
+
+    def _judged(self) -> tuple[str, ...]:
+        from rpq_convert.report.verdict import POOR, RUINED, verdict
+
+        found = verdict(self)
+        if found is None or found.level not in (POOR, RUINED):
+            return ()
+        what = "this model has lost what it knew" if found.level == RUINED else "this model has lost much"
+        return (f"{what}: {found.sentence}; {found.advice}",)
 
     def _lost(self) -> tuple[str, ...]:
         lost = [r.name for r in self.rows if r.worst is not None and r.worst >= LOST]
@@ -276,9 +290,9 @@ class Report:
         return self.to_terminal()
 
     def _repr_html_(self) -> str:
-        from rpq_convert.report.html import fragment
+        from rpq_convert.report.html import card
 
-        return fragment(self)
+        return card(self)
 
 
 def read_report(path: str | Path) -> Report:

@@ -1,4 +1,4 @@
-"""The report as text: a terminal table of grouped rows, Markdown, CSV, and the difference of two reports.
+"""The report as text: a terminal table of grouped rows, Markdown, CSV.
 
 Layers that repeat (same type, shape, spec and decision; names that differ in their numbers alone) share one line, written as
 `layers.{0…31}.fc1.weight`. Every view groups by the same function.
@@ -9,10 +9,12 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, fields
 
+from rpq_convert.report.quality import quality
 from rpq_convert.report.schema import Report, Row, largest, mean, ratio
+from rpq_convert.report.verdict import verdict
 from rpq_convert.showing import csv_cell, markdown_code, markdown_text, printable
 
 
@@ -37,12 +39,17 @@ class Group:
 
 
 def group(rows: Iterable[Row]) -> list[Group]:
-    """Group rows by pattern, in the order of their first members."""
-    found: dict[tuple[object, ...], list[Row]] = {}
+    """Group rows that are stored alike by pattern, in the order of their first members."""
+    return grouped(rows, lambda r: (r.layer, r.shape, r.dtype, r.spec, r.decision, r.reason))
+
+
+def grouped(rows: Iterable[Row], alike: Callable[[Row], Hashable]) -> list[Group]:
+    """Group rows for which `alike` gives the same and whose names differ in their numbers alone."""
+    found: dict[tuple[str, Hashable], list[Row]] = {}
     for r in rows:
         pattern = re.sub(r"(?<![^.])\d+(?![^.])", "#", r.name)
-        found.setdefault((pattern, r.layer, r.shape, r.dtype, r.spec, r.decision, r.reason), []).append(r)
-    return [Group(_name(str(key[0]), members), tuple(members)) for key, members in found.items()]
+        found.setdefault((pattern, alike(r)), []).append(r)
+    return [Group(_name(pattern, members), tuple(members)) for (pattern, _), members in found.items()]
 
 
 def _name(pattern: str, rows: Sequence[Row]) -> str:
@@ -80,6 +87,15 @@ def short(text: str, width: int) -> str:
 
 def number(value: float | None) -> str:
     return "" if value is None else f"{value:.2g}"
+
+
+def plain(value: object) -> str:
+    """Return an option's value as text: of a list its items, of a record its fields."""
+    if isinstance(value, dict):
+        return ", ".join(f"{k}={plain(v)}" for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return "; ".join(map(plain, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 OUTPUT, WEIGHT, EXPECTED = "output", "weight", "expected"  # what an error is of, and that it was not measured
@@ -196,17 +212,11 @@ def terminal(report: Report, width: int = 80) -> str:
         lines += ["", *_wrap(said, width)]
     for line in quality(report):
         lines += ["", *_wrap(line, width)]
+    if (judged := verdict(report)) is not None:
+        lines += ["", *_wrap(f"quality: {judged}", width)]
     for warning in report.all_warnings:
         lines += ["", *_wrap(f"warning: {warning}", width)]
     return "\n".join(map(printable, lines))
-
-
-def quality(report: Report) -> list[str]:
-    """Return what was measured of the model, a line per evaluation."""
-    return [
-        f"{e['on']} ({e['samples']:,} {e['kind']}): " + ", ".join(f"{k} {v:.4f}" for k, v in e["metrics"].items())
-        for e in report.evaluations
-    ]
 
 
 def left_out(report: Report, most: int = 20) -> list[str]:
@@ -265,38 +275,3 @@ def csv_table(report: Report) -> str:
         shown = [";".join(map(str, v)) if isinstance(v, tuple) else "" if v is None else v for v in values]
         writer.writerow([*map(csv_cell, shown), r.bytes, r.bits_per_weight, r.ratio])
     return out.getvalue()
-
-
-def _same(x: Row, y: Row) -> bool:
-    return all(getattr(x, f) == getattr(y, f) for f in ("bytes", "spec", "error", "output_error"))
-
-
-def diff(a: Report, b: Report) -> str:
-    """Return a Markdown table of what differs between two reports."""
-    left, right = {r.name: r for r in a.rows}, {r.name: r for r in b.rows}
-    lines = [
-        f"{markdown_text(a.title)}: {totals(a)}",
-        f"{markdown_text(b.title)}: {totals(b)}",
-        "",
-        "| tensor | bytes | bytes | change | output error | output error | weight error | weight error |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for name in dict.fromkeys((*left, *right)):
-        x, y = left.get(name), right.get(name)
-        if x is not None and y is not None and _same(x, y):
-            continue
-        before, after = (x.bytes if x else 0), (y.bytes if y else 0)
-        cells = [
-            markdown_code(name),
-            f"{before:,}",
-            f"{after:,}",
-            f"{after - before:+,}",
-            *(number(getattr(r, measure) if r else None) for measure in ("output_error", "error") for r in (x, y)),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines.append(
-        f"| total | {a.bytes:,} | {b.bytes:,} | {b.bytes - a.bytes:+,} | "
-        + " | ".join(number(getattr(r, measure)) for measure in ("output_error", "error") for r in (a, b))
-        + " |"
-    )
-    return "\n".join(lines)

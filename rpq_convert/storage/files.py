@@ -140,7 +140,7 @@ def module_weights(names: Collection[str], folder: Path, *, allow_pickle: bool =
         chosen = sorted(n for n in own if n.endswith((".safetensors", ".safetensors.index.json")))
         pickled = f"{place}/{PICKLE}"
         if pickled in own and not chosen and not allow_pickle:
-            raise SourceError(f"{folder / pickled} is pickled; pass --allow-pickle to read it as tensors only")
+            raise SourceError(f"{folder / pickled} is pickled; pass allow_pickle=True to read it as tensors only")
         if pickled in own and not chosen:
             found[f"{place}/{WHOLE}"] = pickled
         found |= {n: n for n in chosen}
@@ -179,7 +179,7 @@ def weight_files(
         pickled = [n for n in top if n.startswith("pytorch_model") and n.endswith(".bin")]
     if pickled and not allow_pickle:
         raise SourceError(
-            f"{where} has only pickled weights ({pickled[0]}); pass --allow-pickle to read them as tensors only, "
+            f"{where} has only pickled weights ({pickled[0]}); pass allow_pickle=True to read them as tensors only, "
             "or take a repository with safetensors"
         )
     if pickled:
@@ -213,7 +213,7 @@ def weight_paths(
     paths = [_inside(folder, n) for n in (chosen if index is None else sorted(set(index.values())))]
     if pickled := [p for p in paths if p.suffix != ".safetensors"]:
         if not allow_pickle:
-            raise SourceError(f"{pickled[0]} is not a safetensors file; a pickled one needs --allow-pickle")
+            raise SourceError(f"{pickled[0]} is not a safetensors file; a pickled one needs allow_pickle=True")
         if len(pickled) < len(paths):
             raise SourceError(f"{folder}: its index names pickled files and others, such as {pickled[0].name}")
     return paths, index

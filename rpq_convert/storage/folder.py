@@ -29,7 +29,7 @@ def open_folder(
         if folder.suffix == ".safetensors":
             return SafetensorsSource([read_header(folder)])
         if not allow_pickle:
-            raise SourceError(f"{folder} is not a safetensors file; a pickled one needs --allow-pickle")
+            raise SourceError(f"{folder} is not a safetensors file; a pickled one needs allow_pickle=True")
         return PickleSource([folder], key)
     paths, index = weight_paths(folder, allow_pickle=allow_pickle, named=named)
     if any(p.suffix != ".safetensors" for p in paths):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from rpq_convert.core.options import setting
 from rpq_convert.errors import SourceError
@@ -48,4 +48,20 @@ class SourceOptions(HubOptions):
 
     def __post_init__(self) -> None:
         if self.state_dict is not None and not self.allow_pickle:
-            raise SourceError("state_dict chooses among those of a pickled file, which needs --allow-pickle as well")
+            raise SourceError("state_dict chooses among those of a pickled file, which needs allow_pickle=True as well")
+
+
+class HubKeywords(TypedDict, total=False):
+    """What callers may give for the fields of `HubOptions`, for type checkers."""
+
+    revision: str | None
+    token: str | bool | None
+    local_files_only: bool
+
+
+class SourceKeywords(HubKeywords, total=False):
+    """What callers may give for the fields of `SourceOptions`, for type checkers."""
+
+    factory: str | Callable[[], Any] | None
+    state_dict: str | None
+    allow_pickle: bool

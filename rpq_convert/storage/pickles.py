@@ -101,7 +101,7 @@ def _state_dict(loaded: Any, path: Path, key: str | None) -> Mapping[str, Any]:
         some = ", ".join(map(str, list(loaded)[:5]))
         raise SourceError(f"{path} holds no state dict; its keys are {some or 'none'}")
     if len(found) > 1:
-        raise SourceError(f"{path} holds several state dicts: {', '.join(names)}; choose one with --state-dict KEY")
+        raise SourceError(f"{path} holds several state dicts: {', '.join(names)}; choose one with state_dict='KEY'")
     return next(iter(found.values()))
 
 

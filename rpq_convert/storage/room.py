@@ -20,7 +20,7 @@ def check_free(out: str | Path, *, overwrite: bool) -> None:
     if place.exists() and not place.is_dir():
         raise FolderError(f"{place} is a file; choose another folder")
     if place.exists() and not overwrite:
-        raise FolderError(f"{place} already exists; choose another folder or pass --overwrite")
+        raise FolderError(f"{place} already exists; choose another folder or pass overwrite=True")
     _check_writable(place)
 
 

@@ -154,7 +154,7 @@ def _check_file(path: Path, options: SourceOptions) -> None:
     if path.suffix == ".safetensors":
         read_entries(path)
     elif not options.allow_pickle:
-        raise SourceError(f"{path} is not a safetensors file; a pickled one needs --allow-pickle")
+        raise SourceError(f"{path} is not a safetensors file; a pickled one needs allow_pickle=True")
 
 
 def _check_folder(path: Path, options: SourceOptions, weights: bool) -> None:

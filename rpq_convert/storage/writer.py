@@ -69,7 +69,7 @@ class Folder:
             if not (same and fresh) and not overwrite:
                 self._check_records(stored)
                 what = "of a source that has changed since" if same else f"with other settings{self._others(stored)}"
-                raise FolderError(f"{self.work} holds an unfinished run {what}; delete it, or pass --overwrite")
+                raise FolderError(f"{self.work} holds an unfinished run {what}; delete it, or pass overwrite=True")
             if not (same and fresh):
                 shutil.rmtree(self.work)
         check_room(self.out, bytes_to_write(self.out, plan))
@@ -101,7 +101,7 @@ class Folder:
 
     def _check_records(self, stored: Path) -> None:
         """Refuse an unfinished run whose records are damaged, before it is said to be of another plan or source."""
-        hint = "; delete the folder, or pass --overwrite"
+        hint = "; delete the folder, or pass overwrite=True"
         if stored.is_file():
             read_json(stored, kinds.PLAN, FolderError, hint)
         if self.origin.is_file() and self.origin.stat().st_size:  # empty: a model in memory

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
+from rpq_convert.core.keywords import keywords
 from rpq_convert.core.options import take
 from rpq_convert.encoding.measure import remeasure
 from rpq_convert.errors import TuneError
@@ -15,12 +16,20 @@ from rpq_convert.inputs.items import prepare
 from rpq_convert.layers import surgery
 from rpq_convert.running.blocks import Arrival, arrivals, chains, runs_of
 from rpq_convert.running.modes import quiet
-from rpq_convert.tuning.options import TuneOptions
+from rpq_convert.running.progress import Progress
+from rpq_convert.tuning.options import BlockKeywords, TuneOptions
 from rpq_convert.tuning.tune import Tuning, tune_with
 
 
+@keywords(TuneOptions, without=("loss",))
 def tune_blocks(
-    model: nn.Module, base: nn.Module, data: Iterable[Any], *, steps: int = 50, seed: int = 0, **options: Any
+    model: nn.Module,
+    base: nn.Module,
+    data: Iterable[Any],
+    *,
+    steps: int = 50,
+    seed: int = 0,
+    **options: Unpack[BlockKeywords],
 ) -> dict[str, Tuning]:
     """Tune block after block, each to give what the dense one gives: from what the tuned blocks before it give.
 
@@ -44,7 +53,9 @@ def tune_blocks(
     return tune_blocks_with(asked, model, base, prepare(data, base, "data"))
 
 
-def tune_blocks_with(options: TuneOptions, model: nn.Module, base: nn.Module, data: Iterable[Any]) -> dict[str, Tuning]:
+def tune_blocks_with(
+    options: TuneOptions, model: nn.Module, base: nn.Module, data: Iterable[Any], *, progress: Progress | None = None
+) -> dict[str, Tuning]:
     """Tune block after block by options that were made before; all else is as for `tune_blocks`."""
     items = list(data)
     if len(items) < 2:
@@ -55,6 +66,13 @@ def tune_blocks_with(options: TuneOptions, model: nn.Module, base: nn.Module, da
             known = chains(model, items[0])
         if not known:
             raise TuneError(f"{type(model).__name__} has no chain of blocks; use tune alone")
+        coded = [path for chain in known for path in chain if surgery.layers_of(model.get_submodule(path))]
+
+        def told(step: int, loss: float) -> None:
+            if progress:
+                done, total = len(found) * options.steps + step, len(coded) * options.steps
+                progress(f"block {len(found) + 1} of {len(coded)}: loss {loss:.4g}", done, total)
+
         for chain in known:
             with torch.no_grad():
                 wanted = arrivals(base, chain, runs_of(base, items, its))
@@ -62,9 +80,11 @@ def tune_blocks_with(options: TuneOptions, model: nn.Module, base: nn.Module, da
             for path in chain:
                 block, dense = model.get_submodule(path), base.get_submodule(path)
                 _advance(wanted, path, dense, its)
-                if surgery.layers_of(block):
+                if path in coded:
                     numbers = [(torch.tensor(i),) for i in range(len(items))]
-                    found[path] = tune_with(options, _Block(block, path, samples), _Recorded(wanted), numbers)
+                    found[path] = tune_with(
+                        options, _Block(block, path, samples), _Recorded(wanted), numbers, progress=told
+                    )
                 _advance(samples, path, block, mine)
         remeasure(model, base)
     return found

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
-from rpq_convert.core.options import check_ranges, setting
+from rpq_convert.core.options import DTYPES, check_values, dtype_text, setting
 from rpq_convert.errors import TuneError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +46,8 @@ class TuneOptions:
         least=1, flag=None,
     )  # fmt: skip
     seed: int = setting(0, "Decides the order of the batches.", least=0)
-    autocast: Any = setting(
-        None, "Dtype to multiply in, such as torch.bfloat16; models of half precision need it.", flag=None
+    autocast: str | None = setting(
+        None, "Dtype to multiply in, such as bfloat16; models of half precision need it.", choices=DTYPES, flag=None
     )
     recompute: bool = setting(
         False,
@@ -59,11 +62,29 @@ class TuneOptions:
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        check_ranges(self, TuneError)
-        if isinstance(self.loss, str) and self.loss not in ("kl", "mse"):
-            raise TuneError(f"loss must be 'kl', 'mse' or a function of two outputs, not {self.loss!r}")
+        object.__setattr__(self, "autocast", dtype_text(self.autocast))
+        check_values(self, TuneError)
 
     @property
     def interval(self) -> int:
         """Steps between two evaluations."""
         return self.every or max(20, self.steps // 25)
+
+
+class BlockKeywords(TypedDict, total=False):
+    """What callers may give for the fields of `TuneOptions` that `tune_blocks` takes as they are, for type checkers."""
+
+    rate: float
+    every: int | None
+    patience: int
+    autocast: str | torch.dtype | None
+    recompute: bool
+    recode: float
+
+
+class TuneKeywords(BlockKeywords, total=False):
+    """What callers may give for the fields of `TuneOptions`, for type checkers."""
+
+    loss: str | Callable[[Any, Any], Any] | None
+    steps: int
+    seed: int

@@ -14,14 +14,16 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from rpq_convert.core.keywords import keywords
 from rpq_convert.core.options import take
+from rpq_convert.core.spec import dtype_of
 from rpq_convert.encoding.measure import remeasure
 from rpq_convert.errors import TuneError
 from rpq_convert.inputs.items import prepare
@@ -35,7 +37,7 @@ from rpq_convert.schemas.checking import check, parse_json
 from rpq_convert.storage.writer import write_tensors
 from rpq_convert.tuning.codes import EVERY, CodeUpdates
 from rpq_convert.tuning.losses import LOSSES, _main
-from rpq_convert.tuning.options import TuneOptions
+from rpq_convert.tuning.options import TuneKeywords, TuneOptions
 from rpq_convert.tuning.trained import coded_weights, stored_dtypes, trained_values, training
 
 Progress = Callable[[int, float], None]
@@ -71,6 +73,7 @@ class Tuning:
         return f"held-out loss {self.before:.4g} -> {self.after:.4g} (best of {self.steps} steps: {self.best})"
 
 
+@keywords(TuneOptions)
 def tune(
     model: nn.Module,
     base: nn.Module,
@@ -80,7 +83,7 @@ def tune(
     tokenizer: Any = None,
     checkpoint: str | Path | None = None,
     progress: Progress | None = None,
-    **options: Any,
+    **options: Unpack[TuneKeywords],
 ) -> Tuning:
     """Train a converted model's codebooks, scales, norms and biases, in place, to give what its base gives.
 
@@ -156,7 +159,9 @@ class _Run:
         self.updates = CodeUpdates(coded_weights(model), options.recode) if options.recode else None
         self.loss = LOSSES[options.loss] if isinstance(options.loss, str) else options.loss
         o = options
-        facts = [describe(batches), describe(judged), str(o.loss), o.steps, o.rate, o.interval, o.seed, str(o.autocast)]
+        self.autocast = None if o.autocast is None else dtype_of(o.autocast)
+        facts = [describe(batches), describe(judged), str(o.loss), o.steps, o.rate, o.interval, o.seed]
+        facts += [str(self.autocast)]
         facts += [o.recode, BACK, o.patience]
         shapes = {name: [str(p.dtype), *p.shape] for name, p in self.values.items()}
         begins = {**self.values, **(self.updates.codes if self.updates else {})}
@@ -224,7 +229,7 @@ class _Run:
         device = next(iter(self.values.values())).device.type
         for restore in self.restore:  # recurrent state would hold on to the graph of the step before
             restore()
-        with torch.autocast(device, self.options.autocast or torch.bfloat16, enabled=self.options.autocast is not None):
+        with torch.autocast(device, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
             with torch.no_grad():
                 wanted = call(self.base, item)
             output = call(self.model, item)

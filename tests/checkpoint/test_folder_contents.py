@@ -156,7 +156,7 @@ def test_a_pickled_module_becomes_safetensors_where_pickles_are_allowed(source, 
     folder = shutil.copytree(source, tmp_path / "s")
     (folder / "2_Dense/model.safetensors").unlink()
     torch.save({"linear.weight": torch.full((8, 32), 2.0)}, folder / "2_Dense/pytorch_model.bin")
-    with pytest.raises(SourceError, match="--allow-pickle"):
+    with pytest.raises(SourceError, match="allow_pickle=True"):
         rpq.convert_checkpoint(folder, tmp_path / "out", **OPTIONS)
     rpq.convert_checkpoint(folder, tmp_path / "out", allow_pickle=True, **OPTIONS)
     assert load_file(tmp_path / "out/2_Dense/model.safetensors")["linear.weight"].eq(2).all()

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -135,7 +136,7 @@ def test_the_whole_way(bert, tmp_path):
     assert f"{predicted:,} bytes by plan" in rpq("convert", bert, "--out", out, "--bits", 4, "--dry-run").stdout
     assert not list(tmp_path.iterdir())
 
-    done = rpq("convert", bert, "--out", out, "--bits", 4)
+    done = rpq("convert", bert, "--out", out, "--bits", 4, "--effort", "fast")
     assert "[1/" in done.stderr and "wrote" in done.stderr and "embeddings" in done.stdout
     assert sum(p.stat().st_size for p in out.glob("*.safetensors")) == predicted
     assert (out / "tokenizer.json").is_file() and not out.with_name("out.partial").exists()
@@ -185,7 +186,7 @@ def test_sizes_to_a_budget(bert, tmp_path, asked):
     plan = json.loads(rpq("plan", bert, *asked, "--sensitivity", "shape", "--json").stdout)
     sizes = {(j["spec"]["dim"], j["spec"]["stages"]) for j in plan["jobs"]}
     assert len(sizes) > 1 or sizes == {(2, 1)}  # one size for all has these errors
-    rpq("convert", bert, "--out", tmp_path / "out", *asked, "-q")
+    rpq("convert", bert, "--out", tmp_path / "out", *asked, "--effort", "fast", "-q")
     rpq("verify", tmp_path / "out")
     size = sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors"))
     assert asked[0] != "--target-size" or 99_000 <= size <= 100_000
@@ -207,13 +208,14 @@ def test_plan_and_explain(bert, tmp_path):
 
 def test_audit_in_every_format_and_diff(bert, tmp_path):
     rpq("convert", bert, "--out", tmp_path / "a", "--bits", 8, "-q")
-    rpq("convert", bert, "--out", tmp_path / "b", "--bits", 4, "-q")
+    rpq("convert", bert, "--out", tmp_path / "b", "--bits", 4, "--effort", "fast", "-q")
     marks = {"terminal": "dense", "json": "{", "markdown": "|---", "csv": "name,", "html": "<table"}
     for kind, mark in marks.items():
         assert mark in rpq("audit", tmp_path / "a", "--format", kind).stdout
     rpq("audit", tmp_path / "a", "--format", "html", "--output", tmp_path / "audit.html")
     assert "<table" in (tmp_path / "audit.html").read_text()
-    assert "encoder.layer.0.output.dense.weight" in rpq("diff", tmp_path / "a", tmp_path / "b").stdout
+    shown = rpq("diff", tmp_path / "a", tmp_path / "b").stdout
+    assert "encoder.layer.{0,1}.output.dense.weight x2" in shown and re.search(r"^bits +8 +4$", shown, re.MULTILINE)
 
 
 def test_presets_and_env(bert, tmp_path):
@@ -229,7 +231,7 @@ def test_presets_and_env(bert, tmp_path):
 
 def test_rules_shards_dtype_and_executors(bert, tmp_path):
     options = (
-        "--bits", 4, "--rule", "type:Embedding:bits=8", "--rule", "*.query:skip", "--exclude", "pooler*", "--dtype",
+        "--effort", "fast", "--bits", 4, "--rule", "type:Embedding:bits=8", "--rule", "*.query:skip", "--exclude", "pooler*", "--dtype",
         "bfloat16", "--max-shard-size", "40KB", "--seed", 3,
     )  # fmt: skip
     rpq("convert", bert, "--out", tmp_path / "threads", *options, "--workers", 2, "-q")
@@ -413,7 +415,18 @@ def test_nan_is_refused_by_the_tensors_name(copy, tmp_path):
     out.mkdir()
     (out / "before.txt").write_text("the last good one")
     fails(4, "convert", copy, "--out", out, "--overwrite", says="NaN")
-    rpq("convert", copy, "--out", out, "--overwrite", "--exclude", "encoder.layer.1.output.dense", "-q")
+    rpq(
+        "convert",
+        copy,
+        "--out",
+        out,
+        "--overwrite",
+        "--exclude",
+        "encoder.layer.1.output.dense",
+        "--effort",
+        "fast",
+        "-q",
+    )
     fails(5, "verify", out, says="encoder.layer.1.output.dense.weight")
 
 
@@ -467,7 +480,7 @@ def test_pickles_remote_code_and_quantized_checkpoints(copy, tmp_path):
 
 def test_verify_finds_one_wrong_byte(bert, tmp_path):
     out = tmp_path / "out"
-    rpq("convert", bert, "--out", out, "--bits", 4, "-q")
+    rpq("convert", bert, "--out", out, "--bits", 4, "--effort", "fast", "--no-check", "-q")
     for file in sorted(out.iterdir()):
         if file.name != "rpq_manifest.json":
             whole = file.read_bytes()
@@ -488,7 +501,7 @@ def test_verify_finds_one_wrong_byte(bert, tmp_path):
 
 def test_records_that_are_not_what_they_should_be(bert, tmp_path):
     out = tmp_path / "out"
-    rpq("convert", bert, "--out", out, "--bits", 4, "-q")
+    rpq("convert", bert, "--out", out, "--bits", 4, "--effort", "fast", "--no-check", "-q")
     manifest, report = out / "rpq_manifest.json", out / "rpq_report.json"
     for text in ("{", "[]", '{"files": []}', '{"files": {"model.safetensors": 3}}', '{"files": {"config.json": {}}}'):
         manifest.write_text(text)
@@ -619,10 +632,10 @@ def test_a_worker_that_dies_is_told_and_the_run_goes_on(bert, tmp_path):
 
     with ThreadPoolExecutor(1) as pool:
         killer = pool.submit(kill_one)
-        options = ("--bits", 4, "--executor", "processes", "--workers", 2)
+        options = ("--effort", "fast", "--bits", 4, "--executor", "processes", "--workers", 2)
         fails(4, "convert", bert, "--out", out, *options, says=("a worker process died", "to go on"))
         killer.result()
-    assert "done before" in rpq("convert", bert, "--out", out, "--bits", 4).stderr
+    assert "done before" in rpq("convert", bert, "--out", out, "--bits", 4, "--effort", "fast").stderr
 
 
 def test_a_traceback_on_request(tmp_path, monkeypatch):

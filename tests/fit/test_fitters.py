@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rpq_convert.fit import FITTERS, Fitted
-from rpq_convert.planning.options import FITS
+from rpq_convert.planning.rules import FITS
 
 BY_LAYOUT = [name for name in FITTERS if name != "ecvq"]  # that has one layout, and a file of its own
 kmeans, additive, random = FITTERS["kmeans"], FITTERS["additive"], FITTERS["random"]

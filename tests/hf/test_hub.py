@@ -215,9 +215,9 @@ def rpq_cli(*words):
 src, here = sys.argv[1:]
 import os
 os.chdir(here)
-out["anonymous"] = rpq_cli("convert", src, "--bits", "4", "--push-to", "me/from-cli", "--out", "a")
+out["anonymous"] = rpq_cli("convert", src, "--bits", "4", "--effort", "fast", "--push-to", "me/from-cli", "--out", "a")
 os.environ["HF_TOKEN"] = "hf_secret"
-out["pushed"] = rpq_cli("convert", src, "--bits", "4", "--push-to", "me/from-cli", "--out", "b")
+out["pushed"] = rpq_cli("convert", src, "--bits", "4", "--effort", "fast", "--push-to", "me/from-cli", "--out", "b")
 """
     with Hub({}, where=tmp_path / "hub") as hub:
         told = run(hub, tmp_path / "cache", code, folder, tmp_path)

@@ -132,7 +132,19 @@ def test_both_conversions_agree(tmp_path):
     }
     base = heavy(tf.LlamaForCausalLM(tf.LlamaConfig(**size, tie_word_embeddings=True)))
     base.save_pretrained(tmp_path / "base")
-    asked = ["convert", tmp_path / "base", "--out", tmp_path / "out", "--bits", 4, "--outliers", SHARE, "--grow"]
+    asked = [
+        "convert",
+        tmp_path / "base",
+        "--out",
+        tmp_path / "out",
+        "--bits",
+        4,
+        "--outliers",
+        SHARE,
+        "--grow",
+        "--effort",
+        "fast",
+    ]
     done = CliRunner().invoke(group, [*map(str, asked)])
     assert done.exit_code == 0, done.output
     streamed = rpq.load(tmp_path / "out")

@@ -308,9 +308,15 @@ def test_curve():
     assert json.loads(curve.to_json())["mixed"][0]["file_bytes"] == sizes[0]
     assert len(str(curve).splitlines()) == 1 + len(curve.mixed) + len(curve.uniform)
     picture = ElementTree.fromstring(curve.to_svg("<a> & b"))
-    dots = [e for e in picture.iter() if e.get("class") == "dot"]
+    (line,) = [e for e in picture.iter() if e.get("class") == "mixed"]
+    dots = [e for e in line.iter() if e.tag.endswith("}use")]
     assert len(dots) == len(curve.mixed)
-    heights = [float(d.get("cy")) for d in dots]
+    heights = [float(d.get("y")) for d in dots]
     assert heights == sorted(heights)  # less loss lies lower
+    assert "MB, loss" in dots[0][0].text  # what a pointer over it shows
+    presets = {s.preset: s.how for s in curve.uniform if s.preset}
+    assert presets["4bit"] == "dim 2, 4 bits" and presets["5bit"] == "dim 3 x 2 stages, 5.33 bits"
+    assert "(preset 4bit)" in str(curve) and "4bit" in "".join(picture.itertext())
+    assert curve._repr_svg_() == curve._repr_svg_() != curve.to_svg("other")
     with pytest.raises(rpq.PlanError, match="no curve"):
         rpq.sweep(nn.LayerNorm(8))

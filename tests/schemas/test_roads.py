@@ -233,7 +233,7 @@ def test_wrong_records_of_an_unfinished_run_are_refused(unfinished, name, first)
         refused(FolderError, again, name, path, what)
     for text in (b"{", b"\xff"):
         (work / name).write_bytes(text)
-        with pytest.raises(FolderError, match="delete the folder, or pass --overwrite"):
+        with pytest.raises(FolderError, match="delete the folder, or pass overwrite=True"):
             again()
     again(overwrite=True)
     assert work.with_name("out").is_dir() and not work.exists()

@@ -86,7 +86,7 @@ def test_several_state_dicts_are_refused_until_one_is_named(state, tmp_path, nam
     first, second = names
     torch.save({first: state, second: {k: v + 1 for k, v in state.items()}}, tmp_path / "x.pth")
     options = {"factory": build, "bits": 8, "grow": True, "allow_pickle": True}
-    with pytest.raises(SourceError, match=f"several state dicts: {first}, {second}; choose one with --state-dict"):
+    with pytest.raises(SourceError, match=f"several state dicts: {first}, {second}; choose one with state_dict='KEY'"):
         rpq.convert_checkpoint(tmp_path / "x.pth", tmp_path / "out", **options)
     rpq.convert_checkpoint(tmp_path / "x.pth", tmp_path / "out", state_dict=second, **options)
     assert torch.equal(rpq.load(tmp_path / "out", factory=build)[0].bias, state["0.bias"] + 1)

@@ -35,7 +35,7 @@ WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")  #
 
 def describe(model: nn.Module, plan: Plan | None = None) -> RPQConfig:
     """Return the config of a converted model as it stands now."""
-    return RPQConfig(**quantization_config(plan or plan_of(model), facts_of(model)))
+    return RPQConfig.from_dict(quantization_config(plan or plan_of(model), facts_of(model)))
 
 
 def attach(model: nn.Module) -> None:

@@ -1,0 +1,60 @@
+"""What was measured of known models (`configs/quality.json`, written by `benchmarks/preset_quality.py`): what presets keep, what helps."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+FAST, SELF, DATA, TUNED = (
+    "fast",
+    "self",
+    "data",
+    "tuned",
+)  # weights alone; synthetic inputs; given data; data and tuning
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One conversion of a known model.
+
+    Args:
+        model, bits, effort: what was converted, to how many code bits per weight, and how.
+        value: a multiple of the base's perplexity (SmolLM2), the mean cosine of sentences (MiniLM), or the share of pictures that get
+            the base's class (ViT).
+        minutes: of one thread, on a shared machine. smaller: than float32, as a factor.
+    """
+
+    model: str
+    bits: float
+    effort: str
+    value: float
+    minutes: float
+    smaller: float
+
+
+@cache
+def _read() -> dict[str, Any]:
+    return json.loads((resources.files("rpq_convert.configs") / "quality.json").read_text("utf8"))  # type: ignore[no-any-return]
+
+
+def models() -> dict[str, dict[str, Any]]:
+    """Return the known models: key -> `name`, `metric`, `parameters`."""
+    return _read()["models"]  # type: ignore[no-any-return]
+
+
+@cache
+def rows() -> tuple[Measured, ...]:
+    return tuple(Measured(**row) for row in _read()["rows"])
+
+
+def row(model: str, bits: float, effort: str) -> Measured | None:
+    """Return what was measured at these bits; None where it was not."""
+    return next((r for r in rows() if (r.model, r.bits, r.effort) == (model, bits, effort)), None)
+
+
+def nearest(model: str, bits: float) -> float:
+    """Return the measured bits of a model that are nearest to these."""
+    return min((r.bits for r in rows() if r.model == model), key=lambda known: abs(known - bits))
