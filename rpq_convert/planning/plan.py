@@ -62,6 +62,11 @@ class Job:
         return self.spec.nbytes(self.weight_view, self.shape)
 
     @property
+    def memory_bytes(self) -> int | None:
+        """Its bytes in memory, where files hold it in fewer."""
+        return None if self.spec.rate is None else self.spec.memory_bytes(self.weight_view, self.shape)
+
+    @property
     def expected_error(self) -> float:
         return 1.0 if self.is_random else self.spec.expected_error(self.weight_view, self.shape)
 
@@ -163,7 +168,7 @@ class Plan:
                 name=j.name, layer=j.layer, shape=j.shape, dtype=j.dtype, decision="rpq", reason=j.rule,
                 dense_bytes=j.dense_bytes, codebook_bytes=j.nbytes["codebooks"], code_bytes=_sum(j, "codes", "stream", "frequencies"),
                 scale_bytes=_sum(j, "scales"), outlier_bytes=_sum(j, "outliers", "positions"), spec=f"{j.spec.describe()}, {j.fit}",
-                expected_error=j.expected_error, aliases=j.aliases,
+                expected_error=j.expected_error, memory_bytes=j.memory_bytes, aliases=j.aliases,
             )
             for j in self.jobs
         ]  # fmt: skip

@@ -133,6 +133,7 @@ class RowEntry(Struct, forbid_unknown_fields=True):
     worst: NotNegative | None = None
     output_error: NotNegative | None = None
     worst_output: NotNegative | None = None
+    memory_bytes: Size | None = None
 
     def __post_init__(self) -> None:
         _check_numbers(self.shape)
@@ -168,6 +169,7 @@ class SummaryEntry(Struct, forbid_unknown_fields=True):
     bytes: Size
     dense_bytes: Size
     bits_per_weight: NotNegative
+    held_bytes: Size = 0
     output_error: NotNegative | None = None
     error: NotNegative | None = None
     worst_layer: WorstEntry | None = None
