@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import click
 import typer
 
 from rpq_convert.checkpoint.factories import check_factory
@@ -27,12 +26,6 @@ from rpq_convert.storage.sources import (
     read_config,
     refuse_misspelt,
 )
-
-
-def given(name: str) -> bool:
-    """Return whether the user gave this option, rather than its default."""
-    context = click.get_current_context(silent=True)
-    return context is not None and context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
 
 def unused(option: str, why: str) -> typer.BadParameter:
@@ -82,24 +75,27 @@ def pair(base: str | Path, folder: str | Path, factory: str | None) -> None:
     source(str(base), SourceOptions(factory=factory, allow_pickle=not own), weights=True)
 
 
-def data(where: str | Path, option: str, *, field: str | None = None) -> Found:
-    """Return what was given as data; a column is for tables alone."""
+def data(where: str | Path, option: str, *, field: str | None = None, window: int | None = None) -> Found:
+    """Return what was given as data; columns are of tables alone, windows of texts."""
     found = find_data(where, field)
-    if found.kind in ("tensors", "pictures"):
-        for name in ("window", "text_field"):
-            if given(name):
-                raise unused(f"--{name.replace('_', '-')}", f"{option} is given {found.kind}, not a text")
+    if window is not None and found.kind in ("tensors", "pictures"):
+        raise unused("--window", f"{option} is given {found.kind}, not a text")
     return found
 
 
-def evaluated(text: Path | None, pairs: Path | None, inputs: Path | None, field: str | None) -> None:
-    """Refuse what a model cannot be evaluated on."""
+def evaluated(
+    text: Path | None, pairs: Path | None, inputs: Path | None, *, field: str | None, window: int | None
+) -> None:
+    """Refuse what a model cannot be evaluated on: nothing or several things, and data of another kind."""
+    if sum(x is not None for x in (text, pairs, inputs)) != 1:
+        raise typer.BadParameter("give one of --text, --pairs and --inputs to measure on", param_hint="rpq eval")
+    needs("--text-field", field, "--text with a table", text is not None)
     if pairs is not None:
         if not pairs.is_file():
             raise SourceError(f"{pairs} does not exist{did_you_mean(pairs)}")
         if kind_of(pairs) in (".csv", ".tsv"):
             scored_pairs(pairs, HEAD)
-    elif inputs is not None and data(inputs, "--inputs").kind not in ("tensors", "pictures"):
+    elif inputs is not None and data(inputs, "--inputs", window=window).kind not in ("tensors", "pictures"):
         raise SourceError(f"{inputs} is neither tensors (.safetensors) nor pictures; give a text as --text")
     elif text is not None and (kind := data(text, "--text", field=field).kind) not in ("texts", "hub"):
         raise SourceError(f"{text} holds {kind}, no text; give it as --inputs")

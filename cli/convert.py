@@ -1,6 +1,7 @@
 """The commands that plan a conversion, make it and upload it."""
 
 import json as jsonlib
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,7 +10,7 @@ import typer
 from typer import Argument, Option
 
 from rpq_convert.conversion.options import QualityOptions
-from rpq_convert.planning.options import PlanOptions
+from rpq_convert.planning.options import DECIDING, PlanOptions
 from rpq_convert.showing import printable
 from rpq_convert.storage.options import SourceOptions
 from rpq_convert.storage.records import read_manifest
@@ -132,7 +133,11 @@ def plan(
     sweep = sweep or sweep_out is not None
     if sweep and explain is not None:
         raise checks.unused("--explain", "a curve is of many plans; leave out --sweep")
-    checks.source(src, source, weights=bool(options.budgets))
+    if not sweep:
+        options.check_used()
+    elif sized := [name for name in DECIDING if getattr(options, name) is not None]:
+        raise typer.BadParameter(f"the curve shows every size; leave out {', '.join(sized)}", param_hint="--sweep")
+    checks.source(src, source, weights=sweep or options.measures)
     if sweep:
         return _sweep(src, sweep_out, json, options, source)
     from rpq_convert.calibration.sensitivity import needs_sensitivities
@@ -159,14 +164,12 @@ def show_plan(plan: "Plan", src: str, *, json: bool) -> None:
 
 
 def _sweep(src: str, file: Path | None, json: bool, options: PlanOptions, source: SourceOptions) -> None:
-    sizes = ("preset", "bits", "target_size", "max_error", "codebooks", "dim")
-    if sized := [k for k in sizes if getattr(options, k) is not None]:
-        raise typer.BadParameter(f"the curve shows every size; leave out {', '.join(sized)}", param_hint="--sweep")
     from rpq_convert.conversion.plans import open_target, sweep_opened
 
+    known, options = options.sensitivity, replace(options, sensitivity=None)
     with phase("planned"), progress() as tell:
-        opened = open_target(src, source, measured=True)
-        curve = sweep_opened(opened, options, progress=partial(tell, "sensitivities"))
+        opened = open_target(src, source, measured=known is None)
+        curve = sweep_opened(opened, options, sensitivity=known, progress=partial(tell, "sensitivities"))
     warn(curve.warnings)
     if file is not None:
         file.write_text(curve.to_svg(o.name_of(src)), "utf8")

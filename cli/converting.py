@@ -5,7 +5,7 @@ What can be said from the options alone is said in `check`, which imports nothin
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -74,7 +74,8 @@ class Conversion:
         if how.device != "cpu":
             raise typer.BadParameter("fits run on the CPU in this version; use --device cpu", param_hint="--device")
         checks.needs("--public", how.public, "--push-to", how.push_to is not None)
-        checks.needs("--samples", self.samples, "--calibrate", self.calibrate is not None)
+        fed = self.calibrate is not None or self.quality.effort not in (None, FAST)
+        checks.needs("--samples", self.samples, "--calibrate", fed)
         checks.needs("--text-field", self.text_field, "--calibrate", self.calibrate is not None)
         check_asked(
             self.options, calibrated=self.calibrate is not None, effort=self.quality.effort, executor=how.executor,
@@ -83,7 +84,7 @@ class Conversion:
         checks.source(
             self.src,
             self.source,
-            weights=not self.dry_run or bool(self.options.budgets),
+            weights=not self.dry_run or self.options.measures,
             pushes=how.push_to is not None,
         )
         if self.calibrate is not None:
@@ -100,11 +101,12 @@ class Conversion:
     def _check_data(self, where: str) -> None:
         if where == "self":
             checks.needs("--text-field", self.text_field, "a table as --calibrate", False)
-            return
-        found = checks.data(where, "--calibrate", field=self.text_field)
-        if self.source.factory is not None and found.kind != "tensors":
+            kind = "synthetic"
+        else:
+            kind = checks.data(where, "--calibrate", field=self.text_field).kind
+        if self.source.factory is not None and kind != "tensors":
             raise typer.BadParameter(
-                "a factory's model has no tokenizer; give a .safetensors file of its arguments, or 'self'",
+                "a factory's model has no tokenizer; give a .safetensors file of its arguments",
                 param_hint="--calibrate",
             )
 
@@ -182,10 +184,19 @@ class Conversion:
         detail(chosen(plan))
         return plan
 
+    def _asked(self) -> dict[str, Any]:
+        """Return what it is calibrated on and with which care, for the model card's command."""
+        where = self.calibrate if self.calibrate in (None, "self") else Path(self.calibrate).name
+        effort = self.chosen.effort if where is None or self.chosen.effort == BEST else None
+        given = {"calibrate": where, "samples": self.samples, "text_field": self.text_field, "effort": effort}
+        return {k: v for k, v in given.items() if v}
+
     def convert(self, plan: Plan, how: How) -> Report:
         """Convert, and say what was not known before."""
         from rpq_convert.conversion.streaming import convert_opened
+        from rpq_convert.hf.model_card import Base
 
+        self.opened.base = replace(self.opened.base or Base(), asked=self._asked())
         with phase("converted"), fitting({j.name: prod(j.shape) for j in plan.jobs}) as callback:
             report = convert_opened(
                 self.opened, self.folder, plan, self.data, overwrite=self.overwrite, executor=how.executor,

@@ -10,7 +10,6 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from concurrent.futures.process import BrokenProcessPool
 from functools import wraps
 from typing import Any
 
@@ -30,7 +29,6 @@ CODES: dict[type[BaseException], int] = {
     errors.SourceError: 4,
     errors.TuneError: 4,
     OSError: 4,
-    BrokenProcessPool: 4,
     errors.VerifyError: 5,
     KeyboardInterrupt: 130,
 }
@@ -39,14 +37,20 @@ RESUMABLE = "run the same command again to go on"
 
 def code_of(error: BaseException) -> int | None:
     """Return the exit code of an error, by its nearest class in the table, or None for a bug."""
-    return next((CODES[c] for c in type(error).__mro__ if c in CODES), None)
+    return 4 if _is_dead_worker(error) else next((CODES[c] for c in type(error).__mro__ if c in CODES), None)
+
+
+def _is_dead_worker(error: BaseException) -> bool:
+    """Whether a process of a pool died; told by the module that would be slow to import for its name."""
+    pool = sys.modules.get("concurrent.futures.process")
+    return pool is not None and isinstance(error, pool.BrokenProcessPool)
 
 
 def sentence(error: BaseException) -> str:
     """Return the one line that says what went wrong."""
     if isinstance(error, KeyboardInterrupt):
         return f"interrupted; {RESUMABLE}"
-    if isinstance(error, BrokenProcessPool):
+    if _is_dead_worker(error):
         return f"error: a worker process died, perhaps for want of memory; {RESUMABLE}"
     text = as_flags(one_line(str(error))) or type(error).__name__
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in text:

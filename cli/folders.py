@@ -29,15 +29,16 @@ def audit(
     folder: Annotated[str, Argument(metavar="FOLDER", help="A folder that rpq-convert wrote, or its repository's id.")],
     source: HubOptions,
     format: Annotated[
-        Literal["terminal", "json", "markdown", "csv", "html"], Option(help="How to write it.")
-    ] = "terminal",
+        Literal["terminal", "json", "markdown", "csv", "html"] | None,
+        Option(help="How to write it; for a terminal by default."),
+    ] = None,
     output: Annotated[
         Path | None, Option("--output", "-o", metavar="FILE", help="Write to a file instead of stdout.")
     ] = None,
     json: Annotated[bool, Option("--json", help="The same as --format json.")] = False,
 ) -> None:
     """Show a converted folder's size audit: every tensor, its bytes and its measured error."""
-    if json and checks.given("format") and format != "json":
+    if json and format not in (None, "json"):
         raise typer.BadParameter(f"--json and --format {format} contradict each other", param_hint="--json")
     if output is not None:
         check_file(output)
@@ -49,7 +50,7 @@ def audit(
         "terminal": lambda: report.to_terminal(width()), "json": report.to_json, "markdown": report.to_markdown,
         "csv": report.to_csv, "html": report.to_html,
     }  # fmt: skip
-    text = views["json" if json else format]().rstrip("\n")
+    text = views["json" if json else format or "terminal"]().rstrip("\n")
     if output is None:
         print(text)
     else:
@@ -81,7 +82,7 @@ def eval(
         ),
     ] = None,
     factory: o.Factory = None,
-    window: Annotated[int, Option(min=2, help="Tokens of one window.")] = 512,
+    window: Annotated[int | None, Option(min=2, help="Tokens of one window; 512 by default.")] = None,
     text_field: o.TextField = None,
     windows: Annotated[int | None, Option(min=1, help="At most so many windows, lines, pairs or samples.")] = None,
     layers: Annotated[bool, Option("--layers", help="Measure what each converted layer adds as well.")] = False,
@@ -89,19 +90,16 @@ def eval(
     json: o.Json = False,
 ) -> None:
     """Compare a converted model with its base: perplexity, divergence and agreement; cosines; a task's score; accuracy."""
-    if sum(x is not None for x in (text, pairs, inputs)) != 1:
-        raise typer.BadParameter("give one of --text, --pairs and --inputs to measure on", param_hint="rpq eval")
     o.find_modules(factory)
-    checks.needs("--text-field", text_field, "--text with a table", text is not None)
     checks.pair(base, folder, factory)
-    checks.evaluated(text, pairs, inputs, text_field)
     if save:
         checks.report_to_write(folder)
+    checks.evaluated(text, pairs, inputs, field=text_field, window=window)
     from rpq_convert.folders import WithBase, evaluate_folder
 
     with progress() as tell:
         found = evaluate_folder(
-            WithBase(base, folder, factory), text=text, pairs=pairs, inputs=inputs, window=window, windows=windows, field=text_field,
+            WithBase(base, folder, factory), text=text, pairs=pairs, inputs=inputs, window=window or 512, windows=windows, field=text_field,
             layers=layers, keep=save, say=say, progress=tell,
         )  # fmt: skip
     print(found.to_json() if json else printable(str(found), lines=True))
@@ -122,7 +120,7 @@ def tune(
     bfloat16: Annotated[
         bool, Option("--bfloat16", help="Multiply in bfloat16: faster where the processor has it.")
     ] = False,
-    window: Annotated[int, Option(min=2, help="Tokens of one window.")] = 256,
+    window: Annotated[int | None, Option(min=2, help="Tokens of one window; 256 by default.")] = None,
     samples: Annotated[int, Option(min=2, help="Windows, lines or pictures.")] = 512,
     text_field: o.TextField = None,
     factory: o.Factory = None,
@@ -132,7 +130,7 @@ def tune(
     """Train a converted model's codebooks, scales, norms and biases against its base; with --recode also codes."""
     o.find_modules(factory)
     checks.pair(base, folder, factory)
-    checks.data(data, "--data", field=text_field)
+    checks.data(data, "--data", field=text_field, window=window)
     check_free(o.apart_from(base, folder, out=out), overwrite=overwrite)
     if options.steps == 0 and blocks == 0:
         raise unused("--steps", "no step is taken; give some, or --blocks")
@@ -141,8 +139,8 @@ def tune(
     options = replace(options, autocast="bfloat16" if bfloat16 else None)
     with progress() as tell:
         found = tune_folder(
-            WithBase(base, folder, factory), out, data, options, window=window, samples=samples, field=text_field, blocks=blocks, overwrite=overwrite,
-            say=say, progress=tell,
+            WithBase(base, folder, factory), out, data, options, window=window or 256, samples=samples, field=text_field,
+            blocks=blocks, overwrite=overwrite, say=say, progress=tell,
         )  # fmt: skip
     print(found.to_json() if json else printable(str(found), lines=True))
 

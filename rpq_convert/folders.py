@@ -12,6 +12,7 @@ from rpq_convert.checkpoint.opening import Factory, Opened, open_checkpoint
 from rpq_convert.checkpoint.saving import save
 from rpq_convert.checkpoint.verifying import audit
 from rpq_convert.conversion.recalibration import recalibrate
+from rpq_convert.core.options import shown
 from rpq_convert.core.results import Evaluation
 from rpq_convert.errors import EvaluateError, SourceError
 from rpq_convert.evaluation.evaluate import evaluate
@@ -58,6 +59,15 @@ class WithBase:
             return type(converted).from_pretrained(self.base, trust_remote_code=False).eval(), converted
         except (OSError, ValueError) as e:
             raise SourceError(f"{self.base}: {str(e).strip().splitlines()[0]}") from None
+
+    def note(self, model: Any, command: str, asked: dict[str, Any]) -> None:
+        """Keep for the next report and card what was done to the folder: a command, and what it was given."""
+        factory = self.factory if isinstance(self.factory, str) else None
+        step = {
+            "command": command, "base": Path(self.base).resolve().name, "folder": Path(self.folder).resolve().name,
+            "options": {k: v for k, v in {**asked, "factory": factory}.items() if v},
+        }  # fmt: skip
+        model._rpq_options["later"] = [*model._rpq_options.get("later", ()), step]
 
 
 def evaluate_folder(
@@ -159,6 +169,8 @@ def tune_folder(
     items = read_inputs(data, which.base, model=dense, window=window, samples=samples, field=field, told=say)
     if blocks:
         tune_blocks_with(replace(options, steps=blocks, loss="mse"), model, dense, items, progress=progress)
+    asked = {"data": data.name, "window": window, "samples": samples, "text_field": field, "blocks": blocks}
+    which.note(model, "tune", {**asked, **shown(options), "bfloat16": options.autocast is not None})
     return _tuned(model, dense, items, options, Path(which.folder), place, progress=progress, overwrite=overwrite)
 
 
@@ -222,7 +234,17 @@ def recalibrate_folder(
         if data is None
         else read_inputs(data, which.base, model=dense, window=window, field=field, told=say, **some)
     )
-    recalibrate(model, dense, items, **options)
+    where = "self" if data is None else data.name
+    asked = {
+        "data": where,
+        "samples": samples,
+        "text_field": field,
+        "calibration": "calibration" in model._rpq_options,
+    }
+    recalibrate(
+        model, dense, items, **options | {"progress": options.get("progress") or False}
+    )  # what is quiet stays so
+    which.note(model, "recalibrate", asked)
     return save(model, place, overwrite=overwrite, files=files_beside(which.folder), base=base_in(Path(which.folder)))
 
 

@@ -25,6 +25,8 @@ HOMES = {
     "torchvision": set(),
     "huggingface_hub": {"hf/hub.py", "hf/model_card.py", "checkpoint/publishing.py", "integrations/serving.py"},
     "msgspec": {"schemas"},
+    "datasets": {"inputs/hub_data.py"},
+    "pyarrow": {"inputs/tables.py"},
     "typer": {"cli"},
     "rich": {"cli"},
     "matplotlib": {"report/charts.py"},

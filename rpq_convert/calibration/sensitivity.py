@@ -179,7 +179,7 @@ def _backward(model: nn.Module, item: Any, generator: torch.Generator, restore: 
 
 def needs_sensitivities(options: PlanOptions) -> bool:
     """Return whether the plan for these options needs measured sensitivities."""
-    return bool(options.budgets.keys() - {"max_error"}) and options.sensitivity is None and options.fit != "random"
+    return options.measures
 
 
 def measure_for(

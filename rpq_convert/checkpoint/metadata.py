@@ -18,12 +18,13 @@ from rpq_convert.errors import SourceError
 from rpq_convert.hf.composite import with_description
 from rpq_convert.hf.model_card import BASE_CARD, Base, is_ours, model_card, with_quality
 from rpq_convert.planning.plan import Plan
+from rpq_convert.report import charts
 from rpq_convert.report.schema import FileRow, Report, read_report
 from rpq_convert.schemas import kinds
 from rpq_convert.schemas.checking import read_json
 from rpq_convert.schemas.kinds import FORMAT_VERSION
-from rpq_convert.storage.records import CARD, CONFIG, PLAN, REPORT
-from rpq_convert.storage.writer import Folder, amend, write_manifest, write_text
+from rpq_convert.storage.records import CARD, CHART, CONFIG, PLAN, REPORT
+from rpq_convert.storage.writer import Folder, amend, write_file, write_manifest
 from rpq_convert.version import __version__
 
 
@@ -107,19 +108,27 @@ def write_rest(
     beside = {"extra": [*extra], "extra_state": dict(extra_state or {})}
     described = quantization_config(plan, facts) | {k: v for k, v in beside.items() if v}
     folder.write(CONFIG, json.dumps(with_description(merged, described), indent=1))
-    report = make_report(plan, facts, title)
+    report = _sourced(make_report(plan, facts, title), base)
+    if charts.has_depths(report):
+        folder.write(CHART, charts.by_depth(report).png())
     if base is not None and base.card is not None:
         shutil.copyfile(base.card, folder.work / BASE_CARD)
     own = base is not None and base.factory  # whatever its config says, transformers does not build it
     folder.write(CARD, model_card(report, None if own else config, folder.out.name, folder.files(), base))
     sizes = tuple(FileRow(name, p.stat().st_size) for name, p in folder.files().items() if name != REPORT)
-    report = make_report(plan, facts, title, sizes)
+    report = replace(report, files=sizes)
     if odd := sorted(folder.broken()):
         said = f"NaN or infinite values, as where they come from: {', '.join(odd[:4])}"
         report = replace(report, warnings=(*report.warnings, said))
     folder.write(REPORT, report.to_json())
     folder.finish()
     return report
+
+
+def _sourced(report: Report, base: Base | None) -> Report:
+    """Return the report with what its card needs to say how the folder is made again."""
+    known = base.record if base is not None else {}
+    return replace(report, options={**report.options, "source": known}) if known else report
 
 
 def renew(
@@ -138,16 +147,19 @@ def renew(
         not_finite: as in the manifest. The others: as for `write_rest`.
     """
     config = read_json(folder / CONFIG, kinds.CONFIG, SourceError)
-    write_text(folder / PLAN, plan.to_json())
+    write_file(folder / PLAN, plan.to_json())
     report = make_report(plan, facts, title)
+    (folder / CHART).unlink(missing_ok=True)
+    if charts.has_depths(report):
+        write_file(folder / CHART, charts.by_depth(report).png())
     files = {p.name: p for p in sorted(folder.iterdir()) if p.is_file()}
     if CARD not in files or is_ours(files[CARD]):
-        write_text(folder / CARD, model_card(report, config, folder.resolve().name, files, base))
+        write_file(folder / CARD, model_card(report, config, folder.resolve().name, files, base))
         files[CARD] = folder / CARD
     sizes = tuple(FileRow(name, p.stat().st_size) for name, p in sorted(files.items()) if name != REPORT)
     written = sum(f.bytes for f in sizes if f.name.endswith(".safetensors"))
     report = replace(make_report(plan, facts, title, sizes), predicted_bytes=written)
-    write_text(folder / REPORT, report.to_json())
+    write_file(folder / REPORT, report.to_json())
     listed = {name: p for name, p in (files | {REPORT: folder / REPORT}).items() if name != CARD}
     write_manifest(folder, listed, not_finite)
 

@@ -173,7 +173,9 @@ def open_checkpoint(
         repository = hub.find(src, (CONFIG,) if need != "weights" else (CONFIG, CARD), options)
         folder, options = repository.folder, replace(options, revision=repository.commit)
     refuse_links(folder)
-    base = base_in(folder, repository, options.factory)
+    base = replace(
+        base_in(folder, repository, options.factory), allow_pickle=options.allow_pickle, state_dict=options.state_dict
+    )
     opened = Opened(model, None, src, options, base=base)
     has_config = (folder / CONFIG).is_file()
     is_bare = not has_config and (repository is not None or folder.is_dir() or folder.suffix == ".safetensors")

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
-from rpq_convert.conversion.options import BEST, FAST, GOOD
+from rpq_convert.conversion.options import BEST, EFFORTS, FAST, GOOD
 from rpq_convert.core.options import one_of
 from rpq_convert.errors import PlanError
 from rpq_convert.planning.options import PlanOptions
@@ -32,10 +32,13 @@ def check_asked(
         PlanError: which settings.
     """
     check_executor(executor, workers)
+    options.check_used()
     if calibrated and options.fit == "random":
         raise PlanError(
             "calibration serves a fit, and fit='random' draws codebooks without looking at weights; leave one out"
         )
+    if effort is not None:
+        one_of("effort", effort, EFFORTS, PlanError)
     if effort == FAST and calibrated:
         raise PlanError(
             "effort fast fits to the weights alone, so data to calibrate on would do nothing; leave one out"

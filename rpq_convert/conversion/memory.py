@@ -18,6 +18,7 @@ from rpq_convert.checkpoint.described import report_of
 from rpq_convert.checkpoint.metadata import with_evaluation
 from rpq_convert.checkpoint.opening import Opened
 from rpq_convert.conversion.asked import check_asked, check_plan_alone
+from rpq_convert.conversion.bar import Progress, shown
 from rpq_convert.conversion.jobs import run_jobs
 from rpq_convert.conversion.options import BEST, GOOD
 from rpq_convert.conversion.plans import plan_opened
@@ -46,8 +47,6 @@ from rpq_convert.running.holders import optimizers_of
 from rpq_convert.running.offload import refuse_offloaded
 from rpq_convert.running.wrappers import unwrapped
 
-Progress = Callable[[Job, Encoded | None], None]
-
 
 @keywords(PlanOptions)
 def convert(
@@ -55,7 +54,7 @@ def convert(
     *,
     executor: str = "threads",
     workers: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     plan: Plan | None = None,
     calibration: Calibration | None = None,
     tokenizer: Any = None,
@@ -67,6 +66,7 @@ def convert(
 
     Args:
         model: any module, also inside `torch.compile`; on meta with `fit="random"` it stays on meta but for codes and codebooks.
+        progress: called with each job and its result; by default a bar in notebooks and on terminals, none with False.
         plan: a plan made before; otherwise one is made from the options.
         calibration: inputs such as the model will see: layers are then fitted in the order of execution to what they are given,
             which keeps far more quality from 2 to 5 bits and takes some forward passes over them. Each is a tensor, a tuple or a
@@ -114,7 +114,8 @@ def convert(
             )
         plan = replace(plan, warnings=(*plan.warnings, *_stale(model, plan, optimizers)))
         base = None if check is False else copy.deepcopy(model)
-        report = _convert(model, plan, data, progress, how)
+        with shown(progress, plan) as callback:
+            report = _convert(model, plan, data, callback, how)
     return report if base is None else _checked(base, model, report, check)
 
 

@@ -91,6 +91,7 @@ def plan_opened(
     Raises:
         PlanError: what was asked cannot be planned, or another tool has quantized the model.
     """
+    options.check_used()
     if opened.model is not None:
         refuse_model(opened.model)
     if needs_sensitivities(options) and opened.model is not None:

@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from rpq_convert.checkpoint.described import plan_of
-from rpq_convert.conversion.memory import Progress, convert_calibrated, finish
+from rpq_convert.conversion.bar import Progress, shown
+from rpq_convert.conversion.memory import convert_calibrated, finish
 from rpq_convert.core.keywords import keywords
 from rpq_convert.core.spec import Spec
 from rpq_convert.errors import CalibrationError
@@ -32,7 +33,7 @@ def recalibrate(
     tokenizer: Any = None,
     executor: str = "threads",
     workers: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Report:
     """Fit a converted model's layers to what they are given, in place, starting from their codebooks and codes.
 
@@ -64,7 +65,8 @@ def recalibrate(
     with unchanged_on_failure(model):
         for name, places in where.items():
             places.remove(dense[name])
-        convert_calibrated(model, replace(plan, jobs=jobs), source, items, progress, how)
+        with shown(progress, plan) as callback:
+            convert_calibrated(model, replace(plan, jobs=jobs), source, items, callback, how)
         return finish(model, replace(plan, jobs=jobs, options={**plan.options, "calibration": describe(items)}))
 
 

@@ -10,8 +10,9 @@ from rpq_convert.checkpoint.extra_state import check_plain
 from rpq_convert.checkpoint.metadata import write_rest
 from rpq_convert.checkpoint.opening import Opened, either, open_checkpoint
 from rpq_convert.conversion.asked import check_asked, check_plan_alone
+from rpq_convert.conversion.bar import Progress, shown
 from rpq_convert.conversion.jobs import run_jobs
-from rpq_convert.conversion.memory import Progress, convert_calibrated, parameters_of
+from rpq_convert.conversion.memory import convert_calibrated, parameters_of
 from rpq_convert.conversion.plans import ConversionKeywords, plan_opened
 from rpq_convert.core.keywords import keywords
 from rpq_convert.core.options import take
@@ -36,7 +37,7 @@ def convert_checkpoint(
     overwrite: bool = False,
     executor: str = "threads",
     workers: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     plan: Plan | None = None,
     calibration: Calibration | None = None,
     tokenizer: Any = None,
@@ -49,7 +50,8 @@ def convert_checkpoint(
         out: the folder to make; a killed run leaves `<out>.partial`, and the same call goes on from there.
         overwrite: replace `out`.
         executor: how fits run: `serial`, `threads` or `processes`. workers: how many at once; up to 4 by default.
-        progress: called with each job and its result, or None where an earlier run had done it.
+        progress: called with each job and its result, or None where an earlier run had done it; by default a bar in notebooks
+            and on terminals, none with False.
         plan: a plan made before, for this checkpoint; otherwise one is made from the options.
         calibration, tokenizer: as for `convert`; the model is then loaded and run.
         options: fields of `PlanOptions` and of `SourceOptions`, as for `rpq.plan`.
@@ -66,8 +68,9 @@ def convert_checkpoint(
     if calibration is not None and opened.model is not None:
         data = prepare(calibration, opened.filled(), "calibration", tokenizer=tokenizer)
     plan = plan or plan_opened(opened, asked, data=data)
-    how: dict[str, Any] = {"executor": executor, "workers": workers, "progress": progress}
-    return convert_opened(opened, out, plan, data, overwrite=overwrite, **how)
+    how: dict[str, Any] = {"executor": executor, "workers": workers}
+    with shown(progress, plan) as callback:
+        return convert_opened(opened, out, plan, data, overwrite=overwrite, progress=callback, **how)
 
 
 def convert_opened(

@@ -86,3 +86,13 @@ def record(options: Any) -> dict[str, Any]:
         if when == ALWAYS or (when == IF_SET and value != f.default):
             found[f.name] = list(value) if isinstance(value, tuple) else value
     return found
+
+
+def shown(options: Any) -> dict[str, Any]:
+    """Return the settings that differ from their defaults, of those that the command line has."""
+    given = {f.name: getattr(options, f.name) for f in fields(options) if f.metadata.get("flag", "") is not None}
+    return {
+        f.name: given[f.name]
+        for f in fields(options)
+        if f.name in given and given[f.name] != f.default and not callable(given[f.name])
+    }

@@ -20,6 +20,7 @@ from rpq_convert.storage.files import belongs, files_in, is_inside, module_weigh
 from rpq_convert.storage.headers import entries_of
 from rpq_convert.storage.options import HubOptions
 from rpq_convert.storage.reader import SafetensorsSource, TensorInfo, infos_of
+from rpq_convert.storage.sources import near
 from rpq_convert.version import __version__
 
 LOGIN = "log in with `hf auth login`, or give a token (HF_TOKEN)"
@@ -37,6 +38,7 @@ REFUSALS = {  # an error of huggingface_hub, or its nearest ancestor here -> wha
     "OSError": "could not be downloaded from the hub",
     "ValueError": "has something that the hub does not accept",
 }
+ABSENT = ("RepositoryNotFoundError", "LocalEntryNotFoundError", "OfflineModeIsEnabled")  # or a local path was meant
 ADDING = ("LocalEntryNotFoundError", "HfHubHTTPError", "HTTPError", "SafetensorsParsingError", "OSError", "ValueError")
 
 
@@ -57,6 +59,8 @@ def asking(name: str) -> Iterator[None]:
             said += f": the token may not do this; {LOGIN} that may"
         elif known in ADDING:
             said += f": {_first(e)}"
+        if known in ABSENT and (meant := near(name)):
+            said += f"; did you mean {meant}?"
         raise HubError(said) from e
 
 

@@ -7,22 +7,24 @@ repository of the hub, its card is kept as README.base.md.
 
 from __future__ import annotations
 
+import math
 import re
-import shlex
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from rpq_convert.hf.commands import BESIDE, commands
 from rpq_convert.hf.hub import Repository
 from rpq_convert.report.schema import Report
 from rpq_convert.report.verdict import POOR, RUINED, verdict
 from rpq_convert.showing import markdown_text, printable
-from rpq_convert.storage.records import CARD
+from rpq_convert.storage.records import CARD, CHART
 from rpq_convert.version import __version__
 
 BASE_CARD = "README.base.md"
+ALT = "Error and bits per weight of every layer, in the model's order"
 REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)  # what the hub allows as a name
 TAGS = ["rpq", "quantization", "product-quantization"]
 KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")  # of the base's metadata
@@ -57,6 +59,7 @@ class Base:
         factory: that builds the model, where one was given.
         card: the README.md of a folder that is no repository.
         metadata: what is kept of the base's.
+        allow_pickle, state_dict: how its weights were read. asked: options of the command beside those of plan and source.
     """
 
     name: str = ""
@@ -65,6 +68,18 @@ class Base:
     factory: str = ""
     card: Path | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    allow_pickle: bool = False
+    state_dict: str | None = None
+    asked: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a report keeps: from where the checkpoint came, and how it was read; empty for a model in memory."""
+        found = {
+            "name": self.source, "factory": self.factory, "revision": self.commit, "allow_pickle": self.allow_pickle,
+            "state_dict": self.state_dict, "asked": dict(self.asked),
+        }  # fmt: skip
+        return {k: v for k, v in found.items() if v} if self.source else {}
 
 
 def base_in(
@@ -75,10 +90,16 @@ def base_in(
     kept = {k: found[k] for k in KEPT if k in found}
     if is_ours(card):
         return Base(name=str(found.get("base_model", "")), metadata=kept)
-    named = factory if isinstance(factory, str) else f"{factory.__module__}:{factory.__qualname__}" if factory else ""
+    named = factory if isinstance(factory, str) else _named(factory) if factory else ""
     if repository is not None:
         return Base(repository.name, repository.commit, repository.name, named, metadata=kept)
     return Base("", "", folder.resolve().name, named, card if card.is_file() else None, kept)
+
+
+def _named(factory: Any) -> str:
+    """Return a function's name as a factory is named; of a partial function that of what it calls."""
+    inner = getattr(factory, "func", factory)
+    return f"{getattr(inner, '__module__', '')}:{getattr(inner, '__qualname__', type(inner).__name__)}"
 
 
 def base_of(name: str) -> Base:
@@ -153,9 +174,10 @@ def model_card(
         f"{_origin(base)} Its weights are uint8 codes and small codebooks (rpq-convert), expanded when used or computed on.",
         f"```python\n{loading(auto, place, files, base)}```",
         SIZE,
+        *([f"![{ALT}]({CHART})"] if CHART in files else []),
         report.to_markdown(),
         "## How it was made",
-        *_made(report, place, base),
+        *_made(report, place),
         f"Made with rpq-convert {__version__}, torch {version('torch')}"
         + (f", transformers {version('transformers')}." if auto else "."),
     ]
@@ -177,12 +199,37 @@ def with_quality(card: str, report: Report) -> str:
     bad = "**Warning**: " if judged is not None and judged.level in (POOR, RUINED) else ""
     said = [] if judged is None else [f"> {bad}{markdown_text(str(judged))}", ""]
     section = "\n".join([QUALITY, "", *said, *table])
+    card = _with_index(card, report)
     before, found, rest = card.partition(f"\n{QUALITY}\n")
     if found:
         _, heading, after = rest.partition("\n## ")
         return f"{before}\n{section}\n{heading}{after}"
     before, found, rest = card.partition(f"\n{SIZE}\n")
     return f"{before}\n{section}\n{found}{rest}" if found else f"{card.rstrip()}\n\n{section}\n"
+
+
+METRIC_TYPES = {"spearman": "spearmanr", "top1_agreement": "accuracy"}  # ours -> the hub's, where it has another name
+TASK_TYPES = {"language model": "text-generation", "sentence pairs": "sentence-similarity"}
+
+
+def _with_index(card: str, report: Report) -> str:
+    """Return a card whose metadata hold the report's evaluations as the hub reads them (`model-index`)."""
+    from huggingface_hub import EvalResult, ModelCard
+
+    found: Any = ModelCard(card, ignore_metadata_errors=True)
+    task = found.data.get("pipeline_tag")
+    results = [
+        EvalResult(
+            task_type=task or TASK_TYPES.get(e["kind"], "other"), dataset_type="custom", dataset_name=printable(e["on"]),
+            metric_type=METRIC_TYPES.get(name, name), metric_name=name.replace("_", " "), metric_value=round(value, 6),
+        )
+        for e in report.evaluations
+        for name, value in e["metrics"].items()
+        if math.isfinite(value) and not name.startswith("base_")
+    ]  # fmt: skip
+    if results:
+        found.data.model_name, found.data.eval_results = printable(report.title), results
+    return str(found)
 
 
 def _origin(base: Base) -> str:
@@ -212,41 +259,23 @@ def _variable(reader: str) -> str:
     return "tokenizer" if reader == "AutoTokenizer" else "processor"
 
 
-def _made(report: Report, place: str, base: Base) -> list[str]:
-    """Return the command, or the call for a model in memory, and what was measured."""
-    given = {k: v for k, v in report.options.items() if v not in (None, False, [], ()) and (k, v) != ("seed", 0)}
-    calibration, tuning = given.pop("calibration", None), given.pop("tuning", None)
+def _made(report: Report, place: str) -> list[str]:
+    """Return the commands, or the call for a model in memory, and what was measured."""
+    given = {
+        k: v
+        for k, v in report.options.items()
+        if k not in BESIDE and v not in (None, False, [], ()) and (k, v) != ("seed", 0)
+    }
+    calibration, tuning = report.options.get("calibration"), report.options.get("tuning")
     said = []
-    if base.source:
-        said.append(f"```\n{command(base, given, place)}\n```")
+    if ran := commands(report.options, place):
+        said.append("```\n" + "\n".join(ran) + "\n```")
     elif given:
-        said.append(f"```python\nrpq.convert(model, {', '.join(f'{k}={v!r}' for k, v in given.items())})\n```")
+        inputs = ", calibration=inputs" if calibration else ""
+        said.append(f"```python\nrpq.convert(model, {', '.join(f'{k}={v!r}' for k, v in given.items())}{inputs})\n```")
     if calibration:
         said.append(f"Calibrated on {calibration['items']} inputs (sha256 {calibration['sha256']}).")
     if tuning:
         loss = f"held-out loss {tuning['before']:.4g} before, {tuning['after']:.4g} after"
         said.append(f"Tuned against the dense model, {tuning['steps']} steps: {loss}.")
     return said
-
-
-def command(base: Base, options: Mapping[str, Any], place: str) -> str:
-    """Return the shell command of a conversion; it names no path of the machine that ran it."""
-    words = ["rpq", "convert", base.source]
-    for key, value in options.items():
-        flag = "--rule" if key == "rules" else f"--{key.replace('_', '-')}"
-        if key == "rules":
-            words += [w for rule in value for w in (flag, _rule(rule))]
-        elif isinstance(value, (list, tuple)):
-            words += [w for v in value for w in (flag, str(v))]
-        elif value is True:
-            words.append(flag)
-        else:
-            words += [flag, Path(value).name if str(value).endswith(".toml") else str(value)]
-    words += ["--factory", base.factory] if base.factory else []
-    words += ["--revision", base.commit] if base.commit else []
-    return printable(shlex.join([*words, "--out", place]))
-
-
-def _rule(rule: Mapping[str, Any]) -> str:
-    settings = (f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in rule.items() if k != "match")
-    return f"{rule['match']}:{','.join(settings)}"

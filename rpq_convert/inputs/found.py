@@ -90,7 +90,7 @@ def find_data(where: str | Path, field: str | None = None) -> Found:
 
 def is_path(text: str) -> bool:
     """Return whether a text that may be data itself is the path of some: it is there, or it ends or begins as only paths do."""
-    if "\n" in text or len(text) > 1024:
+    if not text or "\n" in text or len(text) > 1024:
         return False
     named = " " not in text and text.lower().endswith((*TEXTS, *TABLES, *PICTURES, TENSORS, ".gz"))
     return text.startswith(HUB) or named or Path(text).exists()
@@ -100,7 +100,7 @@ def _hub_name(text: str) -> str | None:
     """Return the data set that a text names; a plain `user/name` counts where nothing local begins like it."""
     if text.startswith(HUB):
         name = text.removeprefix(HUB).strip("/")
-        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[^:]+){0,2}", name):
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?(:[\w.-]+(\[.*\])?)?", name):
             raise SourceError(f"{text} is no data set; write it as hub:user/name[:config][:split]")
         return name
     if address := _DATASET.fullmatch(text):

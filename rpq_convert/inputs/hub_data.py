@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from rpq_convert.errors import SourceError
+from rpq_convert.hf.hub import asking, client
 from rpq_convert.inputs.tables import Chat, items_of
 
 ROWS = 10_000  # that are fetched of a data set
@@ -20,15 +23,18 @@ def hub_items(name: str, field: str | None = None) -> tuple[list[str | Chat], st
         field: the column.
 
     Raises:
-        SourceError: it cannot be fetched, or has no such column.
+        HubError: the hub is not reached, or has no such data set. SourceError: it cannot be read, or has no such column.
     """
     repository, config, split = parts_of(name)
     try:
         from datasets import load_dataset
     except ImportError:
         raise SourceError(f"hub:{name} needs the package datasets: pip install datasets") from None
+    if not Path(repository).exists():  # a folder that is written like a data set of the hub
+        with asking(repository):  # where the hub is not reached, datasets tries for minutes
+            client(None).dataset_info(repository)
     try:
-        rows: Any = load_dataset(repository, config, split=split, streaming=True)
+        rows: Any = load_dataset(repository, config, split=split, streaming="[" not in (split or ""))
         if hasattr(rows, "keys"):  # of all splits
             rows = rows[next(iter(rows))]
         found = list(islice(rows, ROWS))
@@ -39,7 +45,7 @@ def hub_items(name: str, field: str | None = None) -> tuple[list[str | Chat], st
 
 def parts_of(name: str) -> tuple[str, str | None, str | None]:
     """Return the repository, the config and the split that a name says."""
-    repository, *rest = name.split(":")
+    repository, *rest = re.split(r":(?![^\[]*\])", name)  # a part of a split, such as train[:10%], stays whole
     if len(rest) == 2:
         return repository, rest[0], rest[1]
     if rest and (rest[0] in SPLITS or "[" in rest[0]):

@@ -114,7 +114,7 @@ class PlanOptions:
         "Settings for matching parameters; repeatable, first match wins.",
         record=ALWAYS, metavar="PATTERN:KEY=VALUE,…", panel=WHAT, flag="rule",
     )  # fmt: skip
-    max_shard_size: str | int = setting(DEFAULT_SHARD, "Largest weight file.", record=NEVER, metavar="SIZE", panel=SIZE)
+    max_shard_size: str | int = setting(DEFAULT_SHARD, "Largest weight file.", metavar="SIZE", panel=SIZE)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", as_rules(self.rules))
@@ -134,8 +134,6 @@ class PlanOptions:
             raise PlanError("entropy-coded weights take bits, a preset or a target_size, not dim or codebooks")
         if isinstance(self.sensitivity, str) and self.sensitivity != "shape":
             raise PlanError(f"sensitivity must be 'shape' or a mapping from names to numbers, not {self.sensitivity!r}")
-        if self.sensitivity is not None and not self.budgets.keys() - {"max_error"}:
-            raise PlanError("sensitivity serves a target_size or an average of bits; give one of them")
         if self.max_error is not None and self.fit == "random":
             raise PlanError(
                 "max_error is of a fit, and fit='random' draws codebooks without looking at weights; leave one out"
@@ -153,10 +151,29 @@ class PlanOptions:
         asked = {"target_size": self.target_size, "max_error": self.max_error, "bits": mixed}
         return {name: value for name, value in asked.items() if value is not None}
 
+    @property
+    def chooses(self) -> bool:
+        """Whether sizes are chosen by what the model is sensitive to."""
+        return bool(self.budgets.keys() - {"max_error"})
+
+    @property
+    def measures(self) -> bool:
+        """Whether the model is run to measure what it is sensitive to."""
+        return self.chooses and self.sensitivity is None and self.fit != "random"
+
+    def check_used(self) -> None:
+        """Refuse what serves a curve, and does nothing for a single plan.
+
+        Raises:
+            PlanError: sensitivities without sizes to choose.
+        """
+        if self.sensitivity is not None and not self.chooses:
+            raise PlanError("sensitivity serves a target_size or an average of bits; give one of them")
+
     def _check_sizes(self) -> None:
         given = [n for n in DECIDING if getattr(self, n) is not None]
         if len(given) > 1:
-            raise PlanError(f"give one of {' and '.join(given)}, not both: each decides the sizes")
+            raise PlanError(f"give one of {', '.join(given)}, not several: each decides the sizes")
         if self.stages is not None and self.dim is None:
             raise PlanError("stages needs dim: together they are the bits per weight")
         if self.bits is not None:

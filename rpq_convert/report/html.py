@@ -96,7 +96,7 @@ def comparison(found: Comparison) -> str:
         )
     largest = max(r.dense_bytes for r in found.reports) or 1
     models = [
-        {"name": name, "share": 100 * r.bytes / largest, "parts": _parts(r), "verdict": verdict(r)}
+        {"name": name, "share": 100 * r.bytes / largest, "parts": _parts(r), "verdict": _judged(r)}
         for name, r in zip(found.names, found.reports)
     ]
     options = {k: ["–" if x is None else plain(x) for x in v] for k, v in found.options.items()}
@@ -109,7 +109,7 @@ def _summary(report: Report) -> dict[str, Any]:
         "title": report.title, "version": report.version, "before": megabytes(report.dense_bytes), "after": megabytes(report.bytes),
         "ratio": f"{report.ratio:.1f}", "bits": f"{report.bits_per_weight:.2f}", "covered": f"{100 * report.covered:.1f}",
         "share": min(100.0, 100 * report.bytes / report.dense_bytes) if report.dense_bytes else 100.0, "parts": _parts(report),
-        "verdict": verdict(report), "quality": quality(report), "warnings": report.plain_warnings, "legend": legend(report),
+        "verdict": _judged(report), "quality": quality(report), "warnings": report.plain_warnings, "legend": legend(report),
         "measure": _measure(report), "chart": _chart(report), "converted": report.error is not None,
     }  # fmt: skip
 
@@ -121,6 +121,16 @@ def _parts(report: Report) -> list[dict[str, Any]]:
         for part, label, meaning in PARTS
         if (n := report.total(part))
     ]
+
+
+def _judged(report: Report) -> dict[str, str] | None:
+    """Return the verdict; of a bad one, the sentence begins as the warning in other views does."""
+    found = verdict(report)
+    if found is None:
+        return None
+    warned = [w for w in report.all_warnings if w not in report.plain_warnings]
+    begins = "".join(f"{w.partition(':')[0]}: " for w in warned)
+    return {"level": found.level, "sentence": begins + found.sentence, "advice": found.advice}
 
 
 def _measure(report: Report) -> str:

@@ -248,7 +248,8 @@ def markdown(report: Report) -> str:
         "| tensor | layer | shape | how | dense | now | bits/weight | output error | weight error | worst output |",
         "|---|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for g in group(report.rows):
+    tables, small = ([r for r in report.rows if _is_small(r) is one_axis] for one_axis in (False, True))
+    for g in group(tables):
         r = g.first
         how = r.spec if r.decision == "rpq" else f"dense: {r.reason}"
         many = f" (x{len(g.rows)})" if len(g.rows) > 1 else ""
@@ -258,12 +259,22 @@ def markdown(report: Report) -> str:
             number(mean(g.rows, "output_error")), number(mean(g.rows, "error")), number(worst(g.rows)),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
+    if small:
+        size = megabytes(sum(r.bytes for r in small))
+        lines += [
+            "",
+            f"{len(small)} dense tensors of one axis or none, such as biases and norms, are not listed: {size}.",
+        ]
     if said := means(report):
         lines += ["", markdown_text(f"Relative squared errors: {said}.")]
     if report.dropped:
         lines += ["", "Left out of the source:", "", *(f"- {markdown_text(line)}" for line in left_out(report))]
     lines += [f"\n> **Warning**: {markdown_text(w)}" for w in report.all_warnings]
     return "\n".join(lines)
+
+
+def _is_small(row: Row) -> bool:
+    return row.decision != "rpq" and len(row.shape) < 2
 
 
 def csv_table(report: Report) -> str:

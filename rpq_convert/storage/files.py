@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from rpq_convert.errors import SourceError
 from rpq_convert.schemas import kinds
 from rpq_convert.schemas.checking import read_json
+from rpq_convert.storage import formats
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -65,7 +66,9 @@ SECRET = re.compile(
     r"|service[_-]?account.*|kubeconfig|id_(rsa|dsa|ecdsa|ed25519).*|htpasswd",
     re.IGNORECASE,
 )
-OWN = re.compile(r"config\.json|README\.md|rpq_(plan|report|manifest|source)\.json")  # written anew for every folder
+OWN = re.compile(
+    r"config\.json|README\.md|rpq_(plan|report|manifest|source)\.json|rpq_chart\.png"
+)  # written anew for every folder
 
 
 def belongs(name: str) -> bool:
@@ -188,6 +191,8 @@ def weight_files(
         raise SourceError(
             f"{where} holds an adapter ({adapters[0]}), not a model: merge it into its base and save that"
         )
+    if found := formats.of_names(names, lambda name: None):
+        raise SourceError(found.of(where))
     others = [n for n in names if n.endswith(WEIGHTS)]
     which = f"; {others[0]} is of a kind that is not read: save it as safetensors" if others else ""
     raise SourceError(f"{where} has no weights: no {WHOLE}, index or {PICKLE}{which}")

@@ -6,15 +6,17 @@ what helps. Nothing of a file is unpickled or unpacked. Free of torch.
 
 from __future__ import annotations
 
+import io
 import json
 import pickletools
 import zipfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 HEAD = 512  # bytes of a file that are looked at
+PICKLES = 4  # in a file of torch from before it wrote archives: three of facts, and what was saved
 LARGEST_PICKLE = 64 << 20  # bytes of a pickle's instructions; its tensors lie beside them
 LFS = b"version https://git-lfs.github.com/spec/"
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -62,7 +64,7 @@ DISTRIBUTED = Format(
     "a distributed checkpoint in parts", "merge it with torch.distributed.checkpoint.format_utils, then convert that"
 )
 MLX = Format("a folder of MLX weights", "convert the safetensors checkpoint that it was made from")
-EMPTY = Format("an empty folder", "give one with a checkpoint's config.json and weights")
+EMPTY = Format("an empty folder: no weights, no config", "give one with a checkpoint's config.json and weights")
 
 _BY_HEAD: tuple[tuple[int, bytes, Format], ...] = (
     (0, LFS, POINTER),
@@ -116,6 +118,9 @@ def of_file(path: str | Path) -> Format | None:
         return None
     if head.startswith(b"PK\x03\x04"):
         return _of_zip(path)
+    if head.startswith(b"\x80"):
+        with open(path, "rb") as file:
+            return _of_pickle(file)
     found = next((form for at, magic, form in _BY_HEAD if head[at : at + len(magic)] == magic), None)
     return found or next((form for ends, form in _BY_END.items() if path.name.lower().endswith(ends)), None)
 
@@ -135,23 +140,25 @@ def _of_zip(path: Path) -> Format | None:
     if "archive_format" in ends or any(n.endswith("serialized_exported_program.json") for n in names):
         return PROGRAM
     if inner is not None:
-        return _of_pickle(text)
+        return _of_pickle(io.BytesIO(text))
     if all(n.endswith(".npy") for n in names):
         return NUMPY
     return KERAS if {"metadata.json", "config.json"} <= set(names) else ARCHIVE
 
 
-def _of_pickle(text: bytes) -> Format | None:
-    """Return what a pickle's instructions make where it is a whole model, by reading them as text; they are not run."""
-    first, words = "", set()
+def _of_pickle(file: IO[bytes]) -> Format | None:
+    """Return what the instructions of pickles make where it is a whole model, by reading them as text; they are not run."""
+    first, words, last = "", set(), ["", ""]
     try:
-        for code, value, _ in pickletools.genops(text):
-            if code.name == "GLOBAL" and not first:
-                first = str(value).rpartition(" ")[2]
-            elif isinstance(value, str):
-                words.add(value)
-    except ValueError:
-        return None
+        for _ in range(PICKLES):
+            for code, value, _ in pickletools.genops(file):
+                if code.name in ("GLOBAL", "STACK_GLOBAL"):
+                    first = first or (str(value).rpartition(" ")[2] if value else last[1])
+                elif isinstance(value, str):
+                    words.add(value)
+                    last = [last[1], value]
+    except ValueError:  # the tensors begin, or it is damaged
+        pass
     if not {"_modules", "_parameters"} <= words:
         return None
     return Format(
@@ -187,6 +194,8 @@ def of_names(names: Collection[str], text_of: Callable[[str], str | None]) -> Fo
             return Format(f"a folder with no weights for torch; {file} in it is {form.what}", form.advice)
     if not names:
         return EMPTY
+    if any(n.rpartition("/")[2] == "config.json" for n in names):
+        return None
     if any(n.startswith(("tokenizer", "vocab.", "merges.", "spiece", "sentencepiece")) for n in top):
         return Format(
             "a folder of a tokenizer alone", "give the folder that has the model's config.json and weights as well"

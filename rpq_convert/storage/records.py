@@ -11,7 +11,7 @@ from rpq_convert.schemas import kinds
 from rpq_convert.schemas.checking import read_json
 
 PLAN, REPORT, MANIFEST = "rpq_plan.json", "rpq_report.json", "rpq_manifest.json"
-CONFIG, CARD = "config.json", "README.md"
+CONFIG, CARD, CHART = "config.json", "README.md", "rpq_chart.png"
 ORIGIN = "rpq_source.json"  # only in unfinished folders
 
 

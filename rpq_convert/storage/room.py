@@ -8,6 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from rpq_convert.errors import FolderError
+from rpq_convert.report.text import megabytes
 
 
 def check_free(out: str | Path, *, overwrite: bool) -> None:
@@ -65,7 +66,7 @@ def check_room(out: str | Path, needed: int) -> None:
     free = shutil.disk_usage(nearest(Path(out))).free
     if needed > free:
         raise FolderError(
-            f"disk full: {out} needs {needed / 1e6:,.1f} MB while it is written, and {free / 1e6:,.1f} MB are free there; "
+            f"disk full: {out} needs {megabytes(needed)} while it is written, and {megabytes(free)} are free there; "
             "free some space or choose another folder"
         )
 

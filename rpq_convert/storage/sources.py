@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -82,7 +83,7 @@ def near(path: str | Path, fits: Callable[[Path], bool] = lambda _: True) -> str
     """
     path = Path(path)
     there = next((p for p in path.parents if p.is_dir()), None)
-    if there is None:
+    if there is None or not os.access(there, os.R_OK | os.X_OK):
         return ""
     missing, *rest = path.relative_to(there).parts
     names = {p.name.lower(): p.name for p in there.iterdir() if not p.name.startswith(".")}
@@ -178,7 +179,9 @@ def _check_folder(path: Path, options: SourceOptions, weights: bool) -> None:
     try:
         paths, index = weight_paths(path, allow_pickle=options.allow_pickle, named=named)
     except SourceError:
-        if "pytorch_model.bin" not in names and (found := formats.of_names(names, lambda n: _text(path / n))):
+        if any("/" not in n and n.endswith((".safetensors", ".index.json", ".bin")) for n in names):
+            raise  # they are there, and something is wrong with them
+        if found := formats.of_names(names, lambda n: _text(path / n)):
             raise SourceError(found.of(path)) from None
         if inner := sorted(p.parent.name for p in path.glob("*/config.json")):
             raise SourceError(f"{path} has no weights; did you mean {path / inner[-1]}?") from None

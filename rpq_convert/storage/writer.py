@@ -74,8 +74,8 @@ class Folder:
                 shutil.rmtree(self.work)
         check_room(self.out, bytes_to_write(self.out, plan))
         self.work.mkdir(parents=True, exist_ok=True)
-        write_text(self.origin, origin)
-        write_text(stored, plan.to_json())
+        write_file(self.origin, origin)
+        write_file(stored, plan.to_json())
         self.pieces.mkdir(exist_ok=True)
 
     def _begun(self) -> bool:
@@ -198,10 +198,10 @@ class Folder:
                 "metadata": {"total_size": plan.tensor_bytes},
                 "weight_map": {k: n for n, ks in plan.shards for k in ks},
             }
-            write_text(self.work / INDEX, json.dumps(index, indent=1))
+            write_file(self.work / INDEX, json.dumps(index, indent=1))
 
-    def write(self, name: str, text: str) -> None:
-        write_text(self.work / name, text)
+    def write(self, name: str, content: str | bytes) -> None:
+        write_file(self.work / name, content)
 
     def copy(self, files: Mapping[str, Path]) -> None:
         """Copy files: path inside the folder -> file. Pickled weights that get the name of safetensors become such."""
@@ -258,7 +258,7 @@ def write_manifest(folder: Path, files: Mapping[str, Path], not_finite: Sequence
     """
     found = {n: {"bytes": p.stat().st_size, "sha256": sha256(p)} for n, p in files.items() if n != MANIFEST}
     odd = {"not_finite": [*not_finite]} if not_finite else {}
-    write_text(folder / MANIFEST, json.dumps({"files": found, **odd}, indent=1))
+    write_file(folder / MANIFEST, json.dumps({"files": found, **odd}, indent=1))
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -272,9 +272,9 @@ def amend(folder: Path, texts: Mapping[str, str]) -> None:
     """Rewrite text files of a finished folder and their entries in its manifest."""
     manifest = read_manifest(folder)
     for name, text in texts.items():
-        write_text(folder / name, text)
+        write_file(folder / name, text)
         manifest["files"][name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
-    write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
+    write_file(folder / MANIFEST, json.dumps(manifest, indent=1))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -288,10 +288,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     _replace(partial, path)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a small file; a killed run leaves the old one or the new one."""
     partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(text, "utf8")
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as e:  # a failed write does not know its file
         raise FolderError(e.errno, f"cannot write {path}: {e.strerror}") from e
     _replace(partial, path)

@@ -64,6 +64,8 @@ class TuneOptions:
     def __post_init__(self) -> None:
         object.__setattr__(self, "autocast", dtype_text(self.autocast))
         check_values(self, TuneError)
+        if self.rate == 0:
+            raise TuneError("rate must be more than 0: no step of it changes anything")
 
     @property
     def interval(self) -> int:

@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,7 +45,9 @@ def fails(code, *args, says):
     result = rpq(*args, code=code)
     *talk, line = result.stderr.strip().splitlines()
     assert line.startswith("error: ") and result.stdout == ""
-    assert all(t.startswith(("warning: ", "[")) for t in talk), talk  # progress, but no traceback and no second error
+    assert all(t.startswith(("warning: ", "effort ", "[")) for t in talk), (
+        talk
+    )  # what was chosen, progress, but no traceback and no second error
     for text in (says,) if isinstance(says, str) else says:
         assert text in line, line
     assert not out or (out.exists(), tree(out)) == before
@@ -183,7 +186,8 @@ def test_json_is_all_of_stdout_and_quiet_says_nothing(bert, tmp_path):
 
 @pytest.mark.parametrize("asked", [("--target-size", "100kB"), ("--bits", 4.5), ("--max-error", 0.02)])
 def test_sizes_to_a_budget(bert, tmp_path, asked):
-    plan = json.loads(rpq("plan", bert, *asked, "--sensitivity", "shape", "--json").stdout)
+    shapes_alone = () if asked[0] == "--max-error" else ("--sensitivity", "shape")  # it needs no sensitivities
+    plan = json.loads(rpq("plan", bert, *asked, *shapes_alone, "--json").stdout)
     sizes = {(j["spec"]["dim"], j["spec"]["stages"]) for j in plan["jobs"]}
     assert len(sizes) > 1 or sizes == {(2, 1)}  # one size for all has these errors
     rpq("convert", bert, "--out", tmp_path / "out", *asked, "--effort", "fast", "-q")
@@ -411,10 +415,19 @@ def test_nan_is_refused_by_the_tensors_name(copy, tmp_path):
             tensors["encoder.layer.1.output.dense.weight"][3, 5] = float("nan")
             save_file(tensors, shard, metadata={"format": "pt"})
     out = tmp_path / "out"
-    fails(4, "convert", copy, "--out", out, says=("encoder.layer.1.output.dense.weight", "1 NaN or infinite"))
+    fails(
+        4,
+        "convert",
+        copy,
+        "--out",
+        out,
+        "--effort",
+        "fast",
+        says=("encoder.layer.1.output.dense.weight", "1 NaN or infinite"),
+    )
     out.mkdir()
     (out / "before.txt").write_text("the last good one")
-    fails(4, "convert", copy, "--out", out, "--overwrite", says="NaN")
+    fails(4, "convert", copy, "--out", out, "--overwrite", "--effort", "fast", says="NaN")
     rpq(
         "convert",
         copy,
@@ -470,7 +483,7 @@ def test_pickles_remote_code_and_quantized_checkpoints(copy, tmp_path):
 
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": {"AutoModel": "m.M"}}))
-    fails(4, "convert", copy, "--out", tmp_path / "remote", says="never run")
+    fails(4, "convert", copy, "--out", tmp_path / "remote", "--allow-pickle", says="never run")
     fails(4, "convert", tmp_path / "out", "--out", tmp_path / "twice", says="quantized already (rpq)")
     (copy / "config.json").write_text(
         json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}})
@@ -602,7 +615,8 @@ def test_no_fit_is_lost_while_files_are_hashed(bert, tmp_path, monkeypatch):
     [(0.01, "rpq_plan.json"), (0.5, "pieces"), (1.7, "partial/model.safetensors")],
     ids=["start", "fit", "assembly"],
 )
-def test_disk_full(bert, tmp_path, room, where):
+def test_a_disk_that_fills_meanwhile(bert, tmp_path, monkeypatch, room, where):
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=1 << 40))  # before it fills
     disk = tmp_path / "disk"
     disk.mkdir()
     rpq("convert", bert, "--out", tmp_path / "whole", "--bits", 8, "-q")
@@ -619,6 +633,22 @@ def test_disk_full(bert, tmp_path, room, where):
         assert fixed(disk / "out") == fixed(tmp_path / "whole")
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_a_disk_without_room_is_told_before_the_first_fit(bert, tmp_path, monkeypatch):
+    """Pieces and result both lie on it for a while; what an earlier run wrote is not counted again."""
+    convert = ("convert", bert, "--out", tmp_path / "out", "--bits", 8)
+    needed = 2 * json.loads(rpq(*convert, "--dry-run", "--json").stdout)["predicted_bytes"]
+    for free in (0, needed // 2):
+        monkeypatch.setattr("shutil.disk_usage", lambda place, free=free: SimpleNamespace(free=free))
+        fails(
+            4,
+            *convert,
+            says=("disk full", "needs 0.", f"and {free / 1e6:.3f} MB are free there", "choose another folder"),
+        )
+        assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=needed))
+    rpq(*convert, "-q")
 
 
 @pytest.mark.slow

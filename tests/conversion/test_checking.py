@@ -118,3 +118,31 @@ def test_a_budget_decides_how_much_is_compared():
     assert quick_check(base, model, data, seconds=60).samples == 20
     assert quick_check(base, model, data, seconds=0).samples == 4
     assert not model.training
+
+
+def test_a_model_in_memory_is_compared_with_what_it_was():
+    torch.manual_seed(0)
+    data = [torch.randn(4, 64) for _ in range(5)]
+    report = rpq.convert(net(), bits=2, calibration=data[:4], check=data)
+    (entry,) = report.evaluations
+    assert entry["on"] == "given inputs" and entry["samples"] == 20 and "quality: " in str(report)
+    without = rpq.convert(net(), bits=4, check=True)
+    assert not without.evaluations and any("not checked: synthetic inputs" in w for w in without.all_warnings)
+
+
+def test_efforts_in_python():
+    from transformers import BertConfig, BertModel
+
+    def bert():
+        torch.manual_seed(0)
+        size = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+        return BertModel(BertConfig(vocab_size=64, max_position_embeddings=64, **size))
+
+    assert rpq.convert(bert(), bits=4, grow=True).output_error is None
+    assert rpq.convert(bert(), bits=4, grow=True, effort="good").output_error is not None
+    with pytest.raises(rpq.PlanError, match="best tunes against the dense model"):
+        rpq.convert(bert(), bits=4, effort="best")
+    with pytest.raises(rpq.PlanError, match="effort must be"):
+        rpq.convert(bert(), bits=4, effort="hasty")
+    with pytest.raises(rpq.CalibrationError, match="synthetic inputs of Sequential"):
+        rpq.convert(net(), bits=4, effort="good")
