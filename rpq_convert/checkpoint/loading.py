@@ -26,8 +26,11 @@ from rpq_convert.layers import surgery
 from rpq_convert.layers.surgery import AFTER
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.running.holders import Held, become_held, held_elsewhere, storage_of
+from rpq_convert.running.wrappers import unwrapped
 from rpq_convert.storage.files import GENERATION
 from rpq_convert.storage.folder import open_folder
+from rpq_convert.storage.names import plain
+from rpq_convert.storage.names import unwrapped as without_wrappers
 from rpq_convert.storage.options import SourceKeywords, SourceOptions
 from rpq_convert.storage.records import CONFIG
 from rpq_convert.storage.sources import is_name, located, read_config
@@ -71,7 +74,8 @@ def load(path: str | Path, *, device: str | torch.device | None = None, **source
         raise SourceError(
             f"{folder} is not a transformers model: pass factory=, the function that builds the dense model"
         )
-    fill(model, config["quantization_config"], open_folder(folder))
+    with unwrapped(model) as inside:
+        fill(inside, config["quantization_config"], without_wrappers(open_folder(folder)))
     compute_buffers(model, factory)
     if hasattr(model, "generation_config") and (folder / GENERATION).is_file():
         from rpq_convert.hf import loading
@@ -84,7 +88,7 @@ def load(path: str | Path, *, device: str | torch.device | None = None, **source
 
 def fill(model: nn.Module, config: Mapping[str, Any], source: Any) -> None:
     """Give an empty model its RPQ weights and dense tensors."""
-    contents = description.read_all(config)
+    contents = description.read_all(config).renamed(plain)
     source = checked(source, contents)
     tied = contents.aliases()
     if contents.extra:

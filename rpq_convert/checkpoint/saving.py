@@ -57,13 +57,24 @@ def save(
             tensor nor JSON values); a file that is not there, or whose path leaves the folder.
         FolderError: the folder already exists.
     """
-    model = unwrapped(model)
+    with unwrapped(model) as inside:
+        return _save(inside, out, overwrite, max_shard_size, named_files(files), base)
+
+
+def _save(
+    model: nn.Module,
+    out: str | Path,
+    overwrite: bool,
+    max_shard_size: str | int | None,
+    beside: dict[str, Path],
+    base: Base | None,
+) -> Report:
     plan = plan_of(model, max_shard_size)
     if not plan.jobs:
         why = warnings_of(plan)[0] if plan.options else "convert it first"
         raise SourceError(f"{type(model).__name__} has no RPQ weight; {why}")
     state = _state(model)
-    beside, states = named_files(files), plain_states(model)
+    states = plain_states(model)
     found = surgery.layers_of(model)
     for name, rpq in found.items():
         expected = rpq.spec.tensors(rpq.view, rpq.shape)

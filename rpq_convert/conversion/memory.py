@@ -100,23 +100,23 @@ def convert(
         )
     if effort == GOOD and calibration is None:
         calibration = partial(own_inputs, seed=asked.seed)
-    model = unwrapped(model)
-    optimizers = optimizers_of(model)
-    refuse_model(model)
-    refuse_offloaded(model, "convert")
-    with unchanged_on_failure(model), torch.inference_mode(False):  # whose tensors would never train
-        data = None if calibration is None else prepare(calibration, model, "calibration", tokenizer=tokenizer)
-        plan = plan or plan_opened(Opened(model, None), asked, data=data)
-        if not plan.jobs and (coded := len(surgery.layers_of(model))):
-            raise PlanError(
-                f"{original_class(model).__name__} is converted already: {coded} weights are codes; start from the dense model, or "
-                "make it dense with rpq.restore(model)"
-            )
-        plan = replace(plan, warnings=(*plan.warnings, *_stale(model, plan, optimizers)))
-        base = None if check is False else copy.deepcopy(model)
-        with shown(progress, plan) as callback:
-            report = _convert(model, plan, data, callback, how)
-    return report if base is None else _checked(base, model, report, check)
+    with unwrapped(model) as inside:
+        optimizers = optimizers_of(inside)
+        refuse_model(inside)
+        refuse_offloaded(inside, "convert")
+        with unchanged_on_failure(inside), torch.inference_mode(False):  # whose tensors would never train
+            data = None if calibration is None else prepare(calibration, inside, "calibration", tokenizer=tokenizer)
+            plan = plan or plan_opened(Opened(inside, None), asked, data=data)
+            if not plan.jobs and (coded := len(surgery.layers_of(inside))):
+                raise PlanError(
+                    f"{original_class(inside).__name__} is converted already: {coded} weights are codes; start from the dense model, or "
+                    "make it dense with rpq.restore(model)"
+                )
+            plan = replace(plan, warnings=(*plan.warnings, *_stale(inside, plan, optimizers)))
+            base = None if check is False else copy.deepcopy(inside)
+            with shown(progress, plan) as callback:
+                report = _convert(inside, plan, data, callback, how)
+        return report if base is None else _checked(base, inside, report, check)
 
 
 def _checked(base: nn.Module, model: nn.Module, report: Report, data: Any) -> Report:

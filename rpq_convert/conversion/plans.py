@@ -48,7 +48,8 @@ def plan(target: nn.Module | str | Path | Any, **options: Unpack[ConversionKeywo
         >>> rpq.plan(model, bits=4).explain("layers.0.fc1")
     """
     asked, source = take(options, PlanOptions, SourceOptions)
-    return plan_opened(open_target(target, source, measured=needs_sensitivities(asked)), asked)
+    with unwrapped(target) as inside:
+        return plan_opened(open_target(inside, source, measured=needs_sensitivities(asked)), asked)
 
 
 @keywords(PlanOptions, SourceOptions)
@@ -65,14 +66,15 @@ def sweep(target: nn.Module | str | Path | Any, *, points: int = 24, **options: 
     """
     sensitivity = options.pop("sensitivity", None)
     asked, source = take(options, PlanOptions, SourceOptions)
-    opened = open_target(target, source, measured=sensitivity is None)
-    return sweep_opened(opened, asked, points=points, sensitivity=sensitivity)
+    with unwrapped(target) as inside:
+        opened = open_target(inside, source, measured=sensitivity is None)
+        return sweep_opened(opened, asked, points=points, sensitivity=sensitivity)
 
 
 def open_target(target: Any, source: SourceOptions, *, measured: bool) -> Opened:
     """Find what to plan for; with weights only where they are to be measured and lie on this machine."""
     if isinstance(target, nn.Module):
-        return Opened(unwrapped(target), None)
+        return Opened(target, None)
     if not isinstance(target, (str, Path)):
         from rpq_convert.hf import loading
 

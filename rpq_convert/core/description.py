@@ -7,8 +7,8 @@ it before a kernel sees it. All checks use headers and meta tensors: nothing is 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -65,6 +65,12 @@ class Contents:
         for alias, name in self.tied.items():
             found.setdefault(name, []).append(alias)
         return found
+
+    def renamed(self, name: Callable[[str], str]) -> Contents:
+        """Return the same of other names."""
+        modules = {name(k): described for k, described in self.modules.items()}
+        tied = {name(alias): name(k) for alias, k in self.tied.items()}
+        return replace(self, modules=modules, tied=tied, extra=[name(k) for k in self.extra])
 
     def is_guard(self, key: str, info: Any) -> bool:
         """Say whether an entry of a file's header is no tensor of the model, but the empty one under a converted one's name."""

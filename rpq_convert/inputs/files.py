@@ -18,6 +18,7 @@ from rpq_convert.errors import CalibrationError, SourceError
 from rpq_convert.inputs.found import Found, find_data
 from rpq_convert.inputs.hub_data import hub_items
 from rpq_convert.inputs.tables import Chat, kind_of, plain_text, said, table_items
+from rpq_convert.running.text_config import text_config
 from rpq_convert.storage.files import refuse_links
 from rpq_convert.storage.formats import TABLES
 
@@ -178,7 +179,7 @@ def _text_inputs(text: str, model: Any, words: Any, window: int, part: slice) ->
     Raises:
         CalibrationError: no text.
     """
-    window = min(window, getattr(model.config.get_text_config(), "max_position_embeddings", None) or window)
+    window = min(window, getattr(text_config(model.config, "encoder"), "max_position_embeddings", None) or window)
     if not model.can_generate() or model.config.is_encoder_decoder:
         lines = sorted(
             [line for line in text.splitlines() if line.strip()][part], key=len

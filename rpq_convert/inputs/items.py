@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rpq_convert.errors import CalibrationError, SourceError
 from rpq_convert.inputs import files
 from rpq_convert.inputs.found import is_path
+from rpq_convert.running.text_config import text_config
 
 WINDOW = 512  # tokens of a text, where the model allows as many
 CHAT = ("messages", "conversation", "conversations", "chat")  # columns of a row that hold a chat
@@ -213,8 +214,7 @@ class _Maker:
             raise CalibrationError(f"{self.at} needs a tokenizer or processor; give tokenizer= ({e})") from None
 
     def _window(self) -> int:
-        config: Any = getattr(self.model, "config", None)
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        text = text_config(getattr(self.model, "config", None), "encoder")
         return min(WINDOW, getattr(text, "max_position_embeddings", None) or WINDOW)
 
     def _text(self, text: str | list[str]) -> Any:
@@ -277,7 +277,7 @@ class _Maker:
             raise CalibrationError(
                 f"{what} holds the id {wrong}; {type(self.model).__name__} has entries 0 to {size - 1}"
             )
-        config = self.model.config.get_text_config()
+        config = text_config(self.model.config, "encoder")
         most = getattr(config, "max_position_embeddings", None)
         absolute = getattr(config, "rope_parameters", None) is None and getattr(config, "rope_theta", None) is None
         if most and absolute and ids.shape[-1] > most:

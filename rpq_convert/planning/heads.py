@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from rpq_convert.planning.rules import Rule
+from rpq_convert.running.text_config import text_config
 
 
 def head_rules(model: nn.Module | None, config: Any = None) -> Sequence[Rule] | None:
@@ -28,7 +29,7 @@ def head_size(config: Any) -> int | None:
     """Return hidden size / attention heads of a transformers config (its text part, if it has several)."""
     if config is None or not hasattr(config, "get_text_config"):
         return None
-    text = config.get_text_config()
+    text = text_config(config, "decoder")
     try:
         hidden, heads = getattr(text, "hidden_size", None), getattr(text, "num_attention_heads", None)
     except RuntimeError:  # transformers' way to say that its layers differ

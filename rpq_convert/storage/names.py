@@ -50,7 +50,7 @@ class NamedSource(Mapping[str, Tensor]):
 
 def unwrapped(source: Any) -> Any:
     """Return a source without the parts of its names that wrappers added; itself where there are none."""
-    names = {key: _unwrapped(key) for key in source}
+    names = {key: plain(key) for key in source}
     while names and all(new.startswith("module.") for new in names.values()):
         names = {key: new.removeprefix("module.") for key, new in names.items()}
     return _renamed(source, names)
@@ -62,14 +62,14 @@ def under_names(source: Any, wanted: Collection[Collection[str]]) -> Any:
     Args:
         wanted: for every tensor of the model, the names that it has.
     """
-    plain = unwrapped(source)
-    tried = [source, plain]
-    names = {key: key for key in plain}
+    without = unwrapped(source)
+    tried = [source, without]
+    names = {key: key for key in without}
     while (
         names and len({new.partition(".")[0] for new in names.values()}) == 1 and all("." in n for n in names.values())
     ):
         names = {key: new.partition(".")[2] for key, new in names.items()}
-        tried.append(_renamed(plain, names))
+        tried.append(_renamed(without, names))
     fitting = next((t for t in tried if not missing(t, wanted)), source)
     counters = [own[0] for own in map(list, wanted) if not any(n in fitting for n in own) and own[0].endswith(COUNTER)]
     return NamedSource(fitting, {n: n for n in fitting}, counters) if counters else fitting
@@ -81,7 +81,8 @@ def missing(source: Collection[str], wanted: Collection[Collection[str]]) -> lis
     return [n for n in lacks if not n.endswith(COUNTER)]
 
 
-def _unwrapped(key: str) -> str:
+def plain(key: str) -> str:
+    """Return a name without the parts that wrappers of submodules added."""
     return ".".join(part for part in key.split(".") if part not in WRAPPERS)
 
 

@@ -195,7 +195,7 @@ ANSWERED = [  # arguments, what is on stdout
     (("--help",), "Usage"), *(((name, "--help"), "Examples") for name in (
         "convert", "plan", "audit", "diff", "eval", "tune", "recalibrate", "verify", "restore", "push", "serve", "presets", "env")),
     (("presets",), "5bit"), (("presets", "4bit"), "[settings]"), (("audit", SMALL), "converted"), (("audit", SMALL, "--json"), '"rows"'),
-    (("audit", SMALL, "--format", "html"), "<table"), (("audit", SMALL, "--format", "csv"), "name,"), (("diff", SMALL, SMALL), "total"),
+    (("audit", SMALL, "--format", "html"), "<table"), (("audit", SMALL, "--format", "csv"), "name,"), (("diff", SMALL, SMALL), "my-model-rpq"),
     (("verify", SMALL, "--quick"), "is whole: "), (("verify", SMALL, "--quick", "--json"), "model.safetensors"),
 ]  # fmt: skip
 
@@ -235,7 +235,7 @@ ALWAYS = {
     "--factory", "--out", "--calibrate", "--executor", "--dry-run", "--push-to", "--overwrite", "--json", "--quiet", "--sweep-out",
     "--allow-pickle", "--local-files-only",  # what they permit or forbid is so whether it comes to that or not
     "--output", "--inputs", "--windows", "--layers", "--save", "--data", "--loss", "--recompute", "--recode", "--blocks", "--bfloat16", "--quick",
-    "--effort", "--check", "--version", "--verbose", "--log",
+    "--html", "--effort", "--check", "--version", "--verbose", "--log",
 }  # fmt: skip
 ALWAYS_IN = {("push", "--public"), ("push", "--revision"), ("push", "--token"), ("tune", "--samples"), ("recalibrate", "--samples"),
              ("recalibrate", "--workers"), ("recalibrate", "--text"), ("tune", "--text")}  # fmt: skip

@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 import transformers as tf
-from architectures import image, wide
-from safetensors.torch import load_file
+from architectures import gqa, image, wide
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import rpq_convert as rpq
+from rpq_convert.errors import EncodeError
 from rpq_convert.hf.composite import without_description
 from rpq_convert.layers.surgery import layers_of
 
@@ -59,6 +60,46 @@ def test_a_class_that_reads_one_part_of_a_folder(name, clip, tmp_path):
     model.save_pretrained(tmp_path / "part")
     assert torch.equal(kind.from_pretrained(tmp_path / "part").eval()(given)[0], model(given)[0])
     assert torch.equal(rpq.load(tmp_path / "part")(given)[0], model(given)[0])
+
+
+def qwen2_vl():
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2}
+    return tf.Qwen2VLConfig(text_config={**gqa(64), "rope_parameters": rope}, vision_config=vision)
+
+
+def mllama():
+    language = {**gqa(64), "cross_attention_layers": [1], "pad_token_id": 0}
+    vision = {
+        **image(64),
+        "num_channels": 3,
+        "intermediate_size": 128,
+        "attention_heads": 4,
+        "num_global_layers": 1,
+        "max_num_tiles": 1,
+    }
+    vision |= {"vision_output_dim": 128, "intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1]]}
+    return tf.MllamaConfig(text_config=language, vision_config=vision)
+
+
+@pytest.mark.parametrize(
+    ("config", "whole", "part"),
+    [
+        (qwen2_vl, "Qwen2VLForConditionalGeneration", "Qwen2VLTextModel"),
+        (mllama, "MllamaForConditionalGeneration", "AutoModelForCausalLM"),  # a part with a head from outside of it
+    ],
+)
+def test_a_language_model_out_of_a_whole_that_renamed_it(config, whole, part, tmp_path):
+    """transformers finds it under older names, which it writes too; converted files have the new ones."""
+    torch.manual_seed(0)
+    model = getattr(tf, whole)(config()).eval()
+    model.save_pretrained(tmp_path / "dense")
+    rpq.convert(model, **HOW)
+    model.save_pretrained(tmp_path / "out")
+    dense, wanted = getattr(tf, part).from_pretrained(tmp_path / "dense", output_loading_info=True)
+    language, found = getattr(tf, part).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not found["missing_keys"] and not wanted["missing_keys"] and len(layers_of(language)) > 10
+    assert near(language.eval()(IDS)[0], dense.eval()(IDS)[0])
 
 
 def test_only_one_part_is_converted(clip, tmp_path):
@@ -164,6 +205,64 @@ def test_a_compiled_model_is_saved_under_its_own_names(tmp_path):
     rpq.save(compiled, tmp_path / "out")
     assert torch.equal(rpq.load(tmp_path / "out", factory=build)(x), compiled(x))
     assert rpq.plan(torch.compile(build(), backend="eager"), **HOW).jobs[0].name == "0.weight"
+
+
+def compiled_blocks(when):
+    """Return a language model whose blocks are compiled `when`: before or after the conversion."""
+    torch.manual_seed(0)
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**wide(64))).eval()
+
+    def compile_blocks():
+        for i, block in enumerate(model.model.layers):
+            model.model.layers[i] = torch.compile(block, backend="eager")
+
+    if when == "before":
+        compile_blocks()
+    rpq.convert(model, **HOW)
+    if when == "after":
+        compile_blocks()
+    return model
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_compiled_submodules_are_saved_under_their_own_names(when, tmp_path):
+    """Names with `_orig_mod` in them would be found by no class, which loads random weights in their place."""
+    model = compiled_blocks(when)
+    expected = answer(model)
+    rpq.save(model, tmp_path / "ours")
+    model.save_pretrained(tmp_path / "theirs")
+    for folder in ("ours", "theirs"):
+        assert torch.equal(answer(rpq.load(tmp_path / folder)), expected)
+        again = tf.AutoModelForCausalLM.from_pretrained(tmp_path / folder).eval()
+        assert torch.equal(answer(again), expected)
+        rpq.verify(tmp_path / folder)
+    assert {type(block).__name__ for block in model.model.layers} == {"OptimizedModule"}
+    assert rpq.restore(model).model.layers[0].mlp.up_proj.weight.shape == (128, 64)
+    assert {type(block).__name__ for block in model.model.layers} == {"OptimizedModule"}
+
+
+def test_a_conversion_that_fails_leaves_compiled_submodules(tmp_path):
+    model = nn.Sequential(torch.compile(nn.Linear(64, 64), backend="eager"), nn.Linear(64, 64))
+    with torch.no_grad():
+        model[1].weight[0, 0] = torch.nan
+    with pytest.raises(EncodeError):
+        rpq.convert(model, **HOW)
+    assert type(model[0]).__name__ == "OptimizedModule" and not layers_of(model)
+
+
+def test_a_factory_that_compiles_submodules(tmp_path):
+    def build():
+        return nn.Sequential(torch.compile(nn.Linear(64, 64), backend="eager"), nn.Linear(64, 64))
+
+    model, x = build(), torch.randn(2, 64)
+    save_file({k: t.clone() for k, t in model.state_dict().items()}, tmp_path / "dense.safetensors")
+    rpq.convert_checkpoint(tmp_path / "dense.safetensors", tmp_path / "stream", factory=build, **HOW)
+    rpq.convert(model, **HOW)
+    rpq.save(model, tmp_path / "memory")
+    for name in ("stream", "memory"):
+        loaded = rpq.load(tmp_path / name, factory=build)
+        assert type(loaded[0]).__name__ == "OptimizedModule"
+        assert torch.equal(loaded(x), model(x))
 
 
 def test_encoder_and_decoder_from_converted_folders(tmp_path):

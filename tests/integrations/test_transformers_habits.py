@@ -208,6 +208,19 @@ def test_the_state_of_a_converted_model_without_its_description_is_refused(tmp_p
         tf.AutoModelForCausalLM.from_pretrained(tmp_path / "o")
 
 
+@pytest.mark.parametrize("offload", ["cpu_offload", "disk_offload"])
+def test_a_model_that_is_offloaded_without_a_device_map_is_saved_by_us(offload, tmp_path):
+    accelerate, model = pytest.importorskip("accelerate"), llama(tie_word_embeddings=True)
+    rpq.convert(model, **HOW)
+    wanted = model(IDS).logits
+    getattr(accelerate, offload)(model, *([tmp_path / "off"] if offload == "disk_offload" else []))
+    with pytest.raises(rpq.SourceError, match=r"LlamaForCausalLM is offloaded without a device map.*rpq\.save"):
+        model.save_pretrained(tmp_path / "theirs")
+    assert not (tmp_path / "theirs").exists()
+    rpq.save(model, tmp_path / "ours")
+    assert torch.equal(rpq.load(tmp_path / "ours")(IDS).logits, wanted)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_folder_on_disk_and_a_conversion_on_load_that_cannot_be_there(tmp_path, tied):
@@ -222,8 +235,8 @@ def test_a_folder_on_disk_and_a_conversion_on_load_that_cannot_be_there(tmp_path
         )
         assert away.model.layers[1].mlp.up_proj.weight_rpq.codes.is_meta
         assert torch.equal(away(IDS).logits, wanted)
-    away.save_pretrained(tmp_path / "again")
-    assert torch.equal(rpq.load(tmp_path / "again")(IDS).logits, wanted)
+        away.save_pretrained(tmp_path / "again")
+        assert torch.equal(rpq.load(tmp_path / "again")(IDS).logits, wanted)
     with pytest.raises(
         rpq.SourceError, match="a device_map with 'disk' does not work while a model is converted on load"
     ):

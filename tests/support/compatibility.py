@@ -13,6 +13,8 @@ What people do with models, folders and data, and what happens here. "Works" mea
 compares it with the dense model or with the converted model before. "Refused" means one line that says what, where and what to do,
 before anything is changed.
 
+Which architectures of transformers were converted and loaded in every way is on the page [Architectures](architectures.md).
+
 This page is generated from `tests/support/compatibility.py`. A row without a test has not been tried.
 """
 
@@ -58,7 +60,8 @@ PEFT: list[Row] = [
 
 MODELS: list[Row] = [
     ("`cpu_offload`, `disk_offload`, `dispatch_model` of accelerate; saving such a model", WORKS, "running/test_offload.py::test_an_offloaded_model_computes_and_is_saved"),
-    ("a converted folder with a `device_map` of cpu and disk", "works; `save_pretrained` of a tied model that is on disk as a whole fails, `rpq.save` works", "integrations/test_transformers_habits.py::test_a_folder_on_disk_and_a_conversion_on_load_that_cannot_be_there"),
+    ("a converted folder with a `device_map` of cpu and disk", WORKS, "integrations/test_transformers_habits.py::test_a_folder_on_disk_and_a_conversion_on_load_that_cannot_be_there"),
+    ("`save_pretrained` of what `cpu_offload` or `disk_offload` offloaded", "refused: … use rpq.save(model, folder)", "integrations/test_transformers_habits.py::test_a_model_that_is_offloaded_without_a_device_map_is_saved_by_us"),
     ("`RPQConfig` on load with weights on disk", "refused: a device_map with 'disk' does not work while a model is converted on load", "integrations/test_transformers_habits.py::test_a_folder_on_disk_and_a_conversion_on_load_that_cannot_be_there"),
     ("converting or restoring an offloaded model", "refused: … is offloaded by accelerate", "running/test_offload.py::test_an_offloaded_dense_model_is_refused_as_it_is"),
     ("layer classes with ABC, Generic, slots, metaclasses, `__init_subclass__`, frozen attributes", WORKS, "layers/test_surgery.py::test_any_class_of_a_layer_is_converted_and_restored"),
@@ -89,6 +92,8 @@ FOLDERS: list[Row] = [
     ("a part is converted, the whole saved; a whole is converted, a part saved", WORKS, "integrations/test_parts.py::test_the_outer_model_saves_what_was_converted_inside"),
     ("a transformers model inside a plain module", WORKS, "integrations/test_parts.py::test_a_model_inside_a_wrapper"),
     ("`torch.compile`d models", WORKS, "integrations/test_parts.py::test_a_compiled_model_is_saved_under_its_own_names"),
+    ("compiled submodules, before or after conversion, in factories too", WORKS, "integrations/test_parts.py::test_compiled_submodules_are_saved_under_their_own_names"),
+    ("a language model out of a whole that has renamed it (Qwen2-VL)", WORKS, "integrations/test_parts.py::test_a_language_model_out_of_a_whole_that_renamed_it"),
     ("`EncoderDecoderModel.from_encoder_decoder_pretrained`", WORKS, "integrations/test_parts.py::test_encoder_and_decoder_from_converted_folders"),
     ("`save_pretrained` of a model with adapters inside", "refused", "integrations/test_parts.py::test_a_model_with_adapters_in_it_does_not_save_itself"),
     ("`PyTorchModelHubMixin`", "refused: it would write no description", "integrations/test_parts.py::test_a_hub_mixin_refuses"),

@@ -28,6 +28,8 @@ from rpq_convert.kernels.rans import packed
 from rpq_convert.layers import surgery
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning.plan import Plan
+from rpq_convert.running.offload import is_offloaded, onloaded
+from rpq_convert.running.wrappers import unwrapped
 from rpq_convert.storage.writer import is_finite
 
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")  # what transformers calls weight files
@@ -91,8 +93,9 @@ def state_to_save(model: Any) -> dict[str, Tensor]:
     parts = {f"{path}_rpq.{part}" for path, weight in found.items() for part in weight.stored()}
     state = {k: t for k, t in model.state_dict().items() if k not in parts}
     for job in plan.jobs:
-        kept = packed(job.spec, job.weight_view, job.shape, found[job.name].stored())
-        state |= {f"{job.name}_rpq.{part}": tensor for part, tensor in kept.items()}
+        with onloaded(found[job.name]):  # transformers finds no weight that several modules share where it is offloaded
+            kept = packed(job.spec, job.weight_view, job.shape, found[job.name].stored())
+            state |= {f"{job.name}_rpq.{part}": tensor for part, tensor in kept.items()}
     return state | {name: torch.empty(0) for name in plan.guards}
 
 
@@ -156,10 +159,22 @@ def _save_pretrained(plain: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(plain)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not surgery.layers_of(self):
+            attach(self)
+            return plain(self, *args, **kwargs)
+        with unwrapped(self):
+            return save(self, *args, **kwargs)
+
+    def save(self: Any, *args: Any, **kwargs: Any) -> Any:
         attach(self)
         if self.__dict__.get("quantization_method") != METHOD or getattr(self, "_hf_peft_config_loaded", False):
             return plain(self, *args, **kwargs)
         asked = signature.bind(self, *args, **kwargs).arguments
+        if is_offloaded(self) and not hasattr(self, "hf_device_map"):
+            raise SourceError(
+                f"{type(self).__name__} is offloaded without a device map, and transformers cannot save such a model: "
+                "use rpq.save(model, folder)"
+            )
         adapted = next((name for name in surgery.layers_of(self) if ".base_layer." in name), None)
         if adapted is not None:
             raise SourceError(

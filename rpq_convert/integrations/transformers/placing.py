@@ -7,7 +7,7 @@ transformers' own renaming, and its tensors are sent to where it was found (`ToP
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from rpq_convert.hf.loading import kept_dtype
 from rpq_convert.layers import surgery
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning.slots import home_first
+from rpq_convert.storage.names import plain
 from rpq_convert.storage.reader import read_header
 from rpq_convert.storage.sources import read_config
 
@@ -64,12 +65,17 @@ class Placed:
 
 
 class _Names:
-    """The name that transformers gives to a key of a checkpoint in this model."""
+    """The name that transformers gives to a key of a checkpoint in this model.
 
-    def __init__(self, model: Any, transforms: list[Any]) -> None:
+    Args:
+        keys: all names in the files; with them, the model may also be a part of the one that was saved.
+    """
+
+    def __init__(self, model: Any, transforms: list[Any], keys: Collection[str] = ()) -> None:
         self.renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         self.converters = [t for t in transforms if isinstance(t, WeightConverter)]
         self.prefix, self.state = model.base_model_prefix, model.state_dict()
+        self.own, self.whole = _part_of(keys, self.state)
 
     def of(self, key: str) -> str:
         found, _ = rename_source_key(key, self.renamings, self.converters, self.prefix, self.state)
@@ -80,12 +86,29 @@ class _Names:
     def place(self, key: str) -> str | None:
         """Return the tensor of the model that a key stands for, with the base model's prefix or without it; None for none."""
         prefix = f"{self.prefix}." if self.prefix else ""
-        candidates = (self.of(key), key, key.removeprefix(prefix), prefix + key)
+        part = self.own + key.removeprefix(self.whole)
+        candidates = (self.of(key), key, key.removeprefix(prefix), prefix + key, part, plain(key))
         return next((path for path in candidates if path in self.state), None)
 
     def renamed(self, key: str) -> str:
         """Return it as it is before the base model's prefix is added or removed."""
         return rename_source_key(key, self.renamings, self.converters)[0]
+
+
+def _part_of(keys: Collection[str], state: Collection[str]) -> tuple[str, str]:
+    """Return what stands before the tensors of a model here, and in the files of a whole that it is a part of; empty texts for no such.
+
+    transformers knows such a part by older names of the whole (`model.layers` of Qwen2-VL is `model.language_model.layers` now).
+    A head may lie elsewhere.
+    """
+    first = next(iter(state), "")
+    for own in ("", first.partition(".")[0] + "."):
+        inner = [path.removeprefix(own) for path in state if path.startswith(own)]
+        found = [key.removesuffix(inner[0]) for key in keys if inner and key.endswith("." + inner[0])]
+        whole = [prefix for prefix in found if all(prefix + path in keys for path in inner)]
+        if len(whole) == 1:
+            return own, whole[0]
+    return "", ""
 
 
 def contents_of(stored: Mapping[str, Any], files: list[Any]) -> Contents:
@@ -108,7 +131,8 @@ def place(model: Any, contents: Contents, files: list[Any], *, resized: bool) ->
         SourceError: a description that does not fit the model or the files, or files that have nothing for the model.
     """
     infos = {k: i for f in files if str(f).endswith(".safetensors") for k, i in read_header(f).items()}
-    names, aliases = _Names(model, get_model_conversion_mapping(model)), contents.aliases()
+    keys, aliases = {*infos, *contents.modules, *contents.tied}, contents.aliases()
+    names = _Names(model, get_model_conversion_mapping(model), keys)
     dense = {k: names.place(k) for k, i in infos.items() if not contents.is_guard(k, i)}
     found = Placed(dense={k: path for k, path in dense.items() if path is not None})
     tied = dict(model.all_tied_weights_keys)
