@@ -169,7 +169,7 @@ class SummaryEntry(Struct, forbid_unknown_fields=True):
     bytes: Size
     dense_bytes: Size
     bits_per_weight: NotNegative
-    held_bytes: Size = 0
+    held_bytes: Size
     output_error: NotNegative | None = None
     error: NotNegative | None = None
     worst_layer: WorstEntry | None = None
