@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from rpq_convert.checkpoint.metadata import make_report
+from rpq_convert.core.rans import rate_of, stream_bytes
 from rpq_convert.encoding.measure import record_of
 from rpq_convert.layers import surgery
 from rpq_convert.planning import layer_types
@@ -56,13 +57,19 @@ def plan_of(model: nn.Module, max_shard_size: str | int | None = None) -> Plan:
 
 
 def stored_spec(rpq: Any) -> Any:
-    """Return the spec with the dtypes that the tensors need now (a model may have been cast, or trained)."""
+    """Return the spec with the dtypes and the rate that the tensors need now (a model may have been cast, or trained)."""
     from rpq_convert.core.spec import dtype_name
+    from rpq_convert.kernels.rans import encode
 
     with onloaded(rpq):
         kept = rpq.stored()
     named = {"codebooks": "codebook_dtype", "scales": "scales", "outliers": "outlier_dtype"}
-    return replace(rpq.spec, **{named[part]: dtype_name(t.dtype) for part, t in kept.items() if part in named})
+    changed: dict[str, Any] = {named[part]: dtype_name(t.dtype) for part, t in kept.items() if part in named}
+    if rpq.spec.rate is not None and not kept["codes"].is_meta:  # codes that training changed may take more
+        count, used = kept["codes"].numel(), len(encode(kept["codes"])[0])
+        if used > stream_bytes(rpq.spec.rate, count):
+            changed["rate"] = rate_of(used, count)
+    return replace(rpq.spec, **changed)
 
 
 def _why(model: nn.Module, name: str) -> str:

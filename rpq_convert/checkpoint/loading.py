@@ -34,6 +34,7 @@ from rpq_convert.storage.names import unwrapped as without_wrappers
 from rpq_convert.storage.options import SourceKeywords, SourceOptions
 from rpq_convert.storage.records import CONFIG
 from rpq_convert.storage.sources import is_name, located, read_config
+from rpq_convert.storage.unpacking import checked
 
 
 @keywords(SourceOptions)
@@ -88,6 +89,7 @@ def load(path: str | Path, *, device: str | torch.device | None = None, **source
 def fill(model: nn.Module, config: Mapping[str, Any], source: Any) -> None:
     """Give an empty model its RPQ weights and dense tensors."""
     contents = description.read_all(config).renamed(plain)
+    source = checked(source, contents)
     tied = contents.aliases()
     if contents.extra:
         model._rpq_extra = dict.fromkeys(contents.extra, source)  # type: ignore[assignment]  # what `save` keeps, unread till then
@@ -97,7 +99,6 @@ def fill(model: nn.Module, config: Mapping[str, Any], source: Any) -> None:
         paths = (name, *tied.get(name, []))
         for path in paths:
             description.check_place(path, what, surgery.parameter_at(model, path))
-        description.check_stored(name, what, source)
         surgery.places(model, paths).install(RPQWeight.of(what, "meta"))
     homes: dict[int, tuple[Tensor, list[tuple[nn.Module, str, bool]], str]] = {}
     for path, module in model.named_modules():

@@ -25,6 +25,7 @@ from rpq_convert.storage.folder import open_folder
 from rpq_convert.storage.options import HubKeywords, HubOptions
 from rpq_convert.storage.records import CONFIG
 from rpq_convert.storage.sources import read_config
+from rpq_convert.storage.unpacking import checked
 from rpq_convert.storage.writer import Folder
 
 
@@ -48,11 +49,9 @@ def restore_checkpoint(
 
     (options,) = take(hub, HubOptions)
     folder = here(path, options)
-    config, source = read_config(folder), open_folder(folder)
-    rpq = config["quantization_config"]
-    contents = description.read_all(rpq)
-    for name, what in contents.modules.items():
-        description.check_stored(name, what, source)
+    config = read_config(folder)
+    contents = description.read_all(config["quantization_config"])
+    source = checked(open_folder(folder), contents)
     infos = {k: source.infos[k] for k in source}
     kept = {k: i for k, i in infos.items() if not contents.is_guard(k, i) and not _part_of(k, contents.modules)}
     if twice := sorted(set(kept) & set(contents.modules)):

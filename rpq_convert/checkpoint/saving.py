@@ -89,7 +89,7 @@ def _save(
         with onloaded(rpq):
             tensors = {k: t.cpu().contiguous() for k, t in rpq.stored().items()}
         measured = {k: record[k] for k in MEASURED if k in record}
-        folder.put(Encoded(job.name, tensors, zero_row=rpq.zero_row, **measured))
+        folder.put(job, Encoded(job.name, tensors, zero_row=rpq.zero_row, **measured))
 
     def tensor(name: str) -> Tensor:
         if name in extra:

@@ -102,11 +102,10 @@ def _check_tensors(folder: Path, not_finite: Collection[str]) -> None:
     """Compare the tensors of a folder with their descriptions, and look for numbers that are none."""
     from rpq_convert.core import description
     from rpq_convert.storage.folder import open_folder
+    from rpq_convert.storage.unpacking import checked
     from rpq_convert.storage.writer import is_finite
 
-    config, source = read_config(folder), open_folder(folder)
-    for name, what in description.read_all(config["quantization_config"]).modules.items():
-        description.check_stored(name, what, source)
+    source = checked(open_folder(folder), description.read_all(read_config(folder)["quantization_config"]))
     for key in set(source) - set(not_finite):
         if not is_finite(source[key]):
             raise VerifyError(f"{key} holds NaN or infinite values")

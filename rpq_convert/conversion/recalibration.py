@@ -15,6 +15,7 @@ from rpq_convert.checkpoint.described import plan_of
 from rpq_convert.conversion.bar import Progress, shown
 from rpq_convert.conversion.memory import convert_calibrated, finish
 from rpq_convert.core.keywords import keywords
+from rpq_convert.core.spec import Spec
 from rpq_convert.errors import CalibrationError
 from rpq_convert.inputs.items import Calibration, prepare
 from rpq_convert.layers import surgery
@@ -52,7 +53,7 @@ def recalibrate(
     """
     items, plan = prepare(data, base, "data", tokenizer=tokenizer), plan_of(model)
     # a loaded model does not know how it was fitted, and it does not matter: every fit has a start
-    jobs = tuple(replace(j, fit="additive" if j.spec.stages > 1 else "kmeans") for j in plan.jobs)
+    jobs = tuple(replace(j, fit=_fit_of(j.spec)) for j in plan.jobs)
     if not jobs:
         raise CalibrationError(f"{type(model).__name__} has no RPQ layer; convert it first")
     dense = {job.name: _dense(base, job.name, job.shape) for job in jobs}
@@ -67,6 +68,12 @@ def recalibrate(
         with shown(progress, plan) as callback:
             convert_calibrated(model, replace(plan, jobs=jobs), source, items, callback, how)
         return finish(model, replace(plan, jobs=jobs, options={**plan.options, "calibration": describe(items)}))
+
+
+def _fit_of(spec: Spec) -> str:
+    if spec.rate is not None:
+        return "ecvq"
+    return "additive" if spec.stages > 1 else "kmeans"
 
 
 def _dense(base: nn.Module, name: str, shape: tuple[int, ...]) -> nn.Parameter:

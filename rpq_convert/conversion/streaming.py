@@ -103,7 +103,7 @@ def convert_opened(
 
     def keep(job: Job, encoded: Encoded | None) -> None:
         if encoded is not None:
-            folder.put(encoded)
+            folder.put(job, encoded)
         if progress:
             progress(job, encoded)
 

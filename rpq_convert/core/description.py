@@ -22,7 +22,8 @@ from rpq_convert.schemas.checking import check
 
 LARGEST = 1 << 40  # numbers of one tensor
 FLOATS = frozenset(CODEBOOK_DTYPES.values())
-PARTS = ("codebooks", "codes", "scales", "outliers", "positions")
+PARTS = ("codebooks", "codes", "scales", "outliers", "positions")  # in memory
+STORED = (*PARTS, "stream", "frequencies")  # in files
 OTHERS = ("view", "shape", "dtype", "zero_row")
 Expected = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -39,7 +40,13 @@ class Described:
 
     @property
     def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Return part -> (dtype, shape) in memory."""
         return self.spec.tensors(self.view, self.shape)
+
+    @property
+    def stored(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Return part -> (dtype, shape) in files."""
+        return self.spec.stored(self.view, self.shape)
 
 
 @dataclass(frozen=True)
@@ -144,7 +151,7 @@ def misplaced(expected: Expected, positions: Tensor | None, inputs: int) -> str:
 
 def of_weight(name: str, infos: Mapping[str, Any]) -> dict[str, Any]:
     """Return the parts that a checkpoint's table has of the weight `name`."""
-    return {part: infos[key] for part in PARTS if (key := f"{name}_rpq.{part}") in infos}
+    return {part: infos[key] for part in STORED if (key := f"{name}_rpq.{part}") in infos}
 
 
 def check_stored(name: str, described: Described, source: Any) -> None:
@@ -153,7 +160,7 @@ def check_stored(name: str, described: Described, source: Any) -> None:
     Raises:
         SourceError: they do not fit.
     """
-    expected = described.tensors
+    expected = described.stored
     wrong = misfit(expected, of_weight(name, source.infos))
     if not wrong and "positions" in expected:
         inputs = described.view.matrix_shape(described.shape, "in")[1]

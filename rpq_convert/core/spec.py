@@ -1,7 +1,8 @@
 """Spec: everything that decides the tensors of one RPQ weight, as one frozen value.
 
-From a spec, a view and a shape follow the shapes, dtypes and bytes of `codebooks`, `codes` and `scales`. Nothing is
-measured on data, so the size of a checkpoint is known before a weight is read.
+From a spec, a view and a shape follow the shapes, dtypes and bytes of `codebooks`, `codes` and `scales`, in memory and in files.
+Nothing is measured on data, so the size of a checkpoint is known before a weight is read: where files hold codes entropy-coded, their
+length is the spec's rate, which the fit keeps.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from typing import Any
 
 import torch
 
-from rpq_convert.core import options
+from rpq_convert.core import options, rans
 from rpq_convert.core.axes import WeightView, check_axis
 
 CODEWORDS = 256  # a code is one byte
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in options.STORED_DTYPES}
 CODEBOOK_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in options.CODEBOOK_DTYPES}
 LAYOUTS = ("blocks", "rows")
+STORAGES = ("bytes", "rans")
 ROTATIONS = (0, *(2**k for k in range(3, 13)))
 
 
@@ -49,6 +51,8 @@ class Spec:
         rotation: size of the block-Hadamard rotation of the input axis (rotation.py), a power of two; 0 is none.
         outliers: how many weights of each output are kept apart, as numbers of their own beside the codes.
         outlier_dtype: dtype of those numbers.
+        storage: how files hold codes: `"bytes"`, one for each, or `"rans"`, entropy-coded (rans.py). In memory they are bytes.
+        rate: with `"rans"`, the bits of a code in files.
     """
 
     dim: int
@@ -61,6 +65,8 @@ class Spec:
     rotation: int = 0
     outliers: int = 0
     outlier_dtype: str = "float16"
+    storage: str = "bytes"
+    rate: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("dim", "books", "stages"):
@@ -84,17 +90,23 @@ class Spec:
             raise ValueError(f"outliers must be a whole number, 0 for none, not {self.outliers!r}")
         if self.outliers and self.rotation:
             raise ValueError("a rotation spreads outliers over its inputs: ask for one of the two")
+        if self.storage not in STORAGES:
+            raise ValueError(f"storage must be one of {', '.join(STORAGES)}, not {self.storage!r}")
+        if (self.storage == "rans") != (self.rate is not None):
+            raise ValueError("storage 'rans' needs a rate, the bits of a code, and no other storage has one")
+        if self.rate is not None and not 0 < self.rate <= rans.MOST_BITS:
+            raise ValueError(f"rate must be a number above 0 and at most {rans.MOST_BITS}, not {self.rate!r}")
 
     @property
     def bits(self) -> float:
-        """Code bits per weight, codebooks and scales not counted."""
-        return 8 * self.stages / self.dim
+        """Code bits per weight in files, codebooks and scales not counted."""
+        return (8 if self.rate is None else self.rate) * self.stages / self.dim
 
     def blocks(self, view: WeightView, shape: tuple[int, ...]) -> int:
         return math.ceil(view.matrix_shape(shape, self.axis)[1] / self.dim)
 
     def tensors(self, view: WeightView, shape: tuple[int, ...]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Return name -> (dtype, shape) of the stored tensors; one stage has no stage axis."""
+        """Return name -> (dtype, shape) of the tensors in memory; one stage has no stage axis."""
         n, _ = view.matrix_shape(shape, self.axis)
         blocks = self.blocks(view, shape)
         inputs = view.matrix_shape(shape, "in")[1]
@@ -120,17 +132,34 @@ class Spec:
             stored["positions"] = (torch.int16 if inputs <= 1 << 15 else torch.int32, (outputs, self.outliers))
         return stored
 
+    def stored(self, view: WeightView, shape: tuple[int, ...]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Return name -> (dtype, shape) of the tensors in files: a stream and its frequencies may stand for the codes."""
+        found = self.tensors(view, shape)
+        if self.rate is not None:
+            _, codes = found.pop("codes")
+            found["stream"] = torch.uint8, (rans.stream_bytes(self.rate, math.prod(codes)),)
+            found["frequencies"] = torch.int16, (rans.SYMBOLS,)
+        return found
+
     def nbytes(self, view: WeightView, shape: tuple[int, ...]) -> dict[str, int]:
-        """Return name -> bytes of the stored tensors."""
-        return {k: d.itemsize * math.prod(s) for k, (d, s) in self.tensors(view, shape).items()}
+        """Return name -> bytes of the tensors in files."""
+        return {k: d.itemsize * math.prod(s) for k, (d, s) in self.stored(view, shape).items()}
+
+    def memory_bytes(self, view: WeightView, shape: tuple[int, ...]) -> int:
+        """Return the bytes of all tensors in memory."""
+        return sum(d.itemsize * math.prod(s) for d, s in self.tensors(view, shape).values())
 
     def expected_error(self, view: WeightView, shape: tuple[int, ...]) -> float:
         """Return the relative squared error that a fit of Gaussian weights is expected to leave.
 
         Rate-distortion with the space-filling loss of k-means in `dim` dimensions, fitted to Lloyd-Max (dim 1: 2.72 *
         4**-bits) and to k-means on Gaussian samples at dim 2 to 16, times the share of points that are not their own
-        codeword. Summed codewords lose more the higher their rate (fitted to SmolLM2's layers, 3 to 6 bits).
+        codeword. Summed codewords lose more the higher their rate (fitted to SmolLM2's layers, 3 to 6 bits). Entropy-coded
+        single weights lose a quarter of a bit, less at low rates, whatever their number.
         """
+        if self.rate is not None:
+            lost: float = min(1.0, (1 + 0.425 * (1 - math.exp(-2 * self.rate))) * 4.0**-self.rate)
+            return lost
         n, length = view.matrix_shape(shape, self.axis)
         points = max(1, n * math.ceil(length / self.dim) / self.books)
         loss = 1 + 1.72 / self.dim**0.8 if self.stages == 1 else max(1.45, 0.15 + 0.5 * self.bits)
@@ -150,7 +179,11 @@ class Spec:
             parts.append(f"rotation {self.rotation}")
         if self.outliers:
             parts.append(f"{self.outliers} outlier{'s' * (self.outliers > 1)} a row")
+        if self.rate is not None:
+            parts.append(f"entropy-coded in {self.rate:g} bits")
         return ", ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Return the fields as JSON values; without those of entropy-coded files, which earlier versions do not know, elsewhere."""
+        found = asdict(self)
+        return found if self.rate is not None else {k: v for k, v in found.items() if k not in ("storage", "rate")}

@@ -148,7 +148,7 @@ def _scales(job: Job, scales: Tensor) -> Tensor:
 def _fit(
     job: Job, dense: Tensor, statistics: Statistics | None, start: Mapping[str, Tensor] | None
 ) -> tuple[dict[str, Tensor], int, int | None]:
-    from rpq_convert.fit import FITTERS, Fitted, count_dead, fit_gptq  # numba: imported on use
+    from rpq_convert.fit import FITTERS, Fitted, count_dead, fit_ecvq_to_inputs, fit_gptq  # numba: imported on use
 
     spec, view = job.spec, job.weight_view
     tensors: dict[str, Tensor] = {}
@@ -176,11 +176,15 @@ def _fit(
         size = {"dim": spec.dim, "books": spec.books, "stages": spec.stages}
         common: dict[str, Any] = {**size, "seed": job.seed, "codebook_dtype": codebook_dtype}
         before = None
+        if spec.rate is not None:
+            common["rate"] = spec.rate
         if start is not None:
             books, codes = _unstored(job, start)
             before = Fitted(books, codes, count_dead(codes, spec.books))
         if statistics is None:
             fitted = before or FITTERS[job.fit](matrix, importance=_importance(job, matrix), **common)
+        elif spec.rate is not None:
+            fitted = fit_ecvq_to_inputs(matrix, statistics.hessian, axis=spec.axis, scales=exact, **common)
         else:
             fitted = fit_gptq(matrix, statistics.hessian, axis=spec.axis, scales=exact, start=before, **common)
     except ValueError as e:

@@ -22,11 +22,13 @@ from rpq_convert.core.layout import Layout
 from rpq_convert.core.rotation import rotate
 from rpq_convert.core.spec import Spec, dtype_name
 from rpq_convert.kernels import reference, torch_ops
+from rpq_convert.kernels.rans import unpacked
 from rpq_convert.layers.caches import Caches
 from rpq_convert.layers.codes import Codes, guard, whole
 from rpq_convert.running.offload import is_placed
 
 NARROW = (torch.float16, torch.float8_e4m3fn)  # too narrow for an optimizer's steps
+PACKED = ("stream", "frequencies")  # what stands for codes in some files
 GUARDED = ("codes", "positions")  # buffers; codebooks, scales and outliers are parameters
 
 
@@ -337,15 +339,35 @@ class RPQWeight(nn.Module):
             if self.wide and parameter is not None and parameter.dtype in NARROW:
                 parameter.data = parameter.data.float()
 
-    def unguard(self) -> None:
-        """Hold codes as parameters until `guard` is called: transformers ties parameters alone while it loads."""
-        for name in GUARDED:
-            if self._buffers[name] is not None:
+    def unguard(self, stored: Mapping[str, Any]) -> None:
+        """Hold codes as parameters until `guard` is called, as files hold them: transformers fills and ties parameters alone.
+
+        Args:
+            stored: part -> (dtype, shape) in files.
+        """
+        for name in (n for n in GUARDED if self._buffers[n] is not None):
+            if name in stored:
                 self._parameters[name] = nn.Parameter(self.stored_tensor(name), requires_grad=False)
                 del self._buffers[name]
+                continue
+            self._non_persistent_buffers_set.add(name)  # it stays, so that the weight can be read
+            for part in PACKED:
+                dtype, size = stored[part]
+                self._parameters[part] = nn.Parameter(
+                    torch.empty(size, dtype=dtype, device="meta"), requires_grad=False
+                )
 
     def guard(self) -> None:
-        """Make guarded buffers of codes, whatever other code has put in their place."""
+        """Make guarded buffers of codes, whatever other code has put in their place.
+
+        Raises:
+            ValueError: a damaged stream of codes.
+        """
+        if "stream" in self._parameters and not self._parameters["stream"].is_meta:  # type: ignore[union-attr]
+            held: dict[str, Any] = {part: self._parameters.pop(part) for part in PACKED}
+            codes = unpacked(self.spec, self.view, self.shape, held)["codes"]
+            self._buffers["codes"] = guard(codes.to(held["stream"].device))
+            self._non_persistent_buffers_set.discard("codes")
         for name in GUARDED:
             table: dict[str, Any] = self._parameters if self._parameters.get(name) is not None else self._buffers
             if table.get(name) is not None:

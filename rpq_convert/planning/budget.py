@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from rpq_convert.core.sizes import parse_size
 from rpq_convert.errors import PlanError
 from rpq_convert.planning import planner
-from rpq_convert.planning.choices import RATES, SHAPES, Choices, Sensitivity
+from rpq_convert.planning.choices import SHAPES, Choices, Sensitivity, sizes_of
 from rpq_convert.planning.options import PlanOptions
 from rpq_convert.planning.plan import Plan
 from rpq_convert.planning.rules import Rule, load_preset, preset_names, split_bits
@@ -85,9 +86,8 @@ def sweep(
     mixed = {p.plan.file_bytes: p for size in sizes if (p := choices.within_size(max(low, size)))}
     named = _presets()
     uniform = [
-        (p, f"dim {dim}{f' x {stages} stages' if stages > 1 else ''}, {8 * stages / dim:.3g} bits", named.get(rate, ""))
-        for rate, p in zip(RATES, choices.uniform)
-        for dim, stages in [rate]
+        (p, _described(size), named.get((size.get("dim", 0), size.get("stages", 0)), ""))
+        for size, p in zip(sizes_of(options), choices.uniform)
         if p.jobs
     ]
     return Curve(
@@ -95,6 +95,13 @@ def sweep(
         tuple(replace(choices.sample(p, choices.loss(p), how), preset=preset) for p, how, preset in uniform),
         () if choices.measured else (SHAPES,),
     )
+
+
+def _described(size: Mapping[str, Any]) -> str:
+    if "bits" in size:
+        return f"entropy-coded, {size['bits']:g} bits"
+    dim, stages = size["dim"], size["stages"]
+    return f"dim {dim}{f' x {stages} stages' if stages > 1 else ''}, {8 * stages / dim:.3g} bits"
 
 
 def _presets() -> dict[tuple[int, int], str]:

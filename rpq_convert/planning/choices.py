@@ -25,6 +25,31 @@ RATES = (
     (1, 1), (4, 3), (3, 2), (5, 3), (2, 1), (4, 2), (7, 3), (5, 2), (8, 3), (3, 1), (6, 2), (7, 2), (4, 1), (8, 2),
     (5, 1), (6, 1), (7, 1), (8, 1), (10, 1), (12, 1), (14, 1), (16, 1),
 )  # fmt: skip
+CODED = (
+    7,
+    6.5,
+    6,
+    5.5,
+    5,
+    4.75,
+    4.5,
+    4.25,
+    4,
+    3.75,
+    3.5,
+    3.25,
+    3,
+    2.75,
+    2.5,
+    2.25,
+    2,
+    1.75,
+    1.5,
+    1.25,
+    1,
+    0.75,
+    0.5,
+)  # bits
 # Errors of equal size harm the more the farther a rate is from 2 bits. Above, they sit on the large weights, above all with one
 # codebook: by what factor for every bit, fitted to SmolLM2's perplexities, [one stage, several]. Below, they no longer add up as
 # squares: by what factor for every bit, fitted to MiniLM's cosine with its word embedding alone at 1.6, 1.33 and 1 bits.
@@ -62,6 +87,13 @@ class Point:
     loss: float
 
 
+def sizes_of(options: PlanOptions) -> list[dict[str, Any]]:
+    """Return the fields of options that give every parameter the same size, for all sizes that there are."""
+    if options.coded:
+        return [{"bits": bits} for bits in CODED]
+    return [{"dim": dim, "stages": stages} for dim, stages in RATES]
+
+
 def by_shape(slot: Slot) -> float:
     """Return what a parameter's relative error counts where nothing was measured."""
     weights = math.prod(slot.shape)
@@ -79,6 +111,8 @@ def expected(job: Job) -> float:
 
 def harm(spec: Spec, error: float) -> float:
     """Return what a relative squared error of this layout counts, in errors of 2 bits."""
+    if spec.rate is not None:  # large weights are as exact as small ones
+        return error
     factor: float = BELOW ** (2 - spec.bits) if spec.bits < 2 else HARM[spec.stages > 1] ** (spec.bits - 2)
     return error * factor
 
@@ -115,7 +149,7 @@ class Choices:
         strange = [n for n in self.measured if n not in known]
         if strange:
             raise PlanError(f"sensitivity names {strange[0]}, which the model does not have")
-        self.uniform = [planner.make_plan(slots, replace(one, dim=d, stages=s), warnings=warnings) for d, s in RATES]
+        self.uniform = [planner.make_plan(slots, replace(one, **size), warnings=warnings) for size in sizes_of(options)]
         decisions = [_in_order(p, slots) for p in self.uniform]
         self.items = [self._options(slot, list(dict.fromkeys(d[i] for d in decisions))) for i, slot in enumerate(slots)]
         self.free = {i for i, o in enumerate(self.items) if any(isinstance(x.decision, Job) for x in o)}
@@ -132,7 +166,7 @@ class Choices:
     def _option(self, slot: Slot, decision: Job | Skip) -> Option:
         if isinstance(decision, Skip):
             return Option(decision, decision.nbytes, decision.nbytes + self._lines({decision.name: decision.shape}))
-        tensors = decision.spec.tensors(decision.weight_view, decision.shape)
+        tensors = decision.spec.stored(decision.weight_view, decision.shape)
         nbytes = sum(decision.nbytes.values())
         lines = self._lines({f"{decision.name}_rpq.{part}": shape for part, (_, shape) in tensors.items()})
         error = expected(decision)
@@ -274,7 +308,7 @@ def _in_order(plan: Plan, slots: Sequence[Slot]) -> list[Job | Skip]:
 
 def _with_books(option: Option) -> list[Option]:
     job = option.decision
-    if not isinstance(job, Job):
+    if not isinstance(job, Job) or job.spec.rate is not None:
         return []
     found = []
     blocks = job.spec.blocks(job.weight_view, job.shape)

@@ -10,7 +10,7 @@ from rpq_convert.core.options import ALWAYS, DTYPES, NEVER, check_values, dtype_
 from rpq_convert.core.options import record as recorded
 from rpq_convert.core.sizes import parse_size
 from rpq_convert.errors import PlanError
-from rpq_convert.planning.rules import AXES, FITS, Rule, as_rules, check_preset, mixes, split_bits
+from rpq_convert.planning.rules import AXES, FITS, STORAGES, Rule, as_rules, check_preset, mixes, split_bits
 
 if TYPE_CHECKING:
     import torch
@@ -89,6 +89,12 @@ class PlanOptions:
         most=0.1,
         panel=SIZE,
     )
+    storage: str | None = setting(
+        None,
+        "How files hold codes: one byte each, or entropy-coded (rans): the best quality for a file's bytes, at 8 bits in memory.",
+        choices=STORAGES,
+        panel=SIZE,
+    )
     grow: bool = setting(False, "Convert layers that would grow as well.", record=ALWAYS, panel=SIZE)
     dtype: Literal["float32", "float16", "bfloat16"] | None = setting(
         None,
@@ -120,6 +126,12 @@ class PlanOptions:
         if self.preset is not None:
             check_preset(self.preset)
         self._check_sizes()
+        if self.storage is not None and self.fit is not None and (self.storage == "rans") != (self.fit == "ecvq"):
+            raise PlanError(
+                f"fit={self.fit!r} and storage={self.storage!r} exclude each other: ecvq is the fit for rans"
+            )
+        if self.coded and (self.dim is not None or self.codebooks is not None):
+            raise PlanError("entropy-coded weights take bits, a preset or a target_size, not dim or codebooks")
         if isinstance(self.sensitivity, str) and self.sensitivity != "shape":
             raise PlanError(f"sensitivity must be 'shape' or a mapping from names to numbers, not {self.sensitivity!r}")
         if self.max_error is not None and self.fit == "random":
@@ -128,9 +140,14 @@ class PlanOptions:
             )
 
     @property
+    def coded(self) -> bool:
+        """Whether files are to hold codes entropy-coded, in any number of bits."""
+        return self.storage == "rans" or self.fit == "ecvq"
+
+    @property
     def budgets(self) -> dict[str, Any]:
         """What the size of each parameter is chosen by: name -> value; empty where one size serves all."""
-        mixed = self.bits if self.bits is not None and mixes(self.bits) else None
+        mixed = self.bits if self.bits is not None and not self.coded and mixes(self.bits) else None
         asked = {"target_size": self.target_size, "max_error": self.max_error, "bits": mixed}
         return {name: value for name, value in asked.items() if value is not None}
 

@@ -62,6 +62,11 @@ class Job:
         return self.spec.nbytes(self.weight_view, self.shape)
 
     @property
+    def memory_bytes(self) -> int | None:
+        """Its bytes in memory, where files hold it in fewer."""
+        return None if self.spec.rate is None else self.spec.memory_bytes(self.weight_view, self.shape)
+
+    @property
     def expected_error(self) -> float:
         return 1.0 if self.is_random else self.spec.expected_error(self.weight_view, self.shape)
 
@@ -123,7 +128,7 @@ class Plan:
         for skip in self.skips:
             found[skip.name] = (dtype_of(skip.dtype), skip.shape)
         for job in self.jobs:
-            for part, (dtype, shape) in job.spec.tensors(job.weight_view, job.shape).items():
+            for part, (dtype, shape) in job.spec.stored(job.weight_view, job.shape).items():
                 found[f"{job.name}_rpq.{part}"] = (dtype, shape)
         return found
 
@@ -161,10 +166,9 @@ class Plan:
         rows = [
             Row(
                 name=j.name, layer=j.layer, shape=j.shape, dtype=j.dtype, decision="rpq", reason=j.rule,
-                dense_bytes=j.dense_bytes, codebook_bytes=j.nbytes["codebooks"], code_bytes=j.nbytes["codes"],
-                scale_bytes=j.nbytes.get("scales", 0),
-                outlier_bytes=j.nbytes.get("outliers", 0) + j.nbytes.get("positions", 0), spec=f"{j.spec.describe()}, {j.fit}",
-                expected_error=j.expected_error, aliases=j.aliases,
+                dense_bytes=j.dense_bytes, codebook_bytes=j.nbytes["codebooks"], code_bytes=_sum(j, "codes", "stream", "frequencies"),
+                scale_bytes=_sum(j, "scales"), outlier_bytes=_sum(j, "outliers", "positions"), spec=f"{j.spec.describe()}, {j.fit}",
+                expected_error=j.expected_error, memory_bytes=j.memory_bytes, aliases=j.aliases,
             )
             for j in self.jobs
         ]  # fmt: skip
@@ -214,6 +218,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON values; of its parts those that have a guard of their own."""
         found = {"format_version": FORMAT_VERSION} | without_empty(asdict(self), "dropped")
+        found["jobs"] = [job | {"spec": own.spec.to_dict()} for job, own in zip(found["jobs"], self.jobs)]
         parts = [p for p in found.pop("parts") if self._first(p) not in (None, self._first(""))]
         return found | ({"parts": parts} if parts else {})
 
@@ -249,6 +254,10 @@ class Plan:
         )
 
 
+def _sum(job: Job, *parts: str) -> int:
+    return sum(job.nbytes.get(part, 0) for part in parts)
+
+
 def _job(entry: Mapping[str, Any], where: str) -> Job:
     """Return a job whose fields have the right types; what they say together is checked here."""
     field = ".spec"
@@ -256,7 +265,7 @@ def _job(entry: Mapping[str, Any], where: str) -> Job:
         spec = Spec(**entry["spec"])
         field = ""
         job = Job(**_tuples(entry) | {"spec": spec})
-        tensors = spec.tensors(job.weight_view, job.shape)
+        tensors = {**spec.tensors(job.weight_view, job.shape), **spec.stored(job.weight_view, job.shape)}
     except ValueError as e:
         raise PlanError(f"{where}{field}: {e}") from None
     if large := [part for part, (_, size) in tensors.items() if math.prod(size) > kinds.MAX_NUMBERS]:

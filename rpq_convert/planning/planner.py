@@ -30,6 +30,9 @@ from rpq_convert.planning.slots import Slot
 # dense model's without, 38 % with it, in 3 % more bytes.
 FEW = 32
 MAX_OUTLIERS = 0.1
+# Entropy-coded weights: fewer than LEAST_CODED do not pay for frequencies and codewords, about 1 KB; above MOST_CODED bits 256
+# codewords are too few for what a longer code could say.
+LEAST_CODED, MOST_CODED = 1 << 14, 7.0
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,8 @@ def spec_of(name: str, shape: tuple[int, ...], view: WeightView, settings: Setti
         PlanError: no size, a size that the shape does not allow, or a value that no spec can have.
     """
     try:
+        if settings.coded and settings.bits is not None and (coded := _by_rate(shape, view, settings, settings.bits)):
+            return coded
         if settings.num_codebooks is not None:
             return _by_count(shape, view, settings, settings.num_codebooks)
         if settings.dim is not None:
@@ -219,6 +224,13 @@ def _by_dim(shape: tuple[int, ...], view: WeightView, settings: Settings, dim: i
     return _spec(shape, view, settings, axis, dim, stages, settings.books)
 
 
+def _by_rate(shape: tuple[int, ...], view: WeightView, settings: Settings, bits: float) -> Spec | None:
+    """Return the spec of entropy-coded weights; None where one byte for a code is as good, or frequencies would weigh too much."""
+    if bits > MOST_CODED or math.prod(shape) < LEAST_CODED:
+        return None
+    return replace(_spec(shape, view, settings, settings.axis or "in", 1, 1, 1), storage="rans", rate=float(bits))
+
+
 def _spec(
     shape: tuple[int, ...], view: WeightView, settings: Settings, axis: str, dim: int, stages: int, books: int | str
 ) -> Spec:
@@ -253,7 +265,9 @@ def job_of(
     Args:
         stored: dtype of the expanded weight. by: what decided its settings. seed: of the whole plan.
     """
-    fit = settings.fit or "kmeans"
+    fit = "ecvq" if spec.rate is not None else settings.fit or "kmeans"
+    if fit == "ecvq" and spec.rate is None:
+        fit = "kmeans"
     if fit == "kmeans" and spec.stages > 1:
         fit = "additive"
     if fit == "random":  # no weight is larger than the others

@@ -37,15 +37,23 @@ SETTINGS = {
     "scales": "dtype of one scale per output row, or 'none'",
     "rotation": "block-Hadamard rotation of the inputs: its size, or the largest power of two below that divides them",
     "outliers": "share of each output's weights, the largest, that is kept apart in 32 bits each: 0.005",
-    "fit": "kmeans, additive or random",
+    "storage": "how files hold codes: bytes, or rans: entropy-coded, in any number of bits; one byte each in memory",
+    "fit": "kmeans, additive, ecvq (entropy-constrained: storage rans) or random",
     "grow": "convert even where the layer would grow",
     "skip": "leave it dense",
     "view": "axis names of a raw parameter, e.g. 'expert out in'",
 }
 
 AXES = ("out", "in")
-FITS = ("kmeans", "additive", "random")  # the names of fit.FITTERS, which a plan must not import
-CHOICES = {"axis": AXES, "fit": FITS, "codebook_dtype": CODEBOOK_DTYPES, "scales": (*STORED_DTYPES, "none")}
+STORAGES = ("bytes", "rans")
+FITS = ("kmeans", "additive", "ecvq", "random")  # the names of fit.FITTERS, which a plan must not import
+CHOICES = {
+    "axis": AXES,
+    "fit": FITS,
+    "storage": STORAGES,
+    "codebook_dtype": CODEBOOK_DTYPES,
+    "scales": (*STORED_DTYPES, "none"),
+}
 
 
 @dataclass(frozen=True)
@@ -240,11 +248,17 @@ class Settings:
     scales: str = "none"
     rotation: int = 0
     outliers: float = 0
+    storage: str | None = None
     fit: str | None = None
     grow: bool = False
     skip: bool = False
     view: str | None = None
     own_bits: bool = False
+
+    @property
+    def coded(self) -> bool:
+        """Whether files hold codes entropy-coded."""
+        return self.storage == "rans" or (self.storage is None and self.fit == "ecvq")
 
     def sized(self, bits: float) -> Settings:
         """Return the same with another size."""

@@ -29,7 +29,8 @@ class Row:
         decision: `"rpq"`, `"dense"` (a parameter that stays as it is) or `"buffer"`.
         reason: the rule that converts it, or why it stays dense.
         dense_bytes: its size before. `codebook_bytes`, `code_bytes`, `scale_bytes`, `outlier_bytes` and `other_bytes` (what
-            stays dense) are its size after.
+            stays dense) are its size in files after.
+        memory_bytes: its size in memory after, where files hold it in fewer bytes.
         expected_error: relative squared error of the weights, `|W - W'|^2 / |W|^2`, estimated from bits per weight.
         error: the same, as measured.
         seconds: wall time of the fit.
@@ -62,11 +63,17 @@ class Row:
     worst: float | None = None
     output_error: float | None = None
     worst_output: float | None = None
+    memory_bytes: int | None = None
     aliases: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
         return self.codebook_bytes + self.code_bytes + self.scale_bytes + self.outlier_bytes + self.other_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """Its size in memory."""
+        return self.bytes if self.memory_bytes is None else self.memory_bytes
 
     @property
     def params(self) -> int:
@@ -135,6 +142,11 @@ class Report:
     @property
     def bytes(self) -> int:
         return self.total("bytes")
+
+    @property
+    def held_bytes(self) -> int:
+        """Its size in memory; files may be smaller (`storage="rans"`)."""
+        return self.total("held_bytes")
 
     @property
     def dense_bytes(self) -> int:
@@ -230,7 +242,7 @@ class Report:
 
     def summary(self) -> dict[str, Any]:
         """Return what follows from the rows, as JSON values: sizes, mean errors, the worst layer and the worst output."""
-        plain = ("bytes", "dense_bytes", "bits_per_weight", "output_error", "error")
+        plain = ("bytes", "held_bytes", "dense_bytes", "bits_per_weight", "output_error", "error")
         return {k: getattr(self, k) for k in plain} | {
             "worst_layer": _worst(self.worst_layer, "output_error", "error"),
             "worst_output": _worst(self.worst, "worst_output", "worst"),

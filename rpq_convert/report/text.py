@@ -199,6 +199,8 @@ def terminal(report: Report, width: int = 80) -> str:
             continue
         lines.append(f"{part + 's' if part != 'other' else 'dense tensors':<14} {megabytes(n):>15} {n:>20,} bytes")
     lines.append(f"{'total':<14} {megabytes(report.bytes):>15} {report.bytes:>20,} bytes")
+    if report.held_bytes != report.bytes:
+        lines.append(f"{'in memory':<14} {megabytes(report.held_bytes):>15} {report.held_bytes:>20,} bytes")
     if report.predicted_bytes is not None:
         n = report.predicted_bytes
         lines.append(f"{'weight files':<14} {megabytes(n):>15} {n:>20,} bytes by plan")

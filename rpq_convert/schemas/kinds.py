@@ -26,7 +26,8 @@ Axis = Literal["out", "in"]
 Float = Literal["float32", "float16", "bfloat16", "float64"]
 CodebookDtype = Literal["float32", "float16", "bfloat16", "float64", "float8_e4m3fn"]
 Rotation = Literal[0, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
-Fit = Literal["kmeans", "additive", "random"]
+Fit = Literal["kmeans", "additive", "ecvq", "random"]
+Storage = Literal["bytes", "rans"]
 
 
 def _check_numbers(shape: Sequence[int]) -> None:
@@ -47,6 +48,8 @@ class SpecEntry(Struct, forbid_unknown_fields=True):
     rotation: Rotation = 0
     outliers: Size = 0
     outlier_dtype: Float = "float16"
+    storage: Storage = "bytes"
+    rate: Annotated[float, Meta(gt=0, le=8.08)] | None = None
 
 
 class JobEntry(Struct, forbid_unknown_fields=True):
@@ -130,6 +133,7 @@ class RowEntry(Struct, forbid_unknown_fields=True):
     worst: NotNegative | None = None
     output_error: NotNegative | None = None
     worst_output: NotNegative | None = None
+    memory_bytes: Size | None = None
 
     def __post_init__(self) -> None:
         _check_numbers(self.shape)
@@ -169,6 +173,7 @@ class SummaryEntry(Struct, forbid_unknown_fields=True):
     bytes: Size
     dense_bytes: Size
     bits_per_weight: NotNegative
+    held_bytes: Size
     output_error: NotNegative | None = None
     error: NotNegative | None = None
     worst_layer: WorstEntry | None = None
@@ -269,6 +274,7 @@ class Settings(Struct, forbid_unknown_fields=True, kw_only=True):
     scales: Literal["float32", "float16", "bfloat16", "float64", "none"] | UnsetType = UNSET
     rotation: Size | UnsetType = UNSET
     outliers: Annotated[float, Meta(ge=0, le=0.1)] | UnsetType = UNSET
+    storage: Storage | UnsetType = UNSET
     fit: Fit | UnsetType = UNSET
     grow: bool | UnsetType = UNSET
     skip: bool | UnsetType = UNSET

@@ -25,6 +25,7 @@ from rpq_convert.core import description
 from rpq_convert.core.results import Encoded
 from rpq_convert.core.safetensors import SAFETENSORS_NAMES
 from rpq_convert.errors import FolderError
+from rpq_convert.kernels.rans import packed, unpacked
 from rpq_convert.planning.plan import Job, Plan
 from rpq_convert.schemas import kinds
 from rpq_convert.schemas.checking import check, parse_json, read_json
@@ -109,21 +110,26 @@ class Folder:
     def _piece(self, name: str) -> Path:
         return self.pieces / (hashlib.sha256(name.encode()).hexdigest()[:32] + ".safetensors")
 
-    def put(self, encoded: Encoded) -> None:
+    def put(self, job: Job, encoded: Encoded) -> None:
         """Store a finished job, completely or not at all."""
         facts = {"name": encoded.name, "zero_row": encoded.zero_row, **encoded.measured}
-        write_tensors(self._piece(encoded.name), dict(encoded.tensors), {"rpq": json.dumps(facts)})
+        tensors = packed(job.spec, job.weight_view, job.shape, encoded.tensors)
+        write_tensors(self._piece(job.name), tensors, {"rpq": json.dumps(facts)})
 
     def get(self, job: Job) -> Encoded | None:
         """Return a finished job of this or an earlier run, or None."""
         path = self._piece(job.name)
         if not path.is_file():
             return None
-        return Encoded(tensors=self._tensors(job), **self.facts(job))
+        try:
+            tensors = unpacked(job.spec, job.weight_view, job.shape, self._stored(job))
+        except ValueError as e:
+            raise FolderError(f"{path} of {job.name}: {e}{AGAIN}") from None
+        return Encoded(tensors=tensors, **self.facts(job))
 
-    def _tensors(self, job: Job) -> dict[str, Tensor]:
-        """Return a finished job's tensors; they must be what the job describes."""
-        path, expected = self._piece(job.name), job.spec.tensors(job.weight_view, job.shape)
+    def _stored(self, job: Job) -> dict[str, Tensor]:
+        """Return a finished job's tensors as files hold them; they must be what the job describes."""
+        path, expected = self._piece(job.name), job.spec.stored(job.weight_view, job.shape)
         try:
             tensors = load_file(path)
         except SafetensorError as e:
@@ -165,7 +171,7 @@ class Folder:
             if key in computed:
                 job, part = computed[key]
                 if last[0] != job.name:
-                    last = job.name, self._tensors(job)
+                    last = job.name, self._stored(job)
                 return last[1][part]
             dtype, shape = plan.entries[key]
             if key not in kept:

@@ -17,6 +17,9 @@ _OWN = [
     {"bits": b, "own": True} for b in (4, 3, 2)
 ]  # no data: to text that the model writes itself, random tokens, noise
 _OUTLIERS = [{"bits": 4, "outliers": 0.005, **how} for how in ({}, {"own": True}, {"calibrated": True})]
+_CODED = [  # entropy-coded: by file bytes, 8 bits in memory
+    {"bits": b, "storage": "rans", **how} for b in (3.97, 3.04) for how in ({}, {"own": True}, {"calibrated": True})
+] + [{"bits": 2.04, "storage": "rans", "calibrated": True}]
 _FINE = [{"bits": b, "calibrated": True} for b in (8, 6, 2.67)]  # against others' 8 bits, Q5_K_M, GPTQ's 3 bits
 _SIZED = {  # in the bytes of 2 bits for every weight
     "smollm2": {"target_size": 34_500_000, "calibrated": True},
@@ -31,7 +34,7 @@ _TEXT_TUNED = [
 _PICTURES = [*_FREE, *_OWN, *_CALIBRATED, *({"bits": b, "calibrated": True, "steps": 200} for b in (2, 1))]
 _BYTES = [{**s, "codebooks": "float8_e4m3fn"} for s in _PICTURES if s["bits"] <= 2 and "own" not in s]
 SETTINGS = {
-    "smollm2": [*_FREE, *_OWN, *_OUTLIERS, *_CALIBRATED, *_FINE, _SIZED["smollm2"], *_TEXT_TUNED],
+    "smollm2": [*_FREE, *_CODED, *_OWN, *_OUTLIERS, *_CALIBRATED, *_FINE, _SIZED["smollm2"], *_TEXT_TUNED],
     "smollm2-as-shipped": [{"bits": 4}],
     "minilm": [*_FREE, *_OWN, *_OUTLIERS, *_CALIBRATED, _SIZED["minilm"], _TWO_TUNED],
     "efficientnet": _PICTURES,

@@ -24,6 +24,7 @@ from rpq_convert.hf.model_card import base_of
 from rpq_convert.integrations.transformers.config import METHOD, RPQConfig
 from rpq_convert.integrations.transformers.placing import is_computed
 from rpq_convert.integrations.transformers.quantizer import RPQQuantizer
+from rpq_convert.kernels.rans import packed
 from rpq_convert.layers import surgery
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning.plan import Plan
@@ -93,7 +94,8 @@ def state_to_save(model: Any) -> dict[str, Tensor]:
     state = {k: t for k, t in model.state_dict().items() if k not in parts}
     for job in plan.jobs:
         with onloaded(found[job.name]):  # transformers finds no weight that several modules share where it is offloaded
-            state |= {f"{job.name}_rpq.{part}": tensor for part, tensor in found[job.name].stored().items()}
+            kept = packed(job.spec, job.weight_view, job.shape, found[job.name].stored())
+            state |= {f"{job.name}_rpq.{part}": tensor for part, tensor in kept.items()}
     return state | {name: torch.empty(0) for name in plan.guards}
 
 

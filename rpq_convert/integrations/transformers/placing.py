@@ -58,7 +58,7 @@ class Placed:
         """Return what sends the tensors of the files to their places, after transformers' own renamings."""
         names, wanted = _Names(model, transforms), dict(self.dense)
         for name, home in self.homes.items():
-            parts = contents.modules[contents.tied.get(name, name)].tensors
+            parts = contents.modules[contents.tied.get(name, name)].stored
             wanted |= {f"{name}_rpq.{part}": f"{home}_rpq.{part}" for part in parts}
         table = {names.renamed(name): GUARD for name in contents.modules}
         return ToPlaces(table | {names.renamed(k): path for k, path in wanted.items() if names.of(k) != path})
@@ -147,8 +147,8 @@ def place(model: Any, contents: Contents, files: list[Any], *, resized: bool) ->
             continue
         for path in paths:
             description.check_place(path, what, surgery.parameter_at(model, path), type(model).__name__)
-        held = next((n for n in (name, *aliases.get(name, ())) if f"{n}_rpq.codes" in infos), name)
-        if infos and (wrong := description.misfit(what.tensors, description.of_weight(held, infos))):
+        held = next((n for n in (name, *aliases.get(name, ())) if f"{n}_rpq.codebooks" in infos), name)
+        if infos and (wrong := description.misfit(what.stored, description.of_weight(held, infos))):
             raise SourceError(f"{name}_rpq.{wrong}")
         _install(model, paths, what)
         found.homes[held] = paths[0]
@@ -165,7 +165,7 @@ def _install(model: Any, paths: list[str], what: Described) -> None:
     given: Any = surgery.parameter_at(model, paths[0])
     wanted = kept_dtype(model, paths[0], model.config.dtype) or given.dtype
     weight = RPQWeight.of(replace(what, dtype=wanted), "meta")
-    weight.unguard()
+    weight.unguard(what.stored)
     surgery.places(model, paths).install(weight)
 
 
@@ -190,7 +190,7 @@ def _tie(model: Any, groups: dict[str, list[str]], dense: set[str]) -> dict[str,
         surgery.places(model, new).install(surgery.layers_of(model)[home])
         groups[home] += new
     for home, others in groups.items():
-        parts = surgery.layers_of(model)[home].tensors()
+        parts = surgery.layers_of(model)[home].state_dict()
         ties |= {f"{other}_rpq.{p}": f"{home}_rpq.{p}" for other in others for p in parts}
     return ties
 

@@ -74,7 +74,6 @@ class RPQQuantizer(HfQuantizer):
             on_load.refuse_disk(getattr(model, "hf_device_map", None))
             on_load.finish_on_load(model, self.plan, self.quantization_config.options)
         for path, weight in surgery.layers_of(model).items():
-            weight.guard()
             _check_loaded(path, weight)
             weight._probe = torch.empty(0, dtype=weight.dtype, device=weight.codes.device)
         for act in AFTER:
@@ -119,6 +118,7 @@ def _asked(argument: str) -> Any:
 
 def _check_loaded(path: str, weight: RPQWeight) -> None:
     try:
+        weight.guard()
         weight.check()
     except ValueError as e:
         raise SourceError(f"{path}: {e}") from None
