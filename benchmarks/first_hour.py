@@ -2,7 +2,7 @@
 
     python benchmarks/first_hour.py [--into docs/images]
 
-Terminals become SVG through rich, pages PNG through Chromium (Debian: `apt-get install chromium`). About three minutes on two cores.
+Terminals become SVG through rich, pages PNG through Chromium (Debian: `apt-get install chromium`). A few minutes on two cores.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WIDTH, LINES = 92, 34  # of a terminal
 COMMANDS = {  # picture -> the command that it shows
     "plan": "rpq plan my-model --bits 4",
-    "convert": "rpq convert my-model --bits 4 --calibrate self",
+    "convert": "rpq convert my-model --bits 4 --calibrate self --samples 16",
     "convert-2bit": "rpq convert my-model --bits 2 --no-check --out my-model-2bit -q",
     "verify": "rpq verify my-model-rpq",
     "report": "rpq audit my-model-rpq --format html --output report.html",
