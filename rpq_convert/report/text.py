@@ -193,23 +193,7 @@ def terminal(report: Report, width: int = 80) -> str:
             *(short(f"  {line}", width) for line in left_out(report)),
             "",
         ]
-    for part in ("codebook", "code", "scale", "outlier", "other"):
-        n = report.total(f"{part}_bytes")
-        if part == "outlier" and n == 0:
-            continue
-        lines.append(f"{part + 's' if part != 'other' else 'dense tensors':<14} {megabytes(n):>15} {n:>20,} bytes")
-    lines.append(f"{'total':<14} {megabytes(report.bytes):>15} {report.bytes:>20,} bytes")
-    if report.held_bytes != report.bytes:
-        lines.append(f"{'in memory':<14} {megabytes(report.held_bytes):>15} {report.held_bytes:>20,} bytes")
-    if report.predicted_bytes is not None:
-        n = report.predicted_bytes
-        lines.append(f"{'weight files':<14} {megabytes(n):>15} {n:>20,} bytes by plan")
-    if report.files:
-        n = report.weight_file_bytes
-        same = " as planned" if n == report.predicted_bytes else " NOT AS PLANNED"
-        lines.append(f"{'on disk':<14} {megabytes(n):>15} {n:>20,} bytes{same}")
-        others = report.file_bytes - n
-        lines.append(f"{'other files':<14} {megabytes(others):>15} {others:>20,} bytes")
+    lines += sizes(report)
     if said := means(report):
         lines += ["", *_wrap(said, width)]
     for line in quality(report):
@@ -219,6 +203,30 @@ def terminal(report: Report, width: int = 80) -> str:
     for warning in report.all_warnings:
         lines += ["", *_wrap(f"warning: {warning}", width)]
     return "\n".join(map(printable, lines))
+
+
+def sizes(report: Report) -> list[str]:
+    """Return a line per kind of bytes: of the tensors, in memory where that differs, by plan, on disk."""
+    parts = {
+        "codebooks": "codebook",
+        "codes": "code",
+        "scales": "scale",
+        "outliers": "outlier",
+        "dense tensors": "other",
+    }
+    found = {name: (report.total(f"{part}_bytes"), "") for name, part in parts.items()}
+    if not found["outliers"][0]:
+        del found["outliers"]
+    found["total"] = report.bytes, ""
+    if report.held_bytes != report.bytes:
+        found["in memory"] = report.held_bytes, ""
+    if report.predicted_bytes is not None:
+        found["weight files"] = report.predicted_bytes, " by plan"
+    if report.files:
+        n = report.weight_file_bytes
+        found["on disk"] = n, " as planned" if n == report.predicted_bytes else " NOT AS PLANNED"
+        found["other files"] = report.file_bytes - n, ""
+    return [f"{name:<14} {megabytes(n):>15} {n:>20,} bytes{said}" for name, (n, said) in found.items()]
 
 
 def left_out(report: Report, most: int = 20) -> list[str]:

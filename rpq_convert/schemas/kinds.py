@@ -1,7 +1,7 @@
 """One schema per kind of file that rpq-convert reads. `docs/schemas/` holds them as JSON Schema (`python -m rpq_convert.schemas`).
 
 A struct with `forbid_unknown_fields` describes values whose every field changes what weights mean: an unknown field was written by a
-newer version, and must not be passed over. The other structs ignore what they do not know.
+newer version, and must not be passed over. The other structs ignore what they do not know. The file is long because all kinds are here.
 """
 
 from __future__ import annotations
