@@ -558,7 +558,7 @@ def test_recalibration_never_makes_a_layer_worse_under_its_inputs():
     model = copy.deepcopy(base)
     mix = torch.randn(64, 64) * torch.logspace(0, -2, 64)
     data = [torch.randn(100, 64) @ mix for _ in range(3)]
-    rpq.convert(model, dim=4, codebooks=1, grow=True)
+    rpq.convert(model, dim=4, grow=True)
     before = rpq.evaluate(base, model, data).metrics["relative_error"]
     state = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(rpq.CalibrationError, match=r"2.weight \[64, 96\] is no dense parameter"):
