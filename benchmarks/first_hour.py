@@ -28,7 +28,7 @@ WIDTH, LINES = 92, 34  # of a terminal
 COMMANDS = {  # picture -> the command that it shows
     "plan": "rpq plan my-model --bits 4",
     "convert": "rpq convert my-model --bits 4 --calibrate self --samples 16",
-    "convert-2bit": "rpq convert my-model --bits 2 --no-check --out my-model-2bit -q",
+    "convert-2bit": "rpq convert my-model --bits 2 --effort fast --out my-model-2bit -q",
     "verify": "rpq verify my-model-rpq",
     "report": "rpq audit my-model-rpq --format html --output report.html",
     "diff": "rpq diff my-model-rpq my-model-2bit",
@@ -94,7 +94,7 @@ def screenshot(page: Path, picture: Path) -> None:
     subprocess.run([CHROMIUM, *flags, page.as_uri()], check=True, capture_output=True)
     shutil.rmtree(profile, ignore_errors=True)
     with Image.open(picture) as drawn:
-        small = drawn.convert("RGB").quantize(128)
+        small = drawn.convert("RGB").quantize(256, Image.Quantize.FASTOCTREE)
     small.save(picture, optimize=True)
 
 

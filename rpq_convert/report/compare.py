@@ -218,7 +218,7 @@ def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in options.items():
         if isinstance(value, Mapping):
-            found |= {f"{name}.{k}": v for k, v in value.items()}
+            found |= {f"{name}.{k}": v[:12] if k == "sha256" else v for k, v in value.items()}
         elif value not in (None, False, [], ()):
             found[name] = value
     return found
