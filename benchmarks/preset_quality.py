@@ -74,7 +74,7 @@ def measured(text: Path, pairs: Path) -> list[dict[str, Any]]:
     from rpq_convert.evaluation.pairs import evaluate_pairs
 
     torch.set_num_threads(1)
-    encoder = AutoModel.from_pretrained(minilm_folder()).eval()
+    encoder = AutoModel.from_pretrained(minilm_folder(), trust_remote_code=False).eval()
     language, words = smollm2()
     ids = words(text.read_text("utf8"), return_tensors="pt", add_special_tokens=False).input_ids[0][: 12 * 512]
     judges: dict[str, tuple[Any, Callable[[Any], float]]] = {

@@ -218,6 +218,7 @@ class PlanKeywords(TypedDict, total=False):
     stages: int | None
     rotation: int | None
     outliers: float | None
+    storage: Literal["bytes", "rans"] | None
     grow: bool
     dtype: str | torch.dtype | None
     include: str | Iterable[str]

@@ -34,10 +34,9 @@ def test_streaming_equals_memory_and_plan_equals_disk(source, tmp_path, executor
     file, model = source
     options = {"bits": 4, "rules": [{"match": "*", "codebook_dtype": codebooks}]}
     plan = rpq.plan(model, max_shard_size="20KB", **options)
-    rpq.convert_checkpoint(
-        file, tmp_path / "stream", factory=net, executor=executor, workers=2, max_shard_size="20KB", **options
-    )
-    rpq.convert(model, executor=executor, workers=2, **options)
+    how = {"executor": executor} | ({"workers": 2} if executor == "threads" else {})
+    rpq.convert_checkpoint(file, tmp_path / "stream", factory=net, max_shard_size="20KB", **how, **options)
+    rpq.convert(model, **how, **options)
     rpq.save(model, tmp_path / "memory", max_shard_size="20KB")
     names = sorted(p.name for p in (tmp_path / "stream").glob("*.safetensors"))
     assert len(names) > 1
@@ -165,5 +164,5 @@ def test_config_names_no_code(source, tmp_path):
 
 def test_codebooks_of_one_byte_need_scales():
     for rule in ({"scales": "none", "codebook_dtype": "float8_e4m3fn"}, {"scales": "float8_e4m3fn"}):
-        with pytest.raises(ValueError, match=r"codebooks need scales|scales must be one of"):
+        with pytest.raises(ValueError, match=r"codebooks need scales|scales must be"):
             rpq.plan(net(), bits=2, rules=[{"match": "*", **rule}])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import rpq_convert as rpq
 from rpq_convert.errors import SourceError, VerifyError
-from rpq_convert.folders import WithBase, recalibrate_folder
+from rpq_convert.folders import Given, WithBase, recalibrate_folder
 
 KEPT = {
     "1_Pooling/config.json": '{"pooling_mode_mean_tokens": true}', "2_Dense/config.json": "{}", "source.spm": "s", "normalizer.json": "{}",
@@ -82,7 +82,7 @@ def test_so_do_restoring_recalibrating_and_saving(source, converted, tmp_path):
     rpq.restore_checkpoint(converted, tmp_path / "dense")
     is_whole(tmp_path / "dense")
     save_file({"input_ids": torch.arange(64).reshape(4, 16)}, tmp_path / "data.safetensors")
-    recalibrate_folder(WithBase(source, converted), tmp_path / "again", tmp_path / "data.safetensors")
+    recalibrate_folder(WithBase(source, converted), tmp_path / "again", Given(tmp_path / "data.safetensors"))
     is_whole(tmp_path / "again")
     model = rpq.load(converted)
     rpq.save(model, tmp_path / "saved", files=source)

@@ -235,10 +235,11 @@ ALWAYS = {
     "--factory", "--out", "--calibrate", "--executor", "--dry-run", "--push-to", "--overwrite", "--json", "--quiet", "--sweep-out",
     "--allow-pickle", "--local-files-only",  # what they permit or forbid is so whether it comes to that or not
     "--output", "--inputs", "--windows", "--layers", "--save", "--data", "--loss", "--recompute", "--recode", "--blocks", "--bfloat16", "--quick",
-    "--html", "--effort", "--check", "--version", "--verbose", "--log",
+    "--html", "--effort", "--check", "--version", "--verbose", "--log", "--storage", "--base", "--max-tokens", "--temperature", "--tasks",
+    "--limit", "--include-path", "--revision", "--token",
 }  # fmt: skip
-ALWAYS_IN = {("push", "--public"), ("push", "--revision"), ("push", "--token"), ("tune", "--samples"), ("recalibrate", "--samples"),
-             ("recalibrate", "--workers"), ("recalibrate", "--text"), ("tune", "--text")}  # fmt: skip
+ALWAYS_IN = {("push", "--public"), ("push", "--revision"), ("push", "--token"), ("tune", "--samples"), ("eval", "--samples"),
+             ("recalibrate", "--samples"), ("recalibrate", "--workers"), ("recalibrate", "--text"), ("tune", "--text")}  # fmt: skip
 
 
 def test_every_option_acts_or_is_refused():

@@ -77,7 +77,7 @@ def test_what_is_near_to_nothing_lists_all_and_what_stands_in_no_place_is_told()
         ({"preset": 4}, "preset must be a name or the path of a .toml file, not 4"),
         ({"axis": "output"}, "axis must be out or in, not 'output'"),
         ({"axis": "outt"}, "did you mean 'out'"),
-        ({"fit": "kmean"}, "fit must be kmeans, additive or random, not 'kmean'; did you mean 'kmeans'"),
+        ({"fit": "kmean"}, "fit must be kmeans, additive, ecvq or random, not 'kmean'; did you mean 'kmeans'"),
         ({"dtype": "fp16"}, "dtype must be float32, float16 or bfloat16, not 'fp16'; did you mean 'float16'"),
         ({"dtype": torch.int8}, "dtype must be float32, float16 or bfloat16, not 'int8'"),
         ({"rules": "*:scales=float31"}, "rule '\\*': scales must be .* or none, not 'float31'; did you mean 'float32'"),

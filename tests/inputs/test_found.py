@@ -239,7 +239,7 @@ def test_a_data_set_is_read_by_datasets(place, monkeypatch):
 def test_a_hub_that_is_not_reached_is_told_at_once(monkeypatch):
     pytest.importorskip("datasets")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(HubError, match="user/set needs the hub, but HF_HUB_OFFLINE forbids it"):
+    with pytest.raises(HubError, match="user/set is no local folder, and HF_HUB_OFFLINE forbids to ask the hub"):
         hub_items("user/set")
 
 

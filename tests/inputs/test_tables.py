@@ -37,7 +37,7 @@ def test_csv_and_a_chosen_field(tmp_path):
     assert table_texts(file) == ["one, two", "three"]
     assert table_texts(file, "note") == ["x", "y\nz"]
     with pytest.raises(
-        SourceError, match=r"a.csv, row 1 has no field 'body'; it has text, note; choose one with --text-field"
+        SourceError, match=r"a.csv, row 1 has no field 'body'; it has text, note; choose one with field='NAME'"
     ):
         table_texts(file, "body")
 

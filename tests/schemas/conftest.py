@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from wrong_files import net
 
 import rpq_convert as rpq
-from rpq_convert.folders import WithBase, evaluate_folder
+from rpq_convert.folders import Measured, WithBase, evaluate_folder
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +22,7 @@ def whole(tmp_path_factory):
     rpq.convert_checkpoint(place / "base.safetensors", place / "sharded", max_shard_size="20KB", **options)
     save_file({"input": torch.arange(60).reshape(3, 20)}, place / "data.safetensors")
     which = WithBase(place / "base.safetensors", place / "out", net)
-    evaluate_folder(which, inputs=place / "data.safetensors", keep=True)
+    evaluate_folder(which, Measured(inputs=place / "data.safetensors"), keep=True)
     return place
 
 

@@ -19,7 +19,7 @@ from wrong_files import MANIFEST, at, mutations, net, refused, shown, wrong
 
 import rpq_convert as rpq
 from rpq_convert.errors import FolderError, PlanError, SourceError, TuneError, VerifyError
-from rpq_convert.folders import WithBase, evaluate_folder
+from rpq_convert.folders import Measured, WithBase, evaluate_folder
 from rpq_convert.planning.plan import Plan
 from rpq_convert.planning.rules import load_preset
 from rpq_convert.schemas.checking import MAX_BYTES
@@ -48,13 +48,13 @@ def copied(folder, to):
 
 def roads(folder, base):
     """Return what reads a folder: name -> (error class, call)."""
-    given = {"inputs": base.parent / "data.safetensors", "keep": True}
+    given = Measured(inputs=base.parent / "data.safetensors")
     return {
         "load": (SourceError, lambda: rpq.load(folder, factory=net)),
         "audit": (SourceError, lambda: rpq.audit(folder)),
         "verify": (VerifyError, lambda: rpq.verify(folder)),
         "restore": (SourceError, lambda: rpq.restore_checkpoint(folder, folder.with_name("dense"))),
-        "eval": (SourceError, lambda: evaluate_folder(WithBase(base, folder, net), **given)),
+        "eval": (SourceError, lambda: evaluate_folder(WithBase(base, folder, net), given, keep=True)),
     }
 
 

@@ -64,7 +64,7 @@ FILES = {  # name -> (contents, what is said)
     "bundle.pth": (lambda: saved({"epoch": 3, "model": nn.Sequential(Net())}), "is a whole pickled model (Sequential)"),
     "old.pt": (lambda: saved(Net(), _use_new_zipfile_serialization=False), "is a whole pickled model (Net)"),
     "dumped.pkl": (lambda: pickle.dumps(nn.Sequential()), "is a whole pickled model (Sequential)"),
-    "old-state.pth": (lambda: saved(Net().state_dict(), _use_new_zipfile_serialization=False), "a pickled one needs --allow-pickle"),
+    "old-state.pth": (lambda: saved(Net().state_dict(), _use_new_zipfile_serialization=False), "a pickled one needs allow_pickle=True"),
     "script.pt": (zipped("m/data.pkl", "m/constants.pkl", "m/code/__torch__.py"), "is a TorchScript archive, which is code; save the weights"),
     "program.pt2": (zipped("p/archive_format", "p/models/model.json"), "is an exported program of torch.export; save the weights"),
     "arrays.npz": (zipped("a.npy", "b.npy"), "is a file of numpy arrays"),
@@ -77,7 +77,7 @@ FILES = {  # name -> (contents, what is said)
     "cat.png": (b"\x89PNG", "is data, no model"),
     "config.json": (b"{}", "config.json is a file of a checkpoint; give its folder"),
     "notes.txt": (b"words", "is a text, no model; give a checkpoint's folder, a safetensors file or a hub id"),
-    "state.pt": (lambda: saved(nn.Linear(4, 4).state_dict()), "is not a safetensors file; a pickled one needs --allow-pickle"),
+    "state.pt": (lambda: saved(nn.Linear(4, 4).state_dict()), "is not a safetensors file; a pickled one needs allow_pickle=True"),
 }  # fmt: skip
 LORA = {"base_model_name_or_path": "facebook/opt-125m", "peft_type": "LORA"}
 FOLDERS = {  # name -> (its files, what is said)

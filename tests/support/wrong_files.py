@@ -113,7 +113,8 @@ OPTIONAL = {
 NULLABLE = {
     "plan": {"padding_idx", "scales"}, "config": {"scales", "zero_row", "guard"},
     "piece": {"error", "zero_row", "inputs", "worst", "output_error", "worst_output"},
-    "report": {"expected_error", "error", "seconds", "dead", "inputs", "worst", "output_error", "worst_output", "worst_layer", "predicted_bytes"},
+    "report": {"expected_error", "error", "seconds", "dead", "inputs", "worst", "output_error", "worst_output", "memory_bytes", "worst_layer",
+               "predicted_bytes"},
 }  # fmt: skip
 MAPPINGS = ("modules", "tied", "files", "metrics", "weight_map")  # whose entries have names of their own
 
