@@ -131,6 +131,7 @@ def test_a_large_file_goes_on_where_it_broke_off(folder, tmp_path):
     rpq.verify(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_what_the_hub_refuses_is_told(folder, tmp_path):
     code = (
         FAIL
@@ -205,6 +206,7 @@ def test_a_converted_folder_is_pushed_whole_or_not_at_all(folder, tmp_path):
     assert 'from_pretrained("me/small-rpq")' in card and "many-rpq" not in card.split("## Size")[0]
 
 
+@pytest.mark.slow
 def test_commands_take_repositories_where_a_folder_is_expected(folder, tmp_path):
     """The base and the converted model are both on the hub; all commands run in one process."""
     code = """
