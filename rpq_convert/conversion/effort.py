@@ -77,7 +77,7 @@ def choose(asked: str | None, opened: Opened, plan: Plan, *, given: str = "") ->
     """
     fitted = [job for job in plan.jobs if not job.is_random]
     weights = sum(math.prod(job.shape) for job in fitted)
-    bits = 8 * sum(job.nbytes["codes"] for job in fitted) / weights if weights else ENOUGH
+    bits = sum(job.spec.bits * math.prod(job.shape) for job in fitted) / weights if weights else ENOUGH
     if not fitted:
         return Chosen(FAST)
     why = "" if given else _cannot(opened)

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from rpq_convert.cli import group
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
 import rpq_convert as rpq
 from rpq_convert.errors import PlanError, SourceError, VerifyError
@@ -133,3 +135,12 @@ def test_a_budget_mixes_any_rates(folders):
 def test_what_no_stream_can_hold_is_refused(options, said):
     with pytest.raises(PlanError, match=said):
         rpq.plan(build(), **options)
+
+
+def test_the_command_converts_and_says_both_sizes(folders, tmp_path):
+    dense, _, _, _ = folders
+    command = ["convert", str(dense), "--bits", "4", "--storage", "rans", "--effort", "fast", "--no-check"]
+    done = CliRunner().invoke(group, [*command, "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert "in memory" in done.output and "as planned" in done.output
+    assert "--storage rans" in (tmp_path / "out" / "README.md").read_text()
