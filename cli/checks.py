@@ -32,6 +32,8 @@ from .talk import phase, warn
 if TYPE_CHECKING:
     from rpq_convert.folders import WithBase
 
+NO_HUB = HubOptions()
+
 
 def unused(option: str, why: str) -> typer.BadParameter:
     """Return the error for an option that would do nothing."""
@@ -46,36 +48,39 @@ def source(src: str, options: SourceOptions, *, weights: bool, pushes: bool = Fa
     """
     refuse_misspelt(src, is_checkpoint)
     place, _ = located(src, options)
-    _hub(place, options, pushes)
+    if not pushes:
+        token_unused(options, place)
     if isinstance(options.factory, str):
         check_factory(options.factory)
     check_source(src, options, weights=weights)
 
 
-def _hub(place: str | Path, options: HubOptions, pushes: bool = False) -> None:
-    if Path(place).exists() and options.token is not None and not pushes:
-        raise unused("--token", f"{place} is a local path")
+def token_unused(options: HubOptions, *places: str | Path) -> None:
+    """Refuse an access token where everything is on this machine."""
+    if options.token is not None and all(Path(place).exists() for place in places):
+        raise unused(
+            "--token",
+            f"{' and '.join(map(str, places))} {'is a local path' if len(places) == 1 else 'are local paths'}",
+        )
 
 
-def report_of(folder: str, options: HubOptions) -> None:
-    """Refuse what is no converted folder or repository with a report."""
+def named(folder: str | Path, options: HubOptions = NO_HUB) -> str | Path:
+    """Return a folder's path or a repository's id; refuse a path that nearly is a converted folder's, and a revision of a folder."""
     refuse_misspelt(folder, is_converted)
-    place, _ = located(folder, options)
-    _hub(place, options)
+    return located(folder, options)[0]
+
+
+def converted(folder: str | Path, options: HubOptions = NO_HUB, *others: str | Path) -> None:
+    """Refuse what is no converted folder, unless it can be a repository's name; and an access token where all is on this machine."""
+    place = named(folder, options)
     if not is_name(place):
         read_config(Path(place))
+    token_unused(options, *others, place)
 
 
-def converted(folder: str | Path) -> None:
-    """Refuse what is no converted folder, unless it can be a repository's name."""
-    refuse_misspelt(folder, is_converted)
-    if not is_name(folder):
-        read_config(Path(folder))
-
-
-def pair(base: str | Path, folder: str | Path, factory: str | None) -> None:
-    """Refuse a base that is no dense checkpoint, and a folder that is no converted one."""
-    converted(folder)
+def pair(base: str | Path, folder: str | Path, factory: str | None, options: HubOptions) -> None:
+    """Refuse a base that is no dense checkpoint, a folder that is no converted one, and options of the hub where both are folders."""
+    converted(folder, options, base)
     own = factory is not None  # transformers reads pickled weights of a base by itself
     source(str(base), SourceOptions(factory=factory, allow_pickle=not own), weights=True)
 
@@ -103,11 +108,6 @@ def evaluated(
         raise SourceError(f"{text} holds {kind}, no text; give it as --inputs")
 
 
-def misspelt(folder: str | Path) -> None:
-    """Refuse a path that nearly is a converted folder's."""
-    refuse_misspelt(folder, is_converted)
-
-
 def needs(option: str, value: Any, other: str, there: bool) -> None:
     """Refuse an option that another one is missing for."""
     if value not in (None, False) and not there:
@@ -127,7 +127,7 @@ def with_base(base: str, folder: str, factory: str | None, options: HubOptions, 
         which = WithBase.at_hand(base, folder, factory, options)
         doubt = which.check()
     if doubt and not related:
-        raise SourceError(f"{doubt}; leave out keep=True, or give its base")
+        raise SourceError(f"{doubt}; leave out --save, or give its base")
     warn((doubt,) if doubt else ())
     return which
 

@@ -14,7 +14,7 @@ from rpq_convert.storage.room import check_file
 
 from . import options as o
 from .app import examples, group
-from .checks import misspelt
+from .checks import named
 from .errors import catching
 from .show import width
 from .talk import say
@@ -74,7 +74,7 @@ def _report(path: Path) -> "Report":
             )
         return read_report(path / REPORT)
     if not path.is_file():
-        misspelt(path)
+        named(path)
         raise SourceError(f"{path} does not exist; give converted folders, reports or plans")
     if not _is_plan(path):
         return read_report(path)

@@ -42,7 +42,7 @@ def audit(
         raise typer.BadParameter(f"--json and --format {format} contradict each other", param_hint="--json")
     if output is not None:
         check_file(output)
-    checks.report_of(folder, source)
+    checks.converted(folder, source)
     from rpq_convert.checkpoint.verifying import audit as read
 
     report = read(folder, **source.hub)
@@ -83,7 +83,7 @@ def tune(
 ) -> None:
     """Train a converted model's codebooks, scales, norms and biases against its base; with --recode also codes."""
     o.find_modules(factory)
-    checks.pair(base, folder, factory)
+    checks.pair(base, folder, factory, source)
     checks.data(data, "--data", field=text_field, window=window)
     check_free(o.apart_from(Path(base), Path(folder), out=out), overwrite=overwrite)
     if options.steps == 0 and blocks == 0:
@@ -124,7 +124,7 @@ def recalibrate(
     o.find_modules(factory)
     own = str(data) == "self"
     checks.needs("--text-field", text_field, "a table as --data", not own)
-    checks.pair(base, folder, factory)
+    checks.pair(base, folder, factory, source)
     if not own:
         checks.data(data, "--data", field=text_field)
     check_free(o.apart_from(Path(base), Path(folder), out=out), overwrite=overwrite)
@@ -151,7 +151,7 @@ def verify(
     json: o.Json = False,
 ) -> None:
     """Check a converted folder: hashes, headers, index, shapes, and that every number is finite."""
-    checks.misspelt(folder)
+    checks.token_unused(source, checks.named(folder, source))
     from rpq_convert.checkpoint.verifying import here
     from rpq_convert.checkpoint.verifying import verify as check
     from rpq_convert.storage.files import files_in
@@ -184,7 +184,7 @@ def restore(
 ) -> None:
     """Write a plain dense checkpoint from a converted folder."""
     o.apart(Path(folder), out)
-    checks.converted(folder)
+    checks.converted(folder, source)
     check_free(out, overwrite=overwrite)
     from rpq_convert.checkpoint.restoring import restore_checkpoint
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from rpq_convert.showing import printable
+from rpq_convert.showing import duration, printable
 
 from .talk import event, is_quiet, say
 
@@ -38,14 +38,6 @@ def chosen(plan: "Plan") -> str:
     kinds = Counter((job.spec.describe(), job.rule) for job in plan.jobs)
     lines = [f"{count} weights ({by}): {spec}" for (spec, by), count in kinds.most_common()]
     return "; ".join([*lines, f"{len(plan.skips)} tensors stay dense"])
-
-
-def duration(seconds: float) -> str:
-    """Return a time in the unit that fits, such as `8 s`, `3 min` or `1 h 20 min`."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
 class Pace:

@@ -88,7 +88,7 @@ def eval(
         from rpq_convert.evaluation.tasks import check_tasks
 
         check_tasks(named, include_path)
-    checks.pair(base, folder, factory)
+    checks.pair(base, folder, factory, source)
     if save:
         checks.report_to_write(folder)
     if tasks is None:
@@ -115,9 +115,9 @@ def chat(
 ) -> None:
     """Talk with a converted language model: /new begins anew, /quit or ctrl-D ends, ctrl-C ends an answer."""
     if base is None:
-        checks.converted(folder)
+        checks.converted(folder, source)
     else:
-        checks.pair(base, folder, None)
+        checks.pair(base, folder, None, source)
     from rpq_convert.checkpoint.loading import load
     from rpq_convert.hf.hub import at_hand
     from rpq_convert.inputs.files import tokenizer_of

@@ -57,3 +57,11 @@ def markdown_code(text: str) -> str:
     """Return a name as a code span; one with backticks as ordinary text, since a span would end there."""
     shown = printable(text)
     return markdown_text(shown) if "`" in shown else f"`{shown.replace('|', chr(92) + '|')}`"
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the unit that fits, such as `8 s`, `3 min` or `1 h 20 min`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

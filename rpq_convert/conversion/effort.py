@@ -22,6 +22,7 @@ from rpq_convert.report import measured
 from rpq_convert.running.memory import available
 from rpq_convert.schemas import kinds
 from rpq_convert.schemas.checking import read_json
+from rpq_convert.showing import duration
 from rpq_convert.storage.records import PLAN
 from rpq_convert.tuning.options import TuneOptions
 
@@ -85,17 +86,17 @@ def choose(asked: str | None, opened: Opened, plan: Plan, *, given: str = "") ->
         raise PlanError(f"effort {asked} needs inputs, and {why}; give some to calibrate on, or take effort fast")
     costs = {effort: _seconds(opened, weights, bits, effort) for effort in (FAST, GOOD, BEST)}
     if asked == FAST or (asked is None and not given and bits >= ENOUGH):
-        return Chosen(FAST, f"effort fast: weights alone, about {_time(costs[FAST])}")
+        return Chosen(FAST, f"effort fast: weights alone, about {_about(costs[FAST])}")
     if asked is None and not given:
         why = why or _too_large(opened)
         if not why and costs[GOOD] > PATIENCE:
-            why = f"--effort good would take about {_time(costs[GOOD])}"
+            why = f"--effort good would take about {_about(costs[GOOD])}"
         if why:
-            return Chosen(FAST, f"effort fast: weights alone, about {_time(costs[FAST])}, as {why}")
+            return Chosen(FAST, f"effort fast: weights alone, about {_about(costs[FAST])}, as {why}")
     effort = asked or GOOD
     on = f"calibrated on {given or 'synthetic inputs'}" + (" and tuned" if effort == BEST else "")
-    other = "" if given else f"; --effort fast takes about {_time(costs[FAST])}"
-    return Chosen(effort, f"effort {effort}: {on}, about {_time(costs[effort])}{other}", steps_for(bits))
+    other = "" if given else f"; --effort fast takes about {_about(costs[FAST])}"
+    return Chosen(effort, f"effort {effort}: {on}, about {_about(costs[effort])}{other}", steps_for(bits))
 
 
 def _cannot(opened: Opened) -> str:
@@ -136,8 +137,6 @@ def _rate() -> float:
     return 2 * SIDE**3 / max(min(took), 1e-6)
 
 
-def _time(seconds: float) -> str:
-    """Return a time in one digit or two: 10 s, 3 min, 1.5 h."""
-    if seconds < 90:
-        return f"{max(1, round(seconds, -1) if seconds > 15 else round(seconds)):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+def _about(seconds: float) -> str:
+    """Return an estimate: tens of seconds, or minutes."""
+    return duration(max(1.0, round(seconds, -1) if 15 < seconds < 100 else seconds))

@@ -97,7 +97,7 @@ def _importance(job: Job, matrix: Tensor) -> Tensor | str | None:
         counted = size[size > NOTHING]  # what is as good as zero says nothing of the others
         if counted.numel() and float(counted.log().mean(dtype=torch.float64)) < UNEVEN:
             return 1 / (size.square() + NEAR**2)
-    return "size" if spec.stages == 1 and spec.dim <= LARGE else None
+    return "size" if spec.stages == 1 and spec.dim <= LARGE and spec.rate is None else None
 
 
 def _outliers(job: Job, dense: Tensor) -> tuple[dict[str, Tensor], Tensor]:

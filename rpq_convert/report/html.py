@@ -35,7 +35,11 @@ if TYPE_CHECKING:
     from rpq_convert.report.compare import Comparison
 
 PARTS = (  # part of the report -> its name, its colour in style.css, what it is
-    ("code_bytes", "codes", "One byte each: which codeword stands for a sub-vector."),
+    (
+        "code_bytes",
+        "codes",
+        "Which codeword stands for each sub-vector: one byte, or fewer bits where they are entropy-coded.",
+    ),
     ("codebook_bytes", "codebooks", "256 codewords each, shared by the sub-vectors of a parameter."),
     ("scale_bytes", "scales", "One number per output that multiplies its decoded row."),
     ("outlier_bytes", "outliers", "The largest weights of every output, kept as numbers beside the codes."),
@@ -107,6 +111,7 @@ def _summary(report: Report) -> dict[str, Any]:
     """Return what page and card begin with."""
     return {
         "title": report.title, "version": report.version, "before": megabytes(report.dense_bytes), "after": megabytes(report.bytes),
+        "held": megabytes(report.held_bytes) if report.held_bytes != report.bytes else "",
         "ratio": f"{report.ratio:.1f}", "bits": f"{report.bits_per_weight:.2f}", "covered": f"{100 * report.covered:.1f}",
         "share": min(100.0, 100 * report.bytes / report.dense_bytes) if report.dense_bytes else 100.0, "parts": _parts(report),
         "verdict": _judged(report), "quality": quality(report), "warnings": report.plain_warnings, "legend": legend(report),

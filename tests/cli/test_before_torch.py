@@ -190,6 +190,15 @@ REFUSED = [  # arguments, exit code, what is said
     ((*TUNE, "--data", "text.txt", "--steps", "0"), 2, "--steps: it would do nothing"),
     ((*TUNE, "--data", "text.txt", "--rate", "0"), 4, "rate must be more than 0"),
     (("recalibrate", MODEL, SMALL, "--out", "out", "--data", "self", "--text-field", "a"), 2, "--text-field: it would do nothing"),
+    (("eval", MODEL, SMALL, "--text", "text.txt", "--include-path", "texts"), 2, "--include-path: it would do nothing"),
+    *((given, 2, "--token: it would do nothing: my-model") for given in (
+        ("eval", MODEL, SMALL, "--text", "text.txt", "--token", "x"), (*TUNE, "--data", "text.txt", "--token", "x"),
+        ("recalibrate", MODEL, SMALL, "--out", "out", "--data", "self", "--token", "x"), ("restore", SMALL, "out", "--token", "x"),
+        ("verify", SMALL, "--token", "x"), ("chat", SMALL, "--token", "x"), ("chat", SMALL, "--base", MODEL, "--token", "x"))),
+    *((given, 4, "has no revision 'x'") for given in (
+        ("eval", MODEL, SMALL, "--text", "text.txt", "--revision", "x"), (*TUNE, "--data", "text.txt", "--revision", "x"),
+        ("recalibrate", MODEL, SMALL, "--out", "out", "--data", "self", "--revision", "x"), ("restore", SMALL, "out", "--revision", "x"),
+        ("verify", SMALL, "--revision", "x"), ("chat", SMALL, "--revision", "x"))),
 ]  # fmt: skip
 ANSWERED = [  # arguments, what is on stdout
     (("--help",), "Usage"), *(((name, "--help"), "Examples") for name in (
@@ -236,7 +245,7 @@ ALWAYS = {
     "--allow-pickle", "--local-files-only",  # what they permit or forbid is so whether it comes to that or not
     "--output", "--inputs", "--windows", "--layers", "--save", "--data", "--loss", "--recompute", "--recode", "--blocks", "--bfloat16", "--quick",
     "--html", "--effort", "--check", "--version", "--verbose", "--log", "--storage", "--base", "--max-tokens", "--temperature", "--tasks",
-    "--limit", "--include-path", "--revision", "--token",
+    "--limit",
 }  # fmt: skip
 ALWAYS_IN = {("push", "--public"), ("push", "--revision"), ("push", "--token"), ("tune", "--samples"), ("eval", "--samples"),
              ("recalibrate", "--samples"), ("recalibrate", "--workers"), ("recalibrate", "--text"), ("tune", "--text")}  # fmt: skip
