@@ -2,7 +2,7 @@
 
 Everything is written to `<out>.partial/`. Finished jobs are in its `pieces/`, one small safetensors file each, written to a
 temporary name, synced and renamed. A killed run continues after its last finished job. Weight files are then assembled from
-the pieces, one in memory at a time. At the end the folder gets its real name, so a folder without `.partial` is always
+the pieces, one tensor in memory at a time. At the end the folder gets its real name, so a folder without `.partial` is always
 complete. Rejected: writing shards directly, which loses up to a shard's work to a kill.
 """
 
@@ -29,6 +29,7 @@ from rpq_convert.kernels.rans import packed, unpacked
 from rpq_convert.planning.plan import Job, Plan
 from rpq_convert.schemas import kinds
 from rpq_convert.schemas.checking import check, parse_json, read_json
+from rpq_convert.storage.assembly import write_tensors_to, writing
 from rpq_convert.storage.files import INDEX
 from rpq_convert.storage.pickles import PickleSource
 from rpq_convert.storage.records import MANIFEST, ORIGIN, PLAN, read_manifest, sha256
@@ -131,7 +132,7 @@ class Folder:
         """Return a finished job's tensors as files hold them; they must be what the job describes."""
         path, expected = self._piece(job.name), job.spec.stored(job.weight_view, job.shape)
         try:
-            tensors = load_file(path)
+            tensors = load_file(path)  # mapped: read where they are used
         except SafetensorError as e:
             raise FolderError(f"{path} of {job.name} is damaged: {e}{AGAIN}") from None
         inputs = job.weight_view.matrix_shape(job.shape, "in")[1]
@@ -163,32 +164,31 @@ class Folder:
         """Assemble the weight files; `dense(name)` gives what stays dense."""
         plan = self.plan
         computed = {f"{j.name}_rpq.{p}": (j, p) for j in plan.jobs for p in j.nbytes}
-        last: tuple[str, dict[str, Tensor]] = "", {}
         kept = {s.name for s in plan.skips}
 
         def tensor(key: str) -> Tensor:
-            nonlocal last
             if key in computed:
                 job, part = computed[key]
-                if last[0] != job.name:
-                    last = job.name, self._stored(job)
-                return last[1][part]
+                return self._stored(job)[part]
             dtype, shape = plan.entries[key]
             if key not in kept:
                 return torch.empty(shape, dtype=dtype)  # a guard
             value = dense(key).detach().to("cpu", dtype)
-            if not is_finite(value):
-                self.not_finite.add(key)
             if tuple(value.shape) != shape:
                 raise FolderError(f"{key}: the plan says {list(shape)}, the source has {list(value.shape)}")
+            self._note(key, value)
             return value.contiguous()
 
         for name, keys in plan.shards:
             path = self.work / name
             if path.is_file() and path.stat().st_size == plan.files[name]:  # of a run that was killed
-                self.not_finite |= {k for k, t in load_file(path).items() if k in kept and not is_finite(t)}
+                with safe_open(path, "pt") as f:
+                    for key in kept.intersection(keys):
+                        self._note(key, f.get_tensor(key))
                 continue
-            write_tensors(path, {k: tensor(k) for k in keys})
+            partial = path.with_name(path.name + ".partial")
+            write_tensors_to(partial, {k: plan.entries[k] for k in keys}, tensor)
+            _replace(partial, path)
             if path.stat().st_size != plan.files[name]:
                 raise FolderError(f"{path} has {path.stat().st_size} bytes where the plan says {plan.files[name]}")
             if progress:
@@ -199,6 +199,10 @@ class Folder:
                 "weight_map": {k: n for n, ks in plan.shards for k in ks},
             }
             write_file(self.work / INDEX, json.dumps(index, indent=1))
+
+    def _note(self, key: str, value: Tensor) -> None:
+        if not is_finite(value):
+            self.not_finite.add(key)
 
     def write(self, name: str, content: str | bytes) -> None:
         write_file(self.work / name, content)
@@ -261,11 +265,15 @@ def write_manifest(folder: Path, files: Mapping[str, Path], not_finite: Sequence
     write_file(folder / MANIFEST, json.dumps({"files": found, **odd}, indent=1))
 
 
+FINITE = 1 << 22  # numbers looked at together
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Return whether a tensor holds neither NaN nor infinite values."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return True
-    return bool(torch.isfinite(tensor.float() if tensor.is_floating_point() else tensor).all())
+    parts = torch.split(tensor.reshape(-1), FINITE)
+    return all(bool(torch.isfinite(p.float() if p.is_floating_point() else p).all()) for p in parts)
 
 
 def amend(folder: Path, texts: Mapping[str, str]) -> None:
@@ -291,10 +299,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 def write_file(path: Path, content: str | bytes) -> None:
     """Write a small file; a killed run leaves the old one or the new one."""
     partial = path.with_name(path.name + ".partial")
-    try:
+    with writing(path):
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    except OSError as e:  # a failed write does not know its file
-        raise FolderError(e.errno, f"cannot write {path}: {e.strerror}") from e
     _replace(partial, path)
 
 
