@@ -22,6 +22,8 @@ Given = (
 SIZE, WHAT = "Size and quality", "What to convert"
 DEFAULT_PRESET = "5bit"  # the smallest within 10 % of SmolLM2-135M: docs/default-preset.md
 DEFAULT_SHARD = "5GB"
+# Between these bits files hold codes entropy-coded where only `bits` are given: the best quality for their bytes (docs/decisions.md).
+CODED_ABOVE, MOST_CODED = 2.0, 7.0
 DECIDING = ("preset", "bits", "target_size", "max_error", "codebooks", "dim")  # the sizes, one of them at a time
 
 
@@ -44,7 +46,7 @@ class PlanOptions:
     )
     bits: float | None = setting(
         None,
-        "Code bits per weight, 0.05 to 8; a value that no layout has, such as 2.5 or 5, mixes layers of several sizes (preset 5bit is 5.34).",
+        "Code bits per weight in files, 0.05 to 8; above 2 and up to 7 codes are entropy-coded, one byte each in memory (--storage bytes: as few in memory; a preset: too).",
         record=ALWAYS, panel=SIZE,
     )  # fmt: skip
     target_size: str | int | None = setting(
@@ -91,7 +93,7 @@ class PlanOptions:
     )
     storage: str | None = setting(
         None,
-        "How files hold codes: one byte each, or entropy-coded (rans): the best quality for a file's bytes, at 8 bits in memory.",
+        "How files hold codes: one byte each, or entropy-coded (rans): the best quality for a file's bytes, at 8 bits in memory; rans for bits above 2 and up to 7, else bytes.",
         choices=STORAGES,
         panel=SIZE,
     )
@@ -141,8 +143,11 @@ class PlanOptions:
 
     @property
     def coded(self) -> bool:
-        """Whether files are to hold codes entropy-coded, in any number of bits."""
-        return self.storage == "rans" or self.fit == "ecvq"
+        """Whether files are to hold codes entropy-coded, in any number of bits: where that is asked for, or best for the bits."""
+        if self.storage is not None or self.fit is not None:
+            return self.storage == "rans" or self.fit == "ecvq"
+        alone = self.bits is not None and self.sensitivity is None
+        return alone and CODED_ABOVE < self.bits <= MOST_CODED  # type: ignore[operator]
 
     @property
     def budgets(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from rpq_convert.core.rotation import fitting
 from rpq_convert.core.sizes import parse_size
 from rpq_convert.core.spec import Spec, dtype_name, dtype_of
 from rpq_convert.errors import PlanError
-from rpq_convert.planning.options import DEFAULT_PRESET, PlanOptions
+from rpq_convert.planning.options import DEFAULT_PRESET, MOST_CODED, PlanOptions
 from rpq_convert.planning.plan import Job, Plan, Skip
 from rpq_convert.planning.rules import SETTINGS, SIZES, Rule, Settings, load_preset, overlay, settings_for, split_bits
 from rpq_convert.planning.slots import Slot
@@ -32,7 +32,7 @@ FEW = 32
 MAX_OUTLIERS = 0.1
 # Entropy-coded weights: fewer than LEAST_CODED do not pay for frequencies and codewords, about 1 KB; above MOST_CODED bits 256
 # codewords are too few for what a longer code could say.
-LEAST_CODED, MOST_CODED = 1 << 14, 7.0
+LEAST_CODED = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def policy_of(options: PlanOptions, head_rules: Sequence[Rule] | None = None) ->
         preset = load_preset(options.preset or DEFAULT_PRESET)
         base, preset_rules = dict(preset.settings), preset.rules
     if options.bits is not None:
-        base = overlay(base, {"bits": options.bits})
+        base = overlay(base, {"bits": options.bits, "storage": "rans"} if options.coded else {"bits": options.bits})
     if options.dim is not None:
         size = {"dim": options.dim} if options.stages is None else {"dim": options.dim, "stages": options.stages}
         base = overlay(base, size)
@@ -226,7 +226,7 @@ def _by_dim(shape: tuple[int, ...], view: WeightView, settings: Settings, dim: i
 
 def _by_rate(shape: tuple[int, ...], view: WeightView, settings: Settings, bits: float) -> Spec | None:
     """Return the spec of entropy-coded weights; None where one byte for a code is as good, or frequencies would weigh too much."""
-    if bits > MOST_CODED or math.prod(shape) < LEAST_CODED:
+    if bits > MOST_CODED or math.prod(shape) < LEAST_CODED or settings.books != 1:
         return None
     return replace(_spec(shape, view, settings, settings.axis or "in", 1, 1, 1), storage="rans", rate=float(bits))
 

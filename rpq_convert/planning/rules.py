@@ -258,7 +258,7 @@ class Settings:
     @property
     def coded(self) -> bool:
         """Whether files hold codes entropy-coded."""
-        return self.storage == "rans" or (self.storage is None and self.fit == "ecvq")
+        return self.storage in ("rans", None) and self.fit in ("ecvq", None) and (self.storage, self.fit) != (None, None)
 
     def sized(self, bits: float) -> Settings:
         """Return the same with another size."""

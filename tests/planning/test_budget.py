@@ -113,14 +113,14 @@ def test_files_have_the_size(tied, tmp_path):
 def test_bits_are_an_average():
     with torch.device("meta"):
         model = Tied(2000, 128, 6, 3)
-    plan = rpq.plan(model, bits=2.5)
+    plan = rpq.plan(model, bits=2.5, storage="bytes")
     weights = sum(math.prod(j.shape) for j in plan.jobs) + sum(
         math.prod(s.shape) for s in plan.skips if s.reason == "kept dense by the budget"
     )
     used = 8 * sum(sum(j.nbytes.values()) for j in plan.jobs)
     assert 0.99 * 2.5 <= used / weights <= 2.5
     assert len({j.spec.bits for j in plan.jobs}) > 1
-    assert len({j.spec.bits for j in rpq.plan(model, bits=4).jobs}) == 1
+    assert len({j.spec.bits for j in rpq.plan(model, bits=4, storage="bytes").jobs}) == 1
     assert len({j.spec.bits for j in rpq.plan(model, preset="5bit").jobs}) == 1
 
 
@@ -260,7 +260,7 @@ def test_other_models_are_measured_too():
         rpq.sensitivities(plain)
     found = rpq.sensitivities(plain, [torch.randn(32, 64)])
     assert set(found) == {"0.weight", "2.weight"}
-    assert "shapes alone" in str(rpq.convert(plain, bits=4.5).warnings)
+    assert "shapes alone" in str(rpq.convert(plain, bits=4.5, storage="bytes").warnings)
 
 
 def test_measuring_pays():

@@ -63,7 +63,7 @@ def compress(model: nn.Module, settings: dict[str, Any], data: Any) -> int:
 
     import rpq_convert as rpq
 
-    options = dict(settings)
+    options = {"storage": "bytes"} | settings  # cells of bits alone are those of a fixed rate, in memory too
     steps, calibrated, own = (options.pop(k, 0) for k in ("steps", "calibrated", "own"))
     how = {k: options.pop(k) for k in ("rate", "recode") if k in options}
     base = copy.deepcopy(model) if steps else None
