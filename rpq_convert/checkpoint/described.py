@@ -63,7 +63,9 @@ def stored_spec(rpq: Any) -> Any:
 
     with onloaded(rpq):
         kept = rpq.stored()
-    named = {"codebooks": "codebook_dtype", "scales": "scales", "outliers": "outlier_dtype"}
+    named = {
+        "codebooks": "codebook_dtype", "scales": "scales", "input_scales": "input_scales", "outliers": "outlier_dtype",
+    }  # fmt: skip
     changed: dict[str, Any] = {named[part]: dtype_name(t.dtype) for part, t in kept.items() if part in named}
     if rpq.spec.rate is not None and not kept["codes"].is_meta:  # codes that training changed may take more
         count, used = kept["codes"].numel(), len(encode(kept["codes"])[0])

@@ -22,7 +22,7 @@ from rpq_convert.schemas.checking import check
 
 LARGEST = 1 << 40  # numbers of one tensor
 FLOATS = frozenset(CODEBOOK_DTYPES.values())
-PARTS = ("codebooks", "codes", "scales", "outliers", "positions")  # in memory
+PARTS = ("codebooks", "codes", "scales", "input_scales", "outliers", "positions")  # in memory
 STORED = (*PARTS, "stream", "frequencies")  # in files
 OTHERS = ("view", "shape", "dtype", "zero_row")
 Expected = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]

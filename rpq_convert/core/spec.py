@@ -51,6 +51,7 @@ class Spec:
         rotation: size of the block-Hadamard rotation of the input axis (rotation.py), a power of two; 0 is none.
         outliers: how many weights of each output are kept apart, as numbers of their own beside the codes.
         outlier_dtype: dtype of those numbers.
+        input_scales: dtype of one scale per input, which the layer multiplies its inputs by, or None for no such scales.
         storage: how files hold codes: `"bytes"`, one for each, or `"rans"`, entropy-coded (rans.py). In memory they are bytes.
         rate: with `"rans"`, the bits of a code in files.
     """
@@ -65,6 +66,7 @@ class Spec:
     rotation: int = 0
     outliers: int = 0
     outlier_dtype: str = "float16"
+    input_scales: str | None = None
     storage: str = "bytes"
     rate: float | None = None
 
@@ -74,9 +76,12 @@ class Spec:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
         check_axis(self.axis)
-        dtypes = {"codebook_dtype": CODEBOOK_DTYPES, "scales": DTYPES, "outlier_dtype": DTYPES}
+        dtypes = {
+            "codebook_dtype": CODEBOOK_DTYPES,
+            **dict.fromkeys(("scales", "outlier_dtype", "input_scales"), DTYPES),
+        }
         for name, value, known in ((name, getattr(self, name), known) for name, known in dtypes.items()):
-            if value not in known and not (name == "scales" and value is None):
+            if value not in known and not (name in ("scales", "input_scales") and value is None):
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
         if self.codebook_dtype == "float8_e4m3fn" and self.scales is None:
             raise ValueError("float8_e4m3fn codebooks need scales: by themselves they reach no weight below 0.002")
@@ -90,6 +95,8 @@ class Spec:
             raise ValueError(f"outliers must be a whole number, 0 for none, not {self.outliers!r}")
         if self.outliers and self.rotation:
             raise ValueError("a rotation spreads outliers over its inputs: ask for one of the two")
+        if self.input_scales and self.rotation:
+            raise ValueError("a rotation mixes inputs that have scales of their own: ask for one of the two")
         if self.storage not in STORAGES:
             raise ValueError(f"storage must be one of {', '.join(STORAGES)}, not {self.storage!r}")
         if (self.storage == "rans") != (self.rate is not None):
@@ -122,6 +129,10 @@ class Spec:
         }
         if self.scales is not None:
             stored["scales"] = (DTYPES[self.scales], view.scale_shape(shape))
+        if self.input_scales is not None:
+            if "expert" in view.axes:
+                raise ValueError("experts have no scales of their inputs")
+            stored["input_scales"] = (DTYPES[self.input_scales], (inputs,))
         if self.outliers:
             outputs = view.matrix_shape(shape, "in")[0]
             if "expert" in view.axes or self.outliers > inputs // 2:
@@ -175,6 +186,8 @@ class Spec:
         parts.append(self.codebook_dtype)
         if self.scales:
             parts.append(f"row scales {self.scales}")
+        if self.input_scales:
+            parts.append(f"input scales {self.input_scales}")
         if self.rotation:
             parts.append(f"rotation {self.rotation}")
         if self.outliers:
@@ -184,6 +197,7 @@ class Spec:
         return ", ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON values; without those of entropy-coded files, which earlier versions do not know, elsewhere."""
+        """Return the fields as JSON values; without those that earlier versions do not know, where they say nothing."""
         found = asdict(self)
-        return found if self.rate is not None else {k: v for k, v in found.items() if k not in ("storage", "rate")}
+        later = {"input_scales": None, "storage": "bytes", "rate": None}
+        return {k: v for k, v in found.items() if k not in later or v != later[k]}

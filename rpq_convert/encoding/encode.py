@@ -158,7 +158,13 @@ def _fit(
     if spec.outliers:
         kept, dense = _outliers(job, dense)
         tensors |= kept
-    scaled, exact = dense, None
+    scaled, exact, inputs = dense, None, None
+    if spec.input_scales is not None:
+        matrix = view.to_matrix(dense, "in")
+        given = start["input_scales"] if start is not None else _input_scales(matrix, statistics)
+        tensors["input_scales"] = given.to(DTYPES[spec.input_scales])
+        inputs = tensors["input_scales"].float()
+        scaled = dense = view.from_matrix(matrix / inputs, job.shape, "in").contiguous()
     if spec.scales is not None:
         spread = view.spread_scales(torch.empty(view.scale_shape(job.shape))).shape
         if start is None:
@@ -184,12 +190,38 @@ def _fit(
         if statistics is None:
             fitted = before or FITTERS[job.fit](matrix, importance=_importance(job, matrix), **common)
         elif spec.rate is not None:
-            fitted = fit_ecvq_to_inputs(matrix, statistics.hessian, axis=spec.axis, scales=exact, **common)
+            fitted = fit_ecvq_to_inputs(
+                matrix, statistics.hessian, axis=spec.axis, scales=exact, inputs=inputs, **common
+            )
         else:
-            fitted = fit_gptq(matrix, statistics.hessian, axis=spec.axis, scales=exact, start=before, **common)
+            how = {"axis": spec.axis, "scales": exact, "inputs": inputs}
+            fitted = fit_gptq(matrix, statistics.hessian, **how, start=before, **common)
     except ValueError as e:
         raise EncodeError(f"{job.name} {list(job.shape)}: {e}") from e
     return tensors | _stored(job, fitted.codebooks, fitted.codes), fitted.dead, zero_row
+
+
+# Without statistics a column of large weights is taken to meet quiet inputs, so its steps may be larger: by the root of its size
+# relative to its rows'. SmolLM2 at 4 bits, all layers but the table: divergence .247 -> .184; by the whole size .439.
+TRUST, TURNS = 0.5, 8
+FAR = 64.0  # the most that the scale of an input may differ from the others'
+
+
+def _input_scales(matrix: Tensor, statistics: Statistics | None) -> Tensor:
+    """Return what the weights [outputs, inputs] of each input are divided by before they are coded with even steps."""
+    from rpq_convert.fit.gptq import step_sizes  # numba: imported on use
+
+    if statistics is not None and statistics.hessian.ndim == 2:
+        return step_sizes(statistics.hessian).clamp(1 / FAR, FAR)
+    squares = matrix.double().square()
+    rows, columns = torch.ones(len(matrix), 1, dtype=torch.float64), torch.ones(matrix.shape[1], dtype=torch.float64)
+    for _ in range(TURNS):  # as Sinkhorn and Knopp: all rows and all columns of one size
+        columns = (squares / rows).mean(0)
+        rows = (squares / columns.clamp_min(torch.finfo(torch.float64).tiny)).mean(1, keepdim=True)
+        rows = torch.where(rows > 0, rows, 1.0)
+    columns = torch.where(columns > 0, columns, 1.0)
+    sizes = columns.sqrt() ** TRUST
+    return (sizes / sizes.log().mean().exp()).clamp(1 / FAR, FAR).float()
 
 
 def _grouped(statistics: Statistics, job: Job) -> Statistics:

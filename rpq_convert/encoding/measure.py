@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rpq_convert.core.rotation import rotate_weight
 from rpq_convert.layers import surgery
-from rpq_convert.layers.weight import RPQWeight
+from rpq_convert.layers.weight import TRAINED, RPQWeight
 from rpq_convert.running.digest import describe
 from rpq_convert.running.offload import onloaded
 
@@ -90,7 +90,7 @@ def set_record(rpq: RPQWeight, record: Mapping[str, Any]) -> None:
 def mark_of(rpq: RPQWeight) -> str:
     """Return a digest of the tensors that training changes, as a file keeps them. Code updates change them too."""
     with onloaded(rpq):
-        kept = {k: t for k, t in rpq.stored().items() if k in ("codebooks", "scales", "outliers")}
+        kept = {k: t for k, t in rpq.stored().items() if k in TRAINED}
         return "" if any(t.is_meta for t in kept.values()) else str(describe([kept])["sha256"])
 
 

@@ -88,11 +88,11 @@ def fit_ecvq_to_inputs(matrix: Tensor, hessian: Tensor, *, rate: float, **option
 
     Compensation makes weights that are still to be coded a little larger, and so their codes: the rate is approached from above.
     """
-    axis, scales = options.pop("axis"), options.pop("scales", None)
+    how = {name: options.pop(name, None) for name in ("axis", "scales", "inputs")}
     asked = rate
     for _ in range(TRIES):
         plain = fit_ecvq(matrix, rate=asked, **options)
-        found = fit_gptq(matrix, hessian, axis=axis, scales=scales, start=plain, **options)
+        found = fit_gptq(matrix, hessian, start=plain, **how, **options)
         if (over := excess(found.codes.numpy(), rate)) <= 0:
             return found
         asked -= 1.02 * over + SPARE
@@ -110,7 +110,7 @@ def _choose(problem: Problem, thresholds: np.ndarray, codes: np.ndarray) -> None
     limits = torch.from_numpy(thresholds.astype(np.float32))
     step = max(1, CHUNK // problem.matrix.shape[1])
     for start in range(0, len(problem.matrix), step):
-        part = problem.matrix[start : start + step] * problem.scale
+        part = (problem.matrix[start : start + step] * problem.scale).contiguous()
         codes[:, start : start + step] = torch.bucketize(part, limits, out_int32=True).to(torch.uint8).numpy().T
 
 

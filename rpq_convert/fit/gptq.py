@@ -41,6 +41,7 @@ def fit_gptq(
     seed: int,
     codebook_dtype: torch.dtype = torch.float32,
     scales: torch.Tensor | None = None,
+    inputs: torch.Tensor | None = None,
     start: Fitted | None = None,
 ) -> Fitted:
     """Fit codebooks and codes so that the error of the layer's output on its calibration inputs is small.
@@ -50,12 +51,13 @@ def fit_gptq(
         hessian: [inputs, inputs], `sum x x^T` over the layer's inputs, any float dtype; or [parts, inputs, inputs] where
             the matrix is that many equal runs of rows, each with inputs of its own (experts, groups of a convolution).
         scales: one per output, or None for ones: what an error in that output is multiplied by.
+        inputs: one per input, or None for ones: what the matrix was divided by and its inputs will be multiplied by.
         start: an earlier fit, to start from; its codes are then what must be beaten.
 
     Raises:
         ValueError: as `fit_additive`; a Hessian of another size, not finite, or with a negative diagonal.
     """
-    parts = _parts(matrix, hessian, axis, scales, dim=dim, books=books)
+    parts = _parts(matrix, hessian, axis, scales, inputs, dim=dim, books=books)
     fitted = start or fit_additive(
         matrix, dim=dim, books=books, stages=stages, seed=seed, codebook_dtype=codebook_dtype,
         importance=torch.cat([p.importance for p in parts]),
@@ -75,24 +77,45 @@ def fit_gptq(
     return Fitted(*chosen, count_dead(chosen[1], books))
 
 
+def step_sizes(hessian: torch.Tensor) -> torch.Tensor:
+    """Return how coarse the steps of each input's weights may be, about 1, so that all cost the same when errors are compensated.
+
+    A step's error costs its square times what later inputs cannot compensate: the pivot of H in the order of coding. Steps in
+    inverse proportion to the pivots' roots share rate among inputs in the best way where steps are small (reverse water-filling,
+    as in WaterSIC).
+
+    Args:
+        hessian: [inputs, inputs], as for `fit_gptq`.
+    """
+    hessian = hessian.detach().to("cpu", torch.float64)
+    power = hessian.diagonal()
+    if not bool(power.any()):
+        return torch.ones(len(power))
+    order = _order(power, 1)
+    own = _upper(hessian, power.mean(), order).diagonal().double()
+    steps = torch.empty_like(own).index_copy_(0, order, own)
+    return (steps / steps.log().mean().exp()).float()
+
+
 def _parts(
-    matrix: torch.Tensor, hessian: torch.Tensor, axis: str, scales: torch.Tensor | None, *, dim: int, books: int
-) -> list[_Part]:
+    matrix: torch.Tensor, hessian: torch.Tensor, axis: str, scales: torch.Tensor | None, inputs: torch.Tensor | None = None,
+    *, dim: int, books: int,
+) -> list[_Part]:  # fmt: skip
     """Return the problems that share codebooks but not inputs."""
     hessians = hessian.detach().to("cpu", torch.float64)
     hessians = hessians[None] if hessians.ndim == 2 else hessians
     rows = matrix.shape[0] // len(hessians)
-    inputs = rows if axis == "out" else matrix.shape[1]
-    if hessians.shape[1:] != (inputs, inputs):
-        raise ValueError(f"statistics of {list(hessian.shape)} for {inputs} inputs")
+    width = rows if axis == "out" else matrix.shape[1]
+    if hessians.shape[1:] != (width, width):
+        raise ValueError(f"statistics of {list(hessian.shape)} for {width} inputs")
     if not bool(torch.isfinite(hessians).all()) or bool((hessians.diagonal(dim1=1, dim2=2) < 0).any()):
         raise ValueError("statistics of the inputs are not finite second moments")
-    outputs = rows * matrix.shape[1] // inputs
+    outputs = rows * matrix.shape[1] // width
     # one for each output of each part, or for outputs that all parts add to (groups of a transposed convolution)
     gains = torch.ones(outputs, dtype=torch.float32) if scales is None else scales.detach().float()
     gains = gains.reshape(-1, outputs).expand(len(hessians), outputs)
     return [
-        _Part(part, h, gain, axis, dim=dim, books=books)
+        _Part(part, h, gain, axis, inputs, dim=dim, books=books)
         for part, h, gain in zip(matrix.detach().to("cpu", torch.float32).split(rows), hessians, gains)
     ]
 
@@ -127,18 +150,23 @@ class _Part:
     """One matrix of inputs by outputs, and how dearly its errors are paid for."""
 
     def __init__(
-        self, matrix: torch.Tensor, hessian: torch.Tensor, gain: torch.Tensor, axis: str, *, dim: int, books: int
-    ) -> None:
+        self, matrix: torch.Tensor, hessian: torch.Tensor, gain: torch.Tensor, axis: str, inputs: torch.Tensor | None = None,
+        *, dim: int, books: int,
+    ) -> None:  # fmt: skip
         self.axis, self.dim, self.books, self.gain = axis, dim, books, gain
         self.dense = (matrix if axis == "out" else matrix.T).contiguous()  # [inputs, outputs]
         power = hessian.diagonal()
         if not bool(power.any()):  # the calibration never reached it
             hessian, power = torch.eye(len(power), dtype=torch.float64), torch.ones_like(power)
-        self.hessian, mean = hessian, power.mean()
-        weight = (power / mean + DAMP).float()
+        mean = power.mean()
+        scale = torch.ones_like(power) if inputs is None else inputs.double()
+        self.hessian = hessian if inputs is None else hessian * scale * scale[:, None]
+        weight = ((power / mean + DAMP) * scale.square()).float()
         self.importance = weight[:, None] if axis == "out" else weight.expand(matrix.shape[0], -1)
         self.order = _order(power, 1 if axis == "out" else dim)
         self.upper = _upper(hessian, mean, self.order)
+        if inputs is not None:  # S H S has the factor U S^-1
+            self.upper /= inputs[self.order]
         length = matrix.shape[1]
         self.blocks = -(-length // dim)
         self.tail = length - (self.blocks - 1) * dim

@@ -54,8 +54,7 @@ def _product(x: Tensor, weight: Any, bias: Tensor | None, axes: tuple[str, ...])
     flat = x if x.ndim == 2 else x.reshape(-1, layout.inputs)
     flat = flat if flat.dtype == dtype else flat.to(dtype)
     apart = rpq.outlier_product(flat)
-    if rpq.spec.rotation:
-        flat = getattr(backend, "rotate", rotate)(flat, rpq.spec.rotation)
+    flat = rpq.to_codes(flat, getattr(backend, "rotate", rotate))
     bias = bias if bias is None or bias.dtype == dtype else bias.to(dtype)  # as autocast does, and compiled code
     out = backend.linear(flat, codes, codebooks, scales, bias, layout)
     out = out if apart is None else out + apart
@@ -105,7 +104,7 @@ def _conv(convolve: Callable[..., Tensor]) -> Callable[..., Any]:
         backend = rpq.backend
         if not hasattr(backend, "pointwise") or input.device.type != "cpu" or rpq.view.axes[0] != "out":
             return NotImplemented
-        if rpq.spec.rotation or rpq.spec.outliers:
+        if rpq.spec.rotation or rpq.spec.outliers or rpq.spec.input_scales:
             return NotImplemented
         parts, layout = rpq.parts(), rpq.layout
         points = math.prod(rpq.shape[2:]) == 1 and groups == 1 and _all(padding, 0) and _all(stride, 1)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rpq_convert.core.rotation import rotate
 from rpq_convert.layers.lazy_weight import refuse
 from rpq_convert.layers.operations import rows_of
 from rpq_convert.layers.weight import RPQWeight
@@ -137,7 +136,7 @@ def _product(x: Any, weight: Any, bias: Any, axes: tuple[str, ...]) -> Any:
         return NotImplemented  # torch says what is wrong
     x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     parts, inside = (rpq.stages_codes(), rpq.codebooks, rpq.scales), bias if rpq.zero_row is None else None
-    out = rpq.backend.linear(rotate(x.reshape(-1, layout.inputs), rpq.spec.rotation), *parts, inside, layout)
+    out = rpq.backend.linear(rpq.to_codes(x.reshape(-1, layout.inputs)), *parts, inside, layout)
     if rpq.zero_row is not None:
         out = out.masked_fill(torch.arange(layout.outputs, device=out.device) == rpq.zero_row, 0)
         out = out if bias is None else out + bias

@@ -29,7 +29,8 @@ from rpq_convert.running.offload import is_placed
 
 NARROW = (torch.float16, torch.float8_e4m3fn)  # too narrow for an optimizer's steps
 PACKED = ("stream", "frequencies")  # what stands for codes in some files
-GUARDED = ("codes", "positions")  # buffers; codebooks, scales and outliers are parameters
+GUARDED = ("codes", "positions")  # buffers
+TRAINED = ("codebooks", "scales", "input_scales", "outliers")  # parameters
 
 
 def _transformed() -> bool:
@@ -49,8 +50,8 @@ class RPQWeight(nn.Module):
         zero_row: a row of an embedding that expands to zeros, whatever its codes say (an untrained padding row).
 
     Shape:
-        codebooks [books, 256, dim], codes uint8 [blocks, n] or [n, blocks], scales [out]; with several stages,
-        codebooks and codes have a leading stage axis; outliers and positions (numbers of inputs) [out, outliers].
+        codebooks [books, 256, dim], codes uint8 [blocks, n] or [n, blocks], scales [out], input_scales [inputs]; with several
+        stages, codebooks and codes have a leading stage axis; outliers and positions (numbers of inputs) [out, outliers].
         Codes and positions are buffers that guard themselves (codes.py), the others parameters.
     """
 
@@ -59,6 +60,7 @@ class RPQWeight(nn.Module):
     codebooks: nn.Parameter
     codes: Tensor
     scales: nn.Parameter | None
+    input_scales: nn.Parameter | None
     outliers: nn.Parameter | None  # added to what the codes give, at `positions`
     positions: Tensor | None
 
@@ -80,7 +82,7 @@ class RPQWeight(nn.Module):
             spec.axis, n, length, spec.dim, spec.books, spec.stages
         )  # the coded matrix, as kernels see it
         self._probe = torch.empty(0, dtype=dtype, device=device)  # follows .to() and remembers the expanded dtype
-        for name in ("codebooks", "scales", "outliers"):
+        for name in TRAINED:
             self.register_parameter(name, None)
         for name in GUARDED:
             self.register_buffer(name, None)
@@ -94,7 +96,10 @@ class RPQWeight(nn.Module):
 
     @property
     def trainable(self) -> bool:
-        return any(p is not None and p.requires_grad for p in (self.codebooks, self.scales, self.outliers))
+        return any(p is not None and p.requires_grad for p in self._trained())
+
+    def _trained(self) -> list[nn.Parameter | None]:
+        return [getattr(self, name) for name in TRAINED]
 
     @property
     def backend(self) -> ModuleType:
@@ -211,7 +216,8 @@ class RPQWeight(nn.Module):
         backend = self.backend
         rows = backend.decode_rows(*self._parts_for(backend), index, self.layout, self._probe.dtype)
         rows = rotate(rows, self.spec.rotation, back=True)
-        return rows if self.zero_row is None and not self.spec.outliers else self._finish(rows, index, scaled=True)
+        plain = self.zero_row is None and not self.spec.outliers and self.input_scales is None
+        return rows if plain else self._finish(rows, index, scaled=True)
 
     def part(self, expert: int) -> RPQWeight:
         """Return one of the matrices of a parameter whose first axis is `expert`; it shares this one's tensors."""
@@ -226,14 +232,23 @@ class RPQWeight(nn.Module):
         part.__dict__["codebooks"] = self.codebooks
         part.__dict__["codes"] = self.stored_tensor("codes")[..., expert * rows : (expert + 1) * rows]
         part.__dict__["scales"] = None if self.scales is None else self.scales[expert]
-        part.__dict__["outliers"] = part.__dict__["positions"] = None
+        part.__dict__["outliers"] = part.__dict__["positions"] = part.__dict__["input_scales"] = None
         return part
 
     def scale_matrix(self) -> Tensor | None:
-        """Return what each value of the matrix [n, L] that the codes describe is multiplied by, a view; None for nothing."""
-        if self.scales is None:
+        """Return what each value of the matrix [n, L] that the codes describe is multiplied by; None for nothing."""
+        if self.scales is None and self.input_scales is None:
             return None
-        return self.view.to_matrix(self.view.spread_scales(self.scales.detach()).expand(self.shape), self.spec.axis)
+        rows = (
+            torch.ones((), device=self._probe.device)
+            if self.scales is None
+            else self.view.spread_scales(self.scales.detach())
+        )
+        matrix = self.view.to_matrix(rows.expand(self.shape), self.spec.axis)
+        if self.input_scales is None:
+            return matrix
+        inputs = self.input_scales.detach()
+        return matrix * (inputs if self.spec.axis == "in" else inputs[:, None])
 
     @torch.no_grad()
     def matrix_rows(self, start: int, stop: int) -> Tensor:
@@ -269,16 +284,29 @@ class RPQWeight(nn.Module):
         at, values = apart
         return F.embedding_bag(at, x.T.contiguous(), per_sample_weights=values, mode="sum").T
 
+    def to_codes(self, x: Tensor, rotate: Callable[[Tensor, int], Tensor] = rotate) -> Tensor:
+        """Return inputs [tokens, inputs] as the codes take them: scaled, or rotated."""
+        if self.input_scales is not None:
+            return x * self.input_scales.to(x.dtype)
+        return rotate(x, self.spec.rotation) if self.spec.rotation else x
+
     @property
     def rows_are_entries(self) -> bool:
         """Whether one row of the stored parameter is one row of `M`, so that `rows` serves lookups."""
         return self.spec.axis == "in" and self.view.axes == ("out", "in")
 
     def _finish(self, weight: Tensor, index: Tensor | None = None, *, scaled: bool = False) -> Tensor:
-        """Apply row scales, outliers and the zero row to a stored-shape weight, or to the rows `index` of it."""
+        """Apply row and input scales, outliers and the zero row to a stored-shape weight, or to the rows `index` of it."""
         if self.scales is not None and not scaled:
             scales = self.scales if index is None else self.scales[index]
             weight = weight * self.view.spread_scales(scales.to(self.dtype))
+        if self.input_scales is not None:
+            inputs = self.input_scales.to(weight.dtype)
+            if index is None:
+                matrix = self.view.to_matrix(weight, "in") * inputs
+                weight = self.view.from_matrix(matrix, self.shape, "in").contiguous()
+            else:
+                weight = weight * inputs
         if (apart := self._apart(weight.dtype)) is not None:
             at, values = apart
             if index is None:
@@ -304,13 +332,13 @@ class RPQWeight(nn.Module):
 
     def keep_attributes(self, attributes: Mapping[str, Any]) -> None:
         """Give what trains in place of a dense parameter the attributes that were set on that."""
-        for part in (self.codebooks, self.scales, self.outliers):
+        for part in self._trained():
             if part is not None:
                 part.__dict__.update(attributes)
 
     def requires_grad_(self, requires_grad: bool = True) -> RPQWeight:
         """Freeze codebooks, scales and outliers, or let them train; codes have no gradient."""
-        for part in (self.codebooks, self.scales, self.outliers):
+        for part in self._trained():
             if part is not None:
                 part.requires_grad_(requires_grad)
         return self.train(self.training)

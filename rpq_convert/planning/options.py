@@ -46,7 +46,7 @@ class PlanOptions:
     )
     bits: float | None = setting(
         None,
-        "Code bits per weight in files, 0.05 to 8; above 2 and up to 7 codes are entropy-coded, one byte each in memory (--storage bytes: as few in memory; a preset: too).",
+        "Code bits per weight in files, 0.05 to 8; above 2 and up to 7 entropy-coded there, and one byte each in memory.",
         record=ALWAYS, panel=SIZE,
     )  # fmt: skip
     target_size: str | int | None = setting(
@@ -93,7 +93,7 @@ class PlanOptions:
     )
     storage: str | None = setting(
         None,
-        "How files hold codes: one byte each, or entropy-coded (rans): the best quality for a file's bytes, at 8 bits in memory; rans for bits above 2 and up to 7, else bytes.",
+        "How files hold codes: bytes, as small in memory, or entropy-coded (rans): the best quality for a file's bytes. rans with bits above 2.",
         choices=STORAGES,
         panel=SIZE,
     )

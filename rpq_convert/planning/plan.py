@@ -167,7 +167,7 @@ class Plan:
             Row(
                 name=j.name, layer=j.layer, shape=j.shape, dtype=j.dtype, decision="rpq", reason=j.rule,
                 dense_bytes=j.dense_bytes, codebook_bytes=j.nbytes["codebooks"], code_bytes=_sum(j, "codes", "stream", "frequencies"),
-                scale_bytes=_sum(j, "scales"), outlier_bytes=_sum(j, "outliers", "positions"), spec=f"{j.spec.describe()}, {j.fit}",
+                scale_bytes=_sum(j, "scales", "input_scales"), outlier_bytes=_sum(j, "outliers", "positions"), spec=f"{j.spec.describe()}, {j.fit}",
                 expected_error=j.expected_error, memory_bytes=j.memory_bytes, aliases=j.aliases,
             )
             for j in self.jobs

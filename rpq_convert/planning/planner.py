@@ -33,6 +33,9 @@ MAX_OUTLIERS = 0.1
 # Entropy-coded weights: fewer than LEAST_CODED do not pay for frequencies and codewords, about 1 KB; above MOST_CODED bits 256
 # codewords are too few for what a longer code could say.
 LEAST_CODED = 1 << 14
+# Matrices that get one scale for each of their inputs where codes are entropy-coded: fewer outputs do not pay for them; many more
+# outputs than inputs are a head, which loses by them, as tables do (docs/decisions.md).
+LEAST_OUTPUTS, MOST_OUTPUTS = 128, 8
 
 
 @dataclass(frozen=True)
@@ -228,7 +231,12 @@ def _by_rate(shape: tuple[int, ...], view: WeightView, settings: Settings, bits:
     """Return the spec of entropy-coded weights; None where one byte for a code is as good, or frequencies would weigh too much."""
     if bits > MOST_CODED or math.prod(shape) < LEAST_CODED or settings.books != 1:
         return None
-    return replace(_spec(shape, view, settings, settings.axis or "in", 1, 1, 1), storage="rans", rate=float(bits))
+    spec = _spec(shape, view, settings, settings.axis or "in", 1, 1, 1)
+    outputs, inputs = view.matrix_shape(shape, "in")
+    layer = len(view.axes) == 2 and view.axis == "out" and LEAST_OUTPUTS <= outputs <= MOST_OUTPUTS * inputs
+    if settings.input_scales is None and layer and not spec.rotation:
+        spec = replace(spec, input_scales="float16")
+    return replace(spec, storage="rans", rate=float(bits))
 
 
 def _spec(
@@ -251,6 +259,7 @@ def _spec(
         axis=axis,
         codebook_dtype=settings.codebook_dtype,
         scales=None if settings.scales == "none" else settings.scales,
+        input_scales=None if settings.input_scales == "none" or "expert" in view.axes else settings.input_scales,
         layout="rows" if view.axis == "in" and axis == "in" else "blocks",
         rotation=fitting(rotation, inputs),
         outliers=0 if "expert" in view.axes else round(share * inputs),

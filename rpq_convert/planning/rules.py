@@ -35,6 +35,7 @@ SETTINGS = {
     "axis": "cut axis, 'out' or 'in'",
     "codebook_dtype": "float32, float16, bfloat16, or float8_e4m3fn: one byte, for 2 bits and less, with scales",
     "scales": "dtype of one scale per output row, or 'none'",
+    "input_scales": "dtype of one scale per input of a matrix, or 'none'",
     "rotation": "block-Hadamard rotation of the inputs: its size, or the largest power of two below that divides them",
     "outliers": "share of each output's weights, the largest, that is kept apart in 32 bits each: 0.005",
     "storage": "how files hold codes: bytes, or rans: entropy-coded, in any number of bits; one byte each in memory",
@@ -53,6 +54,7 @@ CHOICES = {
     "storage": STORAGES,
     "codebook_dtype": CODEBOOK_DTYPES,
     "scales": (*STORED_DTYPES, "none"),
+    "input_scales": (*STORED_DTYPES, "none"),
 }
 
 
@@ -97,7 +99,7 @@ def _checked(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise PlanError(
             f"{where} sets {', '.join(unknown)}{near(unknown[0], SETTINGS)}; known settings: {', '.join(SETTINGS)}"
         )
-    named = {k: dtype_text(v) for k, v in settings.items() if k in ("codebook_dtype", "scales")}
+    named = {k: dtype_text(v) for k, v in settings.items() if k in ("codebook_dtype", "scales", "input_scales")}
     checked = {**settings, **named}
     for name, choices in CHOICES.items():
         if checked.get(name) is not None:
@@ -246,6 +248,7 @@ class Settings:
     axis: str | None = None
     codebook_dtype: str = "float16"
     scales: str = "none"
+    input_scales: str | None = None
     rotation: int = 0
     outliers: float = 0
     storage: str | None = None
@@ -258,7 +261,9 @@ class Settings:
     @property
     def coded(self) -> bool:
         """Whether files hold codes entropy-coded."""
-        return self.storage in ("rans", None) and self.fit in ("ecvq", None) and (self.storage, self.fit) != (None, None)
+        return (
+            self.storage in ("rans", None) and self.fit in ("ecvq", None) and (self.storage, self.fit) != (None, None)
+        )
 
     def sized(self, bits: float) -> Settings:
         """Return the same with another size."""

@@ -48,6 +48,7 @@ class SpecEntry(Struct, forbid_unknown_fields=True):
     rotation: Rotation = 0
     outliers: Size = 0
     outlier_dtype: Float = "float16"
+    input_scales: Float | None = None
     storage: Storage = "bytes"
     rate: Annotated[float, Meta(gt=0, le=8.08)] | None = None
 
@@ -272,6 +273,7 @@ class Settings(Struct, forbid_unknown_fields=True, kw_only=True):
     axis: Axis | UnsetType = UNSET
     codebook_dtype: CodebookDtype | UnsetType = UNSET
     scales: Literal["float32", "float16", "bfloat16", "float64", "none"] | UnsetType = UNSET
+    input_scales: Literal["float32", "float16", "bfloat16", "float64", "none"] | UnsetType = UNSET
     rotation: Size | UnsetType = UNSET
     outliers: Annotated[float, Meta(ge=0, le=0.1)] | UnsetType = UNSET
     storage: Storage | UnsetType = UNSET
