@@ -34,6 +34,7 @@ from rpq_convert.storage.files import files_beside, refuse_links
 from rpq_convert.storage.options import HubOptions, SourceOptions
 from rpq_convert.storage.records import REPORT, read_manifest
 from rpq_convert.storage.room import check_free
+from rpq_convert.storage.sources import called, is_name
 from rpq_convert.tuning.blocks import tune_blocks_with
 from rpq_convert.tuning.options import TuneOptions
 from rpq_convert.tuning.tune import Tuning, tune_with
@@ -79,13 +80,15 @@ class WithBase:
         try:
             return type(converted).from_pretrained(self.base, trust_remote_code=False).eval(), converted
         except (OSError, ValueError) as e:
-            raise SourceError(f"{self.base}: {str(e).strip().splitlines()[0]}") from None
+            raise SourceError(f"{called(self.base)}: {str(e).strip().splitlines()[0]}") from None
 
     def note(self, model: Any, command: str, asked: dict[str, Any]) -> None:
         """Keep for the next report and card what was done to the folder: a command, and what it was given."""
         factory = self.factory if isinstance(self.factory, str) else None
+        base, folder = (called(Path(place).resolve()) for place in (self.base, self.folder))
+        base = base if is_name(base) else Path(base).name
         step = {
-            "command": command, "base": Path(self.base).resolve().name, "folder": Path(self.folder).resolve().name,
+            "command": command, "base": base, "folder": Path(folder).name,
             "options": {k: v for k, v in {**asked, "factory": factory}.items() if v},
         }  # fmt: skip
         model._rpq_options["later"] = [*model._rpq_options.get("later", ()), step]
