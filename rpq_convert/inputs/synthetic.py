@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rpq_convert.core.keywords import keywords
 from rpq_convert.errors import CalibrationError
-from rpq_convert.layers.weight import RPQWeight
+from rpq_convert.layers.precision import dtype_of
 from rpq_convert.running.modes import quiet
 
 BATCH = 8  # rows of a batch: calibration runs the first batch some times more than the others
@@ -128,17 +128,6 @@ def _device(model: Any) -> torch.device:
     return next(model.parameters()).device
 
 
-def _dtype(model: Any) -> torch.dtype:
-    """Return what a model computes in; its first parameter may be a codebook, which says nothing of that."""
-    for module in model.modules():
-        if isinstance(module, RPQWeight):
-            return module.dtype
-        for parameter in module._parameters.values():
-            if parameter is not None and parameter.is_floating_point():
-                return parameter.dtype
-    return torch.get_default_dtype()
-
-
 @torch.no_grad()
 def _text(model: Any, first: Tensor, length: int, draw: Callable[[Tensor], Tensor]) -> Tensor:
     """Return ids [rows, length] that a language model writes after the first [rows, 1].
@@ -178,7 +167,7 @@ def _random_tokens(model: Any, tokens: int, g: torch.Generator) -> list[Any]:
 
 def _pictures(model: Any, samples: int, shape: Shape, g: torch.Generator, batch: int) -> list[Any]:
     name = getattr(model, "main_input_name", None)
-    pictures = [part.to(_device(model), _dtype(model)) for part in _noise(samples, shape, g).split(batch)]
+    pictures = [part.to(_device(model), dtype_of(model)) for part in _noise(samples, shape, g).split(batch)]
     return [{name: part} for part in pictures] if name else pictures
 
 
