@@ -104,7 +104,7 @@ class Conversion:
             kind = "synthetic"
         else:
             kind = checks.data(where, "--calibrate", field=self.text_field).kind
-        if self.source.factory is not None and kind != "tensors":
+        if self.source.factory is not None and kind not in ("tensors", "synthetic"):
             raise typer.BadParameter(
                 "a factory's model has no tokenizer; give a .safetensors file of its arguments",
                 param_hint="--calibrate",
@@ -124,10 +124,12 @@ class Conversion:
     def _inputs(self, where: str) -> Any:
         """Return the inputs to calibrate on, or the function of the dense model that makes them."""
         from rpq_convert.inputs.files import read_inputs
-        from rpq_convert.inputs.synthetic import own_inputs
+        from rpq_convert.inputs.synthetic import check_own_inputs, own_inputs
 
         some: dict[str, Any] = {} if self.samples is None else {"samples": self.samples}
         if where == "self":
+            if self.opened.model is not None and (kind := check_own_inputs(self.opened.model)) and self.source.factory:
+                say(f"synthetic inputs: {kind}")
             return partial(own_inputs, seed=self.options.seed, **some)
         hub, told = self.opened.options.hub, say
         return read_inputs(

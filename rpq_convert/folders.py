@@ -27,7 +27,7 @@ from rpq_convert.hf.hub import at_hand as fetched
 from rpq_convert.hf.model_card import base_in
 from rpq_convert.inputs.files import read_inputs, read_text, text_inputs, tokenizer_of
 from rpq_convert.inputs.items import Calibration, prepare
-from rpq_convert.inputs.synthetic import own_inputs
+from rpq_convert.inputs.synthetic import check_own_inputs, own_inputs
 from rpq_convert.report.schema import Report
 from rpq_convert.running.progress import Progress, Say, counted
 from rpq_convert.storage.files import files_beside, refuse_links
@@ -67,6 +67,11 @@ class WithBase:
     def check(self) -> str:
         """Refuse a base of another class or shape; return why one that fits cannot be the base, or an empty text."""
         return check_base(self.base, self.folder, self.factory)
+
+    def empty(self) -> Any:
+        """Return the dense model without its weights."""
+        options = SourceOptions(factory=self.factory, allow_pickle=self.factory is None)
+        return open_checkpoint(self.base, options, need="headers").model
 
     def load(self) -> tuple[Any, Any]:
         """Return the dense model and the converted one, in evaluation mode."""
@@ -229,6 +234,11 @@ class Given:
         name = "self" if self.path is None else Path(self.path).name
         return {"data": name, "samples": self.samples, "text_field": self.field}
 
+    def check(self, which: WithBase) -> None:
+        """Refuse synthetic inputs that cannot be made, before any weight is read."""
+        if self.path is None:
+            check_own_inputs(which.empty())
+
     def inputs(self, dense: Any, base: str | Path, say: Say | None) -> list[Any]:
         """Return the inputs of a dense model; `say` is told what was read."""
         some: dict[str, Any] = {} if self.samples is None else {"samples": self.samples}
@@ -263,6 +273,7 @@ def tune_folder(
     """
     place = Path(out)
     check_free(place, overwrite=overwrite)
+    data.check(which)
     dense, model = which.load()
     items = data.inputs(dense, which.base, say)
     if blocks:
@@ -321,6 +332,7 @@ def recalibrate_folder(
     """
     place = Path(out)
     check_free(place, overwrite=overwrite)
+    data.check(which)
     dense, model = which.load()
     recalibrate(
         model, dense, data.inputs(dense, which.base, say), **options | {"progress": options.get("progress") or False}
