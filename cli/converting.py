@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from rpq_convert.storage.room import check_free
 from . import checks
 from .show import chosen, fitting, progress
 from .talk import detail, phase, say, warn
+from .wording import as_flags
 
 if TYPE_CHECKING:
     from rpq_convert.checkpoint.opening import Opened
@@ -199,7 +199,7 @@ class Conversion:
         from rpq_convert.hf.model_card import Base
 
         self.opened.base = replace(self.opened.base or Base(), asked=self._asked())
-        with phase("converted"), fitting({j.name: prod(j.shape) for j in plan.jobs}) as callback:
+        with phase("converted"), fitting({j.name: j.dense_bytes for j in plan.jobs}) as callback:
             report = convert_opened(
                 self.opened, self.folder, plan, self.data, overwrite=self.overwrite, executor=how.executor,
                 workers=how.workers, progress=callback,
@@ -233,5 +233,5 @@ class Conversion:
             told=lambda on: say(f"comparing the result with its base on {on}, for at most {seconds:g} s (--no-check for none)"),
         )  # fmt: skip
         if why:
-            say(f"not checked: {why}")
+            say(f"not checked: {as_flags(why)}")
         return judged

@@ -342,7 +342,7 @@ def recalibrate_folder(
 
 
 def coded_sizes(folder: str | Path) -> dict[str, int]:
-    """Return the number of parameters of every weight of a converted folder that is stored as codes; empty without a report."""
+    """Return the dense bytes of every weight of a converted folder that is stored as codes; empty without a report."""
     if not (Path(folder) / REPORT).is_file():
         return {}
-    return {row.name: row.params for row in audit(folder).rows if row.decision == "rpq"}
+    return {row.name: row.dense_bytes for row in audit(folder).rows if row.decision == "rpq"}
