@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from rpq_convert import __version__
+from rpq_convert.report import measured
 
 BINARIES = Path(sys.executable).parent
 
@@ -52,6 +53,12 @@ def test_help_by_either_name(flag):
         shown = rpq(*args).stdout
         assert "Usage:" in shown and "RPQ_TRACEBACK=1" in shown
     assert "Usage:" in rpq(flag, command=main).stdout
+
+
+def test_help_says_what_sizes_keep():
+    said = " ".join(rpq("convert", "-h").stdout.split())
+    for row in (r for r in measured.rows() if (r.model, r.effort) == ("smollm2", measured.SELF)):
+        assert f"{row.bits:g} bits {row.value:.2f}x ({row.smaller:.1f}x smaller)" in said
 
 
 def test_the_version():
