@@ -11,6 +11,7 @@ from typer import Argument, Option
 
 from rpq_convert.conversion.options import QualityOptions
 from rpq_convert.planning.options import DECIDING, PlanOptions
+from rpq_convert.report.measured import models, summary
 from rpq_convert.showing import printable
 from rpq_convert.storage.options import SourceOptions
 from rpq_convert.storage.records import read_manifest
@@ -27,11 +28,15 @@ from .talk import detail, phase, say, warn
 if TYPE_CHECKING:
     from rpq_convert.planning.plan import Plan
 
-CONVERT_EPILOG = examples(
+MEASURED = (
+    f"Measured on {models()['smollm2']['name']}, perplexity as a multiple of the dense model's: {summary()}. `rpq presets` has more models, "
+    "efforts and minutes."
+)
+CONVERT_EPILOG = "\n\n".join([MEASURED, examples(
     "rpq-convert facebook/opt-66b --codebooks heads",
     "rpq-convert facebook/opt-125m --bits 4 --rule 'type:Embedding:bits=8' --exclude '*lm_head*'",
     "rpq-convert weights.safetensors --factory mymodel:build --out small",
-)
+)])  # fmt: skip
 
 
 @main.command(epilog=CONVERT_EPILOG, context_settings=HELP)

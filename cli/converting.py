@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from rpq_convert.storage.room import check_free
 from . import checks
 from .show import chosen, fitting, progress
 from .talk import detail, phase, say, warn
+from .wording import as_flags
 
 if TYPE_CHECKING:
     from rpq_convert.checkpoint.opening import Opened
@@ -104,7 +104,7 @@ class Conversion:
             kind = "synthetic"
         else:
             kind = checks.data(where, "--calibrate", field=self.text_field).kind
-        if self.source.factory is not None and kind != "tensors":
+        if self.source.factory is not None and kind not in ("tensors", "synthetic"):
             raise typer.BadParameter(
                 "a factory's model has no tokenizer; give a .safetensors file of its arguments",
                 param_hint="--calibrate",
@@ -124,10 +124,12 @@ class Conversion:
     def _inputs(self, where: str) -> Any:
         """Return the inputs to calibrate on, or the function of the dense model that makes them."""
         from rpq_convert.inputs.files import read_inputs
-        from rpq_convert.inputs.synthetic import own_inputs
+        from rpq_convert.inputs.synthetic import check_own_inputs, own_inputs
 
         some: dict[str, Any] = {} if self.samples is None else {"samples": self.samples}
         if where == "self":
+            if self.opened.model is not None and (kind := check_own_inputs(self.opened.model)) and self.source.factory:
+                say(f"synthetic inputs: {kind}")
             return partial(own_inputs, seed=self.options.seed, **some)
         hub, told = self.opened.options.hub, say
         return read_inputs(
@@ -197,7 +199,7 @@ class Conversion:
         from rpq_convert.hf.model_card import Base
 
         self.opened.base = replace(self.opened.base or Base(), asked=self._asked())
-        with phase("converted"), fitting({j.name: prod(j.shape) for j in plan.jobs}) as callback:
+        with phase("converted"), fitting({j.name: j.dense_bytes for j in plan.jobs}) as callback:
             report = convert_opened(
                 self.opened, self.folder, plan, self.data, overwrite=self.overwrite, executor=how.executor,
                 workers=how.workers, progress=callback,
@@ -231,5 +233,5 @@ class Conversion:
             told=lambda on: say(f"comparing the result with its base on {on}, for at most {seconds:g} s (--no-check for none)"),
         )  # fmt: skip
         if why:
-            say(f"not checked: {why}")
+            say(f"not checked: {as_flags(why)}")
         return judged

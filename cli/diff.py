@@ -1,4 +1,5 @@
-"""`rpq diff`: converted folders, reports and plans side by side. Reports are read without torch; plans need it for their sizes."""
+"""`rpq diff`: converted folders, reports and plans side by side. Reports are read without torch; plans
+need it for their sizes."""
 
 import json as jsonlib
 from pathlib import Path
@@ -9,12 +10,14 @@ from typer import Argument, Option
 
 from rpq_convert.errors import SourceError
 from rpq_convert.report.schema import read_report
+from rpq_convert.storage.options import HubOptions
 from rpq_convert.storage.records import REPORT
 from rpq_convert.storage.room import check_file
+from rpq_convert.storage.sources import did_you_mean, is_name, located
 
 from . import options as o
 from .app import examples, group
-from .checks import named
+from .checks import named, token_unused
 from .errors import catching
 from .show import width
 from .talk import say
@@ -28,17 +31,20 @@ if TYPE_CHECKING:
         "rpq diff opt-125m-2bit opt-125m-4bit opt-125m-8bit",
         "rpq diff opt-125m-4bit opt-125m-tuned --html diff.html",
         "rpq diff plan-4bit.json opt-125m-4bit",
+        "rpq diff me/opt-125m-4bit https://huggingface.co/me/opt-125m-rpq/tree/2bit",
     )
 )
 @catching
+@o.with_options
 def diff(
     paths: Annotated[
-        list[Path],
+        list[str],
         Argument(
             metavar="A B …",
-            help="Two or more converted folders, reports (rpq audit --json) or plans (rpq plan --json).",
+            help="Two or more converted folders, ids of their repositories, reports (rpq audit --json) or plans (rpq plan --json).",
         ),
     ],
+    source: HubOptions,
     html: Annotated[
         Path | None, Option("--html", metavar="FILE", help="Write the comparison as one HTML file.")
     ] = None,
@@ -51,7 +57,10 @@ def diff(
         check_file(html, (".html", ".htm"))
     from rpq_convert.report.compare import compare
 
-    found = compare([(str(path), _report(path)) for path in paths])
+    token_unused(source, *paths)
+    if all(Path(p).exists() for p in paths):
+        located(paths[0], source)  # refuses a revision
+    found = compare([_report(path, source) for path in paths])
     if html is not None:
         html.write_text(found.to_html(), "utf8")
         say(f"wrote {html}")
@@ -61,21 +70,35 @@ def diff(
         print(found.to_terminal(width()))
 
 
-def _report(path: Path) -> "Report":
-    """Return the report of a converted folder, or what a report or a plan says.
+def _report(given: str, options: HubOptions) -> tuple[str, "Report"]:
+    """Return a name, and the report of a converted folder or repository, or what a report or a plan says.
+
+    Args:
+        options: of the hub; a revision is that of repositories whose address has none.
 
     Raises:
-        SourceError: there is none of these.
+        SourceError: there is none of these. HubError: what the hub refuses.
     """
+    if not Path(given).exists():
+        place, asked = located(given, options)
+        named(place)
+        if not is_name(place):
+            hint = did_you_mean(given) or "; give converted folders, ids of their repositories, reports or plans"
+            raise SourceError(f"{given} does not exist{hint}")
+        from rpq_convert.checkpoint.verifying import audit
+
+        name = f"{place}@{asked.revision}" if asked.revision else str(place)
+        return name, audit(place, **asked.hub)
+    return given, _local(Path(given))
+
+
+def _local(path: Path) -> "Report":
     if path.is_dir():
         if not (path / REPORT).is_file():
             raise SourceError(
                 f"{path} has no {REPORT}: it is no converted folder; give folders that rpq-convert wrote, reports or plans"
             )
         return read_report(path / REPORT)
-    if not path.is_file():
-        named(path)
-        raise SourceError(f"{path} does not exist; give converted folders, reports or plans")
     if not _is_plan(path):
         return read_report(path)
     from rpq_convert.planning.plan import Plan

@@ -81,10 +81,14 @@ def tune(
     overwrite: o.Overwrite = False,
     json: o.Json = False,
 ) -> None:
-    """Train a converted model's codebooks, scales, norms and biases against its base; with --recode also codes."""
+    """Train a converted model's codebooks, scales, norms and biases against its base; with --recode also codes. 'self' as data: synthetic inputs."""
     o.find_modules(factory)
+    own = str(data) == "self"
+    checks.needs("--text-field", text_field, "a table as --data", not own)
+    checks.needs("--window", window, "a text as --data", not own)
     checks.pair(base, folder, factory, source)
-    checks.data(data, "--data", field=text_field, window=window)
+    if not own:
+        checks.data(data, "--data", field=text_field, window=window)
     check_free(o.apart_from(Path(base), Path(folder), out=out), overwrite=overwrite)
     if options.steps == 0 and blocks == 0:
         raise unused("--steps", "no step is taken; give some, or --blocks")
@@ -94,7 +98,8 @@ def tune(
     options = replace(options, autocast="bfloat16" if bfloat16 else None)
     with progress() as tell:
         found = tune_folder(
-            which, out, Given(data, window or 256, samples, text_field), options, blocks=blocks, overwrite=overwrite, say=say, progress=tell
+            which, out, Given(None if own else data, window or 256, samples, text_field), options, blocks=blocks,
+            overwrite=overwrite, say=say, progress=tell,
         )  # fmt: skip
     print(found.to_json() if json else printable(str(found), lines=True))
 

@@ -6,19 +6,24 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from threading import Event, Lock, Thread
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from rpq_convert.report.text import short
 from rpq_convert.showing import duration, printable
 
-from .talk import event, is_quiet, say
+from .talk import detail, event, is_quiet, say
 
 if TYPE_CHECKING:
+    from rpq_convert.core.results import Encoded
     from rpq_convert.planning.plan import Plan
     from rpq_convert.report.schema import Report
 
 Tell = Callable[[str, float, float], None]  # what is done now, how much of it all is done, and how much it all is
-EVERY = 5.0  # seconds between two lines of progress at least, where no terminal shows a bar
+EVERY = 30.0  # seconds between two lines of progress, where no terminal shows a bar
+TICK = 1.0  # seconds between two looks at whether a line is due
+COLUMNS = 60  # of such a line, at most
 
 
 def show_report(report: "Report", *, json: bool) -> None:
@@ -59,7 +64,7 @@ class Pace:
 
 @contextmanager
 def progress(pace: Pace | None = None) -> Iterator[Tell]:
-    """Yield what is told of progress: a bar on a terminal, elsewhere a line every few seconds; nothing with `--quiet`."""
+    """Yield what is told of progress: a bar on a terminal, elsewhere a line every half minute; nothing with `--quiet`."""
     pace = pace or Pace()
     if is_quiet():
         yield lambda what, done, total: None
@@ -67,21 +72,47 @@ def progress(pace: Pace | None = None) -> Iterator[Tell]:
         with _bar(pace) as tell:
             yield tell
     else:
-        yield _lines(pace)
+        with _lines(pace) as tell:
+            yield tell
 
 
-def _lines(pace: Pace) -> Tell:
-    said = monotonic()
+@contextmanager
+def _lines(pace: Pace) -> Iterator[Tell]:
+    """Say a line from time to time, also while nothing is told: one fit may take minutes."""
+    said, now = monotonic(), ("", 0.0, 0.0)
+    lock, ended = Lock(), Event()
+
+    def say_now() -> None:
+        nonlocal said
+        with lock:
+            if now[0] and monotonic() - said >= EVERY:
+                said = monotonic()
+                say(status(*now, pace.left(*now[1:])))
 
     def tell(what: str, done: float, total: float) -> None:
-        nonlocal said
-        if monotonic() - said >= EVERY:
-            said = monotonic()
-            left = pace.left(done, total)
-            share = f"{100 * done / total:.0f} %" if total else ""
-            say(": ".join(filter(None, [what, ", ".join(filter(None, [share, left]))])))
+        nonlocal now
+        now = (what, done, total)
+        say_now()
 
-    return tell
+    def watch() -> None:
+        while not ended.wait(TICK):
+            say_now()
+
+    watcher = Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield tell
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def status(what: str, done: float, total: float, left: str) -> str:
+    """Return a line of progress, its beginning shortened to fit 60 columns; what counts by itself needs no percents."""
+    counts = " of " in what
+    share = f"{100 * done / total:.0f} %" if total and not counts else ""
+    end = ", ".join(filter(None, [share, left]))
+    return (", " if counts else ": ").join(filter(None, [short(what, COLUMNS - len(end) - 2), end]))
 
 
 @contextmanager
@@ -108,30 +139,49 @@ def _bar(pace: Pace) -> Iterator[Tell]:
 
 @contextmanager
 def fitting(sizes: Mapping[str, int]) -> Iterator[Callable[[Any, Any], None]]:
-    """Yield the callback of a conversion: a bar weighted by parameters on a terminal, a line per fit in a log.
+    """Yield the callback of a conversion: a bar weighted by bytes on a terminal, elsewhere lines of what is done.
 
     Args:
-        sizes: parameters of every weight that will be fitted; empty where it is not known before.
+        sizes: bytes of every weight that will be fitted, as it is dense; empty where it is not known before.
     """
-    pace, done, number, total = Pace(), 0, 0, sum(sizes.values())
+    pace, done, number, before, total = Pace(), 0, 0, 0, sum(sizes.values())
+
+    def so_far() -> str:
+        counts = f"{number} of {len(sizes)} weights" if sizes else f"{number} weights"
+        return ", ".join(filter(None, [counts, out_of(done, total)]))
+
     with progress(pace) as tell:
+        if not sys.stderr.isatty():
+            tell(so_far(), 0, total)
 
         def callback(job: Any, encoded: Any) -> None:
-            nonlocal done, number
+            nonlocal done, number, before
             number, done = number + 1, done + sizes.get(job.name, 0)
+            of = {"bytes": sum(job.nbytes.values())}
             if encoded is None:  # fitted by an earlier run: no speed is learnt from it
                 pace.skip(done)
+                before += 1
                 facts = "done before"
+                event("done before", job.name, **of)
             else:
-                of, error = (
-                    ("weight", encoded.error) if encoded.output_error is None else ("output", encoded.output_error)
-                )
-                facts = ("" if error is None else f"{of} error {error:.2g}, ") + f"{encoded.seconds:.1f} s"
-                event("fit", job.name, seconds=encoded.seconds, error=encoded.error, bytes=sum(job.nbytes.values()))
-            if sys.stderr.isatty():
-                tell(job.name[-40:], done, total)
-            else:
-                facts = ", ".join(filter(None, [facts, pace.left(done, total)]))
-                say(f"[{number}{f'/{len(sizes)}' if sizes else ''}] {job.name}: {facts}")
+                facts = f"{fit_error(encoded)}{encoded.seconds:.1f} s"
+                errors = {"error": encoded.error, "output_error": encoded.output_error}
+                event("fit", job.name, seconds=encoded.seconds, **errors, **of)
+            detail(f"[{number}{f'/{len(sizes)}' if sizes else ''}] {job.name}: {facts}")
+            tell(job.name[-40:] if sys.stderr.isatty() else so_far(), done, total)
 
         yield callback
+    if before:
+        say(f"{before} of {number} weights were there already, from a run that was stopped")
+
+
+def fit_error(encoded: "Encoded") -> str:
+    """Return the error of a fit as the beginning of a line: that of outputs where inputs were given."""
+    of, error = ("weight", encoded.error) if encoded.output_error is None else ("output", encoded.output_error)
+    return "" if error is None else f"{of} error {error:.2g}, "
+
+
+def out_of(done: float, total: float) -> str:
+    """Return bytes of bytes in the unit of the whole: `1.2 of 4.0 GB`; empty where there are none."""
+    scale, unit = (1e9, "GB") if total >= 1e9 else (1e6, "MB")
+    return f"{done / scale:.1f} of {total / scale:.1f} {unit}" if total else ""

@@ -29,7 +29,7 @@ Quiet = Annotated[bool, Option("--quiet", "-q", help="No progress; warnings and 
 Verbose = Annotated[bool, Option("--verbose", help="Say versions, what was chosen, and how long each part took.")]
 Log = Annotated[
     Path | None,
-    Option(metavar="FILE", help="Add what happens to a file, a line of JSON each: time, event, name, seconds, error, bytes."),
+    Option(metavar="FILE", help="Add what happens to a file, a line of JSON each: its begin and end, each fit of a weight, warnings."),
 ]  # fmt: skip
 COMMON = {"quiet": (Quiet, False), "verbose": (Verbose, False), "log": (Log, None)}
 LIBRARIES = ("transformers", "huggingface_hub", "torch", "datasets", "lm_eval")

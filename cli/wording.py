@@ -17,6 +17,7 @@ PHRASES = {
     "pass private=True": "leave out --public",
     "pass private=False": "pass --public",
     "leave out keep=True": "leave out --save",
+    ", or for pictures own_inputs(model, shape=(channels, height, width))": " as a .safetensors file",
 }
 KEYWORD = re.compile(r"(?<![\w:,'\"])([a-z_]+)=(True|'[^']*')")  # one inside a rule's text follows a colon or a comma
 

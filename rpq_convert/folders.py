@@ -27,13 +27,14 @@ from rpq_convert.hf.hub import at_hand as fetched
 from rpq_convert.hf.model_card import base_in
 from rpq_convert.inputs.files import read_inputs, read_text, text_inputs, tokenizer_of
 from rpq_convert.inputs.items import Calibration, prepare
-from rpq_convert.inputs.synthetic import own_inputs
+from rpq_convert.inputs.synthetic import check_own_inputs, own_inputs
 from rpq_convert.report.schema import Report
 from rpq_convert.running.progress import Progress, Say, counted
 from rpq_convert.storage.files import files_beside, refuse_links
 from rpq_convert.storage.options import HubOptions, SourceOptions
 from rpq_convert.storage.records import REPORT, read_manifest
 from rpq_convert.storage.room import check_free
+from rpq_convert.storage.sources import called, is_name
 from rpq_convert.tuning.blocks import tune_blocks_with
 from rpq_convert.tuning.options import TuneOptions
 from rpq_convert.tuning.tune import Tuning, tune_with
@@ -67,6 +68,11 @@ class WithBase:
         """Refuse a base of another class or shape; return why one that fits cannot be the base, or an empty text."""
         return check_base(self.base, self.folder, self.factory)
 
+    def empty(self) -> Any:
+        """Return the dense model without its weights."""
+        options = SourceOptions(factory=self.factory, allow_pickle=self.factory is None)
+        return open_checkpoint(self.base, options, need="headers").model
+
     def load(self) -> tuple[Any, Any]:
         """Return the dense model and the converted one, in evaluation mode."""
         converted: Any = load(self.folder, factory=self.factory)
@@ -79,13 +85,15 @@ class WithBase:
         try:
             return type(converted).from_pretrained(self.base, trust_remote_code=False).eval(), converted
         except (OSError, ValueError) as e:
-            raise SourceError(f"{self.base}: {str(e).strip().splitlines()[0]}") from None
+            raise SourceError(f"{called(self.base)}: {str(e).strip().splitlines()[0]}") from None
 
     def note(self, model: Any, command: str, asked: dict[str, Any]) -> None:
         """Keep for the next report and card what was done to the folder: a command, and what it was given."""
         factory = self.factory if isinstance(self.factory, str) else None
+        base, folder = (called(Path(place).resolve()) for place in (self.base, self.folder))
+        base = base if is_name(base) else Path(base).name
         step = {
-            "command": command, "base": Path(self.base).resolve().name, "folder": Path(self.folder).resolve().name,
+            "command": command, "base": base, "folder": Path(folder).name,
             "options": {k: v for k, v in {**asked, "factory": factory}.items() if v},
         }  # fmt: skip
         model._rpq_options["later"] = [*model._rpq_options.get("later", ()), step]
@@ -226,6 +234,11 @@ class Given:
         name = "self" if self.path is None else Path(self.path).name
         return {"data": name, "samples": self.samples, "text_field": self.field}
 
+    def check(self, which: WithBase) -> None:
+        """Refuse synthetic inputs that cannot be made, before any weight is read."""
+        if self.path is None:
+            check_own_inputs(which.empty())
+
     def inputs(self, dense: Any, base: str | Path, say: Say | None) -> list[Any]:
         """Return the inputs of a dense model; `say` is told what was read."""
         some: dict[str, Any] = {} if self.samples is None else {"samples": self.samples}
@@ -260,6 +273,7 @@ def tune_folder(
     """
     place = Path(out)
     check_free(place, overwrite=overwrite)
+    data.check(which)
     dense, model = which.load()
     items = data.inputs(dense, which.base, say)
     if blocks:
@@ -318,6 +332,7 @@ def recalibrate_folder(
     """
     place = Path(out)
     check_free(place, overwrite=overwrite)
+    data.check(which)
     dense, model = which.load()
     recalibrate(
         model, dense, data.inputs(dense, which.base, say), **options | {"progress": options.get("progress") or False}
@@ -327,7 +342,7 @@ def recalibrate_folder(
 
 
 def coded_sizes(folder: str | Path) -> dict[str, int]:
-    """Return the number of parameters of every weight of a converted folder that is stored as codes; empty without a report."""
+    """Return the dense bytes of every weight of a converted folder that is stored as codes; empty without a report."""
     if not (Path(folder) / REPORT).is_file():
         return {}
-    return {row.name: row.params for row in audit(folder).rows if row.decision == "rpq"}
+    return {row.name: row.dense_bytes for row in audit(folder).rows if row.decision == "rpq"}

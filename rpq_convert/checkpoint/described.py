@@ -1,20 +1,24 @@
-"""The plan and the report of a model that is converted already."""
+"""The plan and the report of a model that is converted already, and what was measured of it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from rpq_convert.checkpoint.metadata import make_report
 from rpq_convert.core.rans import rate_of, stream_bytes
 from rpq_convert.encoding.measure import record_of
 from rpq_convert.layers import surgery
+from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning import layer_types
 from rpq_convert.planning.plan import Job, Plan
 from rpq_convert.planning.slots import home_first, parts_of, tied_names, walk
 from rpq_convert.report.schema import Report
+from rpq_convert.running.digest import describe
 from rpq_convert.running.offload import onloaded
 
 
@@ -88,4 +92,35 @@ def facts_of(model: nn.Module) -> dict[str, dict[str, Any]]:
 def report_of(model: nn.Module, plan: Plan) -> Report:
     """Return the report of a converted model in memory."""
     model.__dict__["_rpq_reasons"] = {s.name: s.reason for s in plan.skips}
-    return make_report(plan, facts_of(model), title=type(model).__name__)
+    return make_report(plan, facts_of(model), title=type(model).__name__, evaluations=evaluations_of(model))
+
+
+def keep_evaluations(model: nn.Module, report: Report) -> None:
+    """Leave with a model what its report says was measured of it, for what is saved of it as it is now."""
+    if report.evaluations:
+        model.__dict__["_rpq_evaluations"] = (_mark(model), report.evaluations)
+
+
+def evaluations_of(model: nn.Module) -> tuple[Mapping[str, Any], ...]:
+    """Return what was measured of a model; nothing, where a weight or a buffer has changed since."""
+    mark, kept = model.__dict__.get("_rpq_evaluations", ("", ()))
+    return kept if kept and mark == _mark(model) else ()
+
+
+def _mark(model: nn.Module) -> str:
+    """Return a digest of every tensor that files keep of a model, with its place in it."""
+    digests = {}
+    for path, module in model.named_modules():
+        with onloaded(module):
+            digests[path] = describe([_kept(module)])["sha256"]
+    return str(describe([digests])["sha256"])
+
+
+def _kept(module: nn.Module) -> dict[str, Tensor]:
+    """Return a module's own tensors as files keep them; those that no file can hold are left out."""
+    if isinstance(module, RPQWeight):
+        kept = module.stored()
+    else:
+        own = {**module._parameters, **module._buffers}
+        kept = {k: t for k, t in own.items() if t is not None and k not in module._non_persistent_buffers_set}
+    return {k: t for k, t in kept.items() if t.layout is torch.strided and not t.is_nested and not t.is_meta}

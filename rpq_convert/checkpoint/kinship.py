@@ -17,7 +17,7 @@ from rpq_convert.core import description
 from rpq_convert.errors import SourceError
 from rpq_convert.storage.folder import open_folder
 from rpq_convert.storage.options import SourceOptions
-from rpq_convert.storage.sources import read_config
+from rpq_convert.storage.sources import called, read_config
 
 FEW, LARGE = 3, 1024  # how many weights are read, and of how many numbers each at least
 UNRELATED = 0.2  # cosine below which weights have nothing to do with each other
@@ -37,6 +37,7 @@ def check_base(base: str | Path, folder: str | Path, factory: str | Factory | No
         SourceError: it cannot be read, or is of another class or shape.
     """
     config, source = read_config(Path(folder)), open_folder(folder)
+    names = called(base), called(folder)
     contents = description.read_all(config["quantization_config"])
     coded, infos = contents.modules, source.infos
     opened = _opened(base, Path(folder), factory)
@@ -46,13 +47,15 @@ def check_base(base: str | Path, folder: str | Path, factory: str | Factory | No
     for name, shape in mine.items():
         if shapes.get(name) != shape:
             there = f"is {list(shapes[name])} there" if name in shapes else "is not there"
-            raise SourceError(f"{base} cannot be the base of {folder}: {name} {there}, and {list(shape)} in {folder}")
+            raise SourceError(
+                f"{names[0]} cannot be the base of {names[1]}: {name} {there}, and {list(shape)} in {names[1]}"
+            )
     found = {name: _cosine(decoded(source, name, coded[name]), opened.source[name]) for name in _some(mine, coded)}
     if not found or max(found.values()) >= UNRELATED:
         return ""
     name, cosine = max(found.items(), key=lambda item: item[1])
     return (
-        f"{base} is not what {folder} was made from: their weights do not correlate (cosine {cosine:.2f} in {name}), so two "
+        f"{names[0]} is not what {names[1]} was made from: their weights do not correlate (cosine {cosine:.2f} in {name}), so two "
         "different models are compared"
     )
 
@@ -66,15 +69,18 @@ def _opened(base: str | Path, folder: Path, factory: str | Factory | None) -> Op
 
     own, its = loading.load_config(folder), loading.load_config(base)
     kinds = [" ".join(c.architectures or ()) or type(c).__name__ for c in (its, own)]
+    names = called(base), called(folder)
     if its.model_type != own.model_type:
-        raise SourceError(f"{base} cannot be the base of {folder}: it is a {kinds[0]}, and {folder} a {kinds[1]}")
+        raise SourceError(
+            f"{names[0]} cannot be the base of {names[1]}: it is a {kinds[0]}, and {names[1]} a {kinds[1]}"
+        )
     its.architectures = own.architectures
     try:
         return open_checkpoint(base, options, model=loading.build_empty(its))
     except SourceError as e:
         if kinds[0] == kinds[1]:
             raise
-        raise SourceError(f"{base} is a {kinds[0]} and {folder} a {kinds[1]}: {e}") from None
+        raise SourceError(f"{names[0]} is a {kinds[0]} and {names[1]} a {kinds[1]}: {e}") from None
 
 
 def _some(shapes: dict[str, tuple[int, ...]], coded: Any) -> list[str]:

@@ -32,7 +32,6 @@ from rpq_convert.storage.folder import open_folder
 from rpq_convert.storage.names import plain
 from rpq_convert.storage.names import unwrapped as without_wrappers
 from rpq_convert.storage.options import SourceKeywords, SourceOptions
-from rpq_convert.storage.records import CONFIG
 from rpq_convert.storage.sources import is_name, located, read_config
 from rpq_convert.storage.unpacking import checked
 
@@ -55,7 +54,7 @@ def load(path: str | Path, *, device: str | torch.device | None = None, **source
     factory = options.factory
     folder, repository = Path(path), None
     if is_name(path):
-        repository = hub.find(path, (CONFIG,), options)
+        repository = hub.find_converted(path, (), options)
         folder = repository.folder
     config = read_config(folder)
     if repository is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,14 +29,17 @@ from rpq_convert.version import __version__
 
 
 def make_report(
-    plan: Plan, facts: Mapping[str, Mapping[str, Any]], title: str, files: Iterable[FileRow] = ()
+    plan: Plan,
+    facts: Mapping[str, Mapping[str, Any]],
+    title: str,
+    evaluations: Sequence[Mapping[str, Any]] = (),
 ) -> Report:
-    """Return the plan's report with what the fits measured."""
+    """Return the plan's report with what the fits measured, and what was measured of the whole model."""
     rows = []
     for row in plan.rows():
         measured: dict[str, Any] = {k: facts[row.name].get(k) for k in MEASURED} if row.name in facts else {}
         rows.append(replace(row, **measured))
-    report = replace(plan.report(title), rows=tuple(rows), files=tuple(files))
+    report = replace(plan.report(title), rows=tuple(rows), evaluations=tuple(evaluations))
     return replace(report, warnings=(*report.warnings, *_calibrated(plan, report)))
 
 
@@ -90,12 +93,14 @@ def write_rest(
     *,
     extra: Sequence[str] = (),
     extra_state: Mapping[str, Any] | None = None,
+    evaluations: Sequence[Mapping[str, Any]] = (),
 ) -> Report:
     """Write config, report and model card beside the weights, and finish the folder.
 
     Args:
         config: the config.json of a transformers model. facts: what the fits measured. title: of the report. base: for the card.
         extra: tensors that the model has no place for. extra_state: states of modules that are no tensors.
+        evaluations: what was measured of the model.
     """
     plan = folder.plan
     merged: dict[str, Any] = dict(config or {"library_name": "rpq-convert"})
@@ -108,7 +113,7 @@ def write_rest(
     beside = {"extra": [*extra], "extra_state": dict(extra_state or {})}
     described = quantization_config(plan, facts) | {k: v for k, v in beside.items() if v}
     folder.write(CONFIG, json.dumps(with_description(merged, described), indent=1))
-    report = _sourced(make_report(plan, facts, title), base)
+    report = _sourced(make_report(plan, facts, title, evaluations=evaluations), base)
     if charts.has_depths(report):
         folder.write(CHART, charts.by_depth(report).png())
     if base is not None and base.card is not None:
@@ -138,6 +143,7 @@ def renew(
     title: str,
     base: Base | None,
     not_finite: Sequence[str] = (),
+    evaluations: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write plan, report, model card and manifest of weights that another library wrote, over those of an earlier model.
 
@@ -148,7 +154,7 @@ def renew(
     """
     config = read_json(folder / CONFIG, kinds.CONFIG, SourceError)
     write_file(folder / PLAN, plan.to_json())
-    report = make_report(plan, facts, title)
+    report = make_report(plan, facts, title, evaluations=evaluations)
     (folder / CHART).unlink(missing_ok=True)
     if charts.has_depths(report):
         write_file(folder / CHART, charts.by_depth(report).png())
@@ -158,7 +164,7 @@ def renew(
         files[CARD] = folder / CARD
     sizes = tuple(FileRow(name, p.stat().st_size) for name, p in sorted(files.items()) if name != REPORT)
     written = sum(f.bytes for f in sizes if f.name.endswith(".safetensors"))
-    report = replace(make_report(plan, facts, title, sizes), predicted_bytes=written)
+    report = replace(report, files=sizes, predicted_bytes=written)
     write_file(folder / REPORT, report.to_json())
     listed = {name: p for name, p in (files | {REPORT: folder / REPORT}).items() if name != CARD}
     write_manifest(folder, listed, not_finite)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rpq_convert.checkpoint.described import facts_of, plan_of
+from rpq_convert.checkpoint.described import evaluations_of, facts_of, plan_of
 from rpq_convert.checkpoint.extra_state import plain_states
 from rpq_convert.checkpoint.metadata import write_rest
 from rpq_convert.core import description
@@ -106,7 +106,9 @@ def _save(
     config = _config_of(model, folder.work)
     if base is None and config is not None:
         base = base_of(str(getattr(model, "name_or_path", "")))
-    return write_rest(folder, config, facts, type(model).__name__, base, extra=[*extra], extra_state=states)
+    return write_rest(
+        folder, config, facts, type(model).__name__, base, extra=[*extra], extra_state=states, evaluations=evaluations_of(model)
+    )  # fmt: skip
 
 
 def _extra_skips(extra: Mapping[str, Any], kind: str) -> list[Skip]:

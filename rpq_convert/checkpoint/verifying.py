@@ -15,7 +15,7 @@ from rpq_convert.storage.files import files_in, is_inside, refuse_links, weight_
 from rpq_convert.storage.headers import joined, read_entries
 from rpq_convert.storage.options import HubKeywords, HubOptions
 from rpq_convert.storage.records import CONFIG, MANIFEST, REPORT, read_manifest, sha256
-from rpq_convert.storage.sources import is_name, located, read_config
+from rpq_convert.storage.sources import called, is_name, located, read_config
 
 DEFAULT = HubOptions()
 
@@ -125,14 +125,14 @@ def audit(path: str | Path, **source: Unpack[HubKeywords]) -> Report:
     if is_name(path):
         from rpq_convert.hf import hub
 
-        repository = hub.find(path, (CONFIG, REPORT), options)
+        repository = hub.find_converted(path, (REPORT,), options)
         folder, files = repository.folder, dict(repository.files)
     else:
         files = {n: p.stat().st_size for n, p in files_in(folder).items()}
     read_config(folder)
     file = folder / REPORT
     if not file.is_file():
-        raise SourceError(f"{file} is missing: the folder has no report")
+        raise SourceError(f"{called(folder)} has no report: {REPORT} is missing; convert the model again to have one")
     report = read_report(file)
     sizes = tuple(FileRow(name, size or 0) for name, size in sorted(files.items()))
     return replace(report, files=sizes)

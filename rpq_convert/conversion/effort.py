@@ -16,7 +16,7 @@ import torch
 from rpq_convert.checkpoint.opening import Opened
 from rpq_convert.conversion.options import BEST, FAST, GOOD
 from rpq_convert.errors import FolderError, PlanError
-from rpq_convert.inputs.synthetic import has_own_inputs, writes_text
+from rpq_convert.inputs.synthetic import own_kind, writes_text
 from rpq_convert.planning.plan import Plan
 from rpq_convert.report import measured
 from rpq_convert.running.memory import available
@@ -81,7 +81,7 @@ def choose(asked: str | None, opened: Opened, plan: Plan, *, given: str = "") ->
     bits = sum(job.spec.bits * math.prod(job.shape) for job in fitted) / weights if weights else ENOUGH
     if not fitted:
         return Chosen(FAST)
-    why = "" if given else _cannot(opened)
+    why = "" if given else _cannot(opened, search=asked is not None)
     if asked in (GOOD, BEST) and why:
         raise PlanError(f"effort {asked} needs inputs, and {why}; give some to calibrate on, or take effort fast")
     costs = {effort: _seconds(opened, weights, bits, effort) for effort in (FAST, GOOD, BEST)}
@@ -99,9 +99,10 @@ def choose(asked: str | None, opened: Opened, plan: Plan, *, given: str = "") ->
     return Chosen(effort, f"effort {effort}: {on}, about {_about(costs[effort])}{other}", steps_for(bits))
 
 
-def _cannot(opened: Opened) -> str:
+def _cannot(opened: Opened, *, search: bool) -> str:
+    """Say why synthetic inputs cannot be made; by default none are made that the model must be tried on."""
     model = opened.model
-    if model is None or has_own_inputs(model):
+    if model is None or own_kind(model, search=search):
         return ""
     return f"synthetic inputs of {type(model).__name__} cannot be made"
 

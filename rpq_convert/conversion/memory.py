@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rpq_convert.calibration.sequential import walk
-from rpq_convert.checkpoint.described import report_of
+from rpq_convert.checkpoint.described import keep_evaluations, report_of
 from rpq_convert.checkpoint.metadata import with_evaluation
 from rpq_convert.checkpoint.opening import Opened
 from rpq_convert.conversion.asked import check_asked, check_plan_alone
@@ -75,7 +75,7 @@ def convert(
         tokenizer: the tokenizer or processor of texts, chats and pictures; by default that of the model's folder.
         effort: `good` calibrates on synthetic inputs where no calibration is given; otherwise the weights alone decide.
         check: compare the result with the model as it was, on these inputs, or True for synthetic ones: the report's evaluations, and
-            its verdict in words, then say what was lost. It takes a copy of the dense model.
+            its verdict in words, then say what was lost, and so does a folder that the model is saved to. It takes a copy of the dense model.
         options: fields of `PlanOptions`: preset, bits, dim, codebooks, rules, include, exclude, fit, seed, …
 
     Returns:
@@ -129,7 +129,9 @@ def _checked(base: nn.Module, model: nn.Module, report: Report, data: Any) -> Re
         return replace(
             report, warnings=(*report.warnings, f"not checked: {(str(e).strip() or repr(e)).splitlines()[0]}")
         )
-    return with_evaluation(report, SYNTHETIC if data is True else "given inputs", found)
+    report = with_evaluation(report, SYNTHETIC if data is True else "given inputs", found)
+    keep_evaluations(model, report)
+    return report
 
 
 def _stale(model: nn.Module, plan: Plan, optimizers: Sequence[tuple[str, frozenset[int]]]) -> list[str]:

@@ -6,6 +6,7 @@ better is found, so under the inputs that it is given no layer gets worse.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -15,10 +16,11 @@ from rpq_convert.checkpoint.described import plan_of
 from rpq_convert.conversion.bar import Progress, shown
 from rpq_convert.conversion.memory import convert_calibrated, finish
 from rpq_convert.core.keywords import keywords
-from rpq_convert.core.spec import Spec
+from rpq_convert.core.spec import Spec, dtype_name, dtype_of
 from rpq_convert.errors import CalibrationError
 from rpq_convert.inputs.items import Calibration, prepare
 from rpq_convert.layers import surgery
+from rpq_convert.layers.precision import cast, widened, widest
 from rpq_convert.layers.rollback import unchanged_on_failure
 from rpq_convert.report.schema import Report
 from rpq_convert.running.digest import describe
@@ -38,7 +40,7 @@ def recalibrate(
     """Fit a converted model's layers to what they are given, in place, starting from their codebooks and codes.
 
     Args:
-        model, base: the converted model and the dense one that it was made from.
+        model, base: the converted model and the dense one that it was made from, perhaps in another precision.
         data, tokenizer: as for `convert(calibration=, tokenizer=)`.
         executor, workers, progress: as for `convert`.
 
@@ -57,16 +59,24 @@ def recalibrate(
     if not jobs:
         raise CalibrationError(f"{type(model).__name__} has no RPQ layer; convert it first")
     dense = {job.name: _dense(base, job.name, job.shape) for job in jobs}
+    wide = None if all(dense[j.name].dtype == dtype_of(j.dtype) for j in jobs) else widest(model, *dense.values())
+    if wide is not None:  # the base is in another precision: both meet in the wider one
+        dense = {name: p if p.dtype == wide else nn.Parameter(p.detach().to(wide)) for name, p in dense.items()}
+        items = [cast(item, wide) for item in items]
     found = surgery.layers_of(model)
     where = {job.name: surgery.places(model, (job.name, *job.aliases)) for job in jobs}
     start = {job.name: {k: t.detach().cpu() for k, t in found[job.name].stored().items()} for job in jobs}
     how: dict[str, Any] = {"executor": executor, "workers": workers, "start": start}
     source = {name: p.detach() for name, p in dense.items()}
     with unchanged_on_failure(model):
-        for name, places in where.items():
-            places.remove(dense[name])
-        with shown(progress, plan) as callback:
-            convert_calibrated(model, replace(plan, jobs=jobs), source, items, callback, how)
+        with widened(model, wide) if wide else nullcontext(), shown(progress, plan) as callback:
+            for name, places in where.items():
+                places.remove(dense[name])
+            run = tuple(replace(j, dtype=dtype_name(wide)) for j in jobs) if wide else jobs
+            convert_calibrated(model, replace(plan, jobs=run), source, items, callback, how)
+        fitted = surgery.layers_of(model)
+        for job in jobs:
+            fitted[job.name]._probe = fitted[job.name]._probe.to(dtype_of(job.dtype))
         return finish(model, replace(plan, jobs=jobs, options={**plan.options, "calibration": describe(items)}))
 
 

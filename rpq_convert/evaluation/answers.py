@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from rpq_convert.core.results import Answer
 from rpq_convert.errors import EvaluateError
 from rpq_convert.evaluation.outputs import CLASSES, NUMBERS, kind_of, main_output
+from rpq_convert.layers.precision import fitting
 from rpq_convert.running.call import call
 from rpq_convert.running.state import kept
 
@@ -124,7 +125,7 @@ def batch_answers(
                 break
             inputs = {k: v for k, v in item.items() if k != "labels"} if isinstance(item, Mapping) else item
             restore()
-            outputs = [call(m, inputs) for m in (dense, converted)]
+            outputs = [call(dense, inputs), call(converted, fitting(inputs, dense, converted))]
             describe = _describe(outputs[0], inputs, names)
             found += zip(*(describe(main_output(o)) for o in outputs))
     asked = [*questions, *(f"sample {i + 1}" for i in range(len(questions), len(found)))]

@@ -19,6 +19,7 @@ from rpq_convert.core.results import Evaluation
 from rpq_convert.errors import EvaluateError
 from rpq_convert.evaluation.outputs import Comparison
 from rpq_convert.inputs.items import prepare
+from rpq_convert.layers.precision import fitting
 from rpq_convert.running.call import call
 from rpq_convert.running.state import kept
 
@@ -103,7 +104,7 @@ def _outputs(base: nn.Module, model: nn.Module, data: Iterable[Any], progress: P
             labels = item["labels"] if isinstance(item, Mapping) and "labels" in item else None
             item = item if labels is None else {k: v for k, v in item.items() if k != "labels"}
             restore()
-            found.add(call(base, item), call(model, item), item, labels)
+            found.add(call(base, item), call(model, fitting(item, base, model)), item, labels)
             if progress:
                 progress(done)
     return Evaluation("outputs", found.metrics(), found.count)

@@ -14,6 +14,7 @@ from rpq_convert.errors import EvaluateError
 from rpq_convert.evaluation.outputs import main_output
 from rpq_convert.inputs.items import prepare
 from rpq_convert.layers import surgery
+from rpq_convert.layers.precision import fitting
 from rpq_convert.running.call import call, without_padding
 from rpq_convert.running.state import kept
 
@@ -38,10 +39,9 @@ def layer_errors(base: nn.Module, model: nn.Module, data: Any) -> dict[str, floa
 
     def watch(home: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            wanted, found = (
-                main_output(output).double(),
-                main_output(model.get_submodule(home)(*args, **kwargs)).double(),
-            )
+            layer = model.get_submodule(home)
+            args, kwargs = fitting((args, kwargs), module, layer)
+            wanted, found = main_output(output).double(), main_output(layer(*args, **kwargs)).double()
             wanted, found = (without_padding(current, x) for x in (wanted, found))
             sums[home][0] += float((found - wanted).square().sum())
             sums[home][1] += float(wanted.square().sum())

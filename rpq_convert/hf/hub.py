@@ -8,21 +8,24 @@ the hub refuses becomes a `HubError` that says what to do.
 from __future__ import annotations
 
 import glob
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rpq_convert.errors import HubError, SourceError
 from rpq_convert.storage.files import belongs, files_in, is_inside, module_weights, read_index, weight_files
 from rpq_convert.storage.headers import entries_of
 from rpq_convert.storage.options import HubOptions
-from rpq_convert.storage.reader import SafetensorsSource, TensorInfo, infos_of
 from rpq_convert.storage.records import CONFIG
-from rpq_convert.storage.sources import did_you_mean, is_name, located, near
+from rpq_convert.storage.sources import did_you_mean, is_name, located, near, not_converted, read_config
 from rpq_convert.version import __version__
+
+if TYPE_CHECKING:  # a report is fetched without torch
+    from rpq_convert.storage.reader import SafetensorsSource, TensorInfo
 
 DEFAULT = HubOptions()
 LOGIN = "log in with `hf auth login`, or give a token (HF_TOKEN)"
@@ -125,6 +128,8 @@ class Repository:
         Raises:
             HubError: what the hub refuses. SourceError: no safetensors files, or broken ones.
         """
+        from rpq_convert.storage.reader import SafetensorsSource
+
         chosen = weight_files(self.files, self.name, named=named)
         index = None
         if chosen[0].endswith(".json"):
@@ -134,6 +139,8 @@ class Repository:
             return SafetensorsSource(pool.map(self._header, chosen), index, self.name)
 
     def _header(self, file: str) -> dict[str, TensorInfo]:
+        from rpq_convert.storage.reader import infos_of
+
         found = client(self.token).parse_safetensors_file_metadata(self.name, file, revision=self.commit)
         return infos_of(entries_of({k: asdict(t) for k, t in found.tensors.items()}, Path(self.name, file), 0))
 
@@ -165,6 +172,23 @@ def find(src: str | Path, wanted: Sequence[str], options: HubOptions) -> Reposit
     return Repository(name, folder, cached, token, offline)
 
 
+def find_converted(src: str | Path, wanted: Sequence[str], options: HubOptions) -> Repository:
+    """Find a repository of a converted model, by its config alone, and fetch its small files.
+
+    Args:
+        src, wanted, options: as for `find`.
+
+    Raises:
+        HubError: as `find`. SourceError: it is of another kind; nothing else of it was fetched.
+    """
+    repository = find(src, (CONFIG,), options)
+    if CONFIG not in repository.files:
+        raise SourceError(not_converted(repository.folder, repository.files))
+    read_config(repository.folder)
+    repository.fetch([n for n in wanted if n in repository.files])
+    return repository
+
+
 def at_hand(src: str | Path, options: HubOptions = DEFAULT, *, base: bool = False) -> Path:
     """Return a model on this machine: the path itself, or the local copy of a repository, fetched as far as it is not there.
 
@@ -180,9 +204,10 @@ def at_hand(src: str | Path, options: HubOptions = DEFAULT, *, base: bool = Fals
         if not Path(place).exists():
             raise SourceError(f"{place} does not exist{did_you_mean(place)}")
         return Path(place)
-    repository = find(place, (CONFIG,), options)
     if not base:
+        repository = find_converted(place, (), options)
         return repository.fetch([*repository.files])
+    repository = find(place, (CONFIG,), options)
     repository.fetch_beside()
     return repository.fetch_weights()
 
@@ -190,8 +215,20 @@ def at_hand(src: str | Path, options: HubOptions = DEFAULT, *, base: bool = Fals
 def _download(name: str, patterns: Sequence[str], **options: Any) -> Path:
     from huggingface_hub import snapshot_download
 
-    with asking(name):
+    with asking(name), _saying_nothing("huggingface_hub._snapshot_download"):
         return Path(snapshot_download(name, allow_patterns=[*patterns], **options))
+
+
+@contextmanager
+def _saying_nothing(logger: str) -> Iterator[None]:
+    """Hold back what a library says of files that a repository does not have: that is judged, and said, here."""
+    speaker = logging.getLogger(logger)
+    level = speaker.level
+    speaker.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        speaker.setLevel(level)
 
 
 def hold_back_if_silent(seconds: float = 5.0) -> None:

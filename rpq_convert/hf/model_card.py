@@ -181,7 +181,8 @@ def model_card(
         f"Made with rpq-convert {__version__}, torch {version('torch')}"
         + (f", transformers {version('transformers')}." if auto else "."),
     ]
-    return "\n\n".join(parts) + "\n"
+    card = "\n\n".join(parts) + "\n"
+    return with_quality(card, report) if report.evaluations else card
 
 
 QUALITY, SIZE = "## Quality", "## Size"  # headings

@@ -18,6 +18,7 @@ from rpq_convert.errors import CalibrationError, SourceError
 from rpq_convert.inputs.found import Found, find_data
 from rpq_convert.inputs.hub_data import hub_items
 from rpq_convert.inputs.tables import Chat, kind_of, plain_text, said, table_items
+from rpq_convert.layers.precision import cast, dtype_of
 from rpq_convert.running.text_config import text_config
 from rpq_convert.storage.files import refuse_links
 from rpq_convert.storage.formats import TABLES
@@ -69,7 +70,7 @@ def read_inputs(
         batches = text_inputs(text, model, words, window, part)
     if told is not None:
         told(f"read {what} of {found.where}")
-    return batches
+    return batches if model is None else [cast(batch, dtype_of(model)) for batch in batches]
 
 
 def read_text(path: Path, field: str | None = None, tokenizer: Any = None, told: Told | None = None) -> str:

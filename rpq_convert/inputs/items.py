@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rpq_convert.errors import CalibrationError, SourceError
 from rpq_convert.inputs import files
 from rpq_convert.inputs.found import is_path
+from rpq_convert.layers.precision import dtype_of
 from rpq_convert.running.text_config import text_config
 
 WINDOW = 512  # tokens of a text, where the model allows as many
@@ -149,11 +150,7 @@ class _Maker:
             found = torch.as_tensor(np.asarray(value))
         except (TypeError, ValueError):
             raise CalibrationError(f"{self.at} holds {type(value).__name__} that is no array of numbers") from None
-        return found.to(self._dtype()) if found.is_floating_point() else found
-
-    def _dtype(self) -> torch.dtype:
-        parameters = self.model.parameters() if isinstance(self.model, nn.Module) else ()
-        return next((p.dtype for p in parameters if p.is_floating_point()), torch.get_default_dtype())
+        return found.to(dtype_of(self.model)) if found.is_floating_point() else found
 
     def _batch_of_one(self, x: Tensor) -> Tensor:
         """Return the ids of one sequence with an axis for samples, which transformers' models need."""

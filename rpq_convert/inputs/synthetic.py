@@ -9,11 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rpq_convert.core.keywords import keywords
 from rpq_convert.errors import CalibrationError
-from rpq_convert.layers.weight import RPQWeight
+from rpq_convert.inputs.pictures import Shape, picture_shape
+from rpq_convert.layers.precision import dtype_of
 from rpq_convert.running.modes import quiet
 
 BATCH = 8  # rows of a batch: calibration runs the first batch some times more than the others
@@ -23,7 +24,7 @@ COLOUR = 0.3  # share of a picture's variance that channels do not share
 SEQUENCES, TOKENS = 8, 128  # to measure sensitivities on: texts, and tokens of each
 PICTURES = 8  # to measure sensitivities on
 
-Shape = tuple[int, int, int]  # channels, height and width of a picture
+NONE = "nothing tells what it takes; give inputs of its own, or for pictures own_inputs(model, shape=(channels, height, width))"
 
 
 @keywords()
@@ -33,14 +34,14 @@ def own_inputs(
     """Return synthetic inputs, to calibrate a model where no data is at hand.
 
     A causal language model writes texts itself. Any other transformers model of token ids gets random ones, in as many tokens;
-    one of pictures, smooth noise.
+    one of pictures, smooth noise, and so does any module of one tensor that runs on pictures (`inputs/pictures.py`).
 
     Args:
         samples, window: how many, and tokens of each.
         batch: samples that a language model writes side by side.
         seed: decides them all.
         shape: channels, height and width of pictures, for any module of one tensor of them; transformers and timm models
-            know theirs.
+            know theirs, and others are tried.
 
     Raises:
         CalibrationError: synthetic inputs of this model cannot be made.
@@ -50,12 +51,9 @@ def own_inputs(
         >>> rpq.convert(resnet50(), bits=4, calibration=partial(rpq.own_inputs, shape=(3, 224, 224)))
     """
     g = torch.Generator().manual_seed(seed)
-    kind = _kind(model, shape)
+    kind = _kind(model, shape, search=True)
     if kind is None:
-        raise CalibrationError(
-            f"synthetic inputs of {type(model).__name__} cannot be made; give it some, or, if it takes pictures, "
-            "own_inputs(model, shape=(channels, height, width))"
-        )
+        raise _unknown(model)
     if kind == "tokens":
         return _random_tokens(model, samples * window, g)
     if not isinstance(kind, str):
@@ -89,8 +87,12 @@ def probe_inputs(model: Any, g: torch.Generator) -> list[Any]:
     return [{"input_ids": ids[None]} for ids in _text(model, first, length, lambda logits: _drawn(logits, g))]
 
 
-def _kind(model: Any, shape: Shape | None = None) -> str | Shape | None:
-    """Return what a model takes: "text" that it writes itself, "tokens", pictures of a shape; None where that is not known."""
+def _kind(model: Any, shape: Shape | None = None, *, search: bool = False) -> str | Shape | None:
+    """Return what a model takes: "text" that it writes itself, "tokens", pictures of a shape; None where that is not known.
+
+    Args:
+        search: try which pictures a module takes that does not say it.
+    """
     config: Any = getattr(model, "config", None)
     name = getattr(model, "main_input_name", None)
     decodes = getattr(config, "is_encoder_decoder", False)
@@ -99,7 +101,8 @@ def _kind(model: Any, shape: Shape | None = None) -> str | Shape | None:
     if decodes or (hasattr(config, "text_config") and hasattr(config, "vision_config")):
         return None  # it takes several kinds of inputs
     if not isinstance(name, str):
-        return shape or (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+        known: Shape | None = shape or (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+        return known or (picture_shape(model) if search and isinstance(model, nn.Module) else None)
     if name == "input_ids":
         return "tokens"
     if name == "pixel_values":
@@ -109,9 +112,31 @@ def _kind(model: Any, shape: Shape | None = None) -> str | Shape | None:
     return shape
 
 
-def has_own_inputs(model: Any) -> bool:
-    """Return whether synthetic inputs of a model can be made."""
-    return _kind(model) is not None
+def own_kind(model: Any, *, search: bool = False) -> str:
+    """Return what synthetic inputs of a model are, in words; empty where they cannot be made.
+
+    Args:
+        search: as `own_inputs` does, try which pictures a module takes that does not say it.
+    """
+    kind = _kind(model, search=search)
+    if kind is None or isinstance(kind, str):
+        return {"text": "texts that it writes", "tokens": "random tokens", None: ""}[kind]
+    return f"noise pictures of {' x '.join(map(str, kind))}"
+
+
+def check_own_inputs(model: Any) -> str:
+    """Return `own_kind`, before any weight is there.
+
+    Raises:
+        CalibrationError: synthetic inputs of this model cannot be made.
+    """
+    if not (kind := own_kind(model, search=True)):
+        raise _unknown(model)
+    return kind
+
+
+def _unknown(model: Any) -> CalibrationError:
+    return CalibrationError(f"synthetic inputs of {type(model).__name__} cannot be made: {NONE}")
 
 
 def writes_text(model: Any) -> bool:
@@ -126,17 +151,6 @@ def _vocabulary(model: Any) -> int:
 
 def _device(model: Any) -> torch.device:
     return next(model.parameters()).device
-
-
-def _dtype(model: Any) -> torch.dtype:
-    """Return what a model computes in; its first parameter may be a codebook, which says nothing of that."""
-    for module in model.modules():
-        if isinstance(module, RPQWeight):
-            return module.dtype
-        for parameter in module._parameters.values():
-            if parameter is not None and parameter.is_floating_point():
-                return parameter.dtype
-    return torch.get_default_dtype()
 
 
 @torch.no_grad()
@@ -178,7 +192,7 @@ def _random_tokens(model: Any, tokens: int, g: torch.Generator) -> list[Any]:
 
 def _pictures(model: Any, samples: int, shape: Shape, g: torch.Generator, batch: int) -> list[Any]:
     name = getattr(model, "main_input_name", None)
-    pictures = [part.to(_device(model), _dtype(model)) for part in _noise(samples, shape, g).split(batch)]
+    pictures = [part.to(_device(model), dtype_of(model)) for part in _noise(samples, shape, g).split(batch)]
     return [{name: part} for part in pictures] if name else pictures
 
 

@@ -13,6 +13,8 @@ from rpq_convert.errors import SourceError
 from rpq_convert.hf import torchvision
 from rpq_convert.hf.hub import at_hand
 from rpq_convert.storage.files import refuse_links
+from rpq_convert.storage.options import HubOptions
+from rpq_convert.storage.sources import located
 
 torchvision.fix()
 
@@ -27,8 +29,10 @@ def serve(arguments: Sequence[str]) -> None:
     """
     if not is_serve_available():
         raise SourceError('serving needs fastapi, uvicorn and openai: pip install "rpq-convert[serve]"')
-    name, *options = arguments
-    folder = at_hand(name)
+    given, *options = arguments
+    place, asked = located(given, HubOptions())
+    folder = at_hand(place, asked)
+    name = f"{place}@{asked.revision}" if asked.revision else str(place)
     refuse_links(folder)
     from huggingface_hub.constants import HF_HUB_CACHE
     from transformers.cli.transformers import app

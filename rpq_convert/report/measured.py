@@ -55,6 +55,13 @@ def row(model: str, bits: float, effort: str) -> Measured | None:
     return next((r for r in rows() if (r.model, r.bits, r.effort) == (model, bits, effort)), None)
 
 
+def summary(model: str = "smollm2") -> str:
+    """Return what is left of a known model, a word per size: calibrated on synthetic inputs, or the weights alone where that is not known."""
+    sizes = sorted({r.bits for r in rows() if r.model == model}, reverse=True)
+    found = {bits: row(model, bits, SELF) or row(model, bits, FAST) for bits in sizes}
+    return ", ".join(f"{bits:g} bits {r.value:.2f}x ({r.smaller:.1f}x smaller)" for bits, r in found.items() if r)
+
+
 def nearest(model: str, bits: float) -> float:
     """Return the measured bits of a model that are nearest to these."""
     return min((r.bits for r in rows() if r.model == model), key=lambda known: abs(known - bits))

@@ -10,7 +10,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +30,7 @@ UNFINISHED = "is an unfinished conversion; repeat the command that made it to go
 LIKE = 0.75  # how alike names are of which one may be meant by the other, from 0 to 1
 _ADDRESS = re.compile(r"(?:(?:https?:/{1,2})?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf:/{1,2})(.+)", re.IGNORECASE)
 _OTHER_ADDRESS = re.compile(r"(\w+):/{1,2}\S+")
+_CACHED = "models--"  # a repository's folder in the hub's cache begins so
 _PAGES = ("tree", "blob", "resolve", "raw", "commit")  # before a revision, in an address
 Options = TypeVar("Options", bound=HubOptions)
 
@@ -196,6 +197,17 @@ def _check_folder(path: Path, options: SourceOptions, weights: bool) -> None:
         raise SourceError(found.of(path))
 
 
+def called(folder: str | Path) -> str:
+    """Return what messages and cards call a folder: one of the hub's cache by its repository's id."""
+    path = Path(folder)
+    kept = path.parent.parent.name
+    return kept[len(_CACHED) :].replace("--", "/") if _in_cache(path) else str(folder)
+
+
+def _in_cache(path: Path) -> bool:
+    return path.parent.name == "snapshots" and path.parent.parent.name.startswith(_CACHED)
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """Return config.json of a converted folder, checked.
 
@@ -208,14 +220,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     _refuse_unfinished(folder)
     refuse_links(folder)
     config: Any = parse_json(read_text(path, kinds.CONFIG, SourceError), kinds.CONFIG, path, SourceError)
+    name = called(folder)
     if _method(config) != "rpq":
-        hint = "" if _method(config) else f"; convert it first: rpq-convert {folder}"
+        hint = "" if _method(config) else f"; convert it first: rpq-convert {name}"
         raise SourceError(
-            f"{folder} is not an RPQ checkpoint: its config.json has no quantization_config of method rpq{hint}"
+            f"{name} is not an RPQ checkpoint: its config.json has no quantization_config of method rpq{hint}"
         )
     version = config["quantization_config"].get("format_version")
     if version != FORMAT_VERSION:
-        raise SourceError(f"{folder} has format version {version!r}, this rpq-convert reads {FORMAT_VERSION}")
+        raise SourceError(f"{name} has format version {version!r}, this rpq-convert reads {FORMAT_VERSION}")
     check(config, kinds.CONFIG, path, SourceError)
     return config  # type: ignore[no-any-return]
 
@@ -232,10 +245,25 @@ def _instead(folder: Path) -> str:
     elif is_unfinished(folder):
         return f"{folder} {UNFINISHED}"
     else:
-        names = files_in(folder)
-        adapter = "adapter_config.json" in names
-        found = _adapter(folder) if adapter else formats.of_names(names, lambda n: _text(folder / n))
-    return found.of(folder) if found else f"{folder / CONFIG} does not exist: {folder} is not a checkpoint folder"
+        return not_converted(folder, files_in(folder))
+    return found.of(folder) if found else _no_config(folder)
+
+
+def not_converted(folder: Path, names: Collection[str]) -> str:
+    """Say what a folder is that holds no config.json and should be a converted one; of a repository few files may be here.
+
+    Args:
+        names: paths of all of its files.
+    """
+    adapter = "adapter_config.json" in names
+    found = _adapter(folder) if adapter else formats.of_names(names, lambda n: _text(folder / n))
+    return found.of(called(folder)) if found else _no_config(folder)
+
+
+def _no_config(folder: Path) -> str:
+    if _in_cache(folder):
+        return f"{called(folder)} is no converted model: it has no {CONFIG}; give one that rpq-convert made"
+    return f"{folder / CONFIG} does not exist: {folder} is not a checkpoint folder"
 
 
 def is_unfinished(folder: Path) -> bool:

@@ -14,6 +14,7 @@ from rpq_convert.encoding.measure import remeasure
 from rpq_convert.errors import TuneError
 from rpq_convert.inputs.items import prepare
 from rpq_convert.layers import surgery
+from rpq_convert.layers.precision import fitting, widened
 from rpq_convert.running.blocks import Arrival, arrivals, chains, runs_of
 from rpq_convert.running.modes import quiet
 from rpq_convert.running.progress import Progress
@@ -61,9 +62,9 @@ def tune_blocks_with(
     if len(items) < 2:
         raise TuneError("too little data: at least one batch to train on and one to judge on are needed")
     found: dict[str, Tuning] = {}
-    with quiet(model) as mine, quiet(base) as its:
+    with widened(model, torch.float32), quiet(model) as mine, quiet(base) as its:
         with torch.no_grad():
-            known = chains(model, items[0])
+            known = chains(model, fitting(items[0], base, model))
         if not known:
             raise TuneError(f"{type(model).__name__} has no chain of blocks; use tune alone")
         coded = [path for chain in known for path in chain if surgery.layers_of(model.get_submodule(path))]
@@ -76,7 +77,7 @@ def tune_blocks_with(
         for chain in known:
             with torch.no_grad():
                 wanted = arrivals(base, chain, runs_of(base, items, its))
-                samples = arrivals(model, chain, runs_of(model, items, mine), wanted)
+                samples = arrivals(model, chain, runs_of(model, [fitting(i, base, model) for i in items], mine), wanted)
             for path in chain:
                 block, dense = model.get_submodule(path), base.get_submodule(path)
                 _advance(wanted, path, dense, its)

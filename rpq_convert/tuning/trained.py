@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from rpq_convert.layers import surgery
+from rpq_convert.layers.precision import kept_dtype
 from rpq_convert.layers.weight import RPQWeight
 
 
@@ -26,7 +27,7 @@ def stored_dtypes(model: nn.Module, values: Mapping[str, nn.Parameter]) -> dict[
     """Return the dtype that a file keeps each of these values in; in memory it may be wider."""
     weights = surgery.layers_of(model).values()
     kept = {id(getattr(w, part)): tensor.dtype for w in weights for part, tensor in w.stored().items()}
-    return {name: kept.get(id(p), p.dtype) for name, p in values.items()}
+    return {name: kept.get(id(p), kept_dtype(p)) for name, p in values.items()}
 
 
 def coded_weights(model: nn.Module) -> dict[str, RPQWeight]:
@@ -44,7 +45,7 @@ def training(model: nn.Module, values: dict[str, nn.Parameter]) -> Iterator[None
         for p in asked:
             p.requires_grad_(False)
         for p in values.values():
-            p.data = p.data.float()
+            p.data = p.data if p.dtype == torch.float64 else p.data.float()
             p.requires_grad_(True)
         yield
     finally:

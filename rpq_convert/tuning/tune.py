@@ -28,6 +28,7 @@ from rpq_convert.encoding.measure import remeasure
 from rpq_convert.errors import TuneError
 from rpq_convert.inputs.items import prepare
 from rpq_convert.layers import surgery
+from rpq_convert.layers.precision import fitting, widened
 from rpq_convert.running.blocks import recomputed
 from rpq_convert.running.call import call, without_padding
 from rpq_convert.running.digest import describe
@@ -131,7 +132,7 @@ def tune_with(
     if not surgery.layers_of(model):
         raise TuneError(f"{type(model).__name__} has no RPQ layer to tune; convert it first")
     again = recomputed(model) if options.recompute else nullcontext()
-    with again, quiet(model) as mine, quiet(base) as its:
+    with widened(model, torch.float32), again, quiet(model) as mine, quiet(base) as its:
         done = _Run(options, model, base, batches, judged, checkpoint, progress, (mine, its)).run()
         if done.best:
             remeasure(model, base)
@@ -232,7 +233,7 @@ class _Run:
         with torch.autocast(device, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
             with torch.no_grad():
                 wanted = call(self.base, item)
-            output = call(self.model, item)
+            output = call(self.model, fitting(item, self.base, self.model))
         if self.loss is None:
             self.loss = LOSSES["kl" if getattr(output, "logits", None) is not None else "mse"]
         if self.loss in LOSSES.values():

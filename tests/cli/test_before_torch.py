@@ -194,11 +194,13 @@ REFUSED = [  # arguments, exit code, what is said
     *((given, 2, "--token: it would do nothing: my-model") for given in (
         ("eval", MODEL, SMALL, "--text", "text.txt", "--token", "x"), (*TUNE, "--data", "text.txt", "--token", "x"),
         ("recalibrate", MODEL, SMALL, "--out", "out", "--data", "self", "--token", "x"), ("restore", SMALL, "out", "--token", "x"),
-        ("verify", SMALL, "--token", "x"), ("chat", SMALL, "--token", "x"), ("chat", SMALL, "--base", MODEL, "--token", "x"))),
+        ("verify", SMALL, "--token", "x"), ("chat", SMALL, "--token", "x"), ("chat", SMALL, "--base", MODEL, "--token", "x"),
+        ("diff", SMALL, SMALL, "--token", "x"))),
     *((given, 4, "has no revision 'x'") for given in (
         ("eval", MODEL, SMALL, "--text", "text.txt", "--revision", "x"), (*TUNE, "--data", "text.txt", "--revision", "x"),
         ("recalibrate", MODEL, SMALL, "--out", "out", "--data", "self", "--revision", "x"), ("restore", SMALL, "out", "--revision", "x"),
-        ("verify", SMALL, "--revision", "x"), ("chat", SMALL, "--revision", "x"))),
+        ("verify", SMALL, "--revision", "x"), ("chat", SMALL, "--revision", "x"),
+        ("diff", SMALL, SMALL, "--revision", "x"))),
 ]  # fmt: skip
 ANSWERED = [  # arguments, what is on stdout
     (("--help",), "Usage"), *(((name, "--help"), "Examples") for name in (

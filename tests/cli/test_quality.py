@@ -98,8 +98,30 @@ def test_what_has_no_synthetic_inputs_takes_weights_alone(tmp_path):
         "effort fast: weights alone" in done.stderr and "synthetic inputs of Sequential cannot be made" in done.stderr
     )
     assert "not checked: synthetic inputs of Sequential cannot be made" in done.stderr
+    for given in (("--calibrate", "self"), ("--effort", "good", "--calibrate", "self")):
+        told = run(*asked, "--out", tmp_path / "no", *given, code=4)
+        assert "nothing tells what it takes; give inputs of its own as a .safetensors file" in told.stderr
+    for command in ("tune", "recalibrate"):
+        told = run(command, *asked[1:4], tmp_path / "out", "--data", "self", "--out", tmp_path / "no", code=4)
+        assert "synthetic inputs of Sequential cannot be made" in told.stderr
     refused = run(*asked, "--out", tmp_path / "no", "--effort", "good", code=3)
     assert "effort good needs inputs" in refused.stderr and not (tmp_path / "no").exists()
+
+
+def pictures():
+    return torch.nn.Sequential(torch.nn.Conv2d(1, 8, 5), torch.nn.Flatten(), torch.nn.Linear(8 * 12 * 12, 10))
+
+
+def test_a_factorys_model_of_pictures_makes_its_own(tmp_path):
+    save_file(pictures().state_dict(), tmp_path / "net.safetensors")
+    model = (tmp_path / "net.safetensors", "--factory", f"{__file__}:pictures")
+    asked = ("--bits", 4, "--calibrate", "self", "--samples", 8)
+    done = run("convert", *model, *asked, "--out", tmp_path / "out")
+    assert "synthetic inputs: noise pictures of 1 x 16 x 16" in done.stderr and "on synthetic inputs" in done.stdout
+    assert json.loads(run("audit", tmp_path / "out", "--json").stdout)["rows"][0]["output_error"] is not None
+    folders = (*model[:1], tmp_path / "out", *model[1:])
+    run("recalibrate", *folders, "--data", "self", "--samples", 8, "--out", tmp_path / "fed", "-q")
+    run("tune", *folders, "--data", "self", "--samples", 16, "--steps", 2, "--out", tmp_path / "tuned", "-q")
 
 
 @pytest.mark.parametrize(

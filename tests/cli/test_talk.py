@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from rpq_convert import __version__
+from rpq_convert.report import measured
 
 BINARIES = Path(sys.executable).parent
 
@@ -54,6 +55,12 @@ def test_help_by_either_name(flag):
     assert "Usage:" in rpq(flag, command=main).stdout
 
 
+def test_help_says_what_sizes_keep():
+    said = " ".join(rpq("convert", "-h").stdout.split())
+    for row in (r for r in measured.rows() if (r.model, r.effort) == ("smollm2", measured.SELF)):
+        assert f"{row.bits:g} bits {row.value:.2f}x ({row.smaller:.1f}x smaller)" in said
+
+
 def test_the_version():
     assert rpq("--version").stdout == rpq("--version", command=main).stdout == f"rpq-convert {__version__}\n"
 
@@ -83,10 +90,50 @@ def test_a_log_has_a_line_of_json_for_each_event(bare, tmp_path):
     assert first["event"] == "begun" and first["name"] == "convert" and first["versions"]["rpq-convert"] == __version__
     fits = [e for e in events if e["event"] == "fit"]
     assert {e["name"] for e in fits} == {"0.weight", "1.weight", "3.weight"}
-    assert all(e["seconds"] >= 0 and e["error"] < 1e-3 and e["bytes"] > 4000 for e in fits)
+    assert all(
+        e["seconds"] >= 0 and e["error"] < 1e-3 and e["bytes"] > 4000 and e["output_error"] is None for e in fits
+    )
     assert [e["event"] for e in events if e["name"] in ("convert", "plan")] == ["begun", "done", "begun", "failed"]
     assert "does not exist" in events[-1]["text"]
     assert "error: " in rpq("plan", bare, *HOW, "--log", tmp_path / "no" / "log", code=4).stderr
+
+
+def test_without_a_terminal_a_line_says_how_far_it_is(bare, tmp_path, monkeypatch):
+    how = (*HOW[:2], "--bits", 4, "--effort", "fast", "--workers", 1, "--no-check")
+    quiet = rpq("convert", bare, *how, "--out", tmp_path / "short")
+    assert "of 3 weights" not in quiet.stderr  # it took no half minute
+    monkeypatch.setattr(show, "EVERY", 0.0)
+    said = rpq("convert", bare, *how, "--out", tmp_path / "out").stderr.splitlines()
+    counts = [line for line in said if "weights" in line and "MB" in line]
+    assert counts[0].startswith("0 of 3 weights, 0.0 of 0.") and counts[-1].startswith("3 of 3 weights, 0.")
+    assert "about " in counts[1] and counts[1].endswith(" left") and max(map(len, counts)) <= 60
+    assert not any("0.weight" in line for line in said)
+    assert "] 0.weight: weight error" in rpq("convert", bare, *how, "--out", tmp_path / "all", "--verbose").stderr
+
+
+@pytest.mark.parametrize(
+    ("what", "done", "total", "said"),
+    [
+        ("12 of 40 weights, " + show.out_of(1.2e9, 4e9), 1.2e9, 4e9, "12 of 40 weights, 1.2 of 4.0 GB, about 3 min left"),
+        ("uploading model-00001-of-2.safetensors and what is more", 1, 2, "uploading m…tensors and what is more: 50 %, about 3 min left"),
+        ("3 of 20 windows", 3, 20, "3 of 20 windows, about 3 min left"),
+        ("step 3 of 20: loss 0.5", 3, 20, "step 3 of 20: loss 0.5, about 3 min left"),
+        ("weight", 0, 0, "weight: about 3 min left"),
+    ],
+)  # fmt: skip
+def test_a_line_of_progress_fits_sixty_columns(what, done, total, said):
+    line = show.status(what, done, total, "about 3 min left")
+    assert line == said and len(line) <= 60
+
+
+def test_a_line_comes_while_nothing_is_told(capfd, monkeypatch):
+    monkeypatch.setattr(show, "TICK", 0.01)
+    monkeypatch.setattr(show, "EVERY", 0.02)
+    with show.progress() as tell:
+        tell("one long fit", 1, 2)
+        seen = ""
+        while seen.count("one long fit: 50 %") < 2:
+            seen += capfd.readouterr().err
 
 
 def test_verbose_says_versions_what_was_chosen_and_times(bare):

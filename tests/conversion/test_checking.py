@@ -1,5 +1,6 @@
 """The check after a conversion to a folder: what it finds is kept, what prevents it is said, and weights stay as they are."""
 
+import copy
 import json
 import math
 from functools import partial
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import rpq_convert as rpq
+from rpq_convert.checkpoint.described import evaluations_of
 from rpq_convert.checkpoint.opening import open_checkpoint
 from rpq_convert.conversion import checking
 from rpq_convert.conversion.checking import check_folder, judged_on
@@ -128,6 +130,47 @@ def test_a_model_in_memory_is_compared_with_what_it_was():
     assert entry["on"] == "given inputs" and entry["samples"] == 20 and "quality: " in str(report)
     without = rpq.convert(net(), bits=4, check=True)
     assert not without.evaluations and any("not checked: synthetic inputs" in w for w in without.all_warnings)
+
+
+def test_what_a_check_found_is_saved_while_the_weights_stay(tmp_path):
+    torch.manual_seed(0)
+    base, data = net().append(nn.BatchNorm1d(net()[-1].out_features)).eval(), [torch.randn(4, 64) for _ in range(4)]
+
+    def saved(model):
+        report = rpq.save(model, tmp_path / "out", overwrite=True)
+        assert report.evaluations == rpq.audit(tmp_path / "out").evaluations
+        assert ("## Quality" in (tmp_path / "out/README.md").read_text()) == bool(report.evaluations)
+        return report.evaluations
+
+    report = rpq.convert(model := copy.deepcopy(base), bits=4, grow=True, check=data)
+    assert report.evaluations and saved(model) == report.evaluations == evaluations_of(copy.deepcopy(model))
+    assert saved(torch.compile(model)) == report.evaluations
+    changes = {
+        "tuned": lambda m: rpq.tune(m, base, data, held_out=data, steps=20, every=10),
+        "an update of codes": lambda m: m[0].weight_rpq.codes.plain.view(-1)[:1].add_(1),
+        "a norm": lambda m: m[-1].bias.data.add_(1),
+        "a statistic": lambda m: m[-1].running_mean.add_(1),
+        "a layer restored": lambda m: m.__setitem__(0, rpq.restore(m[0])),
+        "in half": lambda m: m.half(),
+    }
+    for what, change in changes.items():
+        change(changed := copy.deepcopy(model))
+        assert evaluations_of(changed) == (), what
+    assert saved(changed) == ()
+
+
+def test_transformers_saves_what_a_check_found(tmp_path):
+    from transformers import BertConfig, BertModel
+
+    size = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = BertModel(BertConfig(vocab_size=64, max_position_embeddings=64, **size))
+    report = rpq.convert(model, bits=4, grow=True, check=True)
+    model.save_pretrained(tmp_path)
+    assert rpq.audit(tmp_path).evaluations == report.evaluations != ()
+    assert "on synthetic inputs" in (tmp_path / "README.md").read_text()
+    model.embeddings.LayerNorm.bias.data += 1
+    model.save_pretrained(tmp_path)
+    assert rpq.audit(tmp_path).evaluations == () and "## Quality" not in (tmp_path / "README.md").read_text()
 
 
 def test_efforts_in_python():

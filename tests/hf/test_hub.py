@@ -224,28 +224,71 @@ out["save"] = command("eval", "team/small", "team/small-rpq", "--inputs", data, 
 out["tune"] = command("tune", "team/small", "team/small-rpq", "--data", data, "--steps", "2", "--out", here + "/tuned", "-q")
 out["fed"] = command("recalibrate", "team/small", "team/small-rpq", "--data", data, "--out", here + "/fed", "-q")
 out["missing"] = command("verify", "team/missing")
+page = "https://huggingface.co/team/small"
+out["page"] = command("eval", page + "/tree/main", page + "-rpq", "--inputs", data, "--json", "-q")
+out["tune page"] = command("tune", page, page + "-rpq", "--data", data, "--steps", "2", "--out", here + "/paged", "-q")
+out["stranger"] = command("eval", "team/stranger", "team/small-rpq", "--inputs", data)
+out["dense"] = command("restore", "team/small", here + "/no")
 out["python"] = rpq.verify("team/small-rpq") == rpq.verify("team/small-rpq", revision="main")
 """
     small = tmp_path / "small-rpq"
     rpq.convert_checkpoint(folder, small, bits=8)
     data = tmp_path / "data.safetensors"
     save_file({"input_ids": torch.randint(0, 2000, (40, 9))}, data)
-    with Hub({"team/small": folder, "team/small-rpq": small}) as hub:
+    tf.BertModel(tf.BertConfig(vocab_size=9, hidden_size=64, num_attention_heads=4)).save_pretrained(tmp_path / "other")
+    with Hub({"team/small": folder, "team/small-rpq": small, "team/stranger": tmp_path / "other"}) as hub:
         told = run(hub, tmp_path / "cache", code, tmp_path, data)
         assert not hub.asked(".h5") and not hub.asked(".py")
-    for name in ("verify", "restore", "eval", "tune", "fed"):
+    for name in ("verify", "restore", "eval", "tune", "fed", "page", "tune page"):
         assert told[name][0] == 0 and told[name][2] == "", told[name]
     assert "team/small-rpq is whole" in told["verify"][1] and told["audit"][0] == 0
     assert json.loads(told["eval"][1])["metrics"]["cosine"] > 0.99
     assert told["save"][0] == 4 and "--save writes into a folder" in told["save"][2]
     assert told["missing"][0] == 4 and "the hub shows no such repository" in told["missing"][2]
-    assert told["python"] is True
+    assert told["python"] is True and told["page"] == told["eval"]
+    assert "\nrpq tune team/small small-rpq --data" in (tmp_path / "paged" / "README.md").read_text()
+    assert "error: team/stranger cannot be the base of team/small-rpq: " in told["stranger"][2]
+    assert "error: team/small is not an RPQ checkpoint" in told["dense"][2] and told["dense"][2].count("\n") == 1
     for made in ("tuned", "fed"):
         rpq.verify(tmp_path / made)
     dense = load_file(tmp_path / "dense" / "model.safetensors")
     assert {k: v.shape for k, v in dense.items()} == {
         k: v.shape for k, v in load_file(folder / "model.safetensors").items()
     }
+
+
+@pytest.mark.slow
+def test_reports_of_repositories_are_compared_by_their_small_files(folder, tmp_path):
+    """Without torch, and without a weight; what is no converted model is told by its id."""
+    code = """
+from rpq_convert.cli import group
+from typer.testing import CliRunner
+def diff(*words):
+    done = CliRunner().invoke(group, ["diff", *words])
+    return [done.exit_code, done.stdout, done.stderr]
+here, page = sys.argv[1], "https://huggingface.co/team/two/tree/v2"
+out["ids"] = diff("team/one", page, here + "/one", "--json")
+for wrong in ("team/small", "team/gguf", "team/two", "team/missing", here + "/on"):
+    out[wrong.removeprefix(here)] = diff("team/one", wrong)
+assert "torch" not in sys.modules
+"""
+    one, two = tmp_path / "one", tmp_path / "two"
+    for bits, place in ((8, one), (4, two)):
+        rpq.convert_checkpoint(folder, place, bits=bits, fit="random")
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / "small.gguf").write_bytes(b"GGUF")
+    served = {"team/one": one, "team/two": Repository(two, "v2"), "team/small": folder, "team/gguf": tmp_path / "gguf"}
+    with Hub(served) as hub:
+        told = run(hub, tmp_path / "cache", code, tmp_path)
+        assert not hub.asked(".safetensors")
+    found = json.loads(told["ids"][1])
+    assert found["names"] == ["team/one", "team/two@v2", f"{tmp_path.name}/one"]
+    assert found["options"]["bits"] == [8, 4, 8]
+    for place, says in {
+        "team/small": "team/small is not an RPQ checkpoint", "team/gguf": "small.gguf in it is a GGUF file of llama.cpp",
+        "team/two": "team/two has no such revision", "team/missing": "the hub shows no such repository", "/on": "did you mean",
+    }.items():  # fmt: skip
+        assert told[place][0] == 4 and says in told[place][2] and told[place][2].count("\n") == 1, told[place]
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rpq_convert.checkpoint.described import facts_of, plan_of
+from rpq_convert.checkpoint.described import evaluations_of, facts_of, plan_of
 from rpq_convert.checkpoint.metadata import quantization_config, renew
 from rpq_convert.errors import SourceError
 from rpq_convert.hf import composite
@@ -189,7 +189,7 @@ def _save_pretrained(plain: Callable[..., Any]) -> Callable[..., Any]:
                     path.unlink()  # of an earlier model in this folder: it would be read instead of this one, or beside it
             base = base_of(str(getattr(self, "name_or_path", "")))
             masks = sorted(name for name, buffer in self.named_buffers() if not is_finite(buffer))
-            renew(folder, plan_of(self), facts_of(self), type(self).__name__, base, masks)
+            renew(folder, plan_of(self), facts_of(self), type(self).__name__, base, masks, evaluations_of(self))
         return done
 
     return save_pretrained
