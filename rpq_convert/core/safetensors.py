@@ -19,15 +19,22 @@ SAFETENSORS_NAMES = {
 RANKS = {dtype: rank for rank, dtype in enumerate(SAFETENSORS_NAMES)}
 
 
-def header(entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
-    """Return the safetensors header of these tensors, padded as the library writes it (metadata format=pt).
+def in_file_order(entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> list[str]:
+    """Return the keys in the order in which a file holds their tensors, which is that of the library."""
+    return sorted(entries, key=lambda key: (-RANKS.get(entries[key][0], 0), key))
+
+
+def header(
+    entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """Return the safetensors header of these tensors, padded as the library writes it (metadata format=pt, and what is given).
 
     A dtype that the format lacks is named as torch names it: such a model can be planned and converted, but not written.
     """
-    order = sorted(entries.items(), key=lambda e: (-RANKS.get(e[1][0], 0), e[0]))
-    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    table: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     at = 0
-    for key, (dtype, shape) in order:
+    for key in in_file_order(entries):
+        dtype, shape = entries[key]
         end = at + dtype.itemsize * math.prod(shape)
         table[key] = {
             "dtype": SAFETENSORS_NAMES.get(dtype, str(dtype)),

@@ -34,7 +34,7 @@ from rpq_convert.running.digest import describe
 from rpq_convert.running.modes import quiet
 from rpq_convert.schemas import kinds
 from rpq_convert.schemas.checking import check, parse_json
-from rpq_convert.storage.writer import write_tensors
+from rpq_convert.storage.assembly import write_tensors
 from rpq_convert.tuning.codes import EVERY, CodeUpdates
 from rpq_convert.tuning.losses import LOSSES, _main
 from rpq_convert.tuning.options import TuneKeywords, TuneOptions
