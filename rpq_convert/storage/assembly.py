@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,14 +96,16 @@ def put(partial: Path, path: Path) -> None:
 
 
 @contextmanager
-def open_new(partial: Path, path: Path) -> Iterator[Callable[[Any], None]]:
+def open_new(partial: Path, path: Path) -> Iterator[Callable[[bytes | memoryview], None]]:
     """Open a file to be written from its beginning; errors name the file that it will be."""
     with writing(path):
-        file = open(partial, "wb")  # noqa: SIM115 - an error of what is yielded to is none of writing
+        file = open(partial, "wb", buffering=0)  # noqa: SIM115 - what is yielded to has errors of its own
 
-    def write(data: Any) -> None:
+    def write(data: bytes | memoryview) -> None:
+        left = memoryview(data)
         with writing(path):
-            file.write(data)
+            while left:
+                left = left[file.write(left) :]
 
     try:
         try:
