@@ -397,7 +397,7 @@ class ModulesEntry(Struct):
 class LockFile(Struct):
     """Who writes an output folder, in the lock file beside it. Unknown fields are ignored."""
 
-    pid: Annotated[int, Meta(ge=1)]
+    pid: Annotated[int, Meta(ge=1, le=(1 << 31) - 1)]
     host: str
     command: str
     since: str

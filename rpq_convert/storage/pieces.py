@@ -56,7 +56,7 @@ class Pieces:
         tensors = {part: t.detach().contiguous() for part, t in tensors.items()}
         facts = json.dumps({"name": encoded.name, "zero_row": encoded.zero_row, "source": source, **encoded.measured})
         entries = {part: (t.dtype, tuple(t.shape)) for part, t in tensors.items()}
-        metadata = {"rpq": facts, "sha256": _seal(facts, tensors)}
+        metadata = {"rpq": facts, "sha256": sealed(facts, tensors)}
         write_tensors_to(self.path(job), entries, tensors.__getitem__, metadata)
 
     def done(self, job: Job) -> bool:
@@ -117,7 +117,7 @@ class Pieces:
             raise Damaged(str(e)) from None
         text = metadata.get("rpq", "")
         if job.name not in self.checked:
-            if metadata.get("sha256") != _seal(text, tensors):
+            if metadata.get("sha256") != sealed(text, tensors):
                 raise Damaged("its content is not what was written")
             self._check(job, tensors)
         facts: dict[str, Any] = parse_json(text, kinds.PIECE, path, Damaged)
@@ -134,7 +134,7 @@ class Pieces:
             raise Damaged(wrong)
 
 
-def _seal(facts: str, tensors: Mapping[str, Tensor]) -> str:
+def sealed(facts: str, tensors: Mapping[str, Tensor]) -> str:
     """Return the hash of a piece: of its facts, and of its tensors with names, types and shapes."""
     found = hashlib.sha256(facts.encode())
     for part, tensor in sorted(tensors.items()):
