@@ -20,7 +20,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import rpq_convert as rpq
-from rpq_convert.errors import FolderError, SourceError, VerifyError
+from rpq_convert.errors import SourceError, VerifyError
 from rpq_convert.inputs.files import tokenizer_of
 from rpq_convert.report.schema import FileRow, Report, Row
 from rpq_convert.showing import csv_cell, markdown_code, markdown_text, one_line, printable
