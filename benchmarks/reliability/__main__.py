@@ -1,4 +1,4 @@
-"""What happens to output folders when things go wrong: `python -m benchmarks.reliability inject`."""
+"""What happens to output folders when things go wrong: `python -m benchmarks.reliability inject` and others."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from benchmarks.reliability.inject import SCENARIOS, inject
+from benchmarks.reliability.races import races
 
 
 def main() -> int:
@@ -15,7 +16,11 @@ def main() -> int:
     faults.add_argument("scenarios", nargs="*", help=f"some of {', '.join(SCENARIOS)}; all by default")
     faults.add_argument("--every", type=int, default=1, help="only every so many-th fault")
     faults.add_argument("--first", type=int, default=0, help="the first of them")
+    raced = commands.add_parser("races", help="two processes write one folder at once")
+    raced.add_argument("--count", type=int, default=50, help="races of each kind")
     args = parser.parse_args()
+    if args.command == "races":
+        return int(races(args.count) > 0)
     return int(inject(args.scenarios, args.every, args.first) > 0)
 
 
