@@ -31,7 +31,8 @@ for line in sys.stdin:
         rpq.convert_checkpoint(source, out, factory=net, bits=4, grow=True, seed=int(seed), overwrite=overwrite == "1", progress=False)
         print("wrote it", flush=True)
     except FolderError as e:
-        print("was told who holds it" if "being written by" in str(e) else "was told that it exists" if "exists" in str(e) else f"FAULT {e}", flush=True)
+        known = {"being written by": "was told who holds it", "exists": "was told that it exists"}
+        print(next((said for part, said in known.items() if part in str(e)), f"FAULT {e}"), flush=True)
 """
 
 
