@@ -140,11 +140,10 @@ def plan(
     checks.source(src, source, weights=sweep or options.measures)
     if sweep:
         return _sweep(src, sweep_out, json, options, source)
-    from rpq_convert.calibration.sensitivity import needs_sensitivities
     from rpq_convert.conversion.plans import open_target, plan_opened
 
     with phase("planned"), progress() as tell:
-        opened = open_target(src, source, measured=needs_sensitivities(options))
+        opened = open_target(src, source, options)
         made = plan_opened(opened, options, progress=partial(tell, "sensitivities"))
     warn(made.warnings)
     detail(chosen(made))
@@ -168,7 +167,7 @@ def _sweep(src: str, file: Path | None, json: bool, options: PlanOptions, source
 
     known, options = options.sensitivity, replace(options, sensitivity=None)
     with phase("planned"), progress() as tell:
-        opened = open_target(src, source, measured=known is None)
+        opened = open_target(src, source, options, measured=known is None)
         curve = sweep_opened(opened, options, sensitivity=known, progress=partial(tell, "sensitivities"))
     warn(curve.warnings)
     if file is not None:

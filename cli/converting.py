@@ -20,6 +20,7 @@ from rpq_convert.inputs.tables import is_pairs
 from rpq_convert.planning.options import PlanOptions
 from rpq_convert.storage.options import SourceOptions
 from rpq_convert.storage.room import check_free
+from rpq_convert.storage.sources import is_drawn
 
 from . import checks
 from .show import chosen, fitting, progress
@@ -84,7 +85,7 @@ class Conversion:
         checks.source(
             self.src,
             self.source,
-            weights=not self.dry_run or self.options.measures,
+            weights=(not self.dry_run and not self._is_drawn()) or self.options.measures,
             pushes=how.push_to is not None,
         )
         if self.calibrate is not None:
@@ -97,6 +98,9 @@ class Conversion:
             from rpq_convert.checkpoint.publishing import check_login
 
             check_login(how.push_to, token=self.source.token)  # hours before the upload
+
+    def _is_drawn(self) -> bool:
+        return is_drawn(self.src, self.source, self.options.fit)
 
     def _check_data(self, where: str) -> None:
         if where == "self":
@@ -115,7 +119,8 @@ class Conversion:
         from rpq_convert.checkpoint.opening import open_checkpoint
 
         with phase("opened"):
-            self.opened = open_checkpoint(self.src, self.source, need="headers")
+            draw = self.options.seed if self._is_drawn() else None
+            self.opened = open_checkpoint(self.src, self.source, need="headers", draw=draw)
         if self.opened.model is None and not self.dry_run:
             raise SourceError(f"{self.src} has no config.json: give --factory package:callable, which builds its model")
         if self.calibrate is not None:

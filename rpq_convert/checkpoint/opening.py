@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from rpq_convert.checkpoint.drawn import Drawn
 from rpq_convert.checkpoint.extra_state import EXTRA, has_extra_state, set_extra_states
 from rpq_convert.checkpoint.factories import Factory, find_factory
 from rpq_convert.core import description
@@ -73,10 +74,18 @@ class Opened:
     @property
     def origin(self) -> str:
         """What the weights come from, as text: the name, size and time of every file."""
-        infos = getattr(self.source, "infos", None) or self.source.source.infos
-        files = sorted({i.file for i in infos.values()})
+        if isinstance(self.source, Drawn):
+            files = self.source.files
+        else:
+            infos = getattr(self.source, "infos", None) or self.source.source.infos
+            files = sorted({i.file for i in infos.values()})
         facts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         return json.dumps(facts, indent=1)
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether it has no weights of its own: they are drawn."""
+        return isinstance(self.source, Drawn)
 
     def slots(self) -> tuple[Slot, ...]:
         """Return its parameters and buffers: the model's, or what tensor names and shapes suggest; and what is kept beside them."""
@@ -154,6 +163,7 @@ def open_checkpoint(
     *,
     need: Literal["headers", "weights"] = "weights",
     model: nn.Module | None = None,
+    draw: int | None = None,
 ) -> Opened:
     """Find a checkpoint and pair it with its empty model.
 
@@ -162,12 +172,13 @@ def open_checkpoint(
         options: how it is found and read.
         need: what for. `"headers"` is for a plan: a local config suffices, of a repository the headers are checked too.
         model: its empty model, where it was built before.
+        draw: the seed of weights that are drawn, so that nothing but its config and what lies beside the weights is read.
 
     Raises:
         SourceError: nothing found, a broken file, keys that do not fit the model, an already quantized checkpoint.
     """
     src, options = located(src, options)
-    check_source(src, options, weights=need == "weights")
+    check_source(src, options, weights=need == "weights" and draw is None)
     folder, repository = Path(src), None
     if is_name(src):
         repository = hub.find(src, (CONFIG,) if need != "weights" else (CONFIG, CARD), options)
@@ -193,11 +204,13 @@ def open_checkpoint(
         return opened
     if not folder.is_dir():
         raise SourceError(f"{src} is a file; give its folder, or a factory for a bare weight file")
-    _open_transformers(opened, folder, repository, need)
+    _open_transformers(opened, folder, repository, need, draw)
     return opened
 
 
-def _open_transformers(opened: Opened, folder: Path, repository: hub.Repository | None, need: str) -> None:
+def _open_transformers(
+    opened: Opened, folder: Path, repository: hub.Repository | None, need: str, draw: int | None
+) -> None:
     """Pair a transformers checkpoint with its model, if it had none, and account for its tensors."""
     from rpq_convert.hf import loading
     from rpq_convert.hf.module_source import ModuleSource
@@ -209,7 +222,10 @@ def _open_transformers(opened: Opened, folder: Path, repository: hub.Repository 
         raise SourceError(f"{opened.src} holds an adapter (adapter_config.json): merge it into its base and save that")
     config, named = loading.load_config(folder), raw.get("transformers_weights")
     opened.config = {k: v for k, v in raw.items() if k != "transformers_weights"}
-    if need == "weights":
+    if draw is not None:
+        _take_beside(opened, folder, repository)
+        found = None
+    elif need == "weights":
         _take_beside(opened, folder, repository)
         found, opened.has_weights = _tensors(folder, repository, opened.options, need, named)
     else:
@@ -218,6 +234,9 @@ def _open_transformers(opened: Opened, folder: Path, repository: hub.Repository 
     if (stored := loading.stored_dtype(config, found)) is not None:
         opened.config["dtype"] = dtype_name(stored)
     opened.model = opened.model or loading.build_empty(config, stored)
+    if draw is not None:
+        opened.source, opened.has_weights = Drawn(opened.model, draw, folder / CONFIG), True
+        opened.notes += opened.source.notes()
     if found is not None:
         opened.notes += getattr(found, "notes", [])
         at_hand = opened.has_weights or repository is None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
+
+from torch import Tensor
 
 from rpq_convert.checkpoint.extra_state import check_plain
 from rpq_convert.checkpoint.metadata import write_rest
@@ -18,6 +21,7 @@ from rpq_convert.core.keywords import keywords
 from rpq_convert.core.options import take
 from rpq_convert.core.results import Encoded
 from rpq_convert.core.spec import dtype_name
+from rpq_convert.encoding.init_std import configured_std
 from rpq_convert.errors import PlanError, SourceError
 from rpq_convert.inputs.items import Calibration, prepare
 from rpq_convert.planning.options import PlanOptions
@@ -26,6 +30,7 @@ from rpq_convert.report.schema import Dropped, Report
 from rpq_convert.running.digest import describe
 from rpq_convert.storage.options import SourceOptions
 from rpq_convert.storage.room import check_free
+from rpq_convert.storage.sources import is_drawn
 from rpq_convert.storage.writer import Folder
 
 
@@ -63,7 +68,8 @@ def convert_checkpoint(
     check_plan_alone(plan, options)
     check_asked(asked, calibrated=calibration is not None, tokenizer=tokenizer, executor=executor, workers=workers)
     check_free(out, overwrite=overwrite)
-    opened = open_checkpoint(src, source)
+    fit, seed = (asked.fit, asked.seed) if plan is None else (plan.options.get("fit"), plan.options.get("seed", 0))
+    opened = open_checkpoint(src, source, draw=seed if is_drawn(src, source, fit) else None)
     data = calibration
     if calibration is not None and opened.model is not None:
         data = prepare(calibration, opened.filled(), "calibration", tokenizer=tokenizer)
@@ -116,7 +122,9 @@ def convert_opened(
             for job in plan.jobs:
                 if folder.done(job):
                     keep(job, None)
-            for encoded in run_jobs([j for j in plan.jobs if not folder.done(j)], opened.source, **how):
+            left = [j for j in plan.jobs if not folder.done(j)]
+            source, std = _tensors(opened)
+            for encoded in run_jobs(left, source, std=std, **how):
                 keep(by_name[encoded.name], encoded)
     except Exception:
         folder.forget()  # such as of data that is none for this model: the next try may have other settings
@@ -127,6 +135,13 @@ def convert_opened(
     folder.copy(opened.files)
     states = {name: check_plain(name, value) for name, value in getattr(opened.source, "extra", {}).items()}
     return write_rest(folder, opened.config, facts, opened.title, opened.base, extra=opened.kept(), extra_state=states)
+
+
+def _tensors(opened: Opened) -> tuple[Mapping[str, Tensor], float | None]:
+    """Return the tensors to encode, and the deviation of those that are drawn."""
+    if opened.is_drawn and opened.model is not None:
+        return parameters_of(opened.model), configured_std(opened.model)
+    return opened.source, None
 
 
 def _checked(plan: Plan, opened: Opened) -> Plan:
