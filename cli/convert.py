@@ -1,6 +1,7 @@
 """The commands that plan a conversion, make it and upload it."""
 
 import json as jsonlib
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
-from rpq_convert.conversion.options import QualityOptions
+from rpq_convert.conversion.options import QualityOptions, RunOptions
 from rpq_convert.planning.options import DECIDING, PlanOptions
 from rpq_convert.showing import printable
+from rpq_convert.storage.lock import locked
 from rpq_convert.storage.options import SourceOptions
 from rpq_convert.storage.records import read_manifest
 from rpq_convert.storage.room import check_file
@@ -43,6 +45,7 @@ def convert(
     options: PlanOptions,
     source: SourceOptions,
     quality: QualityOptions,
+    running: RunOptions,
     out: o.Out = None,
     device: o.Device = "cpu",
     calibrate: o.Calibrate = None,
@@ -62,13 +65,14 @@ def convert(
         src, o.output_for(src, out), options, source, calibrate=calibrate, samples=samples, text_field=text_field,
         quality=quality, dry_run=dry_run, overwrite=overwrite,
     )  # fmt: skip
-    how = How(device, executor, workers, push_to, public)
+    how = How(device, executor, workers, push_to, public, running)
     run.check(how)
-    run.open()
-    plan = run.plan()
-    if dry_run:
-        return show_plan(plan, src, json=json)
-    report = run.judge(run.convert(plan, how))
+    with nullcontext() if dry_run else locked(run.folder):  # before hours of measuring and fitting, not after
+        run.open()
+        plan = run.plan()
+        if dry_run:
+            return show_plan(plan, src, json=json)
+        report = run.judge(run.convert(plan, how))
     show_report(report, json=json)
     say(f"wrote {run.folder}")
     if push_to:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from rpq_convert.conversion.asked import check_asked
-from rpq_convert.conversion.options import BEST, FAST, QualityOptions
+from rpq_convert.conversion.options import BEST, FAST, QualityOptions, RunOptions
 from rpq_convert.errors import SourceError
 from rpq_convert.inputs.tables import is_pairs
 from rpq_convert.planning.options import PlanOptions
@@ -42,6 +42,7 @@ class How:
     workers: int | None = None
     push_to: str | None = None
     public: bool = False
+    running: RunOptions = field(default_factory=RunOptions)
 
 
 @dataclass
@@ -205,7 +206,7 @@ class Conversion:
         with phase("converted"), fitting({j.name: prod(j.shape) for j in plan.jobs}) as callback:
             report = convert_opened(
                 self.opened, self.folder, plan, self.data, overwrite=self.overwrite, executor=how.executor,
-                workers=how.workers, progress=callback,
+                workers=how.workers, progress=callback, run=how.running,
             )  # fmt: skip
         warn(tuple(w for w in report.warnings if w not in plan.warnings))
         return self._tuned() if self.chosen.effort == BEST else report

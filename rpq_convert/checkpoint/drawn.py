@@ -25,7 +25,7 @@ class Drawn(Mapping[str, Tensor]):
     """
 
     def __init__(self, model: nn.Module, seed: int, config: Path) -> None:
-        self.model, self.seed, self.files = model, seed, [config]
+        self.model, self.seed, self.config = model, seed, config
         self.state = {n: t for n, t in model.state_dict().items() if isinstance(t, Tensor)}
         self.extra: dict[str, Any] = plain_states(model)
 
@@ -45,6 +45,6 @@ class Drawn(Mapping[str, Tensor]):
     def notes(self) -> list[str]:
         """Return what must be known of a model that was made of these."""
         return [
-            f"all weights are random: {self.files[0].name} alone was read, and numbers were drawn from seed {self.seed}; "
+            f"all weights are random: {self.config.name} alone was read, and numbers were drawn from seed {self.seed}; "
             "the model knows nothing before it is trained"
         ]

@@ -7,7 +7,6 @@ headers alone, from which a size can be planned but nothing converted. Each is a
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +36,7 @@ from rpq_convert.storage.files import files_beside, files_in, refuse_links, weig
 from rpq_convert.storage.folder import open_folder
 from rpq_convert.storage.names import missing, under_names, unwrapped
 from rpq_convert.storage.options import SourceOptions
+from rpq_convert.storage.origin import Origin
 from rpq_convert.storage.records import CARD, CONFIG
 from rpq_convert.storage.sources import check_source, is_name, located
 
@@ -72,15 +72,14 @@ class Opened:
         return path.resolve().name if path.exists() else path.name
 
     @property
-    def origin(self) -> str:
-        """What the weights come from, as text: the name, size and time of every file."""
+    def origin(self) -> Origin:
+        """What the weights come from."""
+        hub = is_name(self.src)
+        where = (str(self.src), self.options.revision) if hub else (None, None)
         if isinstance(self.source, Drawn):
-            files = self.source.files
-        else:
-            infos = getattr(self.source, "infos", None) or self.source.source.infos
-            files = sorted({i.file for i in infos.values()})
-        facts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        return json.dumps(facts, indent=1)
+            return Origin({self.source.config: ()}, *where)
+        infos = getattr(self.source, "infos", None) or self.source.source.infos
+        return Origin.of(infos.values(), *where)
 
     @property
     def is_drawn(self) -> bool:

@@ -24,6 +24,7 @@ from rpq_convert.schemas import kinds
 from rpq_convert.schemas.checking import read_json
 from rpq_convert.showing import duration
 from rpq_convert.storage.records import PLAN
+from rpq_convert.storage.swap import work_of
 from rpq_convert.tuning.options import TuneOptions
 
 ENOUGH = 6  # code bits from which weights alone are enough
@@ -50,7 +51,7 @@ class Chosen:
 
 def begun(folder: Path) -> str | None:
     """Return the effort of an unfinished run into this folder, which goes on with it; None where there is none."""
-    plan = folder.with_name(folder.name + ".partial") / PLAN
+    plan = work_of(folder) / PLAN
     if not plan.is_file():
         return None
     try:

@@ -11,18 +11,25 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+import os
 import pickle
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing import connection
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rpq_convert.conversion.asked import check_executor
+from rpq_convert.showing import notice
+
+PATIENCE = 10.0  # seconds without a result after which workers are looked at
 
 
 def run(fn: Callable[[Any], Any], items: Iterable[Any], *, executor: str = "serial", workers: int = 1) -> Iterator[Any]:
@@ -40,9 +47,44 @@ def run(fn: Callable[[Any], Any], items: Iterable[Any], *, executor: str = "seri
         with ThreadPoolExecutor(workers) as pool:
             yield from _bounded(pool, fn, items, workers)
     else:
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
             packed = map(_pack, items)
-            yield from map(pickle.loads, _bounded(pool, partial(_packed, fn), packed, workers))
+            yield from map(pickle.loads, _bounded(pool, partial(_packed, fn), packed, workers, _tell_of_stopped()))
+
+
+def _end_with_parent() -> None:
+    """Let a worker end when its parent does, however that happens: the pipe between them then closes."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def follow() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _tell_of_stopped() -> Callable[[], None]:
+    """Return what says of each worker that was stopped (SIGSTOP, a debugger) that the run waits for it; where the system tells."""
+    told: set[int] = set()
+
+    def tell() -> None:
+        stopped = {p.pid for p in multiprocessing.active_children() if p.pid is not None and _is_stopped(p.pid)}
+        for pid in sorted(stopped - told):
+            notice(f"worker process {pid} is stopped, and the run waits for it; `kill -CONT {pid}` lets it go on")
+        told.intersection_update(stopped)
+        told.update(stopped)
+
+    return tell
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("T", "t")
+    except OSError:  # it is no more, or this is no Linux
+        return False
 
 
 class _Pickler(pickle.Pickler):
@@ -67,7 +109,14 @@ def _packed(fn: Callable[[Any], Any], item: bytes) -> bytes:
     return _pack(fn(pickle.loads(item)))
 
 
-def _bounded(pool: Executor, fn: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[Any]:
+def _bounded(
+    pool: Executor,
+    fn: Callable[[Any], Any],
+    items: Iterable[Any],
+    workers: int,
+    idle: Callable[[], None] = lambda: None,
+) -> Iterator[Any]:
+    """Yield results in the order of completion; `idle` is called whenever none has come for a while."""
     waiting: set[Future[Any]] = set()
     source = iter(items)
     try:
@@ -81,7 +130,9 @@ def _bounded(pool: Executor, fn: Callable[[Any], Any], items: Iterable[Any], wor
                     break
             if not waiting:
                 return
-            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            done, waiting = wait(waiting, timeout=PATIENCE, return_when=FIRST_COMPLETED)
+            if not done:
+                idle()
             for future in done:
                 yield future.result()
     finally:
@@ -91,11 +142,11 @@ def _bounded(pool: Executor, fn: Callable[[Any], Any], items: Iterable[Any], wor
 
 @contextmanager
 def _deaf() -> Iterator[None]:
-    """Hold ctrl-C back while a worker starts: it inherits the mask, and what it would print is the parent's to say."""
+    """Hold ctrl-C and SIGTERM back while a worker starts: it inherits the mask, and its parent, who says so, ends it."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rpq_convert.errors import SourceError
+from rpq_convert.storage.assembly import digest
 from rpq_convert.storage.headers import Entry, joined, read_entries
 
 DTYPES = {
@@ -85,3 +86,29 @@ class SafetensorsSource(Mapping[str, Tensor]):
         if got != len(data):
             raise SourceError(f"{info.file}: {name} ended after {got:,} of {len(data):,} bytes; was the file changed?")
         return data.view(info.dtype).reshape(info.shape) if len(data) else torch.empty(info.shape, dtype=info.dtype)
+
+
+class Witnessed(Mapping[str, Tensor]):
+    """A source that remembers the hash of every tensor that was read."""
+
+    def __init__(self, source: Mapping[str, Tensor]) -> None:
+        self.source, self.digests = source, dict[str, str]()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.source)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.source
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self.source[name]
+        if not tensor.is_meta:
+            self.digests[name] = digest(tensor)
+        return tensor
+
+    def digest(self, names: Iterable[str]) -> str | None:
+        """Return the hash of a tensor that was read under one of these names, if it was."""
+        return next((self.digests[n] for n in names if n in self.digests), None)

@@ -589,7 +589,7 @@ def test_a_source_that_changed_is_not_mixed_in(copy, tmp_path, monkeypatch):
 
     convert = ("convert", copy, "--out", tmp_path / "out", "--bits", 8)
     with monkeypatch.context() as patch:
-        patch.setattr("rpq_convert.storage.writer.sha256", ctrl_c)
+        patch.setattr("rpq_convert.storage.manifest.sha256", ctrl_c)
         rpq(*convert, code=130)
     shard = sorted(copy.glob("*.safetensors"))[0]
     save_file({k: v + 1 for k, v in load_file(shard).items()}, shard, metadata={"format": "pt"})
@@ -605,14 +605,14 @@ def test_no_fit_is_lost_while_files_are_hashed(bert, tmp_path, monkeypatch):
 
     convert = ("convert", bert, "--out", tmp_path / "out", "--bits", 8)
     with monkeypatch.context() as patch:
-        patch.setattr("rpq_convert.storage.writer.sha256", ctrl_c)
+        patch.setattr("rpq_convert.storage.manifest.sha256", ctrl_c)
         assert "done before" not in rpq(*convert, code=130).stderr
     assert rpq(*convert).stderr.count("done before") == 15 and rpq("verify", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
     "room, where",
-    [(0.01, "rpq_plan.json"), (0.5, "pieces"), (1.7, "partial/model.safetensors")],
+    [(0.01, "rpq_source.json"), (0.5, "pieces"), (1.7, "partial/model.safetensors")],
     ids=["start", "fit", "assembly"],
 )
 def test_a_disk_that_fills_meanwhile(bert, tmp_path, monkeypatch, room, where):
