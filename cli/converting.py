@@ -140,7 +140,7 @@ class Conversion:
             where, self.opened.src, model=self.opened.model, field=self.text_field, told=told, **hub, **some
         )
 
-    def plan(self) -> Plan:
+    def plan(self, workers: int | None = None) -> Plan:
         """Return the plan; for a conversion the weights are then at hand."""
         from rpq_convert.calibration.sensitivity import needs_sensitivities
 
@@ -152,7 +152,7 @@ class Conversion:
         plan = self._planned()
         if self.dry_run:
             return plan
-        self._check_room(plan)
+        self._check_room(plan, workers)
         before = self.opened.slots()
         self.opened = self.opened.fetched()
         if (
@@ -174,12 +174,17 @@ class Conversion:
         if self.chosen.effort != FAST and self.data is None:
             self.data = self._inputs("self")
 
-    def _check_room(self, plan: Plan) -> None:
-        """Refuse to fetch and fit what the disk has no room for."""
+    def _check_room(self, plan: Plan, workers: int | None) -> None:
+        """Refuse to fetch and fit what memory or the disk has no room for; say what is needed."""
+        from rpq_convert.conversion.jobs import needed
+        from rpq_convert.planning.needs import check_memory
+        from rpq_convert.running.memory import available
         from rpq_convert.storage.room import check_room
         from rpq_convert.storage.writer import bytes_to_write
 
         check_room(self.folder, bytes_to_write(self.folder, plan))
+        check_memory(plan.jobs, available(), drawn=self.opened.is_drawn)
+        say(needed(plan, workers, drawn=self.opened.is_drawn))
 
     def _planned(self) -> Plan:
         from rpq_convert.conversion.plans import plan_opened

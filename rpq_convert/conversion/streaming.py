@@ -26,10 +26,12 @@ from rpq_convert.core.spec import dtype_name
 from rpq_convert.encoding.init_std import configured_std
 from rpq_convert.errors import PlanError, SourceError, TimeLimitReached
 from rpq_convert.inputs.items import Calibration, prepare
+from rpq_convert.planning import needs
 from rpq_convert.planning.options import PlanOptions
 from rpq_convert.planning.plan import Job, Plan, Skip
 from rpq_convert.report.schema import Dropped, Report, read_report
 from rpq_convert.running.digest import describe
+from rpq_convert.running.memory import available, within
 from rpq_convert.storage.lock import locked
 from rpq_convert.storage.options import SourceOptions
 from rpq_convert.storage.reader import Witnessed
@@ -63,12 +65,12 @@ def convert_checkpoint(
         src: a hub id, a transformers folder, or (with `factory`) a safetensors file or folder.
         out: the folder to make; a killed run leaves `<out>.partial`, and the same call goes on from there.
         overwrite: replace `out`.
-        executor: how fits run: `serial`, `threads` or `processes`. workers: how many at once; up to 4 by default.
+        executor: how fits run: `serial`, `threads` or `processes`. workers: how many at once at most, up to 4 by default.
         progress: called with each job and its result, or None where an earlier run had done it; by default a bar in notebooks
             and on terminals, none with False.
         plan: a plan made before, for this checkpoint; otherwise one is made from the options.
         calibration, tokenizer: as for `convert`; the model is then loaded and run.
-        options: fields of `PlanOptions` and of `SourceOptions`, as for `rpq.plan`, and of `RunOptions`: time_limit, check_source.
+        options: fields of `PlanOptions` and of `SourceOptions`, as for `rpq.plan`, and of `RunOptions`: time_limit, check_source, max_memory.
 
     Raises:
         SourceError, PlanError, EncodeError, FolderError: see their docs. TimeLimitReached: what is done is kept. Nothing is left under
@@ -77,7 +79,7 @@ def convert_checkpoint(
     asked, source, run = take(options, PlanOptions, SourceOptions, RunOptions)
     check_plan_alone(plan, options)
     check_asked(asked, calibrated=calibration is not None, tokenizer=tokenizer, executor=executor, workers=workers)
-    with locked(out):  # from the beginning: what is planned and measured for nothing may take hours
+    with within(run.memory), locked(out):  # from the beginning: what is planned and measured for nothing may take hours
         check_free(out, overwrite=overwrite)
         fit, seed = (asked.fit, asked.seed) if plan is None else (plan.options.get("fit"), plan.options.get("seed", 0))
         opened = open_checkpoint(src, source, draw=seed if is_drawn(src, source, fit) else None)
@@ -113,7 +115,8 @@ def convert_opened(
         )
     run = run or RunOptions()
     how: dict[str, Any] = {"executor": executor, "workers": workers}
-    with locked(out):
+    with within(run.memory), locked(out):
+        needs.check_memory(plan.jobs, available(), drawn=opened.is_drawn)
         data = None if calibration is None else prepare(calibration, opened.filled(), "calibration")
         if data is not None:
             plan = replace(plan, options={**plan.options, "calibration": describe(data)})
