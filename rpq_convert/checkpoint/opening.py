@@ -37,6 +37,7 @@ from rpq_convert.storage.folder import open_folder
 from rpq_convert.storage.names import missing, under_names, unwrapped
 from rpq_convert.storage.options import SourceOptions
 from rpq_convert.storage.origin import Origin
+from rpq_convert.storage.reader import mapped
 from rpq_convert.storage.records import CARD, CONFIG
 from rpq_convert.storage.sources import check_source, is_name, located
 
@@ -115,14 +116,15 @@ class Opened:
         return self if self.has_weights else open_checkpoint(self.src, self.options, model=self.model)
 
     def filled(self) -> nn.Module:
-        """Return the model with its weights, read once; without a source it is as it came, perhaps on meta."""
+        """Return the model with its weights, mapped where files allow it; without a source it is as it came, perhaps on meta."""
         assert self.model is not None
         if self.source is None:
             return self.model
         if self._filled is None:
             factory = self.options.factory  # a copy of a model would share what its functions close over
             empty = copy.deepcopy(self.model) if factory is None else empty_from_factory(factory)
-            model = compute_buffers(fill(empty, self.source), factory)
+            with mapped(self.source):
+                model = compute_buffers(fill(empty, self.source), factory)
             self._filled = set_extra_states(model, {**getattr(self.source, "extra", {})})
         return self._filled
 

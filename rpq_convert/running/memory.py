@@ -11,6 +11,10 @@ from pathlib import Path
 CONTAINER = Path("/sys/fs/cgroup")  # of this process, as a container sees it
 
 
+VERSIONS = (  # of control groups: folder, files, name of the cached bytes
+    ("", ("memory.max", "memory.current", "memory.stat"), "inactive_file"),
+    ("memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat"), "total_inactive_file"),
+)
 STATUS = Path("/proc/self/status")
 _asked: ContextVar[int | None] = ContextVar("memory that this process may take, as its user asked", default=None)
 
@@ -52,12 +56,14 @@ def _machine() -> list[int]:
 
 def _container() -> list[int]:
     """Return what a container's limit leaves; files that are cached can be dropped, and do not count as used."""
-    try:
-        most, used, facts = ((CONTAINER / f"memory.{name}").read_text() for name in ("max", "current", "stat"))
-    except OSError:
-        return []
-    cached = re.search(r"^inactive_file (\d+)", facts, re.M)
-    return [] if most.strip() == "max" else [int(most) - int(used) + int(cached[1] if cached else 0)]
+    for folder, files, cache in VERSIONS:
+        try:
+            most, used, facts = ((CONTAINER / folder / name).read_text() for name in files)
+        except OSError:
+            continue
+        cached = re.search(rf"^{cache} (\d+)", facts, re.M)
+        return [] if most.strip() == "max" else [int(most) - int(used) + int(cached[1] if cached else 0)]
+    return []
 
 
 def _limits() -> list[int]:
