@@ -25,6 +25,7 @@ from rpq_convert.hf import hub
 from rpq_convert.hf.model_card import Base, base_in
 from rpq_convert.layers import surgery
 from rpq_convert.planning.announced import refuse_config
+from rpq_convert.planning.bounds import tensors_allowed
 from rpq_convert.planning.quantized import refuse_parts
 from rpq_convert.planning.slots import Slot, walk, walk_headers
 from rpq_convert.report.schema import Dropped
@@ -234,7 +235,9 @@ def _open_transformers(
         opened.notes += said
     if (stored := loading.stored_dtype(config, found)) is not None:
         opened.config["dtype"] = dtype_name(stored)
-    opened.model = opened.model or loading.build_empty(config, stored)
+    if opened.model is None:
+        most = tensors_allowed(None if found is None else len(found), opened.options.max_tensors)
+        opened.model = loading.build_empty(config, stored, most)
     if draw is not None:
         opened.source, opened.has_weights = Drawn(opened.model, draw, folder / CONFIG), True
         opened.notes += opened.source.notes()

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from rpq_convert.errors import PlanError
 from rpq_convert.planning.plan import Job, Plan
 
-BASE = 600 << 20  # Python, torch, transformers and compiled kernels
+BASE = 700 << 20  # Python, torch, transformers and compiled kernels
 FIT, DRAW = 300 << 20, 64 << 20  # samples and blocks of one fit; of random codes
 COPIES = 3  # of codes: as they are found, as they are stored, on their way to the file
 CODED = 5  # bytes beside, for each code that is entropy-coded

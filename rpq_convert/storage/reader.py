@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rpq_convert.errors import SourceError
+from rpq_convert.showing import one_line
 from rpq_convert.storage.assembly import digest
 from rpq_convert.storage.headers import Entry, joined, read_entries
 
@@ -41,8 +43,19 @@ class TensorInfo:
 
 
 def read_header(path: str | Path) -> dict[str, TensorInfo]:
-    """Return the tensors of a safetensors file from its header alone; see `read_entries`."""
-    return infos_of(read_entries(path))
+    """Return the tensors of a safetensors file from its header alone; see `read_entries`. The library must accept it too.
+
+    Raises:
+        SourceError: as `read_entries`; or what the library says against the header.
+    """
+    found = infos_of(read_entries(path))
+    try:
+        with safe_open(path, "pt"):
+            return found
+    except SafetensorError as e:
+        raise SourceError(f"{path} has a broken safetensors header: {one_line(str(e))}") from None
+    except OSError:  # no address space to map it in, which is not needed
+        return found
 
 
 def infos_of(entries: Mapping[str, Entry]) -> dict[str, TensorInfo]:
