@@ -28,6 +28,7 @@ from rpq_convert.storage.origin import Origin
 from rpq_convert.storage.records import CONFIG
 from rpq_convert.storage.sources import read_config
 from rpq_convert.storage.unpacking import checked
+from rpq_convert.storage.verified import verified
 from rpq_convert.storage.writer import Folder
 
 
@@ -57,7 +58,7 @@ def restore_checkpoint(
 def _restore(folder: Path, out: str | Path, shard: int, progress: Progress | None, *, overwrite: bool) -> Plan:
     config = read_config(folder)
     contents = description.read_all(config["quantization_config"])
-    stored = open_folder(folder)
+    stored = verified(open_folder(folder), folder)
     source = checked(stored, contents)
     infos = {k: source.infos[k] for k in source}
     kept = {k: i for k, i in infos.items() if not contents.is_guard(k, i) and not _part_of(k, contents.modules)}

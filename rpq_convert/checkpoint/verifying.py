@@ -90,10 +90,8 @@ def _check_files(
             raise VerifyError(f"{file} is missing")
         if name in edited:
             continue
-        size, known = (
-            file.stat().st_size,
-            [f for f in (facts, facts.get("earlier")) if f],
-        )  # of a change that a kill ended
+        size = file.stat().st_size
+        known = [f for f in (facts, facts.get("earlier")) if f]  # two, where a kill ended a change
         if all(size != f["bytes"] for f in known):
             raise VerifyError(f"{file} has {size} bytes, the manifest says {facts['bytes']}")
         if hashes and sha256(file) not in [f["sha256"] for f in known]:

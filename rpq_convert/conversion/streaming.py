@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import takewhile
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -188,9 +188,9 @@ def _fit(
         if pieces.done(job):
             keep(job, None)
     waiting = (j for j in plan.jobs if not pieces.done(j))
-    for encoded in run_jobs(
-        takewhile(lambda job: not run.is_over, waiting), source, std=std, **how
-    ):  # those at hand end
+    started = count()  # one at least is done, so that every try gets on
+    at_hand = takewhile(lambda job: next(started) == 0 or not run.is_over, waiting)
+    for encoded in run_jobs(at_hand, source, std=std, **how):
         keep(by_name[encoded.name], encoded)
     check_time()
 

@@ -46,7 +46,7 @@ def parse_seconds(text: str | float) -> float:
     if parts and "".join(number + unit for number, unit in parts) == plain:
         seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
     else:
-        seconds = float(plain) if re.fullmatch(r"\d+(\.\d+)?", plain) else 0.0
+        seconds = float(plain) if isinstance(text, float) or re.fullmatch(r"\d+(\.\d+)?", plain) else 0.0
     if not 0 < seconds < math.inf:
         raise PlanError(f"{text!r} is no time; give one such as 90s, 30min, 2h or 1h30m")
     return seconds

@@ -67,11 +67,19 @@ def amend(folder: Path, texts: Mapping[str, str]) -> None:
             name: {"bytes": len(text.encode()), "sha256": hashlib.sha256(text.encode()).hexdigest()}
             for name, text in texts.items()
         }
-        both = {name: entry | ({"earlier": files[name]} if name in files else {}) for name, entry in new.items()}
+        both = {name: entry | _earlier(folder / name, files.get(name)) for name, entry in new.items()}
         write_file(folder / MANIFEST, json.dumps(manifest | {"files": files | both}, indent=1))
         for name, text in texts.items():
             write_file(folder / name, text)
         write_file(folder / MANIFEST, json.dumps(manifest | {"files": files | new}, indent=1))
+
+
+def _earlier(path: Path, known: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the entry of a file as it is before it is replaced, of those that the manifest knows; empty where it is new."""
+    if known is None:
+        return {}
+    now = next((f for f in (known, known.get("earlier")) if f and is_whole(path, f)), known)
+    return {"earlier": {"bytes": now["bytes"], "sha256": now["sha256"]}}
 
 
 def is_whole(path: Path, facts: Mapping[str, Any]) -> bool:
