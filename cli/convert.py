@@ -12,6 +12,7 @@ from typer import Argument, Option
 
 from rpq_convert.conversion.options import QualityOptions, RunOptions
 from rpq_convert.planning.options import DECIDING, PlanOptions
+from rpq_convert.running.memory import within
 from rpq_convert.showing import printable
 from rpq_convert.storage.lock import locked
 from rpq_convert.storage.options import SourceOptions
@@ -67,11 +68,16 @@ def convert(
     )  # fmt: skip
     how = How(device, executor, workers, push_to, public, running)
     run.check(how)
-    with nullcontext() if dry_run else locked(run.folder):  # before hours of measuring and fitting, not after
+    with (
+        within(running.memory),
+        nullcontext() if dry_run else locked(run.folder),
+    ):  # before hours of measuring and fitting, not after
         run.open()
-        plan = run.plan()
+        plan = run.plan(workers)
         if dry_run:
-            return show_plan(plan, src, json=json)
+            from rpq_convert.conversion.jobs import needed
+
+            return show_plan(plan, src, json=json, needs=needed(plan, workers, drawn=run.opened.is_drawn))
         report = run.judge(run.convert(plan, how))
     show_report(report, json=json)
     say(f"wrote {run.folder}")
@@ -144,11 +150,11 @@ def plan(
     checks.source(src, source, weights=sweep or options.measures)
     if sweep:
         return _sweep(src, sweep_out, json, options, source)
-    from rpq_convert.calibration.sensitivity import needs_sensitivities
+    from rpq_convert.conversion.jobs import needed
     from rpq_convert.conversion.plans import open_target, plan_opened
 
     with phase("planned"), progress() as tell:
-        opened = open_target(src, source, measured=needs_sensitivities(options))
+        opened = open_target(src, source, options)
         made = plan_opened(opened, options, progress=partial(tell, "sensitivities"))
     warn(made.warnings)
     detail(chosen(made))
@@ -158,13 +164,15 @@ def plan(
     elif json:
         print(made.to_json())
     else:
-        show_plan(made, src, json=False)
+        show_plan(made, src, json=False, needs=needed(made, drawn=opened.is_drawn))
 
 
-def show_plan(plan: "Plan", src: str, *, json: bool) -> None:
+def show_plan(plan: "Plan", src: str, *, json: bool, needs: str) -> None:
     from rpq_convert.checkpoint.metadata import make_report
 
     show_report(make_report(plan, {}, title=o.name_of(src)), json=json)
+    if not json:
+        print(needs)
 
 
 def _sweep(src: str, file: Path | None, json: bool, options: PlanOptions, source: SourceOptions) -> None:
@@ -172,7 +180,7 @@ def _sweep(src: str, file: Path | None, json: bool, options: PlanOptions, source
 
     known, options = options.sensitivity, replace(options, sensitivity=None)
     with phase("planned"), progress() as tell:
-        opened = open_target(src, source, measured=known is None)
+        opened = open_target(src, source, options, measured=known is None)
         curve = sweep_opened(opened, options, sensitivity=known, progress=partial(tell, "sensitivities"))
     warn(curve.warnings)
     if file is not None:

@@ -23,6 +23,7 @@ from rpq_convert.core.options import take
 from rpq_convert.errors import SourceError
 from rpq_convert.hf import hub
 from rpq_convert.layers import surgery
+from rpq_convert.layers.initial import initial
 from rpq_convert.layers.surgery import AFTER
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.running.holders import Held, become_held, held_elsewhere, storage_of
@@ -131,8 +132,6 @@ def fill(model: nn.Module, config: Mapping[str, Any], source: Any) -> None:
         names = [name + parted + part for name in (stem, contents.tied.get(stem, stem), *tied.get(stem, []))]
         key = next((n for n in names if n in source), None)
         if key is None and fills_itself(model, full):
-            from rpq_convert.hf.module_source import initial
-
             _put(places, initial(model, full), value, held)
             continue
         if key is None:

@@ -29,7 +29,7 @@ from rpq_convert.tuning.options import TuneOptions
 
 ENOUGH = 6  # code bits from which weights alone are enough
 PATIENCE = 600  # seconds that a default may take
-COPIES = 2.5  # of the dense weights, that calibration has in memory
+COPIES = 1.2  # of the dense weights: they are mapped, so that less does, but then they are read from the disk again and again
 REFERENCE = 50e9  # operations per second of the products where `configs/quality.json` was measured
 SIDE, TIMES = 512, 5  # of the product that this machine's rate is measured by
 

@@ -10,6 +10,7 @@ traceback when a worker dies in the middle of it.
 from __future__ import annotations
 
 import io
+import math
 import multiprocessing
 import os
 import pickle
@@ -32,25 +33,37 @@ from rpq_convert.showing import notice
 PATIENCE = 10.0  # seconds without a result after which workers are looked at
 
 
-def run(fn: Callable[[Any], Any], items: Iterable[Any], *, executor: str = "serial", workers: int = 1) -> Iterator[Any]:
+def run(
+    fn: Callable[[Any], Any],
+    items: Iterable[Any],
+    *,
+    executor: str = "serial",
+    workers: int = 1,
+    sizes: Iterable[int] = (),
+    room: float = math.inf,
+) -> Iterator[Any]:
     """Yield `fn(item)` for every item, in the order of completion.
 
     Args:
         executor: `serial`; `threads` (fits release the interpreter lock); `processes` (spawned; `fn` and items must
             be importable and picklable).
-        workers: how many run at once.
+        workers: how many run at once, at most.
+        sizes: bytes that each item takes while it runs; those at once take at most `room` together, but for a single one.
     """
     check_executor(executor, None)
     if executor == "serial" or workers <= 1:
         yield from map(fn, items)
     elif executor == "threads":
         with ThreadPoolExecutor(workers) as pool:
-            yield from _bounded(pool, fn, items, workers)
+            yield from _bounded(pool, fn, items, Share(workers, iter(sizes), room))
     else:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
             packed = map(_pack, items)
-            yield from map(pickle.loads, _bounded(pool, partial(_packed, fn), packed, workers, _tell_of_stopped()))
+            yield from map(
+                pickle.loads,
+                _bounded(pool, partial(_packed, fn), packed, Share(workers, iter(sizes), room), _tell_of_stopped()),
+            )
 
 
 def _end_with_parent() -> None:
@@ -109,11 +122,34 @@ def _packed(fn: Callable[[Any], Any], item: bytes) -> bytes:
     return _pack(fn(pickle.loads(item)))
 
 
+class Share:
+    """How much may run at once.
+
+    Args:
+        workers: items. sizes: bytes of each item, in their order; 0 for those that follow. room: bytes of all that run.
+    """
+
+    def __init__(self, workers: int, sizes: Iterator[int], room: float) -> None:
+        self.workers, self.sizes, self.room = workers, sizes, room
+        self.held: dict[Future[Any], int] = {}
+        self.next = next(sizes, 0)
+
+    def has_room(self, running: set[Future[Any]]) -> bool:
+        """Return whether the next item may start beside these."""
+        used = sum(self.held[future] for future in running)
+        return not running or (len(running) < self.workers and used + self.next <= self.room)
+
+    def take(self, future: Future[Any]) -> None:
+        """Note that the next item has started."""
+        self.held[future] = self.next
+        self.next = next(self.sizes, 0)
+
+
 def _bounded(
     pool: Executor,
     fn: Callable[[Any], Any],
     items: Iterable[Any],
-    workers: int,
+    share: Share,
     idle: Callable[[], None] = lambda: None,
 ) -> Iterator[Any]:
     """Yield results in the order of completion; `idle` is called whenever none has come for a while."""
@@ -121,11 +157,14 @@ def _bounded(
     source = iter(items)
     try:
         while True:
-            while len(waiting) < workers:
+            while share.has_room(waiting):
                 try:
-                    item = next(source)
+                    item = next(source)  # read only now: it takes memory
                     with _deaf():
-                        waiting.add(pool.submit(fn, item))
+                        future = pool.submit(fn, item)
+                    share.take(future)
+                    waiting.add(future)
+                    del item
                 except StopIteration:
                     break
             if not waiting:

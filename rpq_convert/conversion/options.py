@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from rpq_convert.core.options import check_values, setting
-from rpq_convert.core.sizes import parse_seconds
+from rpq_convert.core.sizes import parse_seconds, parse_size
 from rpq_convert.errors import PlanError
 
 PANEL, RUN = "Quality", "Run"
@@ -61,7 +61,7 @@ class RunOptions:
     """How a conversion into a folder runs; none of this changes what it writes. Its time begins when this is made.
 
     Raises:
-        PlanError: a time that is none.
+        PlanError: a time or a size that is none.
     """
 
     time_limit: str | float | None = setting(
@@ -76,9 +76,23 @@ class RunOptions:
         panel=RUN,
     )  # fmt: skip
 
+    max_memory: str | int | None = setting(
+        None,
+        "Memory that the conversion may take in all, such as 4GiB: as many fits run at once as it has room for. By default what the "
+        "machine, the container and ulimit leave.",
+        metavar="SIZE", panel=RUN,
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
+        if self.max_memory is not None:
+            parse_size(self.max_memory)
         seconds = math.inf if self.time_limit is None else parse_seconds(self.time_limit)
         object.__setattr__(self, "_end", time.monotonic() + seconds)
+
+    @property
+    def memory(self) -> int | None:
+        """The bytes that it may take."""
+        return None if self.max_memory is None else parse_size(self.max_memory)
 
     @property
     def is_over(self) -> bool:
@@ -92,3 +106,4 @@ class RunKeywords(TypedDict, total=False):
 
     time_limit: str | float | None
     check_source: bool
+    max_memory: str | int | None

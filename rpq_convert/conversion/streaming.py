@@ -23,17 +23,21 @@ from rpq_convert.core.keywords import keywords
 from rpq_convert.core.options import take
 from rpq_convert.core.results import Encoded
 from rpq_convert.core.spec import dtype_name
+from rpq_convert.encoding.init_std import configured_std
 from rpq_convert.errors import PlanError, SourceError, TimeLimitReached
 from rpq_convert.inputs.items import Calibration, prepare
+from rpq_convert.planning import needs
 from rpq_convert.planning.options import PlanOptions
 from rpq_convert.planning.plan import Job, Plan, Skip
 from rpq_convert.report.schema import Dropped, Report, read_report
 from rpq_convert.running.digest import describe
+from rpq_convert.running.memory import available, within
 from rpq_convert.storage.lock import locked
 from rpq_convert.storage.options import SourceOptions
 from rpq_convert.storage.reader import Witnessed
 from rpq_convert.storage.records import REPORT
 from rpq_convert.storage.room import check_free
+from rpq_convert.storage.sources import is_drawn
 from rpq_convert.storage.writer import Folder
 
 
@@ -61,12 +65,12 @@ def convert_checkpoint(
         src: a hub id, a transformers folder, or (with `factory`) a safetensors file or folder.
         out: the folder to make; a killed run leaves `<out>.partial`, and the same call goes on from there.
         overwrite: replace `out`.
-        executor: how fits run: `serial`, `threads` or `processes`. workers: how many at once; up to 4 by default.
+        executor: how fits run: `serial`, `threads` or `processes`. workers: how many at once at most, up to 4 by default.
         progress: called with each job and its result, or None where an earlier run had done it; by default a bar in notebooks
             and on terminals, none with False.
         plan: a plan made before, for this checkpoint; otherwise one is made from the options.
         calibration, tokenizer: as for `convert`; the model is then loaded and run.
-        options: fields of `PlanOptions` and of `SourceOptions`, as for `rpq.plan`, and of `RunOptions`: time_limit, check_source.
+        options: fields of `PlanOptions` and of `SourceOptions`, as for `rpq.plan`, and of `RunOptions`: time_limit, check_source, max_memory.
 
     Raises:
         SourceError, PlanError, EncodeError, FolderError: see their docs. TimeLimitReached: what is done is kept. Nothing is left under
@@ -75,9 +79,10 @@ def convert_checkpoint(
     asked, source, run = take(options, PlanOptions, SourceOptions, RunOptions)
     check_plan_alone(plan, options)
     check_asked(asked, calibrated=calibration is not None, tokenizer=tokenizer, executor=executor, workers=workers)
-    with locked(out):  # from the beginning: what is planned and measured for nothing may take hours
+    with within(run.memory), locked(out):  # from the beginning: what is planned and measured for nothing may take hours
         check_free(out, overwrite=overwrite)
-        opened = open_checkpoint(src, source)
+        fit, seed = (asked.fit, asked.seed) if plan is None else (plan.options.get("fit"), plan.options.get("seed", 0))
+        opened = open_checkpoint(src, source, draw=seed if is_drawn(src, source, fit) else None)
         data = calibration
         if calibration is not None and opened.model is not None:
             data = prepare(calibration, opened.filled(), "calibration", tokenizer=tokenizer)
@@ -110,7 +115,8 @@ def convert_opened(
         )
     run = run or RunOptions()
     how: dict[str, Any] = {"executor": executor, "workers": workers}
-    with locked(out):
+    with within(run.memory), locked(out):
+        needs.check_memory(plan.jobs, available(), drawn=opened.is_drawn)
         data = None if calibration is None else prepare(calibration, opened.filled(), "calibration")
         if data is not None:
             plan = replace(plan, options={**plan.options, "calibration": describe(data)})
@@ -149,9 +155,14 @@ def _fit(
     """
     plan, pieces = folder.plan, folder.pieces
     by_name = {j.name: j for j in plan.jobs}
+    model = None if data is None else opened.give_filled()
     if data is None:
         opened.drop_filled()  # measured for a budget before: a stream needs one tensor at a time
-    source = Witnessed(opened.source if data is None else parameters_of(model := opened.give_filled()))
+    weights = opened.source if model is None else parameters_of(model)
+    std = None
+    if opened.is_drawn and opened.model is not None:
+        weights, std = parameters_of(opened.model), configured_std(opened.model)
+    source = Witnessed(weights)
     done = 0
 
     def keep(job: Job, encoded: Encoded | None) -> None:
@@ -170,7 +181,7 @@ def _fit(
                 f"the time limit of {run.time_limit} is reached: {done} of {len(plan.jobs)} weights are done and kept"
             )
 
-    if data is not None:
+    if data is not None and model is not None:
         convert_calibrated(model, plan, source, data, keep, how, stored=pieces.get)
         return
     for job in plan.jobs:
@@ -178,7 +189,8 @@ def _fit(
             keep(job, None)
     waiting = (j for j in plan.jobs if not pieces.done(j))
     started = count()  # one at least is done, so that every try gets on
-    for encoded in run_jobs(takewhile(lambda job: next(started) == 0 or not run.is_over, waiting), source, **how):
+    at_hand = takewhile(lambda job: next(started) == 0 or not run.is_over, waiting)
+    for encoded in run_jobs(at_hand, source, std=std, **how):
         keep(by_name[encoded.name], encoded)
     check_time()
 

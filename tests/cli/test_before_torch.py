@@ -245,7 +245,7 @@ ALWAYS = {
     "--allow-pickle", "--local-files-only",  # what they permit or forbid is so whether it comes to that or not
     "--output", "--inputs", "--windows", "--layers", "--save", "--data", "--loss", "--recompute", "--recode", "--blocks", "--bfloat16", "--quick",
     "--html", "--effort", "--check", "--version", "--verbose", "--log", "--storage", "--base", "--max-tokens", "--temperature", "--tasks",
-    "--limit",
+    "--limit", "--max-memory", "--max-tensors",
 }  # fmt: skip
 ALWAYS_IN = {("push", "--public"), ("push", "--revision"), ("push", "--token"), ("tune", "--samples"), ("eval", "--samples"),
              ("recalibrate", "--samples"), ("recalibrate", "--workers"), ("recalibrate", "--text"), ("tune", "--text")}  # fmt: skip

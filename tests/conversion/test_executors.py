@@ -233,3 +233,27 @@ def test_workers_end_with_their_parent(tmp_path):
             time.sleep(0.1)
         else:
             raise AssertionError("a worker outlives its parent")
+
+
+@pytest.mark.parametrize("executor", ["threads", "processes"])
+def test_no_more_runs_at_once_than_there_is_room_for(executor):
+    """An item that is larger than the room runs alone; small ones run beside each other."""
+    running, most = set(), []
+    sizes = [3, 3, 3, 9, 1, 1, 1, 1]
+
+    def items():
+        for number in range(len(sizes)):
+            running.add(number)
+            most.append(sum(sizes[i] for i in running))
+            yield number
+
+    found = []
+    for number in run(identity, items(), executor=executor, workers=3, sizes=iter(sizes), room=6):
+        running.discard(number)
+        found.append(number)
+    assert sorted(found) == list(range(len(sizes)))
+    assert max(most) == 9 and sorted(most)[-2] <= 6
+
+
+def identity(number):
+    return number
