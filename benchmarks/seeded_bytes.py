@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 import rpq_convert as rpq
 from rpq_convert.hf import torchvision
+from rpq_convert.running.processor import family
 
 torchvision.fix()  # or transformers and vit-pytorch do not import beside a CPU build of torch
 RECORD = Path(__file__).with_suffix(".json")
@@ -141,20 +142,6 @@ def digest(model: nn.Module) -> str:
     return found.hexdigest()
 
 
-def processor() -> str:
-    """Name the features of this processor by which fits choose their instructions."""
-    flags = set()
-    if Path("/proc/cpuinfo").is_file():
-        line = next(
-            (x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith(("flags", "Features"))), ""
-        )
-        flags = set(line.split())
-    return (
-        " ".join(f for f in ("avx2", "avx512f", "avx512_vnni", "avx512vbmi", "avx512_bf16", "amx_tile") if f in flags)
-        or "other"
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--record", action="store_true", help="write the digests down instead of comparing")
@@ -162,7 +149,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     records = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
-    kind, wrong = f"{processor()}, torch {torch.__version__.partition('+')[0]}", []
+    kind, wrong = f"{family()}, torch {torch.__version__.partition('+')[0]}", []
     known = records.get(kind, {})
     if not known and not args.record:
         sys.exit(

@@ -9,7 +9,8 @@ from rpq_convert.version import __version__
 HELP = {"help_option_names": ["--help", "-h"]}
 SETTINGS: dict[str, Any] = {"no_args_is_help": True, "pretty_exceptions_enable": False, "context_settings": HELP}
 EXIT_CODES = (
-    "Exit codes: 0 done, 2 usage, 3 plan, 4 input or output, 5 verification, 130 interrupted (run again to go on). "
+    "Exit codes: 0 done, 2 usage, 3 plan, 4 input or output, 5 verification, 6 time limit, 130 interrupted, 143 terminated (after "
+    "these three, run again to go on). "
     "RPQ_TRACEBACK=1 in the environment shows where an error arose."
 )
 

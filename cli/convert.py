@@ -1,6 +1,7 @@
 """The commands that plan a conversion, make it and upload it."""
 
 import json as jsonlib
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
-from rpq_convert.conversion.options import QualityOptions
+from rpq_convert.conversion.options import QualityOptions, RunOptions
 from rpq_convert.planning.options import DECIDING, PlanOptions
 from rpq_convert.report.measured import models, summary
+from rpq_convert.running.memory import within
 from rpq_convert.showing import printable
+from rpq_convert.storage.lock import locked
 from rpq_convert.storage.options import SourceOptions
 from rpq_convert.storage.records import read_manifest
 from rpq_convert.storage.room import check_file
@@ -48,6 +51,7 @@ def convert(
     options: PlanOptions,
     source: SourceOptions,
     quality: QualityOptions,
+    running: RunOptions,
     out: o.Out = None,
     device: o.Device = "cpu",
     calibrate: o.Calibrate = None,
@@ -67,13 +71,19 @@ def convert(
         src, o.output_for(src, out), options, source, calibrate=calibrate, samples=samples, text_field=text_field,
         quality=quality, dry_run=dry_run, overwrite=overwrite,
     )  # fmt: skip
-    how = How(device, executor, workers, push_to, public)
+    how = How(device, executor, workers, push_to, public, running)
     run.check(how)
-    run.open()
-    plan = run.plan()
-    if dry_run:
-        return show_plan(plan, src, json=json)
-    report = run.judge(run.convert(plan, how))
+    with (
+        within(running.memory),
+        nullcontext() if dry_run else locked(run.folder),
+    ):  # before hours of measuring and fitting, not after
+        run.open()
+        plan = run.plan(workers)
+        if dry_run:
+            from rpq_convert.conversion.jobs import needed
+
+            return show_plan(plan, src, json=json, needs=needed(plan, workers, drawn=run.opened.is_drawn))
+        report = run.judge(run.convert(plan, how))
     show_report(report, json=json)
     say(f"wrote {run.folder}")
     if push_to:
@@ -145,11 +155,11 @@ def plan(
     checks.source(src, source, weights=sweep or options.measures)
     if sweep:
         return _sweep(src, sweep_out, json, options, source)
-    from rpq_convert.calibration.sensitivity import needs_sensitivities
+    from rpq_convert.conversion.jobs import needed
     from rpq_convert.conversion.plans import open_target, plan_opened
 
     with phase("planned"), progress() as tell:
-        opened = open_target(src, source, measured=needs_sensitivities(options))
+        opened = open_target(src, source, options)
         made = plan_opened(opened, options, progress=partial(tell, "sensitivities"))
     warn(made.warnings)
     detail(chosen(made))
@@ -159,13 +169,15 @@ def plan(
     elif json:
         print(made.to_json())
     else:
-        show_plan(made, src, json=False)
+        show_plan(made, src, json=False, needs=needed(made, drawn=opened.is_drawn))
 
 
-def show_plan(plan: "Plan", src: str, *, json: bool) -> None:
+def show_plan(plan: "Plan", src: str, *, json: bool, needs: str) -> None:
     from rpq_convert.checkpoint.metadata import make_report
 
     show_report(make_report(plan, {}, title=o.name_of(src)), json=json)
+    if not json:
+        print(needs)
 
 
 def _sweep(src: str, file: Path | None, json: bool, options: PlanOptions, source: SourceOptions) -> None:
@@ -173,7 +185,7 @@ def _sweep(src: str, file: Path | None, json: bool, options: PlanOptions, source
 
     known, options = options.sensitivity, replace(options, sensitivity=None)
     with phase("planned"), progress() as tell:
-        opened = open_target(src, source, measured=known is None)
+        opened = open_target(src, source, options, measured=known is None)
         curve = sweep_opened(opened, options, sensitivity=known, progress=partial(tell, "sensitivities"))
     warn(curve.warnings)
     if file is not None:

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from rpq_convert.conversion.asked import check_asked
-from rpq_convert.conversion.options import BEST, FAST, QualityOptions
+from rpq_convert.conversion.options import BEST, FAST, QualityOptions, RunOptions
 from rpq_convert.errors import SourceError
 from rpq_convert.inputs.tables import is_pairs
 from rpq_convert.planning.options import PlanOptions
 from rpq_convert.storage.options import SourceOptions
 from rpq_convert.storage.room import check_free
+from rpq_convert.storage.sources import is_drawn
 
 from . import checks
 from .show import chosen, fitting, progress
@@ -41,6 +42,7 @@ class How:
     workers: int | None = None
     push_to: str | None = None
     public: bool = False
+    running: RunOptions = field(default_factory=RunOptions)
 
 
 @dataclass
@@ -84,7 +86,7 @@ class Conversion:
         checks.source(
             self.src,
             self.source,
-            weights=not self.dry_run or self.options.measures,
+            weights=(not self.dry_run and not self._is_drawn()) or self.options.measures,
             pushes=how.push_to is not None,
         )
         if self.calibrate is not None:
@@ -97,6 +99,9 @@ class Conversion:
             from rpq_convert.checkpoint.publishing import check_login
 
             check_login(how.push_to, token=self.source.token)  # hours before the upload
+
+    def _is_drawn(self) -> bool:
+        return is_drawn(self.src, self.source, self.options.fit)
 
     def _check_data(self, where: str) -> None:
         if where == "self":
@@ -115,7 +120,8 @@ class Conversion:
         from rpq_convert.checkpoint.opening import open_checkpoint
 
         with phase("opened"):
-            self.opened = open_checkpoint(self.src, self.source, need="headers")
+            draw = self.options.seed if self._is_drawn() else None
+            self.opened = open_checkpoint(self.src, self.source, need="headers", draw=draw)
         if self.opened.model is None and not self.dry_run:
             raise SourceError(f"{self.src} has no config.json: give --factory package:callable, which builds its model")
         if self.calibrate is not None:
@@ -136,7 +142,7 @@ class Conversion:
             where, self.opened.src, model=self.opened.model, field=self.text_field, told=told, **hub, **some
         )
 
-    def plan(self) -> Plan:
+    def plan(self, workers: int | None = None) -> Plan:
         """Return the plan; for a conversion the weights are then at hand."""
         from rpq_convert.calibration.sensitivity import needs_sensitivities
 
@@ -148,7 +154,7 @@ class Conversion:
         plan = self._planned()
         if self.dry_run:
             return plan
-        self._check_room(plan)
+        self._check_room(plan, workers)
         before = self.opened.slots()
         self.opened = self.opened.fetched()
         if (
@@ -170,12 +176,17 @@ class Conversion:
         if self.chosen.effort != FAST and self.data is None:
             self.data = self._inputs("self")
 
-    def _check_room(self, plan: Plan) -> None:
-        """Refuse to fetch and fit what the disk has no room for."""
+    def _check_room(self, plan: Plan, workers: int | None) -> None:
+        """Refuse to fetch and fit what memory or the disk has no room for; say what is needed."""
+        from rpq_convert.conversion.jobs import needed
+        from rpq_convert.planning.needs import check_memory
+        from rpq_convert.running.memory import available
         from rpq_convert.storage.room import check_room
         from rpq_convert.storage.writer import bytes_to_write
 
         check_room(self.folder, bytes_to_write(self.folder, plan))
+        check_memory(plan.jobs, available(), drawn=self.opened.is_drawn)
+        say(needed(plan, workers, drawn=self.opened.is_drawn))
 
     def _planned(self) -> Plan:
         from rpq_convert.conversion.plans import plan_opened
@@ -202,7 +213,7 @@ class Conversion:
         with phase("converted"), fitting({j.name: j.dense_bytes for j in plan.jobs}) as callback:
             report = convert_opened(
                 self.opened, self.folder, plan, self.data, overwrite=self.overwrite, executor=how.executor,
-                workers=how.workers, progress=callback,
+                workers=how.workers, progress=callback, run=how.running,
             )  # fmt: skip
         warn(tuple(w for w in report.warnings if w not in plan.warnings))
         return self._tuned() if self.chosen.effort == BEST else report

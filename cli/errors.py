@@ -7,7 +7,9 @@ because only here is it known that the run can go on.
 import errno
 import io
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from functools import wraps
@@ -21,6 +23,11 @@ from rpq_convert.showing import one_line
 from .talk import spoken
 from .wording import as_flags
 
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end (SIGTERM): it ends as with ctrl-C."""
+
+
 CODES: dict[type[BaseException], int] = {
     errors.PlanError: 3,
     errors.CalibrationError: 4,
@@ -30,6 +37,8 @@ CODES: dict[type[BaseException], int] = {
     errors.TuneError: 4,
     OSError: 4,
     errors.VerifyError: 5,
+    errors.TimeLimitReached: 6,
+    Terminated: 143,
     KeyboardInterrupt: 130,
 }
 RESUMABLE = "run the same command again to go on"
@@ -49,7 +58,9 @@ def _is_dead_worker(error: BaseException) -> bool:
 def sentence(error: BaseException) -> str:
     """Return the one line that says what went wrong."""
     if isinstance(error, KeyboardInterrupt):
-        return f"interrupted; {RESUMABLE}"
+        return f"{'terminated' if isinstance(error, Terminated) else 'interrupted'}; {RESUMABLE}"
+    if isinstance(error, errors.TimeLimitReached):
+        return f"{as_flags(one_line(str(error)))}; {RESUMABLE}"
     if _is_dead_worker(error):
         return f"error: a worker process died, perhaps for want of memory; {RESUMABLE}"
     text = as_flags(one_line(str(error))) or type(error).__name__
@@ -65,6 +76,7 @@ def catching(command: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> Any:
         try:
+            heed_termination()
             if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without "…" shows "?"
                 sys.stdout.reconfigure(errors="replace")
             result = command(*args, **kwargs)
@@ -82,6 +94,16 @@ def catching(command: Callable[..., Any]) -> Callable[..., Any]:
             raise typer.Exit(code) from None
 
     return guarded
+
+
+def heed_termination() -> None:
+    """Let SIGTERM end the command as ctrl-C does, unless whoever started it has decided otherwise."""
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)
+
+
+def _terminate(*_: Any) -> None:
+    raise Terminated
 
 
 def flush() -> None:

@@ -1,15 +1,15 @@
 """The commands for a converted folder: its audit, tuning, checks, the way back."""
 
 import json as jsonlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from typer import Argument, Option
 
 from rpq_convert.showing import printable
-from rpq_convert.storage.options import HubOptions
+from rpq_convert.storage.options import HubOptions, SourceOptions
 from rpq_convert.storage.room import check_file, check_free
 from rpq_convert.tuning.options import TuneOptions
 
@@ -20,6 +20,9 @@ from .checks import unused
 from .errors import catching
 from .show import fitting, progress, show_report, width
 from .talk import say
+
+if TYPE_CHECKING:
+    from rpq_convert.checkpoint.against import Comparison
 
 
 @group.command(epilog=examples("rpq audit opt-125m-rpq", "rpq audit opt-125m-rpq --format html --output audit.html"))
@@ -144,7 +147,13 @@ def recalibrate(
     show_report(report, json=json)
 
 
-@group.command(epilog=examples("rpq verify opt-125m-rpq", "rpq verify opt-125m-rpq --quick"))
+@group.command(
+    epilog=examples(
+        "rpq verify opt-125m-rpq",
+        "rpq verify opt-125m-rpq --quick",
+        "rpq verify opt-125m-rpq --against opt-125m/ --all",
+    )
+)
 @catching
 @o.with_options
 def verify(
@@ -153,9 +162,22 @@ def verify(
     quick: Annotated[
         bool, Option("--quick", help="Only sizes, headers, index and manifest: no weight is read, whatever its size.")
     ] = False,
+    against: Annotated[
+        str | None,
+        Option(metavar="SRC", help="Compare with the checkpoint that it was made from: fit a few weights again."),
+    ] = None,
+    all: Annotated[bool, Option("--all", help="With --against: look at every tensor.")] = False,
+    factory: o.Factory = None,
     json: o.Json = False,
 ) -> None:
     """Check a converted folder: hashes, headers, index, shapes, and that every number is finite."""
+    checks.needs("--all", all, "--against", against is not None)
+    checks.needs("--factory", factory, "--against", against is not None)
+    if quick and against is not None:
+        raise unused("--quick", "--against reads weights; leave one out")
+    o.find_modules(factory)
+    if against is not None:
+        checks.pair(against, folder, factory, source)
     checks.token_unused(source, checks.named(folder, source))
     from rpq_convert.checkpoint.verifying import here
     from rpq_convert.checkpoint.verifying import verify as check
@@ -171,11 +193,22 @@ def verify(
             tell(name, sum(sizes[s] for s in seen), sum(sizes.values()))
 
         files = check(place, told, quick=quick)
-    print(
-        jsonlib.dumps({"folder": str(folder), "files": files})
-        if json
-        else printable(f"{folder} is whole: {len(files)} files checked" + (", without hashes" if quick else ""))
-    )
+    compared = None if against is None else _compared(place, against, factory, every=all)
+    if json:
+        print(
+            jsonlib.dumps({"folder": str(folder), "files": files} | ({"against": asdict(compared)} if compared else {}))
+        )
+    else:
+        print(printable(f"{folder} is whole: {len(files)} files checked" + (", without hashes" if quick else "")))
+        if compared:
+            print(printable(f"against {against}: {compared}"))
+
+
+def _compared(folder: Path, src: str, factory: str | None, *, every: bool) -> "Comparison":
+    from rpq_convert.checkpoint.against import compare_with_source
+
+    with progress() as tell:
+        return compare_with_source(folder, src, SourceOptions(factory=factory), every=every, progress=tell)
 
 
 @group.command(epilog=examples("rpq restore opt-125m-rpq opt-125m-dense"))

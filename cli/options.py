@@ -54,7 +54,24 @@ Calibrate = Annotated[
         help=f"Fit each layer to its inputs on {DATA}; or 'self': on synthetic inputs (text that a language model writes, tokens, noise).",
     ),
 ]
-Workers = Annotated[int | None, Option(min=1, help="Fits at once; up to 4 by default.")]
+
+
+def _workers(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise typer.BadParameter(f"{text!r} is neither a whole number of at least 1 nor 'auto'")
+    return int(text)
+
+
+Workers = Annotated[
+    int | None,
+    Option(
+        parser=_workers,
+        metavar="N|auto",
+        help="Fits at once at most. auto, the default: up to 4, as memory has room for.",
+    ),
+]
 Executor = Annotated[Literal["serial", "threads", "processes"], Option(help="How fits run.")]
 DryRun = Annotated[bool, Option("--dry-run", help="Show the plan and the exact sizes; write nothing.")]
 PushTo = Annotated[str | None, Option(metavar="REPO", help="Upload the result to this repository of the hub.")]

@@ -140,7 +140,7 @@ def talking(command: str, given: Mapping[str, Any], *, quiet: bool, verbose: boo
     try:
         if log is not None:
             _now.file = log.open("a", encoding="utf8")
-        with _libraries(quiet=quiet):
+        with _libraries(quiet=quiet), _notices():
             _begin(command, given)
             yield
         took = monotonic() - _now.began
@@ -164,6 +164,24 @@ def _begin(command: str, given: Mapping[str, Any]) -> None:
     told = {k: str(v) for k, v in given.items() if k != "token" and v not in (None, False, [], ())}
     event("begun", command, options=told, versions=known)
     detail(", ".join(f"{name} {version}" for name, version in known.items()))
+
+
+class _Notices(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        warn((record.getMessage(),))
+
+
+@contextmanager
+def _notices() -> Iterator[None]:
+    """Say what the library notices (`showing.notice`) as warnings."""
+    logger, handler = logging.getLogger("rpq_convert"), _Notices()
+    logger.addHandler(handler)
+    before, logger.propagate = logger.propagate, False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = before
 
 
 @contextmanager

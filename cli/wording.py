@@ -3,6 +3,7 @@
 import re
 from dataclasses import fields
 
+from rpq_convert.conversion.options import RunOptions
 from rpq_convert.planning.options import PlanOptions
 from rpq_convert.planning.rules import SETTINGS
 from rpq_convert.storage.options import SourceOptions
@@ -10,7 +11,7 @@ from rpq_convert.tuning.options import TuneOptions
 
 OPTIONS = {
     f.name: f.metadata.get("flag") or f.name.replace("_", "-")
-    for kind in (PlanOptions, SourceOptions, TuneOptions)
+    for kind in (PlanOptions, SourceOptions, RunOptions, TuneOptions)
     for f in fields(kind)
 } | {"overwrite": "overwrite", "calibration": "calibrate", "field": "text-field"}
 PHRASES = {

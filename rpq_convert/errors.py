@@ -32,6 +32,10 @@ class FolderError(OSError):
     """The output folder exists already, or it is not what it should be."""
 
 
+class TimeLimitReached(RuntimeError):
+    """A run stopped because its time was up; what it has done is kept, and the same call goes on."""
+
+
 class VerifyError(ValueError):
     """A checkpoint folder is damaged."""
 

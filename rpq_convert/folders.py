@@ -31,6 +31,7 @@ from rpq_convert.inputs.synthetic import check_own_inputs, own_inputs
 from rpq_convert.report.schema import Report
 from rpq_convert.running.progress import Progress, Say, counted
 from rpq_convert.storage.files import files_beside, refuse_links
+from rpq_convert.storage.lock import locked
 from rpq_convert.storage.options import HubOptions, SourceOptions
 from rpq_convert.storage.records import REPORT, read_manifest
 from rpq_convert.storage.room import check_free
@@ -272,15 +273,16 @@ def tune_folder(
         SourceError, FolderError: as `load` and `save`. CalibrationError: no data. TuneError: as `tune`.
     """
     place = Path(out)
-    check_free(place, overwrite=overwrite)
-    data.check(which)
-    dense, model = which.load()
-    items = data.inputs(dense, which.base, say)
-    if blocks:
-        tune_blocks_with(replace(options, steps=blocks, loss="mse"), model, dense, items, progress=progress)
-    asked = {**data.asked, "window": data.window, "blocks": blocks, **shown(options)}
-    which.note(model, "tune", {**asked, "bfloat16": options.autocast is not None})
-    return _tuned(model, dense, items, options, Path(which.folder), place, progress=progress, overwrite=overwrite)
+    with locked(place):  # from the beginning: hours of tuning would be lost at the end
+        check_free(place, overwrite=overwrite)
+        data.check(which)
+        dense, model = which.load()
+        items = data.inputs(dense, which.base, say)
+        if blocks:
+            tune_blocks_with(replace(options, steps=blocks, loss="mse"), model, dense, items, progress=progress)
+        asked = {**data.asked, "window": data.window, "blocks": blocks, **shown(options)}
+        which.note(model, "tune", {**asked, "bfloat16": options.autocast is not None})
+        return _tuned(model, dense, items, options, Path(which.folder), place, progress=progress, overwrite=overwrite)
 
 
 def tune_written(
@@ -292,10 +294,11 @@ def tune_written(
         data: as for `rpq.convert(calibration=)`. options, progress: as for `tune_folder`.
     """
     dense = opened.give_filled().eval()
-    model: Any = load(folder, factory=opened.options.factory).eval()
-    model._rpq_options = dict(audit(folder).options)
-    items = prepare(data, dense, "data")
-    return _tuned(model, dense, items, options, folder, folder, progress=progress, overwrite=True)
+    with locked(folder):
+        model: Any = load(folder, factory=opened.options.factory).eval()
+        model._rpq_options = dict(audit(folder).options)
+        items = prepare(data, dense, "data")
+        return _tuned(model, dense, items, options, folder, folder, progress=progress, overwrite=True)
 
 
 def _tuned(
@@ -331,14 +334,18 @@ def recalibrate_folder(
         options: those of `recalibrate`.
     """
     place = Path(out)
-    check_free(place, overwrite=overwrite)
-    data.check(which)
-    dense, model = which.load()
-    recalibrate(
-        model, dense, data.inputs(dense, which.base, say), **options | {"progress": options.get("progress") or False}
-    )  # what is quiet stays so
-    which.note(model, "recalibrate", {**data.asked, "calibration": "calibration" in model._rpq_options})
-    return save(model, place, overwrite=overwrite, files=files_beside(which.folder), base=base_in(Path(which.folder)))
+    with locked(place):
+        check_free(place, overwrite=overwrite)
+        data.check(which)
+        dense, model = which.load()
+        inputs = data.inputs(dense, which.base, say)
+        recalibrate(
+            model, dense, inputs, **options | {"progress": options.get("progress") or False}
+        )  # what is quiet stays so
+        which.note(model, "recalibrate", {**data.asked, "calibration": "calibration" in model._rpq_options})
+        return save(
+            model, place, overwrite=overwrite, files=files_beside(which.folder), base=base_in(Path(which.folder))
+        )
 
 
 def coded_sizes(folder: str | Path) -> dict[str, int]:

@@ -7,6 +7,7 @@ formula, a table's own syntax.
 from __future__ import annotations
 
 import html
+import logging
 import re
 import unicodedata
 from typing import Any
@@ -36,6 +37,11 @@ def printable(text: str, *, lines: bool = False) -> str:
 def one_line(text: str) -> str:
     """Return text on one line, printable."""
     return printable(" ".join(re.split(r"[ \t\r\n]+", text.strip())))
+
+
+def notice(text: str) -> None:
+    """Say in one line what a user should know and need not act on: a log record, which Python shows on stderr by default."""
+    logging.getLogger("rpq_convert").warning("%s", one_line(text))
 
 
 def html_text(text: Any) -> str:

@@ -20,7 +20,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import rpq_convert as rpq
-from rpq_convert.errors import FolderError, SourceError, VerifyError
+from rpq_convert.errors import SourceError, VerifyError
 from rpq_convert.inputs.files import tokenizer_of
 from rpq_convert.report.schema import FileRow, Report, Row
 from rpq_convert.showing import csv_cell, markdown_code, markdown_text, one_line, printable
@@ -444,7 +444,7 @@ def test_operators_check_what_they_are_given():
         torch.ops.rpq.decode(codes[:, :1], books, None, None, layout.axis, layout.length, torch.float32)
 
 
-def test_a_stored_piece_that_does_not_fit_is_refused(tmp_path):
+def test_a_stored_piece_that_does_not_fit_is_fitted_again(tmp_path, caplog):
     save_file(build().state_dict(), tmp_path / "dense.safetensors")
     kept = {}
 
@@ -456,27 +456,33 @@ def test_a_stored_piece_that_does_not_fit_is_refused(tmp_path):
     how = {"factory": build, "bits": 4, "grow": True, "executor": "serial"}
     with pytest.raises(KeyboardInterrupt):
         rpq.convert_checkpoint(tmp_path / "dense.safetensors", tmp_path / "out", progress=stop, **how)
-    piece = next((tmp_path / "out.partial/pieces").glob("*.safetensors"))
-    whole, facts = piece.read_bytes(), None
     from safetensors import safe_open
 
+    from rpq_convert.planning.plan import Plan
+    from rpq_convert.storage.pieces import Pieces, sealed
+
+    work = tmp_path / "out.partial"
+    job = next(j for j in Plan.from_dict(json.loads((work / "rpq_plan.json").read_text())).jobs if j.name in kept)
+    piece = Pieces(work).path(job)
     with safe_open(piece, "pt") as f:
-        facts = f.metadata()
-    tensors = load_file(piece)
+        facts = f.metadata()["rpq"]
+    whole, tensors = piece.read_bytes(), load_file(piece)
     codes = tensors["codes"]
     for broken in (
         {**tensors, "codes": codes.float()},
         {**tensors, "codes": codes[:, :1].contiguous()},
         {"codes": codes},
     ):
-        save_file(broken, piece, metadata=facts)
-        with pytest.raises(FolderError, match="run the same command again"):
-            rpq.convert_checkpoint(tmp_path / "dense.safetensors", tmp_path / "out", **how)
+        for seal in (sealed(facts, broken), sealed(facts, tensors)):  # written so, and damaged since
+            save_file(broken, piece, metadata={"rpq": facts, "sha256": seal})
+            assert not Pieces(work).done(job) and not piece.exists()
+            assert f"{piece} of {job.name} is damaged" in caplog.messages[-1]
     piece.write_bytes(whole[:100])
-    with pytest.raises(FolderError, match="run the same command again"):
-        rpq.convert_checkpoint(tmp_path / "dense.safetensors", tmp_path / "out", **how)
-    piece.write_bytes(whole)
     rpq.convert_checkpoint(tmp_path / "dense.safetensors", tmp_path / "out", **how)
+    assert len(caplog.messages) == 7 and "fitted again" in caplog.messages[-1]
+    rpq.convert_checkpoint(tmp_path / "dense.safetensors", tmp_path / "at once", **how)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "at once")]
+    assert weights[0] == weights[1]
 
 
 # ---- code, pickles and links -------------------------------------------------------------------------------------------

@@ -23,43 +23,64 @@ from rpq_convert.core.options import take
 from rpq_convert.errors import SourceError
 from rpq_convert.hf import hub
 from rpq_convert.layers import surgery
+from rpq_convert.layers.initial import initial
 from rpq_convert.layers.surgery import AFTER
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.running.holders import Held, become_held, held_elsewhere, storage_of
 from rpq_convert.running.wrappers import unwrapped
-from rpq_convert.storage.files import GENERATION
+from rpq_convert.storage.files import GENERATION, weight_paths
 from rpq_convert.storage.folder import open_folder
 from rpq_convert.storage.names import plain
 from rpq_convert.storage.names import unwrapped as without_wrappers
 from rpq_convert.storage.options import SourceKeywords, SourceOptions
+from rpq_convert.storage.records import CONFIG, MANIFEST
 from rpq_convert.storage.sources import is_name, located, read_config
 from rpq_convert.storage.unpacking import checked
+from rpq_convert.storage.verified import unchanged, verified
 
 
 @keywords(SourceOptions)
-def load(path: str | Path, *, device: str | torch.device | None = None, **source: Unpack[SourceKeywords]) -> nn.Module:
+def load(
+    path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    verify: bool | None = None,
+    **source: Unpack[SourceKeywords],
+) -> nn.Module:
     """Rebuild a converted model from its folder, in eval mode.
 
     Args:
         path: the folder, or the id of a repository on the hub.
         device: where to put it.
+        verify: compare every tensor with its hash in the manifest, about a second for a gigabyte; by default it is, unless RPQ_VERIFY=0 is
+            in the environment.
         source: fields of `SourceOptions`: `factory` builds the dense model where it is not transformers', and its weights are
             never allocated; `revision`, `token`, `local_files_only` are for a repository.
 
     Raises:
-        SourceError: not an RPQ folder, a newer format, missing or unexpected tensors.
+        SourceError: not an RPQ folder, a newer format, missing or unexpected tensors, a damaged one, or a folder that was replaced while
+            it was read.
     """
     (options,) = take(source, SourceOptions)
     path, options = located(path, options)
     factory = options.factory
-    folder, repository = Path(path), None
+    folder = Path(path)
     if is_name(path):
         repository = hub.find_converted(path, (), options)
         folder = repository.folder
-    config = read_config(folder)
-    if repository is not None:
-        repository.fetch([n for n in (GENERATION,) if n in repository.files])
+        repository.fetch([n for n in (GENERATION, MANIFEST) if n in repository.files])
         repository.fetch_weights()
+    read_config(folder)  # raises where it is none
+    with unchanged([folder / CONFIG, *weight_paths(folder)[0]]):
+        model = _read(folder, factory, verify)
+    for act in AFTER:
+        act(model)
+    return model.to(device) if device is not None else model
+
+
+def _read(folder: Path, factory: Any, verify: bool | None) -> nn.Module:
+    """Return the model of a folder on this machine."""
+    config = read_config(folder)
     if factory is not None:
         model = empty_from_factory(factory)
     elif "model_type" in config:
@@ -74,15 +95,13 @@ def load(path: str | Path, *, device: str | torch.device | None = None, **source
             f"{folder} is not a transformers model: pass factory=, the function that builds the dense model"
         )
     with unwrapped(model) as inside:
-        fill(inside, config["quantization_config"], without_wrappers(open_folder(folder)))
+        fill(inside, config["quantization_config"], without_wrappers(verified(open_folder(folder), folder, verify)))
     compute_buffers(model, factory)
     if hasattr(model, "generation_config") and (folder / GENERATION).is_file():
         from rpq_convert.hf import loading
 
         loading.read_generation(model, folder)
-    for act in AFTER:
-        act(model)
-    return model.to(device) if device is not None else model
+    return model
 
 
 def fill(model: nn.Module, config: Mapping[str, Any], source: Any) -> None:
@@ -113,8 +132,6 @@ def fill(model: nn.Module, config: Mapping[str, Any], source: Any) -> None:
         names = [name + parted + part for name in (stem, contents.tied.get(stem, stem), *tied.get(stem, []))]
         key = next((n for n in names if n in source), None)
         if key is None and fills_itself(model, full):
-            from rpq_convert.hf.module_source import initial
-
             _put(places, initial(model, full), value, held)
             continue
         if key is None:

@@ -23,8 +23,11 @@ from rpq_convert.report.schema import FileRow, Report, read_report
 from rpq_convert.schemas import kinds
 from rpq_convert.schemas.checking import read_json
 from rpq_convert.schemas.kinds import FORMAT_VERSION
+from rpq_convert.storage.assembly import write_file
+from rpq_convert.storage.lock import locked
+from rpq_convert.storage.manifest import amend, made_now, write_manifest
 from rpq_convert.storage.records import CARD, CHART, CONFIG, PLAN, REPORT
-from rpq_convert.storage.writer import Folder, amend, write_file, write_manifest
+from rpq_convert.storage.writer import Folder
 from rpq_convert.version import __version__
 
 
@@ -167,7 +170,7 @@ def renew(
     report = replace(report, files=sizes, predicted_bytes=written)
     write_file(folder / REPORT, report.to_json())
     listed = {name: p for name, p in (files | {REPORT: folder / REPORT}).items() if name != CARD}
-    write_manifest(folder, listed, not_finite)
+    write_manifest(folder, listed, not_finite, made_now(plan))
 
 
 def add_evaluation(folder: Path, on: str, found: Evaluation) -> Report:
@@ -176,9 +179,10 @@ def add_evaluation(folder: Path, on: str, found: Evaluation) -> Report:
     Args:
         on: the name of what was measured on, such as a file's.
     """
-    report = with_evaluation(read_report(folder / REPORT), on, found)
-    card = folder / CARD
-    amend(folder, {REPORT: report.to_json(), CARD: with_quality(card.read_text("utf8"), report)})
+    with locked(folder):
+        report = with_evaluation(read_report(folder / REPORT), on, found)
+        card = folder / CARD
+        amend(folder, {REPORT: report.to_json(), CARD: with_quality(card.read_text("utf8"), report)})
     return report
 
 

@@ -7,7 +7,6 @@ headers alone, from which a size can be planned but nothing converted. Each is a
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from rpq_convert.checkpoint.drawn import Drawn
 from rpq_convert.checkpoint.extra_state import EXTRA, has_extra_state, set_extra_states
 from rpq_convert.checkpoint.factories import Factory, find_factory
 from rpq_convert.core import description
@@ -25,6 +25,7 @@ from rpq_convert.hf import hub
 from rpq_convert.hf.model_card import Base, base_in
 from rpq_convert.layers import surgery
 from rpq_convert.planning.announced import refuse_config
+from rpq_convert.planning.bounds import tensors_allowed
 from rpq_convert.planning.quantized import refuse_parts
 from rpq_convert.planning.slots import Slot, walk, walk_headers
 from rpq_convert.report.schema import Dropped
@@ -36,6 +37,8 @@ from rpq_convert.storage.files import files_beside, files_in, refuse_links, weig
 from rpq_convert.storage.folder import open_folder
 from rpq_convert.storage.names import missing, under_names, unwrapped
 from rpq_convert.storage.options import SourceOptions
+from rpq_convert.storage.origin import Origin
+from rpq_convert.storage.reader import mapped
 from rpq_convert.storage.records import CARD, CONFIG
 from rpq_convert.storage.sources import check_source, is_name, located
 
@@ -71,12 +74,19 @@ class Opened:
         return path.resolve().name if path.exists() else path.name
 
     @property
-    def origin(self) -> str:
-        """What the weights come from, as text: the name, size and time of every file."""
+    def origin(self) -> Origin:
+        """What the weights come from."""
+        hub = is_name(self.src)
+        where = (str(self.src), self.options.revision) if hub else (None, None)
+        if isinstance(self.source, Drawn):
+            return Origin({self.source.config: ()}, *where)
         infos = getattr(self.source, "infos", None) or self.source.source.infos
-        files = sorted({i.file for i in infos.values()})
-        facts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        return json.dumps(facts, indent=1)
+        return Origin.of(infos.values(), *where)
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether it has no weights of its own: they are drawn."""
+        return isinstance(self.source, Drawn)
 
     def slots(self) -> tuple[Slot, ...]:
         """Return its parameters and buffers: the model's, or what tensor names and shapes suggest; and what is kept beside them."""
@@ -107,14 +117,15 @@ class Opened:
         return self if self.has_weights else open_checkpoint(self.src, self.options, model=self.model)
 
     def filled(self) -> nn.Module:
-        """Return the model with its weights, read once; without a source it is as it came, perhaps on meta."""
+        """Return the model with its weights, mapped where files allow it; without a source it is as it came, perhaps on meta."""
         assert self.model is not None
         if self.source is None:
             return self.model
         if self._filled is None:
             factory = self.options.factory  # a copy of a model would share what its functions close over
             empty = copy.deepcopy(self.model) if factory is None else empty_from_factory(factory)
-            model = compute_buffers(fill(empty, self.source), factory)
+            with mapped(self.source):
+                model = compute_buffers(fill(empty, self.source), factory)
             self._filled = set_extra_states(model, {**getattr(self.source, "extra", {})})
         return self._filled
 
@@ -154,6 +165,7 @@ def open_checkpoint(
     *,
     need: Literal["headers", "weights"] = "weights",
     model: nn.Module | None = None,
+    draw: int | None = None,
 ) -> Opened:
     """Find a checkpoint and pair it with its empty model.
 
@@ -162,12 +174,13 @@ def open_checkpoint(
         options: how it is found and read.
         need: what for. `"headers"` is for a plan: a local config suffices, of a repository the headers are checked too.
         model: its empty model, where it was built before.
+        draw: the seed of weights that are drawn, so that nothing but its config and what lies beside the weights is read.
 
     Raises:
         SourceError: nothing found, a broken file, keys that do not fit the model, an already quantized checkpoint.
     """
     src, options = located(src, options)
-    check_source(src, options, weights=need == "weights")
+    check_source(src, options, weights=need == "weights" and draw is None)
     folder, repository = Path(src), None
     if is_name(src):
         repository = hub.find(src, (CONFIG,) if need != "weights" else (CONFIG, CARD), options)
@@ -193,11 +206,13 @@ def open_checkpoint(
         return opened
     if not folder.is_dir():
         raise SourceError(f"{src} is a file; give its folder, or a factory for a bare weight file")
-    _open_transformers(opened, folder, repository, need)
+    _open_transformers(opened, folder, repository, need, draw)
     return opened
 
 
-def _open_transformers(opened: Opened, folder: Path, repository: hub.Repository | None, need: str) -> None:
+def _open_transformers(
+    opened: Opened, folder: Path, repository: hub.Repository | None, need: str, draw: int | None
+) -> None:
     """Pair a transformers checkpoint with its model, if it had none, and account for its tensors."""
     from rpq_convert.hf import loading
     from rpq_convert.hf.module_source import ModuleSource
@@ -209,7 +224,10 @@ def _open_transformers(opened: Opened, folder: Path, repository: hub.Repository 
         raise SourceError(f"{opened.src} holds an adapter (adapter_config.json): merge it into its base and save that")
     config, named = loading.load_config(folder), raw.get("transformers_weights")
     opened.config = {k: v for k, v in raw.items() if k != "transformers_weights"}
-    if need == "weights":
+    if draw is not None:
+        _take_beside(opened, folder, repository)
+        found = None
+    elif need == "weights":
         _take_beside(opened, folder, repository)
         found, opened.has_weights = _tensors(folder, repository, opened.options, need, named)
     else:
@@ -217,7 +235,12 @@ def _open_transformers(opened: Opened, folder: Path, repository: hub.Repository 
         opened.notes += said
     if (stored := loading.stored_dtype(config, found)) is not None:
         opened.config["dtype"] = dtype_name(stored)
-    opened.model = opened.model or loading.build_empty(config, stored)
+    if opened.model is None:
+        most = tensors_allowed(None if found is None else len(found), opened.options.max_tensors)
+        opened.model = loading.build_empty(config, stored, most)
+    if draw is not None:
+        opened.source, opened.has_weights = Drawn(opened.model, draw, folder / CONFIG), True
+        opened.notes += opened.source.notes()
     if found is not None:
         opened.notes += getattr(found, "notes", [])
         at_hand = opened.has_weights or repository is None

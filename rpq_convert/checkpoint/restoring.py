@@ -22,10 +22,13 @@ from rpq_convert.planning.plan import Plan, Skip
 from rpq_convert.running.progress import Progress
 from rpq_convert.storage.files import files_beside
 from rpq_convert.storage.folder import open_folder
+from rpq_convert.storage.lock import locked
 from rpq_convert.storage.options import HubKeywords, HubOptions
+from rpq_convert.storage.origin import Origin
 from rpq_convert.storage.records import CONFIG
 from rpq_convert.storage.sources import read_config
 from rpq_convert.storage.unpacking import checked
+from rpq_convert.storage.verified import verified
 from rpq_convert.storage.writer import Folder
 
 
@@ -39,7 +42,7 @@ def restore_checkpoint(
     progress: Progress | None = None,
     **hub: Unpack[HubKeywords],
 ) -> Plan:
-    """Write a plain dense checkpoint from an RPQ folder, one tensor in memory at a time (plus one weight file).
+    """Write a plain dense checkpoint from an RPQ folder, one tensor in memory at a time. A killed run goes on with the next weight file.
 
     Args:
         path: the folder, or the id of a repository on the hub, which is then fetched; `hub` as for `audit`.
@@ -48,18 +51,26 @@ def restore_checkpoint(
     from rpq_convert.core.sizes import parse_size
 
     (options,) = take(hub, HubOptions)
-    folder = here(path, options)
+    with locked(out):
+        return _restore(here(path, options), out, parse_size(max_shard_size), progress, overwrite=overwrite)
+
+
+def _restore(folder: Path, out: str | Path, shard: int, progress: Progress | None, *, overwrite: bool) -> Plan:
     config = read_config(folder)
     contents = description.read_all(config["quantization_config"])
-    source = checked(open_folder(folder), contents)
+    stored = verified(open_folder(folder), folder)
+    source = checked(stored, contents)
     infos = {k: source.infos[k] for k in source}
     kept = {k: i for k, i in infos.items() if not contents.is_guard(k, i) and not _part_of(k, contents.modules)}
     if twice := sorted(set(kept) & set(contents.modules)):
         raise SourceError(f"{twice[0]} is in the weight files, and described as an RPQ weight as well")
     skips = [Skip(k, (), "", i.shape, dtype_name(i.dtype), "dense") for k, i in kept.items()]
     skips += [Skip(n, (), "", d.shape, dtype_name(d.dtype), "decoded") for n, d in contents.modules.items()]
-    plan = Plan((), tuple(skips), {}, parse_size(max_shard_size))
-    target = Folder(out, plan, overwrite=overwrite)
+    plan = Plan((), tuple(skips), {}, shard)
+    target = Folder(out, plan, overwrite=overwrite, origin=Origin.of(stored.infos.values()), keeps_plan=False)
+    if target.is_complete:
+        target.finish()
+        return plan
 
     sizes, done = {s.name: s.nbytes for s in skips}, 0
 
@@ -75,11 +86,12 @@ def restore_checkpoint(
             return source[name]
         return decoded(source, name, contents.modules[name])
 
+    target.compare(lambda job: source[job.name], dense)
     target.write_weights(told)
+    target.check_source(lambda job: source[job.name], dense)
     if "model_type" in config:
         target.write(CONFIG, json.dumps(without_description(config), indent=1))
     target.copy(files_beside(folder))
-    (target.work / "rpq_plan.json").unlink()
     target.finish()
     return plan
 

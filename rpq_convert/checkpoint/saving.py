@@ -29,6 +29,7 @@ from rpq_convert.report.schema import Report
 from rpq_convert.running.offload import is_hooked, onloaded
 from rpq_convert.running.wrappers import unwrapped
 from rpq_convert.storage.files import GENERATION, named_files
+from rpq_convert.storage.lock import locked
 from rpq_convert.storage.writer import Folder
 
 
@@ -57,7 +58,7 @@ def save(
             tensor nor JSON values); a file that is not there, or whose path leaves the folder.
         FolderError: the folder already exists.
     """
-    with unwrapped(model) as inside:
+    with locked(out), unwrapped(model) as inside:
         return _save(inside, out, overwrite, max_shard_size, named_files(files), base)
 
 
@@ -89,7 +90,7 @@ def _save(
         with onloaded(rpq):
             tensors = {k: t.cpu().contiguous() for k, t in rpq.stored().items()}
         measured = {k: record[k] for k in MEASURED if k in record}
-        folder.put(job, Encoded(job.name, tensors, zero_row=rpq.zero_row, **measured))
+        folder.pieces.put(job, Encoded(job.name, tensors, zero_row=rpq.zero_row, **measured))
 
     def tensor(name: str) -> Tensor:
         if name in extra:

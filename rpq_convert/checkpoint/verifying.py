@@ -90,12 +90,31 @@ def _check_files(
             raise VerifyError(f"{file} is missing")
         if name in edited:
             continue
-        if (size := file.stat().st_size) != facts["bytes"]:
+        size = file.stat().st_size
+        known = [f for f in (facts, facts.get("earlier")) if f]  # two, where a kill ended a change
+        if all(size != f["bytes"] for f in known):
             raise VerifyError(f"{file} has {size} bytes, the manifest says {facts['bytes']}")
-        if hashes and sha256(file) != facts["sha256"]:
-            raise VerifyError(f"{file} does not match its sha256 in the manifest")
+        if hashes and sha256(file) not in [f["sha256"] for f in known]:
+            raise VerifyError(
+                f"{file} does not match its sha256 in the manifest{_damaged(file, facts.get('tensors', {}))}"
+            )
         if progress:
             progress(name)
+
+
+def _damaged(file: Path, tensors: dict[str, str]) -> str:
+    """Return which tensors of a weight file are damaged, as the end of a sentence; empty where that cannot be told."""
+    if not tensors:
+        return ""
+    from rpq_convert.storage.assembly import digest
+    from rpq_convert.storage.reader import SafetensorsSource, read_header
+
+    try:
+        source = SafetensorsSource([read_header(file)])
+        wrong = [name for name, known in tensors.items() if name not in source or digest(source[name]) != known]
+    except SourceError as e:
+        return f": {e}"
+    return f": {', '.join(wrong[:3])}{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}" if wrong else ""
 
 
 def _check_tensors(folder: Path, not_finite: Collection[str]) -> None:

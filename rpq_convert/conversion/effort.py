@@ -24,11 +24,12 @@ from rpq_convert.schemas import kinds
 from rpq_convert.schemas.checking import read_json
 from rpq_convert.showing import duration
 from rpq_convert.storage.records import PLAN
+from rpq_convert.storage.swap import work_of
 from rpq_convert.tuning.options import TuneOptions
 
 ENOUGH = 6  # code bits from which weights alone are enough
 PATIENCE = 600  # seconds that a default may take
-COPIES = 2.5  # of the dense weights, that calibration has in memory
+COPIES = 1.2  # of the dense weights: they are mapped, so that less does, but then they are read from the disk again and again
 REFERENCE = 50e9  # operations per second of the products where `configs/quality.json` was measured
 SIDE, TIMES = 512, 5  # of the product that this machine's rate is measured by
 
@@ -50,7 +51,7 @@ class Chosen:
 
 def begun(folder: Path) -> str | None:
     """Return the effort of an unfinished run into this folder, which goes on with it; None where there is none."""
-    plan = folder.with_name(folder.name + ".partial") / PLAN
+    plan = work_of(folder) / PLAN
     if not plan.is_file():
         return None
     try:

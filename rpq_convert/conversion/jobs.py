@@ -6,8 +6,10 @@ source (name -> tensor) -> encode(job, tensor) in an executor -> install in the 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import tee
 from typing import Any
 
 import torch
@@ -18,7 +20,11 @@ from rpq_convert.conversion.asked import check_executor
 from rpq_convert.conversion.executors import run
 from rpq_convert.core.results import Encoded, Statistics
 from rpq_convert.encoding.encode import encode
-from rpq_convert.planning.plan import Job
+from rpq_convert.planning import needs
+from rpq_convert.planning.plan import Job, Plan
+from rpq_convert.running.memory import available
+
+SPARE = 0.9  # of the memory that is left, for fits
 
 
 def _encode(item: tuple[Job, Tensor, float | None, Statistics | None, Mapping[str, Tensor] | None]) -> Encoded:
@@ -36,10 +42,10 @@ def run_jobs(
     statistics: Mapping[str, Statistics | None] | None = None,
     start: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Iterator[Encoded]:
-    """Encode every job, in order of completion; at most `workers` tensors are in memory.
+    """Encode every job, in order of completion; at most `workers` tensors are in memory, and as many as it has room for.
 
     Raises:
-        PlanError: an executor that there is not, or workers that it does not have.
+        PlanError: an executor that there is not, workers that it does not have, or a weight that memory has no room for.
     """
     check_executor(executor, workers)
 
@@ -47,9 +53,21 @@ def run_jobs(
         tensor = either(source, (job.name, *job.aliases)).detach().to(getattr(torch, job.dtype))
         return job, tensor, std, (statistics or {}).get(job.name), (start or {}).get(job.name)
 
-    items = map(item, jobs)
-    yield from run(_encode, items, executor=executor, workers=workers or default_workers())
+    first, second = tee(jobs)
+    own = needs.BASE if executor == "processes" else 0  # of a process that another one fits in
+    sizes = (needs.fit_bytes(job) + own for job in second)
+    left = available()
+    room = math.inf if left is None else SPARE * left
+    yield from run(
+        _encode, map(item, first), executor=executor, workers=workers or default_workers(), sizes=sizes, room=room
+    )
 
 
 def default_workers() -> int:
     return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def needed(plan: Plan, workers: int | None = None, *, drawn: bool = False) -> str:
+    """Return in words what memory and disk a conversion to a folder needs."""
+    disk = plan.file_bytes + sum(sum(j.nbytes.values()) for j in plan.jobs)
+    return needs.described(plan, workers or default_workers(), disk, drawn=drawn)

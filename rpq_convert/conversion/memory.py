@@ -26,6 +26,7 @@ from rpq_convert.core.keywords import keywords
 from rpq_convert.core.options import take
 from rpq_convert.core.results import Encoded
 from rpq_convert.encoding.encode import build
+from rpq_convert.encoding.init_std import configured_std
 from rpq_convert.encoding.measure import set_record
 from rpq_convert.errors import PlanError
 from rpq_convert.evaluation.check import quick_check
@@ -151,15 +152,13 @@ def _convert(
     unknown = [j.name for j in plan.jobs if j.name not in source]
     if unknown:
         raise PlanError(f"the plan is for another model: it has no parameter {unknown[0]}")
-    config = getattr(model, "config", None)  # OPT and a few others call it init_std
-    std = next((v for n in ("initializer_range", "init_std") if (v := getattr(config, n, None))), None)
     if data is not None:
         plan = replace(plan, options={**plan.options, "calibration": describe(data)})
         convert_calibrated(model, plan, source, data, progress, how)
     else:
         results: dict[str, Encoded] = {}
         by_name = {j.name: j for j in plan.jobs}
-        for encoded in run_jobs(plan.jobs, source, std=std if _on_meta(source) else None, **how):
+        for encoded in run_jobs(plan.jobs, source, std=configured_std(model) if _on_meta(source) else None, **how):
             results[encoded.name] = encoded
             if progress:
                 progress(by_name[encoded.name], encoded)

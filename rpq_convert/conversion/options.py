@@ -1,13 +1,17 @@
-"""QualityOptions: how much a conversion takes care of quality, and how it is judged. Free of torch."""
+"""QualityOptions: how much a conversion takes care of quality, and how it is judged. RunOptions: how it runs. Free of torch."""
 
 from __future__ import annotations
 
+import math
+import time
 from dataclasses import dataclass
+from typing import TypedDict
 
 from rpq_convert.core.options import check_values, setting
+from rpq_convert.core.sizes import parse_seconds, parse_size
 from rpq_convert.errors import PlanError
 
-PANEL = "Quality"
+PANEL, RUN = "Quality", "Run"
 FAST, GOOD, BEST = EFFORTS = ("fast", "good", "best")
 
 
@@ -50,3 +54,56 @@ class QualityOptions:
     @property
     def seconds(self) -> float:
         return 60.0 if self.check_seconds is None else self.check_seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How a conversion into a folder runs; none of this changes what it writes. Its time begins when this is made.
+
+    Raises:
+        PlanError: a time or a size that is none.
+    """
+
+    time_limit: str | float | None = setting(
+        None,
+        "Stop after this time, such as 90s, 30min or 2h, once the weights at hand are done; the same command then goes on.",
+        metavar="TIME", panel=RUN,
+    )  # fmt: skip
+    check_source: bool = setting(
+        False,
+        "Compare every byte of the source with what an earlier run was fitted to, and again at the end. Otherwise sizes, headers and a "
+        "sample of every tensor are compared, and all of it only where files have other times.",
+        panel=RUN,
+    )  # fmt: skip
+
+    max_memory: str | int | None = setting(
+        None,
+        "Memory that the conversion may take in all, such as 4GiB: as many fits run at once as it has room for. By default what the "
+        "machine, the container and ulimit leave.",
+        metavar="SIZE", panel=RUN,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if self.max_memory is not None:
+            parse_size(self.max_memory)
+        seconds = math.inf if self.time_limit is None else parse_seconds(self.time_limit)
+        object.__setattr__(self, "_end", time.monotonic() + seconds)
+
+    @property
+    def memory(self) -> int | None:
+        """The bytes that it may take."""
+        return None if self.max_memory is None else parse_size(self.max_memory)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its time is up."""
+        end: float = self._end  # type: ignore[attr-defined]
+        return time.monotonic() >= end
+
+
+class RunKeywords(TypedDict, total=False):
+    """What callers may give for the fields of `RunOptions`, for type checkers."""
+
+    time_limit: str | float | None
+    check_source: bool
+    max_memory: str | int | None

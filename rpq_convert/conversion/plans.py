@@ -23,6 +23,7 @@ from rpq_convert.planning.quantized import refuse_model
 from rpq_convert.report.curve import Curve
 from rpq_convert.running.wrappers import unwrapped
 from rpq_convert.storage.options import SourceKeywords, SourceOptions
+from rpq_convert.storage.sources import is_drawn
 
 
 class ConversionKeywords(PlanKeywords, SourceKeywords, total=False):
@@ -49,7 +50,7 @@ def plan(target: nn.Module | str | Path | Any, **options: Unpack[ConversionKeywo
     """
     asked, source = take(options, PlanOptions, SourceOptions)
     with unwrapped(target) as inside:
-        return plan_opened(open_target(inside, source, measured=needs_sensitivities(asked)), asked)
+        return plan_opened(open_target(inside, source, asked), asked)
 
 
 @keywords(PlanOptions, SourceOptions)
@@ -67,19 +68,27 @@ def sweep(target: nn.Module | str | Path | Any, *, points: int = 24, **options: 
     sensitivity = options.pop("sensitivity", None)
     asked, source = take(options, PlanOptions, SourceOptions)
     with unwrapped(target) as inside:
-        opened = open_target(inside, source, measured=sensitivity is None)
+        opened = open_target(inside, source, asked, measured=sensitivity is None)
         return sweep_opened(opened, asked, points=points, sensitivity=sensitivity)
 
 
-def open_target(target: Any, source: SourceOptions, *, measured: bool) -> Opened:
-    """Find what to plan for; with weights only where they are to be measured and lie on this machine."""
+def open_target(target: Any, source: SourceOptions, options: PlanOptions, *, measured: bool | None = None) -> Opened:
+    """Find what to plan for; with weights only where they are to be measured and lie on this machine.
+
+    Args:
+        options: of the plan. measured: whether it is measured whatever they say.
+    """
     if isinstance(target, nn.Module):
         return Opened(target, None)
     if not isinstance(target, (str, Path)):
         from rpq_convert.hf import loading
 
         return Opened(loading.build_empty(target), None)
-    return open_checkpoint(target, source, need="weights" if measured and Path(target).exists() else "headers")
+    draw = options.seed if is_drawn(target, source, options.fit) else None
+    measured = needs_sensitivities(options) if measured is None else measured
+    return open_checkpoint(
+        target, source, need="weights" if measured and Path(target).exists() else "headers", draw=draw
+    )
 
 
 def plan_opened(

@@ -24,12 +24,14 @@ def in_file_order(entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) ->
     return sorted(entries, key=lambda key: (-RANKS.get(entries[key][0], 0), key))
 
 
-def header(entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
-    """Return the safetensors header of these tensors, padded as the library writes it (metadata format=pt).
+def header(
+    entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """Return the safetensors header of these tensors, padded as the library writes it (metadata format=pt, and what is given).
 
     A dtype that the format lacks is named as torch names it: such a model can be planned and converted, but not written.
     """
-    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    table: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     at = 0
     for key in in_file_order(entries):
         dtype, shape = entries[key]

@@ -1,6 +1,9 @@
-"""Sizes as people write them: 5GB, 300MiB. Free of torch."""
+"""Sizes and times as people write them: 5GB, 300MiB, 2h, 30 min. Free of torch."""
 
 from __future__ import annotations
+
+import math
+import re
 
 from rpq_convert.errors import PlanError
 
@@ -27,3 +30,23 @@ def parse_size(text: str | float) -> int:
     if value < 1:
         raise PlanError(f"size {text!r} must be positive")
     return value
+
+
+_UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
+
+
+def parse_seconds(text: str | float) -> float:
+    """Return a time in seconds, given as a number of them or as text such as `90 s`, `30 min`, `2h` or `1h30m`.
+
+    Raises:
+        PlanError: it is none, or not above 0.
+    """
+    plain = re.sub(r"\s+", "", str(text).lower())
+    parts = re.findall(r"(\d+(?:\.\d+)?)(min|[smhd])", plain)
+    if parts and "".join(number + unit for number, unit in parts) == plain:
+        seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
+    else:
+        seconds = float(plain) if isinstance(text, float) or re.fullmatch(r"\d+(\.\d+)?", plain) else 0.0
+    if not 0 < seconds < math.inf:
+        raise PlanError(f"{text!r} is no time; give one such as 90s, 30min, 2h or 1h30m")
+    return seconds

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rpq_convert.core.axes import WeightView
 from rpq_convert.core.results import Encoded, Statistics
 from rpq_convert.core.rotation import rotate, rotate_weight
 from rpq_convert.core.spec import CODEBOOK_DTYPES, DTYPES, dtype_of
 from rpq_convert.encoding.init_std import default_std
 from rpq_convert.encoding.measure import output_errors, weight_errors
 from rpq_convert.errors import EncodeError
+from rpq_convert.fit.matrix import PART, Matrix, step_of
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning.plan import Job
 
@@ -45,25 +47,38 @@ def encode(
         raise EncodeError(f"{job.name}: the plan says {list(job.shape)}, the tensor is {list(tensor.shape)}")
     if tensor.is_meta and not job.is_random:
         raise EncodeError(f"{job.name}: the tensor is on meta, so there is nothing to fit; use fit='random'")
-    dense = given = tensor.detach().to("cpu", torch.float32) if not tensor.is_meta else tensor
-    seen, statistics = statistics, statistics and _grouped(statistics, job)
-    if not tensor.is_meta and not torch.isfinite(dense.sum()) and not torch.isfinite(dense).all():
-        bad = int((~torch.isfinite(dense)).sum())
-        raise EncodeError(f"{job.name} {list(job.shape)} holds {bad} NaN or infinite values; fix or exclude it")
-    if job.spec.rotation and not job.is_random:
-        dense = rotate_weight(dense, job.weight_view, job.spec.rotation)
-        statistics = statistics and _rotated(statistics, job.spec.rotation)
-    encoded = _random(job, dense, std) if job.is_random else _fit(job, dense, statistics, start)
+    given = tensor if tensor.is_meta else tensor.detach().to("cpu")
+    if not tensor.is_meta:
+        _check_finite(job, given)
+    if job.is_random:
+        encoded = _random(job, given, std)
+    else:
+        if statistics is not None or job.spec.rotation or job.spec.outliers:
+            given = given.float()  # else no wide copy of it is made
+        dense, seen = given, statistics and _grouped(statistics, job)
+        if job.spec.rotation:
+            dense = rotate_weight(dense, job.weight_view, job.spec.rotation)
+            seen = seen and _rotated(seen, job.spec.rotation)
+        encoded = _fit(job, dense, seen, start)
     tensors, dead, zero_row = encoded
     measured: dict[str, Any] = {}
     if not job.is_random:
         rpq = build(job, tensors, zero_row, dtype=torch.float32)
         measured["error"], measured["worst"] = weight_errors(given, rpq)
-        if seen is not None:
-            measured["inputs"] = seen.inputs
-            found = output_errors(given, rpq().detach(), rpq, seen.hessian)
+        if statistics is not None:
+            measured["inputs"] = statistics.inputs
+            found = output_errors(given, rpq().detach(), rpq, statistics.hessian)
             measured["output_error"], measured["worst_output"] = found
     return Encoded(job.name, tensors, dead=dead, seconds=time.perf_counter() - began, zero_row=zero_row, **measured)
+
+
+WIDE = 1 << 26  # numbers of a tensor of which a wide copy may be made
+
+
+def _check_finite(job: Job, given: Tensor) -> None:
+    parts = torch.split(given.reshape(-1), PART)
+    if bad := sum(int((~torch.isfinite(part)).sum()) for part in parts if not torch.isfinite(part.float().sum())):
+        raise EncodeError(f"{job.name} {list(job.shape)} holds {bad} NaN or infinite values; fix or exclude it")
 
 
 def build(job: Job, tensors: Mapping[str, Tensor], zero_row: int | None, dtype: torch.dtype | None = None) -> RPQWeight:
@@ -88,16 +103,26 @@ LARGE = 1
 UNEVEN, NEAR, NOTHING, LEAST_BITS = -1.2, 0.1, 1e-3, 4
 
 
-def _importance(job: Job, matrix: Tensor) -> Tensor | str | None:
+def _importance(job: Job, matrix: Matrix) -> Tensor | str | None:
     """Return how much the errors of weights [n, L] count that are fitted without statistics."""
     spec = job.spec
     if spec.bits >= LEAST_BITS and spec.scales is not None:
-        spread = matrix.square().mean(1 if spec.axis == "in" else 0, keepdim=True).sqrt()  # 1, or a power of two
-        size = (matrix / spread.clamp_min(torch.finfo(torch.float32).tiny)).abs()
-        counted = size[size > NOTHING]  # what is as good as zero says nothing of the others
-        if counted.numel() and float(counted.log().mean(dtype=torch.float64)) < UNEVEN:
-            return 1 / (size.square() + NEAR**2)
+        total, count, outputs = 0.0, 0, 0 if spec.axis == "in" else 1
+        for part in matrix.parts(outputs):
+            size = _relative(part, outputs)
+            counted = size > NOTHING  # what is as good as zero says nothing of the others
+            total += float(size.where(counted, 1.0).log_().sum(dtype=torch.float64))
+            count += int(counted.sum())
+        if count and total / count < UNEVEN:
+            near = [1 / (_relative(part, outputs).square_() + NEAR**2) for part in matrix.parts(outputs)]
+            return torch.cat(near, outputs)
     return "size" if spec.stages == 1 and spec.dim <= LARGE and spec.rate is None else None
+
+
+def _relative(part: Tensor, outputs: int) -> Tensor:
+    """Return the size of weights relative to the spread of their output, which lies along this axis: 1, or a power of two."""
+    spread = part.square().mean(1 - outputs, keepdim=True).sqrt_()
+    return (part / spread.clamp_min_(torch.finfo(torch.float32).tiny)).abs_()
 
 
 def _outliers(job: Job, dense: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -145,6 +170,21 @@ def _scales(job: Job, scales: Tensor) -> Tensor:
     return stored
 
 
+def _zero_row(job: Job, dense: Tensor) -> int | None:
+    """Return the padding row of a table, where it holds zeros."""
+    return job.padding_idx if job.padding_idx is not None and not dense[job.padding_idx].any() else None
+
+
+def _divisors(job: Job, exact: Tensor) -> Tensor:
+    """Return what the matrix is divided by, as `Matrix` takes it: its row scales, where they are not zero."""
+    view, over = job.weight_view, torch.where(exact > 0, exact, 1.0)
+    if job.spec.axis == "in":
+        return over.reshape(-1, 1)
+    if "expert" in view.axes[1:]:  # rows of an expert are not side by side
+        return view.to_matrix(over.expand(job.shape), "out")
+    return over.reshape(-1, job.shape[view.axes.index("out")])
+
+
 def _fit(
     job: Job, dense: Tensor, statistics: Statistics | None, start: Mapping[str, Tensor] | None
 ) -> tuple[dict[str, Tensor], int, int | None]:
@@ -152,35 +192,37 @@ def _fit(
 
     spec, view = job.spec, job.weight_view
     tensors: dict[str, Tensor] = {}
-    zero_row = job.padding_idx if job.padding_idx is not None and not dense[job.padding_idx].any() else None
+    zero_row = _zero_row(job, dense)
     if statistics is not None and statistics.cross is not None:
         dense = view.from_matrix(_asymmetric(view.to_matrix(dense, "in"), statistics), job.shape, "in").contiguous()
     if spec.outliers:
         kept, dense = _outliers(job, dense)
         tensors |= kept
-    scaled, exact, inputs = dense, None, None
+    exact, inputs = None, None
     if spec.input_scales is not None:
-        matrix = view.to_matrix(dense, "in")
-        given = start["input_scales"] if start is not None else _input_scales(matrix, statistics)
+        given = (
+            start["input_scales"]
+            if start is not None
+            else _input_scales(Matrix(view.to_matrix(dense, "in")), statistics)
+        )
         tensors["input_scales"] = given.to(DTYPES[spec.input_scales])
         inputs = tensors["input_scales"].float()
-        scaled = dense = view.from_matrix(matrix / inputs, job.shape, "in").contiguous()
     if spec.scales is not None:
-        spread = view.spread_scales(torch.empty(view.scale_shape(job.shape))).shape
         if start is None:
-            stored = _scales(job, row_scales(spread, dense))
+            stored = _scales(job, row_scales(view, dense, inputs))
         else:
-            stored = start["scales"].reshape(spread).to(DTYPES[spec.scales])
+            stored = view.spread_scales(start["scales"]).to(DTYPES[spec.scales])
         tensors["scales"] = stored.reshape(view.scale_shape(job.shape))
         exact = stored.float()
-        scaled = dense / torch.where(exact > 0, exact, 1.0)
+    along = None if inputs is None else inputs[None] if spec.axis == "in" else inputs[:, None]
+    matrix = Matrix(view.to_matrix(dense, spec.axis), None if exact is None else _divisors(job, exact), along)
     codebook_dtype = CODEBOOK_DTYPES[spec.codebook_dtype]
-    if float(scaled.abs().max()) > torch.finfo(codebook_dtype).max:
+    if max(-matrix.extremes[0], matrix.extremes[1]) > torch.finfo(codebook_dtype).max:
         raise EncodeError(f"{job.name}: values overflow {spec.codebook_dtype} codebooks; use codebook_dtype='float32'")
     try:
-        matrix = view.to_matrix(scaled, spec.axis)
         size = {"dim": spec.dim, "books": spec.books, "stages": spec.stages}
         common: dict[str, Any] = {**size, "seed": job.seed, "codebook_dtype": codebook_dtype}
+        how = {"axis": spec.axis, "scales": exact, "inputs": inputs}
         before = None
         if spec.rate is not None:
             common["rate"] = spec.rate
@@ -190,12 +232,9 @@ def _fit(
         if statistics is None:
             fitted = before or FITTERS[job.fit](matrix, importance=_importance(job, matrix), **common)
         elif spec.rate is not None:
-            fitted = fit_ecvq_to_inputs(
-                matrix, statistics.hessian, axis=spec.axis, scales=exact, inputs=inputs, **common
-            )
+            fitted = fit_ecvq_to_inputs(matrix.whole, statistics.hessian, **how, **common)
         else:
-            how = {"axis": spec.axis, "scales": exact, "inputs": inputs}
-            fitted = fit_gptq(matrix, statistics.hessian, **how, start=before, **common)
+            fitted = fit_gptq(matrix.whole, statistics.hessian, start=before, **how, **common)
     except ValueError as e:
         raise EncodeError(f"{job.name} {list(job.shape)}: {e}") from e
     return tensors | _stored(job, fitted.codebooks, fitted.codes), fitted.dead, zero_row
@@ -207,17 +246,20 @@ TRUST, TURNS = 0.5, 8
 FAR = 64.0  # the most that the scale of an input may differ from the others'
 
 
-def _input_scales(matrix: Tensor, statistics: Statistics | None) -> Tensor:
+def _input_scales(matrix: Matrix, statistics: Statistics | None) -> Tensor:
     """Return what the weights [outputs, inputs] of each input are divided by before they are coded with even steps."""
     from rpq_convert.fit.gptq import step_sizes  # numba: imported on use
 
     if statistics is not None and statistics.hessian.ndim == 2:
         return step_sizes(statistics.hessian).clamp(1 / FAR, FAR)
-    squares = matrix.double().square()
-    rows, columns = torch.ones(len(matrix), 1, dtype=torch.float64), torch.ones(matrix.shape[1], dtype=torch.float64)
+    rows = torch.ones(len(matrix), 1, dtype=torch.float64)
+    columns = torch.zeros(matrix.shape[1], dtype=torch.float64)
+    step = step_of(matrix.shape[1])
     for _ in range(TURNS):  # as Sinkhorn and Knopp: all rows and all columns of one size
-        columns = (squares / rows).mean(0)
-        rows = (squares / columns.clamp_min(torch.finfo(torch.float64).tiny)).mean(1, keepdim=True)
+        parts = (part.double().square() for part in matrix.parts(0))
+        columns = sum((part / size).sum(0) for part, size in zip(parts, rows.split(step), strict=True)) / len(matrix)
+        over = columns.clamp_min(torch.finfo(torch.float64).tiny)
+        rows = torch.cat([(part.double().square() / over).mean(1, keepdim=True) for part in matrix.parts(0)])
         rows = torch.where(rows > 0, rows, 1.0)
     columns = torch.where(columns > 0, columns, 1.0)
     sizes = columns.sqrt() ** TRUST
@@ -265,14 +307,22 @@ def _asymmetric(matrix: Tensor, statistics: Statistics) -> Tensor:
     return matrix + (ASYMMETRIC * move).to(matrix.dtype)
 
 
-def row_scales(shape: tuple[int, ...], dense: Tensor) -> Tensor:
-    """Return the root mean square of each output row, in a shape that broadcasts over the tensor."""
-    axes = [i for i, size in enumerate(shape) if size == 1 and dense.shape[i] != 1]
-    return (
-        torch.linalg.vector_norm(dense, dim=axes, keepdim=True) / math.sqrt(dense.numel() / math.prod(shape))
-        if axes
-        else dense.abs()
-    )
+def row_scales(view: WeightView, dense: Tensor, over: Tensor | None = None) -> Tensor:
+    """Return the root mean square of each output row in fp32, in a shape that broadcasts over the tensor.
+
+    Args:
+        over: [inputs], what rows are divided by before.
+    """
+    inputs = [i for i, a in enumerate(view.axes) if a not in ("out", "expert") and dense.shape[i] != 1]
+    root = math.sqrt(math.prod(dense.shape[i] for i in inputs))
+    out = view.axes.index("out")
+    step = max(1, PART * dense.shape[out] // max(1, dense.numel()))
+    parts = (part.float() for part in torch.split(dense, step, out))
+    if over is not None:
+        row = view.from_matrix(over[None], tuple(1 if i == out else n for i, n in enumerate(dense.shape)), "in")
+        parts = (part / row for part in parts)
+    norms = [torch.linalg.vector_norm(p, dim=inputs, keepdim=True) / root if inputs else p.abs() for p in parts]
+    return torch.cat(norms, out)
 
 
 def _random(job: Job, tensor: Tensor, std: float | None) -> tuple[dict[str, Tensor], int, int | None]:
@@ -280,7 +330,7 @@ def _random(job: Job, tensor: Tensor, std: float | None) -> tuple[dict[str, Tens
 
     spec, view = job.spec, job.weight_view
     if std is None:
-        std = float(tensor.std(correction=0)) if not tensor.is_meta else default_std(job)
+        std = _spread(tensor) if not tensor.is_meta else default_std(job)
     fitted = FITTERS["random"](
         torch.empty(view.matrix_shape(job.shape, spec.axis), device="meta"), dim=spec.dim, books=spec.books,
         stages=spec.stages, seed=job.seed, codebook_dtype=torch.float32,
@@ -293,6 +343,15 @@ def _random(job: Job, tensor: Tensor, std: float | None) -> tuple[dict[str, Tens
         codebooks = codebooks * std
     codebooks = codebooks.to(CODEBOOK_DTYPES[spec.codebook_dtype])
     return tensors | _stored(job, codebooks, fitted.codes), fitted.dead, job.padding_idx
+
+
+def _spread(tensor: Tensor) -> float:
+    """Return the standard deviation of all numbers; of large tensors part by part, so that no wide copy of them is made."""
+    if tensor.numel() <= WIDE:
+        return float(tensor.float().std(correction=0))
+    parts = torch.split(tensor.reshape(-1), PART)
+    mean = sum(float(p.double().sum()) for p in parts) / tensor.numel()
+    return math.sqrt(sum(float(p.double().sub_(mean).square_().sum()) for p in parts) / tensor.numel())
 
 
 def _stored(job: Job, codebooks: Tensor, codes: Tensor) -> dict[str, Tensor]:

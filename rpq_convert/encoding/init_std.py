@@ -1,8 +1,9 @@
-"""The standard deviation that torch's own initialisation would give a layer's weight."""
+"""The standard deviation of a weight that has not been trained: its config's, or that of torch's own initialisation of its layer."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from rpq_convert.planning.plan import Job
 
@@ -26,3 +27,9 @@ def default_std(job: Job) -> float:
     if view.axes[0] == "in":  # transposed convolutions: torch counts the second stored axis as fan-in
         return 1 / math.sqrt(3 * math.prod(job.shape[1:]))
     return 1 / math.sqrt(3 * math.prod(inputs))
+
+
+def configured_std(model: Any) -> float | None:
+    """Return the standard deviation that a model's config gives new weights; None where it has none."""
+    config = getattr(model, "config", None)  # OPT and a few others call it init_std
+    return next((v for n in ("initializer_range", "init_std") if (v := getattr(config, n, None))), None)

@@ -17,6 +17,7 @@ from rpq_convert.fit.kmeans import ITERATIONS, fit_kmeans, fit_points
 from rpq_convert.fit.loops.beam import encode_sum, shift
 from rpq_convert.fit.loops.kmeans import accumulate
 from rpq_convert.fit.loops.nearest import CODEWORDS
+from rpq_convert.fit.matrix import Matrix
 from rpq_convert.fit.problem import (
     Group,
     Importance,
@@ -37,7 +38,7 @@ BEAM = 8  # for the codes that are kept
 
 
 def fit_additive(
-    matrix: torch.Tensor,
+    matrix: torch.Tensor | Matrix,
     *,
     dim: int,
     books: int,

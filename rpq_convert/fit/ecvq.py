@@ -22,6 +22,7 @@ from torch import Tensor
 from rpq_convert.core import rans
 from rpq_convert.fit.gptq import fit_gptq
 from rpq_convert.fit.loops.nearest import CODEWORDS
+from rpq_convert.fit.matrix import Matrix
 from rpq_convert.fit.problem import Importance, Problem, fit_distinct, make_problem, round_codebooks
 from rpq_convert.fit.result import Fitted, count_dead
 from rpq_convert.kernels.rans import encode
@@ -38,7 +39,7 @@ LEAST = 1e-9  # weight of a point without importance, beside the largest of 1
 
 
 def fit_ecvq(
-    matrix: Tensor,
+    matrix: Tensor | Matrix,
     *,
     dim: int,
     books: int,
@@ -110,7 +111,7 @@ def _choose(problem: Problem, thresholds: np.ndarray, codes: np.ndarray) -> None
     limits = torch.from_numpy(thresholds.astype(np.float32))
     step = max(1, CHUNK // problem.matrix.shape[1])
     for start in range(0, len(problem.matrix), step):
-        part = (problem.matrix[start : start + step] * problem.scale).contiguous()
+        part = (problem.matrix.rows(start, start + step) * problem.scale).contiguous()
         codes[:, start : start + step] = torch.bucketize(part, limits, out_int32=True).to(torch.uint8).numpy().T
 
 
@@ -130,17 +131,19 @@ class Line:
     def of(cls, problem: Problem) -> Line:
         """Count the points of a problem, scaled as its codewords are."""
         step = max(1, CHUNK // problem.matrix.shape[1])
-        parts = [problem.matrix[i : i + step] for i in range(0, len(problem.matrix), step)]
-        square = sum(float(part.double().square().sum()) for part in parts) / problem.matrix.numel()
+        starts = range(0, len(problem.matrix), step)
+        parts = (problem.matrix.rows(i, i + step) for i in starts)
+        square = sum(float(part.double().square().sum()) for part in parts) / problem.matrix.values.numel()
         middle = MIDDLE * problem.scale * 2.0 ** np.round(np.log2(square) / 2) if square > 0 else 1.0
         sums = np.zeros((3, BINS))
-        for i, part in enumerate(parts):
+        for i in starts:
+            part = problem.matrix.rows(i, i + step)
             points = (part * problem.scale).reshape(-1)
             place = points / (points.abs() + middle)  # from -1 to 1
             at = ((place + 1) * (BINS // 2)).long().clamp_(0, BINS - 1)
             mass = torch.ones_like(points)
             if problem.importance is not None:
-                mass = problem.importance[i * step : i * step + len(part)].reshape(-1) + LEAST
+                mass = problem.importance[i : i + len(part)].reshape(-1) + LEAST
             for total, weights in zip(sums, (None, mass.double(), (mass * points).double())):
                 total += torch.bincount(at, weights, BINS).numpy()
         used = sums[0] > 0

@@ -23,6 +23,7 @@ from rpq_convert.fit.line import fit_line
 from rpq_convert.fit.loops.kmeans import errors_of, move_to_means, neighbours, regroup
 from rpq_convert.fit.loops.nearest import CODEWORDS
 from rpq_convert.fit.loops.seeding import seed_plus_plus
+from rpq_convert.fit.matrix import Matrix
 from rpq_convert.fit.problem import (
     EXTREMES,
     ONE,
@@ -159,7 +160,7 @@ def fit_points(groups: list[Group], dim: int, rng: np.random.Generator, iteratio
 
 
 def fit_kmeans(
-    matrix: torch.Tensor,
+    matrix: torch.Tensor | Matrix,
     *,
     dim: int,
     books: int,

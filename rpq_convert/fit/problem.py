@@ -13,6 +13,7 @@ import torch
 
 from rpq_convert.fit.loops.kmeans import accumulate, distinct, gather
 from rpq_convert.fit.loops.nearest import CODEWORDS, blank, nearest
+from rpq_convert.fit.matrix import Matrix, step_of
 from rpq_convert.fit.result import check_layout
 
 # the farthest, each with the weight of a sampled point. A 20 sigma weight survives in 8 M Gaussian pairs for 1.6 % more
@@ -27,7 +28,7 @@ Importance = torch.Tensor | Literal["size"] | None
 class Problem:
     """Hold a checked, scaled fitting problem."""
 
-    matrix: torch.Tensor  # [n, L] fp32, as given
+    matrix: Matrix  # [n, L], as given
     importance: torch.Tensor | None  # expanded to [n, L], largest 1
     per_coordinate: bool  # importance differs inside some sub-vector
     scale: float  # a power of two; points are matrix * scale, at most 1 in size
@@ -54,7 +55,8 @@ class Problem:
 
     def points(self, low: int, high: int) -> np.ndarray:
         """Gather the sub-vectors of a span, block-major: [r, m n], r = dim or less in the tail block."""
-        return gather_points(self.matrix, low, high, self.dim, self.scale)
+        columns = self.matrix.columns(low * self.dim, min(high * self.dim, self.matrix.shape[1]))
+        return gather_points(columns, 0, high - low, self.dim, self.scale)
 
     def weights(self, low: int, high: int) -> np.ndarray:
         """Gather a span's importance: [1, 1] (none), [1, m n] or [r, m n]."""
@@ -116,11 +118,13 @@ def gather_points(values: torch.Tensor, low: int, high: int, dim: int, scale: fl
     return points
 
 
-def make_problem(matrix: torch.Tensor, importance: Importance, *, dim: int, books: int, stages: int) -> Problem:
+def make_problem(
+    matrix: torch.Tensor | Matrix, importance: Importance, *, dim: int, books: int, stages: int
+) -> Problem:
     """Check a fitter's arguments and scale the matrix; ValueError where no fit is possible."""
-    blocks = check_layout(matrix, dim=dim, books=books, stages=stages)
-    matrix = matrix.detach().to(device="cpu", dtype=torch.float32)
-    least, most = float(matrix.amin()), float(matrix.amax())  # aminmax would copy a transposed matrix
+    matrix = matrix if isinstance(matrix, Matrix) else Matrix(matrix.detach().to("cpu"))
+    blocks = check_layout(matrix.values, dim=dim, books=books, stages=stages)
+    least, most = matrix.extremes
     if not (math.isfinite(least) and math.isfinite(most)):
         raise ValueError("the matrix has NaN or infinite entries; a codeword cannot stand for them")
     largest = max(-least, most)
@@ -131,7 +135,9 @@ def make_problem(matrix: torch.Tensor, importance: Importance, *, dim: int, book
             raise ValueError(f"importance must be 'size' or a tensor, not {importance!r}")
         problem = Problem(matrix, None, False, scale, dim, books, blocks)
         spans = [span for book in range(books) for span in problem.spans(book)]
-        square = sum(float(np.square(problem.points(*s)).sum(dtype=np.float64)) for s in spans) / max(1, matrix.numel())
+        square = sum(float(np.square(problem.points(*s)).sum(dtype=np.float64)) for s in spans) / max(
+            1, matrix.values.numel()
+        )
         return replace(problem, size_weight=1 / square if square > 0 else 0.0)
     if importance is not None:
         importance = importance.detach().to(device="cpu", dtype=torch.float32)
@@ -159,7 +165,7 @@ def fit_distinct(problem: Problem, book: int, codes: np.ndarray) -> np.ndarray |
     """Return the distinct sub-vectors [256, dim] of a book and write their codes, or None where there are more."""
     if (
         problem.matrix.shape[0] > 2 * HEAD
-        and fit_distinct(replace(problem, matrix=problem.matrix[:HEAD]), book, codes) is None
+        and fit_distinct(replace(problem, matrix=Matrix(problem.matrix.rows(0, HEAD))), book, codes) is None
     ):
         return None  # as nearly always
     table = np.zeros((CODEWORDS, problem.dim), np.float32)
@@ -187,10 +193,8 @@ def collect(problem: Problem, book: int, *, full: int, sample: int, rng: np.rand
     rate = 1.0 if n * (high - low) <= full else sample / (n * (high - low))
     centre = 0.0
     if rate < 1:
-        rows = problem.matrix[:, low * problem.dim : high * problem.dim].mean(
-            1
-        )  # fp64 means of fp32 rows: no wide copy
-        centre = float(rows.mean(dtype=torch.float64)) * problem.scale
+        rows = _row_means(problem.matrix, low * problem.dim, min(high * problem.dim, problem.matrix.shape[1]))
+        centre = float(rows.mean(dtype=torch.float64)) * problem.scale  # fp64 means of fp32 rows: no wide copy
     parts: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}  # r -> [(columns, weights)]
     far: dict[int, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}  # r -> [(columns, weights, distances)]
     for span in problem.spans(book):
@@ -214,6 +218,13 @@ def collect(problem: Problem, book: int, *, full: int, sample: int, rng: np.rand
             found = [*found, (points[:, top], _take(weights, top))]
         groups.append(Group(_joined([p for p, _ in found]), _joined([w for _, w in found])))
     return groups
+
+
+def _row_means(matrix: Matrix, left: int, right: int) -> torch.Tensor:
+    """Return the fp32 mean of every row's columns `left` to `right`."""
+    step = step_of(right - left)
+    starts = range(0, len(matrix), step)
+    return torch.cat([matrix.block(i, min(i + step, len(matrix)), left, right).mean(1) for i in starts])
 
 
 def _farthest(points: np.ndarray, distance: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ No code of a checkpoint is ever run: classes come from transformers itself.
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 
 from rpq_convert.errors import SourceError
 from rpq_convert.hf import torchvision
+from rpq_convert.planning.bounds import check_config
 from rpq_convert.running.meta import parameters_on_meta
 from rpq_convert.schemas import kinds
 from rpq_convert.schemas.checking import read_json
@@ -37,6 +39,7 @@ def load_config(folder: str | Path) -> Any:
             "it needs code from the checkpoint, which is never run" if "auto_map" in raw else "unknown to transformers"
         )
         raise SourceError(f"{path}: model type {kind!r}: {hint}; for your own model give factory='package:callable'")
+    check_config(raw, str(path))
     if named := _code_named(raw):
         raise SourceError(f"{path}: {named} is code of a repository, which is never run; remove it from the file")
     try:
@@ -121,12 +124,16 @@ def stored_dtype(config: Any, source: Any) -> torch.dtype | None:
     return next((i.dtype for i in first if i.dtype in whole), None)
 
 
-def build_empty(config: Any, dtype: torch.dtype | None = None) -> Any:
-    """Return the model with its parameters on meta and its buffers real, in eval mode."""
+def build_empty(config: Any, dtype: torch.dtype | None = None, most: float = math.inf) -> Any:
+    """Return the model with its parameters on meta and its buffers real, in eval mode.
+
+    Args:
+        most: how many tensors it may have.
+    """
     try:
         kind: Any = model_class(config)
         wanted = dtype or getattr(config, "dtype", None) or torch.float32
-        with parameters_on_meta():
+        with parameters_on_meta(most):
             model = kind._from_config(config, dtype=wanted)
         model.tie_weights()
         keep_dtypes(model, wanted)

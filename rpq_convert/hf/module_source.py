@@ -29,6 +29,7 @@ from rpq_convert.core import description
 from rpq_convert.core.spec import dtype_name
 from rpq_convert.errors import SourceError
 from rpq_convert.layers import surgery
+from rpq_convert.layers.initial import initial
 from rpq_convert.planning.announced import refuse_config
 from rpq_convert.planning.quantized import refuse_parts
 from rpq_convert.planning.slots import Slot
@@ -246,25 +247,3 @@ def account(model: Any, files: Sequence[str | Path]) -> ModuleSource | None:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-def initial(model: Any, name: str) -> Tensor:
-    """Return what transformers fills a tensor with that a checkpoint lacks: a table of positions, zeros, seeded random numbers.
-
-    Args:
-        model: the empty model. name: of a parameter, which is initialised as its class does, or of a buffer, which is there.
-    """
-    module, key = surgery.find(model, name)
-    if (buffer := module._buffers.get(key)) is not None and not buffer.is_meta:
-        return buffer.detach().clone()
-    path, owner = name.rpartition(".")[0], model
-    while path:
-        if hasattr(found := model.get_submodule(path), "_init_weights"):
-            owner = found
-            break
-        path = path.rpartition(".")[0]
-    real = deepcopy(module).to_empty(device="cpu", recurse=False)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        owner._init_weights(real)
-    return getattr(real, key).detach().clone()  # type: ignore[no-any-return]

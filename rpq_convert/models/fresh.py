@@ -12,9 +12,8 @@ import torch
 from torch import nn
 
 from rpq_convert.conversion.memory import convert
-from rpq_convert.layers import surgery
+from rpq_convert.layers.initial import initialise, twin_of
 from rpq_convert.layers.weight import RPQWeight
-from rpq_convert.planning import layer_types
 from rpq_convert.running.meta import parameters_on_meta
 
 
@@ -66,37 +65,5 @@ def materialise(model: nn.Module, *, generator: torch.Generator | None = None) -
                     new.append(name)
                 module._parameters[name] = real[id(empty)]
             if new:
-                _initialise(model, module, new)
+                initialise(model, twin_of(module, new), new)
     return model
-
-
-def _initialise(model: nn.Module, module: nn.Module, names: list[str]) -> None:
-    twin = _twin(module, names)
-    with torch.no_grad():
-        for name in names:
-            twin._parameters[name].normal_()  # type: ignore[union-attr]
-    reset = getattr(twin, "reset_parameters", None) or getattr(twin, "_reset_parameters", None)
-    if hasattr(model, "_init_weights"):
-        model._init_weights(twin)  # type: ignore[operator]
-    elif reset is not None:
-        reset()
-
-
-def _twin(module: nn.Module, names: list[str]) -> nn.Module:
-    """Return a stand-in of the original class that shares just these parameters; all its other tensors are on meta.
-
-    So that the layer's own initialiser runs as it was written: on meta it writes nothing and reads shapes alone.
-    """
-    twin = object.__new__(layer_types.original_class(module))
-    twin.__dict__.update(module.__dict__)
-    twin._parameters = {
-        n: p if n in names or p is None else nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
-        for n, p in module._parameters.items()
-    }
-    twin._buffers = {n: None if b is None else b.to("meta") for n, b in module._buffers.items()}
-    twin._modules = dict(module._modules)
-    if isinstance(module, surgery.RPQLayer):
-        for name, rpq in module.rpq_weights().items():
-            twin._parameters[name] = nn.Parameter(torch.empty(rpq.shape, dtype=rpq.dtype, device="meta"))
-            del twin._modules[name + surgery.SUFFIX]
-    return twin

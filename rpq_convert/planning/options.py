@@ -73,7 +73,11 @@ class PlanOptions:
     axis: Literal["out", "in"] | None = setting(
         None, "Axis that sub-vectors run along, where both are possible.", choices=AXES, record=ALWAYS, panel=SIZE
     )
-    fit: str | None = setting(None, "How codebooks are found.", choices=FITS, record=ALWAYS, panel=SIZE)
+    fit: str | None = setting(
+        None,
+        "How codebooks are found; random draws them, by a config alone where there are no weights.",
+        choices=FITS, record=ALWAYS, panel=SIZE,
+    )  # fmt: skip
     seed: int = setting(0, "Decides every random number.", least=0, record=ALWAYS, panel=SIZE)
     stages: int | None = setting(
         None, "With `dim`: how many codewords are summed for one sub-vector.", panel=SIZE, flag=None

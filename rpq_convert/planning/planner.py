@@ -280,7 +280,7 @@ def job_of(
     if fit == "kmeans" and spec.stages > 1:
         fit = "additive"
     if fit == "random":  # no weight is larger than the others
-        spec = replace(spec, outliers=0)
+        spec = replace(spec, outliers=0, input_scales=None)
     job = Job(
         name=slot.name, aliases=slot.aliases, layer=slot.layer, shape=slot.shape, dtype=dtype_name(stored),
         view=view.names, spec=spec, fit=fit, seed=job_seed(seed, slot.name), rule=by, padding_idx=slot.padding_idx,

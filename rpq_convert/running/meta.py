@@ -14,6 +14,7 @@ iterates over its hooks without a lock, so removing one could break a registrati
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,40 +26,93 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils import swap_tensors
 
+from rpq_convert.errors import SourceError
 from rpq_convert.running.hooked import hooked
 
 LARGE = 1 << 30  # bytes
+TABLE, TABLES = 512 << 20, 2 << 30  # bytes of a table that a constructor computes, such as a mask, and of all of them
+MAKERS = frozenset(
+    (
+        torch.zeros,
+        torch.ones,
+        torch.full,
+        torch.arange,
+        torch.linspace,
+        torch.eye,
+        torch.rand,
+        torch.randn,
+        torch.randint,
+    )
+)
 
 
 class _Building(threading.local):
     """The parameters that this thread has moved: id -> (the parameter, what is registered for it). None where it builds nothing."""
 
     moved: dict[int, tuple[nn.Parameter, Any]] | None = None
+    most: float = math.inf  # how many it may register
+    left: float = math.inf
 
 
 _BUILDING = _Building()
 
 
-class _LargeOnMeta(TorchFunctionMode):
+class _Careful(TorchFunctionMode):
+    """Puts what is large and uninitialised on meta, and refuses tables of a size that no model has.
+
+    Raises:
+        SourceError: such a table.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = 0
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.empty and kwargs.get("device") is None and kwargs.get("out") is None:
             planned: Tensor = func(*args, **{**kwargs, "device": "meta"})
             if planned.nbytes > LARGE:
                 return planned
-        return func(*args, **kwargs)
+        if (
+            func in MAKERS
+            and kwargs.get("device") is None
+            and kwargs.get("out") is None
+            and not kwargs.get("generator")
+        ):
+            self.note(func(*args, **{**kwargs, "device": "meta"}))
+            return func(*args, **kwargs)
+        found = func(*args, **kwargs)
+        if isinstance(found, Tensor) and not found.is_meta and found.nbytes > TABLE and found.is_contiguous():
+            self.note(found)
+        return found
+
+    def note(self, table: Tensor) -> None:
+        self.made += table.nbytes
+        if table.nbytes > TABLE or self.made > TABLES:
+            raise SourceError(
+                f"its model computes a table of {list(table.shape)} when it is built, {table.nbytes / 1e9:.1f} GB: more than any model has; "
+                "look at the sizes in its config"
+            )
 
 
 @contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Within the block, every parameter that this thread registers in a module is moved to meta; shared ones stay shared."""
+def parameters_on_meta(most: float = math.inf) -> Iterator[None]:
+    """Within the block, every parameter that this thread registers in a module is moved to meta; shared ones stay shared.
+
+    Args:
+        most: how many may be registered.
+
+    Raises:
+        SourceError: more are, or a table is computed that is larger than any model has.
+    """
     if _BUILDING.moved is not None:  # a block within a block
         yield
         return
     _register_hook()
-    _BUILDING.moved = {}
+    _BUILDING.moved, _BUILDING.left, _BUILDING.most = {}, most, most
     try:
-        with _LargeOnMeta():
+        with _Careful():
             yield
     finally:
         _BUILDING.moved = None
@@ -77,6 +131,8 @@ def build_empty(build: Callable[[], Any]) -> Any:
     try:
         with parameters_on_meta():
             model = build()
+    except SourceError:
+        raise
     except Exception as e:  # what fails on meta is of many kinds; what fails for another reason fails again
         first = e
     else:
@@ -137,6 +193,12 @@ def _to_meta(module: nn.Module, name: str, param: nn.Parameter) -> nn.Parameter 
     if moved is None or param.is_meta or isinstance(param, nn.parameter.UninitializedParameter):
         return None
     if id(param) not in moved:
+        _BUILDING.left -= 1
+        if _BUILDING.left < 0:
+            raise SourceError(
+                f"its config describes a model of more than {_BUILDING.most:,.0f} tensors, which its weights do not have; correct the config, "
+                "or allow more with max_tensors"
+            )
         kind = type(param)
         meta = param.detach().to("meta")
         empty = nn.Parameter(meta, requires_grad=param.requires_grad) if kind is nn.Parameter else kind(meta)

@@ -197,20 +197,80 @@ class ReportFile(Struct, forbid_unknown_fields=True):
     summary: SummaryEntry | UnsetType = UNSET
 
 
-class ManifestEntry(Struct):
-    """Size and SHA-256 of one file. Unknown fields are ignored."""
+Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class FileFacts(Struct):
+    """Size and SHA-256 of one file."""
 
     bytes: Size
-    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    sha256: Sha256
+
+
+class ManifestEntry(FileFacts):
+    """Size and SHA-256 of one file, and of a weight file's tensors. Unknown fields are ignored.
+
+    `earlier`: what a file that is being replaced was; until the replacement is done it may be either.
+    """
+
+    tensors: dict[str, Sha256] = {}
+    earlier: FileFacts | None = None
+
+
+class SourceFile(Struct):
+    """A weight file of a source: size, SHA-256 of its header, of a sample of each tensor, and of all bytes where they were read."""
+
+    name: str
+    bytes: Size
+    header: Sha256
+    sample: Sha256
+    sha256: Sha256 | None = None
+
+
+class SourceRecord(Struct):
+    """What weights come from (`rpq_convert.storage.origin.Origin`). Unknown fields are ignored.
+
+    `tensors`: parameter that was converted -> SHA-256 of what it was fitted to.
+    """
+
+    files: list[SourceFile]
+    repository: str | None = None
+    revision: str | None = None
+    tensors: dict[str, Sha256] = {}
+
+
+class OriginFile(SourceRecord):
+    """rpq_source.json, in unfinished folders only: the source, and path, size and time of its files when they were last looked at."""
+
+    seen: list[tuple[str, Size, int]] = []
+
+
+class MadeEntry(Struct):
+    """How a folder was made: the plan, the source, and what it was made with. Unknown fields are ignored.
+
+    `processor` names the instructions that fits have used: between kinds of processors codes differ.
+    """
+
+    plan: Sha256
+    version: str
+    processor: str
+    source: SourceRecord | None = None
 
 
 class ManifestFile(Struct):
-    """rpq_manifest.json: every other file of the folder. Unknown fields are ignored.
+    """rpq_manifest.json: every other file of the folder, and how it was made. Unknown fields are ignored.
 
     `not_finite` names the buffers that held NaN or infinite values where they came from, such as attention masks.
     """
 
     files: dict[str, ManifestEntry]
+    not_finite: list[str] = []
+    made: MadeEntry | None = None
+
+
+class WrittenEntry(ManifestEntry):
+    """A weight file that an unfinished run has assembled; `not_finite` as in the manifest."""
+
     not_finite: list[str] = []
 
 
@@ -298,7 +358,7 @@ class PresetFile(Struct, forbid_unknown_fields=True):
 
 
 class PieceFacts(Struct, forbid_unknown_fields=True):
-    """What a finished job measured, in the metadata of its piece in an unfinished folder."""
+    """What a finished job measured, in the metadata of its piece in an unfinished folder; `source` is the hash of what it was fitted to."""
 
     name: str
     error: NotNegative | None
@@ -309,6 +369,7 @@ class PieceFacts(Struct, forbid_unknown_fields=True):
     worst: NotNegative | None = None
     output_error: NotNegative | None = None
     worst_output: NotNegative | None = None
+    source: Sha256 | None = None
 
 
 class TuningFacts(Struct):
@@ -335,6 +396,15 @@ class ModulesEntry(Struct):
     path: str = ""
 
 
+class LockFile(Struct):
+    """Who writes an output folder, in the lock file beside it. Unknown fields are ignored."""
+
+    pid: Annotated[int, Meta(ge=1, le=(1 << 31) - 1)]
+    host: str
+    command: str
+    since: str
+
+
 Bits = Annotated[str, Meta(pattern=r"^[0-9]{1,3}(\.[0-9]{1,9})?$")]
 Losses = dict[str, Finite | Annotated[dict[Bits, Finite], Meta(min_length=1)]]
 
@@ -358,12 +428,14 @@ MODULE = Kind("a description of an RPQ weight", ModuleEntry)
 PRESET = Kind("a preset", PresetFile, "a table")
 SENSITIVITIES = Kind("a table of sensitivities", Losses)
 PIECE = Kind("a finished piece", PieceFacts)
-ORIGIN = Kind("a list of source files", list[tuple[str, Size, int]])
+ORIGIN = Kind("a record of source files", OriginFile)
+WRITTEN = Kind("a record of weight files", dict[str, WrittenEntry])
 INDEX = Kind("an index of weight files", IndexFile)
 MODULES = Kind("a list of modules", list[ModulesEntry])
 TUNING = Kind("the state of a tuning run", TuningFacts)
+LOCK = Kind("a lock", LockFile)
 
 PUBLISHED = {
     "plan": PLAN, "report": REPORT, "manifest": MANIFEST, "config": CONFIG, "preset": PRESET, "sensitivities": SENSITIVITIES,
-    "piece": PIECE, "source": ORIGIN, "index": INDEX, "tuning": TUNING,
+    "piece": PIECE, "source": ORIGIN, "written": WRITTEN, "lock": LOCK, "index": INDEX, "tuning": TUNING,
 }  # fmt: skip

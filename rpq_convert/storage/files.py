@@ -67,7 +67,7 @@ SECRET = re.compile(
     re.IGNORECASE,
 )
 OWN = re.compile(
-    r"config\.json|README\.md|rpq_(plan|report|manifest|source)\.json|rpq_chart\.png"
+    r"config\.json|README\.md|rpq_(plan|report|manifest|source|written)\.json|rpq_chart\.png"
 )  # written anew for every folder
 
 

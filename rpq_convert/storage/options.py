@@ -44,6 +44,11 @@ class SourceOptions(HubOptions):
         metavar="KEY",
         panel=PANEL,
     )
+    max_tensors: int | None = setting(
+        None,
+        "Tensors that a model may have that is built from a config: some more than its weights have, or 50,000 without weights, by default.",
+        least=1, panel=PANEL,
+    )  # fmt: skip
     allow_pickle: bool = setting(False, "Read pickled weights, tensors only, where there are no others.", panel=PANEL)
 
     def __post_init__(self) -> None:
@@ -64,4 +69,5 @@ class SourceKeywords(HubKeywords, total=False):
 
     factory: str | Callable[[], Any] | None
     state_dict: str | None
+    max_tensors: int | None
     allow_pickle: bool

@@ -1,19 +1,25 @@
 """Sources: a checkpoint as a lazy mapping from names to tensors, one tensor in memory at a time.
 
-Tensors are read by position into new memory. They are not mapped, since a mapping of a large file counts against an
-address-space limit and keeps its pages. The header is checked first (headers.py).
+Tensors are read by position into new memory. Conversions that look at one tensor after another do not map files, since a mapping counts
+against an address-space limit and keeps its pages. A model that runs is larger than its memory may be: its tensors are `mapped`, so
+that the system reads what is used, and drops it again. The header is checked first (headers.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rpq_convert.errors import SourceError
+from rpq_convert.showing import one_line
+from rpq_convert.storage.assembly import digest
 from rpq_convert.storage.headers import Entry, joined, read_entries
 
 DTYPES = {
@@ -37,8 +43,19 @@ class TensorInfo:
 
 
 def read_header(path: str | Path) -> dict[str, TensorInfo]:
-    """Return the tensors of a safetensors file from its header alone; see `read_entries`."""
-    return infos_of(read_entries(path))
+    """Return the tensors of a safetensors file from its header alone; see `read_entries`. The library must accept it too.
+
+    Raises:
+        SourceError: as `read_entries`; or what the library says against the header.
+    """
+    found = infos_of(read_entries(path))
+    try:
+        with safe_open(path, "pt"):
+            return found
+    except SafetensorError as e:
+        raise SourceError(f"{path} has a broken safetensors header: {one_line(str(e))}") from None
+    except OSError:  # no address space to map it in, which is not needed
+        return found
 
 
 def infos_of(entries: Mapping[str, Entry]) -> dict[str, TensorInfo]:
@@ -64,6 +81,7 @@ class SafetensorsSource(Mapping[str, Tensor]):
         where: str | Path = "",
     ) -> None:
         self.infos = joined(headers, index, where)
+        self.maps: dict[Path, Tensor] | None = None  # file -> its bytes, while tensors are mapped
 
     def __len__(self) -> int:
         return len(self.infos)
@@ -78,6 +96,8 @@ class SafetensorsSource(Mapping[str, Tensor]):
         if name not in self.infos:
             raise KeyError(name)
         info = self.infos[name]
+        if self.maps is not None and info.end > info.start:
+            return _mapped(info, self.maps)
         data = torch.empty(info.end - info.start, dtype=torch.uint8)
         with open(info.file, "rb") as f:
             f.seek(info.start)
@@ -85,3 +105,61 @@ class SafetensorsSource(Mapping[str, Tensor]):
         if got != len(data):
             raise SourceError(f"{info.file}: {name} ended after {got:,} of {len(data):,} bytes; was the file changed?")
         return data.view(info.dtype).reshape(info.shape) if len(data) else torch.empty(info.shape, dtype=info.dtype)
+
+
+def _mapped(info: TensorInfo, maps: dict[Path, Tensor]) -> Tensor:
+    """Return a tensor in the pages of its file. Writing to it copies a page, and never changes the file."""
+    if info.file not in maps:
+        size = info.file.stat().st_size
+        maps[info.file] = torch.from_file(str(info.file), shared=False, size=size, dtype=torch.uint8)
+    data = maps[info.file][info.start : info.end]
+    if len(data) != info.end - info.start:
+        raise SourceError(f"{info.file}: {info.name} ended after {len(data):,} bytes; was the file changed?")
+    if info.start % info.dtype.itemsize:  # no number may lie across
+        data = data.clone()
+    return data.view(info.dtype).reshape(info.shape)
+
+
+@contextmanager
+def mapped(source: Any) -> Iterator[None]:
+    """Let tensors of a source lie in the pages of their files where that is possible, so that unused ones can be dropped.
+
+    Args:
+        source: of safetensors files, perhaps under other names or a model's; pickled ones stay as they are.
+    """
+    inner = source
+    while not isinstance(inner, SafetensorsSource):
+        if (inner := getattr(inner, "source", None)) is None:
+            yield
+            return
+    inner.maps = {}
+    try:
+        yield
+    finally:
+        inner.maps = None
+
+
+class Witnessed(Mapping[str, Tensor]):
+    """A source that remembers the hash of every tensor that was read."""
+
+    def __init__(self, source: Mapping[str, Tensor]) -> None:
+        self.source, self.digests = source, dict[str, str]()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.source)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.source
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self.source[name]
+        if not tensor.is_meta:
+            self.digests[name] = digest(tensor)
+        return tensor
+
+    def digest(self, names: Iterable[str]) -> str | None:
+        """Return the hash of a tensor that was read under one of these names, if it was."""
+        return next((self.digests[n] for n in names if n in self.digests), None)

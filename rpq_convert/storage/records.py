@@ -12,7 +12,7 @@ from rpq_convert.schemas.checking import read_json
 
 PLAN, REPORT, MANIFEST = "rpq_plan.json", "rpq_report.json", "rpq_manifest.json"
 CONFIG, CARD, CHART = "config.json", "README.md", "rpq_chart.png"
-ORIGIN = "rpq_source.json"  # only in unfinished folders
+ORIGIN, WRITTEN = "rpq_source.json", "rpq_written.json"  # only in unfinished folders
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

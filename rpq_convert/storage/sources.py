@@ -80,6 +80,24 @@ def located(src: str | Path, options: Options) -> tuple[str | Path, Options]:
     return name, replace(options, revision=revision)
 
 
+def is_drawn(src: str | Path, options: SourceOptions, fit: str | None) -> bool:
+    """Return whether weights are drawn by a model's config alone: where none are needed and none are at hand.
+
+    A fit that looks at weights needs them. Random codes take the spread of weights that lie on this machine; of a repository of the hub
+    none are fetched for that.
+
+    Args:
+        fit: of the plan's options.
+    """
+    if fit != "random" or options.factory is not None:
+        return False
+    place, _ = located(src, options)
+    folder = Path(place)
+    if is_name(place) or not (folder / CONFIG).is_file():
+        return is_name(place)
+    return not any(n.endswith((".safetensors", ".bin", ".index.json")) for n in files_in(folder))
+
+
 def near(path: str | Path, fits: Callable[[Path], bool] = lambda _: True) -> str:
     """Return an existing path that may have been meant by one that does not exist, as text; empty for none.
 

@@ -35,7 +35,7 @@ from rpq_convert.running.digest import describe
 from rpq_convert.running.modes import quiet
 from rpq_convert.schemas import kinds
 from rpq_convert.schemas.checking import check, parse_json
-from rpq_convert.storage.writer import write_tensors
+from rpq_convert.storage.assembly import partial_of, write_tensors
 from rpq_convert.tuning.codes import EVERY, CodeUpdates
 from rpq_convert.tuning.losses import LOSSES, _main
 from rpq_convert.tuning.options import TuneKeywords, TuneOptions
@@ -196,7 +196,8 @@ class _Run:
                     self._save(state)
             self._put(state.best)
         if self.checkpoint:
-            self.checkpoint.unlink(missing_ok=True)
+            for file in (self.checkpoint, partial_of(self.checkpoint)):
+                file.unlink(missing_ok=True)
         after = min(value for _, value in state.history)
         return Tuning(state.history[0][1], after, state.best_step, state.step, tuple(state.history))
 

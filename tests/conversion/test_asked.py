@@ -150,3 +150,18 @@ def test_a_folder_of_that_name_with_anything_else_is_not_touched(file, tmp_path)
     with pytest.raises(FolderError, match="unfinished run"):
         rpq.convert_checkpoint(file, tmp_path / "out", factory=build, bits=4, grow=True)
     assert (tmp_path / "out.partial" / "thesis.txt").is_file()
+
+
+def test_memory_is_asked_for_and_kept(tmp_path):
+    """A conversion that may take no more than the process has is refused before anything is written; a larger limit changes no byte."""
+    save_file(build().state_dict(), tmp_path / "m.safetensors")
+    how = {"factory": build, "bits": 4, "grow": True, "progress": False}
+    with pytest.raises(PlanError, match=r"0\.weight .* of memory while it is fitted"):
+        rpq.convert_checkpoint(tmp_path / "m.safetensors", tmp_path / "out", max_memory="1MB", **how)
+    assert not list(tmp_path.glob("out*"))
+    with pytest.raises(PlanError, match="size 'much'"):
+        rpq.convert_checkpoint(tmp_path / "m.safetensors", tmp_path / "out", max_memory="much", **how)
+    for name, limit in (("out", "64GiB"), ("free", None)):
+        rpq.convert_checkpoint(tmp_path / "m.safetensors", tmp_path / name, max_memory=limit, **how)
+    first, second = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("out", "free"))
+    assert first == second

@@ -123,8 +123,11 @@ def test_a_large_file_goes_on_where_it_broke_off(folder, tmp_path):
     )
     tf.BertModel(config).save_pretrained(large)
     size = (large / "model.safetensors").stat().st_size
-    code = 'rpq.convert_checkpoint("team/large", sys.argv[1], bits=4, fit="random")'
+    drawn = 'rpq.convert_checkpoint("team/large", sys.argv[1] + "-drawn", bits=4, fit="random")\n'
+    code = 'rpq.convert_checkpoint("team/large", sys.argv[1], bits=8)'
     with Hub({"team/large": large}, cut=("model.safetensors",)) as hub:
+        run(hub, tmp_path / "cache", drawn, tmp_path / "out")
+        assert not hub.sent["model.safetensors"]  # random codes need no weights
         run(hub, tmp_path / "cache", code, tmp_path / "out")
         assert size > 25_000_000 and not hub.cut
         assert hub.sent["model.safetensors"] <= size + size // 2 - 10_000_000  # the first 10 MB were not fetched again

@@ -34,7 +34,21 @@ def records(whole):
     assert read["report"]["evaluations"] and read["plan"]["jobs"] and read["plan"]["skips"]
     config = json.loads((out / "config.json").read_text())
     index = json.loads((whole / "sharded" / "model.safetensors.index.json").read_text())
-    facts = {"name": "a", "error": 0.5, "dead": 3, "seconds": 0.25, "zero_row": 1, "inputs": 5, "worst": 0.75}
+    digest = read["manifest"]["files"]["config.json"]["sha256"]
+    facts = {
+        "name": "a",
+        "error": 0.5,
+        "dead": 3,
+        "seconds": 0.25,
+        "zero_row": 1,
+        "inputs": 5,
+        "worst": 0.75,
+        "source": digest,
+    }
+    source = {
+        "files": [{"name": "a.safetensors", "bytes": 5, "header": digest, "sample": digest, "sha256": digest}],
+        "seen": [["/a", 5, 6]],
+    }
     preset = {
         "description": "x", "rules": [{"match": "*", "bits": 2.5}],
         "settings": {
@@ -45,5 +59,7 @@ def records(whole):
     tuning = {"mark": "x", "step": 3, "best_step": 2, "history": [[0, 1.5]], "since": 1, "share": 1.0, "began": 0}
     return read | {
         "config": config, "index": index, "piece": facts, "preset": preset, "tuning": tuning,
-        "sensitivities": {"a": 1.5, "b.weight": {"2": 0.5, "4": 0.25}}, "source": [["a.safetensors", 5, 6], ["b", 7, 8]],
+        "sensitivities": {"a": 1.5, "b.weight": {"2": 0.5, "4": 0.25}}, "source": source,
+        "written": {"a.safetensors": {"bytes": 5, "sha256": digest, "tensors": {"x": digest}, "not_finite": ["x"]}},
+        "lock": {"pid": 5, "host": "here", "command": "rpq convert a", "since": "2026-01-01T00:00:00+00:00"},
     }  # fmt: skip

@@ -67,6 +67,8 @@ def test_newer_fields_that_change_nothing_are_ignored(records):
         ("manifest", ()),
         ("index", ()),
         ("tuning", ()),
+        ("source", ()),
+        ("lock", ()),
     ):
         changed = copy.deepcopy(records[name])
         at(changed, inside)["newer"] = 1
@@ -133,7 +135,9 @@ def test_schemas_have_the_fields_of_what_they_describe(entry, value):
 
 def test_a_preset_may_set_what_a_rule_may_set():
     assert {f.name for f in msgspec.structs.fields(kinds.Settings)} == set(SETTINGS)
-    assert {f.name for f in msgspec.structs.fields(kinds.PieceFacts)} == {f.name for f in fields(Encoded)} - {"tensors"}
+    assert {f.name for f in msgspec.structs.fields(kinds.PieceFacts)} == {f.name for f in fields(Encoded)} - {
+        "tensors"
+    } | {"source"}
 
 
 def test_what_is_read_is_written_again_byte_for_byte(whole):

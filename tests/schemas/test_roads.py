@@ -23,6 +23,7 @@ from rpq_convert.folders import Measured, WithBase, evaluate_folder
 from rpq_convert.planning.plan import Plan
 from rpq_convert.planning.rules import load_preset
 from rpq_convert.schemas.checking import MAX_BYTES
+from rpq_convert.storage.pieces import Pieces, sealed
 
 
 def put(folder, name, text):
@@ -196,7 +197,7 @@ def unfinished(whole, tmp_path):
     return tmp_path / "out.partial", again
 
 
-def test_a_wrong_piece_is_refused_when_a_run_goes_on(whole, unfinished):
+def test_a_wrong_piece_is_fitted_again_when_a_run_goes_on(whole, unfinished, caplog):
     work, again = unfinished
     (piece,) = (work / "pieces").glob("*.safetensors")
     tensors = load_file(piece)
@@ -204,27 +205,35 @@ def test_a_wrong_piece_is_refused_when_a_run_goes_on(whole, unfinished):
         facts = json.loads(f.metadata()["rpq"])
     changes = list(wrong("piece", facts))
     assert len(changes) > 20
+    pieces = Pieces(work)
+    (job,) = (
+        j for j in Plan.from_dict(json.loads((work / "rpq_plan.json").read_text())).jobs if pieces.path(j) == piece
+    )
     for what, path, changed in changes:
-        save_file(tensors, piece, {"rpq": json.dumps(changed)})
-        refused(FolderError, again, piece.name, path, what)
+        text = json.dumps(changed)
+        save_file(tensors, piece, {"rpq": text, "sha256": sealed(text, tensors)})
+        refused(FolderError, lambda: pieces.facts(job), piece.name, path, what)
+        assert not piece.exists()
+    text = json.dumps({**facts, "name": "z"})
     for metadata, says in (
-        (None, "is not JSON"),
-        ({"rpq": "x"}, "is not JSON"),
-        ({"rpq": json.dumps({**facts, "name": "z"})}, "piece of z"),
+        (None, "not what was written"),
+        ({"rpq": "x", "sha256": sealed("x", tensors)}, "is not JSON"),
+        ({"rpq": text, "sha256": sealed(text, tensors)}, "a piece of z"),
     ):
         save_file(tensors, piece, metadata)
-        with pytest.raises(FolderError, match=says):
-            again()
+        assert not pieces.done(job) and not piece.exists()
+        assert (
+            piece.name in caplog.messages[-1] and says in caplog.messages[-1] and "fitted again" in caplog.messages[-1]
+        )
+    save_file(tensors, piece, metadata)
     piece.write_bytes(piece.read_bytes()[:-10])
-    with pytest.raises(FolderError, match="delete it and run the same command again"):
-        again()
-    piece.unlink()
     again()
+    assert piece.name in caplog.messages[-1] and len(caplog.messages) == 4
     weights = [whole / "out" / "model.safetensors", work.with_name("out") / "model.safetensors"]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
-@pytest.mark.parametrize("name, first", [("rpq_plan.json", "jobs"), ("rpq_source.json", 0)])
+@pytest.mark.parametrize("name, first", [("rpq_plan.json", "jobs"), ("rpq_source.json", "files")])
 def test_wrong_records_of_an_unfinished_run_are_refused(unfinished, name, first):
     work, again = unfinished
     original = json.loads((work / name).read_text())

@@ -6,7 +6,8 @@ from safetensors.torch import load_file, save_file
 
 from rpq_convert.core.safetensors import SAFETENSORS_NAMES
 from rpq_convert.errors import FolderError
-from rpq_convert.storage.assembly import write_tensors_to
+from rpq_convert.storage.assembly import digest, write_tensors_to
+from rpq_convert.storage.records import sha256
 from rpq_convert.storage.writer import is_finite
 
 TENSORS = {
@@ -28,15 +29,21 @@ def test_bytes_are_those_of_the_library(tmp_path):
         asked.append(key)
         return TENSORS[key]
 
-    write_tensors_to(tmp_path / "ours.safetensors", {k: (t.dtype, tuple(t.shape)) for k, t in TENSORS.items()}, tensor)
+    entries = {k: (t.dtype, tuple(t.shape)) for k, t in TENSORS.items()}
+    found = write_tensors_to(tmp_path / "ours.safetensors", entries, tensor)
+    assert found.sha256 == sha256(tmp_path / "ours.safetensors")
+    assert found.tensors == {k: digest(t) for k, t in TENSORS.items()}
     assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
     assert sorted(asked) == sorted(TENSORS)
     assert torch.equal(load_file(tmp_path / "ours.safetensors")["one"], TENSORS["one"])
 
 
-def test_a_full_disk_names_the_file():
-    with pytest.raises(FolderError, match="cannot write /dev/full: No space left"):
-        write_tensors_to("/dev/full", {"a": (torch.float32, (9000,))}, lambda key: torch.zeros(9000))
+def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path):
+    path = tmp_path / "ours.safetensors"
+    (tmp_path / "ours.safetensors.partial").symlink_to("/dev/full")
+    with pytest.raises(FolderError, match=r"cannot write .*ours\.safetensors: No space left"):
+        write_tensors_to(path, {"a": (torch.float32, (9000,))}, lambda key: torch.zeros(9000))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, torch.bfloat16, torch.float8_e4m3fn])

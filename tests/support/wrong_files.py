@@ -18,7 +18,7 @@ MANIFEST = "rpq_manifest.json"
 
 # What fields hold that anything may stand in, and fields whose numbers have no limits.
 FREE = re.compile(r"options\.|metadata|library_name|quantization_config\.(plan_sha256|version)$")
-UNLIMITED = re.compile(r"metrics\.|history\[\d+\]\[1\]|^\[\d\]\[2\]$|max_shard_size|seed$")
+UNLIMITED = re.compile(r"metrics\.|history\[\d+\]\[1\]|^seen\[\d\]\[2\]$|max_shard_size|seed$")
 
 
 def nested(depth=MAX_NESTING + 8):
@@ -108,19 +108,23 @@ def defaults(*classes):
 OPTIONAL = {
     "plan": defaults(Spec, Job, Skip), "report": {*defaults(Row), "predicted_bytes", "version", "evaluations", "options", "summary", "worst_layer"},
     "config": {*defaults(Spec), "zero_row", "plan_sha256", "version"}, "preset": {*SETTINGS, "description", "settings", "rules"},
-    "manifest": set(), "index": set(), "piece": {"worst", "output_error", "worst_output"}, "tuning": set(), "sensitivities": set(), "source": set(),
+    "manifest": {"tensors", "made", "source"}, "index": set(), "piece": {"worst", "output_error", "worst_output", "source"}, "tuning": set(),
+    "sensitivities": set(), "source": {"seen", "sha256", "tensors"}, "written": {"tensors", "not_finite"}, "lock": set(),
 }  # fmt: skip
 NULLABLE = {
     "plan": {"padding_idx", "scales"}, "config": {"scales", "zero_row", "guard"},
-    "piece": {"error", "zero_row", "inputs", "worst", "output_error", "worst_output"},
+    "piece": {"error", "zero_row", "inputs", "worst", "output_error", "worst_output", "source"}, "manifest": {"made", "source"},
+    "source": {"sha256"},
     "report": {"expected_error", "error", "seconds", "dead", "inputs", "worst", "output_error", "worst_output", "memory_bytes", "worst_layer",
                "predicted_bytes"},
 }  # fmt: skip
-MAPPINGS = ("modules", "tied", "files", "metrics", "weight_map")  # whose entries have names of their own
+MAPPINGS = ("modules", "tied", "files", "tensors", "metrics", "weight_map")  # whose entries have names of their own
 
 
 def may_be_missing(name, path):
-    entry = (len(path) > 1 and path[-2] in MAPPINGS) or name == "sensitivities"
+    entry = (
+        (len(path) > 1 and path[-2] in MAPPINGS) or name == "sensitivities" or (name == "written" and len(path) == 1)
+    )
     return entry or path[-1] in OPTIONAL[name]
 
 

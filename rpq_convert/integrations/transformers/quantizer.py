@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from rpq_convert.layers.surgery import AFTER
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning.plan import Job, Plan
 from rpq_convert.schemas.kinds import FORMAT_VERSION
+from rpq_convert.storage.verified import check_signatures, check_weights, signatures
 
 
 class RPQQuantizer(HfQuantizer):
@@ -30,6 +32,7 @@ class RPQQuantizer(HfQuantizer):
     jobs: Mapping[str, Job] = {}
     contents: Contents | None = None  # of a converted folder
     placed: placing.Placed | None = None
+    signatures: Mapping[Path, tuple[int, ...]] = {}  # of the files that are read
     ties: Mapping[str, str] = {}  # the model's own; while weights are read, it has others
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -43,6 +46,8 @@ class RPQQuantizer(HfQuantizer):
         files = list(kwargs.get("checkpoint_files") or ())
         if self.pre_quantized:
             self.ties = dict(model.all_tied_weights_keys)
+            self.signatures = signatures(files)
+            check_weights(files)
             self.contents = placing.contents_of(self.quantization_config.stored, files)
             resized = bool(_asked("ignore_mismatched_sizes"))
             self.placed = placing.place(model, self.contents, files, resized=resized)
@@ -68,6 +73,7 @@ class RPQQuantizer(HfQuantizer):
         return on_load.Encode(self.jobs)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        check_signatures(self.signatures)
         left, computed = model.all_tied_weights_keys, placing.is_computed
         model.all_tied_weights_keys = {a: s for a, s in self.ties.items() if a in left or computed(model, a)}
         if not self.pre_quantized:
