@@ -222,7 +222,7 @@ def _fit(
     try:
         size = {"dim": spec.dim, "books": spec.books, "stages": spec.stages}
         common: dict[str, Any] = {**size, "seed": job.seed, "codebook_dtype": codebook_dtype}
-        how = {"axis": spec.axis, "scales": exact, "inputs": inputs}
+        how: dict[str, Any] = {"axis": spec.axis, "scales": exact, "inputs": inputs}
         before = None
         if spec.rate is not None:
             common["rate"] = spec.rate
