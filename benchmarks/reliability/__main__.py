@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from benchmarks.reliability.flips import flips, loading
 from benchmarks.reliability.inject import SCENARIOS, inject
 from benchmarks.reliability.races import races
 
@@ -18,7 +19,15 @@ def main() -> int:
     faults.add_argument("--first", type=int, default=0, help="the first of them")
     raced = commands.add_parser("races", help="two processes write one folder at once")
     raced.add_argument("--count", type=int, default=50, help="races of each kind")
+    flipped = commands.add_parser("flips", help="flip single bits of a finished folder")
+    flipped.add_argument("--count", type=int, default=400)
+    commands.add_parser("loading", help="what it costs to compare tensors when a folder is loaded")
     args = parser.parse_args()
+    if args.command == "loading":
+        loading()
+        return 0
+    if args.command == "flips":
+        return int(flips(args.count) > 0)
     if args.command == "races":
         return int(races(args.count) > 0)
     return int(inject(args.scenarios, args.every, args.first) > 0)

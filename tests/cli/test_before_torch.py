@@ -131,6 +131,9 @@ REFUSED = [  # arguments, exit code, what is said
     # folders that are not what they should be
     (("verify", MODEL), 4, "is not an RPQ checkpoint: its config.json has no quantization_config of method rpq; convert it first"),
     (("verify", "my-model-rpc"), 4, "my-model-rpc does not exist; did you mean my-model-rpq?"),
+    (("verify", SMALL, "--all"), 2, "give --against as well, or leave it out"),
+    (("verify", SMALL, "--quick", "--against", MODEL), 2, "--against reads weights; leave one out"),
+    (("convert", MODEL, "--time-limit", "soon"), 3, "'soon' is no time; give one such as 90s, 30min, 2h or 1h30m"),
     (("verify", "my-model-rpq/model.safetensors"), 4, "is a file of a converted folder; give the folder my-model-rpq"),
     (("audit", MODEL), 4, "is not an RPQ checkpoint"),
     (("restore", MODEL, "out"), 4, "is not an RPQ checkpoint"),
@@ -245,7 +248,7 @@ ALWAYS = {
     "--allow-pickle", "--local-files-only",  # what they permit or forbid is so whether it comes to that or not
     "--output", "--inputs", "--windows", "--layers", "--save", "--data", "--loss", "--recompute", "--recode", "--blocks", "--bfloat16", "--quick",
     "--html", "--effort", "--check", "--version", "--verbose", "--log", "--storage", "--base", "--max-tokens", "--temperature", "--tasks",
-    "--limit", "--max-memory", "--max-tensors",
+    "--limit", "--max-memory", "--max-tensors", "--time-limit", "--check-source", "--against",
 }  # fmt: skip
 ALWAYS_IN = {("push", "--public"), ("push", "--revision"), ("push", "--token"), ("tune", "--samples"), ("eval", "--samples"),
              ("recalibrate", "--samples"), ("recalibrate", "--workers"), ("recalibrate", "--text"), ("tune", "--text")}  # fmt: skip

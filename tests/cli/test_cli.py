@@ -1,5 +1,6 @@
 """The command line on real files: what it prints, what it writes, and how it fails."""
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -668,6 +669,44 @@ def test_a_worker_that_dies_is_told_and_the_run_goes_on(bert, tmp_path):
     assert "done before" in rpq("convert", bert, "--out", out, "--bits", 4, "--effort", "fast").stderr
 
 
+def test_time_limits_locks_and_damaged_pieces_are_told(bare, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(SUPPORT))
+    out = tmp_path / "out"
+    convert = (
+        "convert",
+        bare,
+        "--factory",
+        "factories:small",
+        "--bits",
+        8,
+        "--effort",
+        "fast",
+        "--no-check",
+        "--out",
+        out,
+    )
+    assert rpq(*convert, "--time-limit", "0.001s", code=6).stderr.endswith(
+        "weights are done and kept; run the same command again to go on\n"
+    )
+    fails(3, *convert, "--time-limit", "later", says="is no time; give one such as 90s")
+    (piece,) = (tmp_path / "out.partial" / "pieces").iterdir()
+    piece.write_bytes(piece.read_bytes()[:-1])
+    (tmp_path / "out.partial.lock").write_text(
+        json.dumps({"pid": 1, "host": "h", "command": "rpq convert x", "since": "noon"})
+    )
+    with open(tmp_path / "out.partial.lock") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        fails(4, *convert, says=f"{out} is being written by process 1 on h since noon (rpq convert x); wait for it")
+    (said,) = (line for line in rpq(*convert, "-q").stderr.splitlines())
+    assert said.startswith("warning: ") and str(piece) in said and "the weight is fitted again" in said
+    found = rpq("verify", out, "--against", bare, "--factory", "factories:small", "--json")
+    against = json.loads(found.stdout)["against"]
+    assert against["refitted"] == against["weights"] > 0
+    misused("verify", out, "--all", says="--against")
+    misused("verify", out, "--against", bare, "--quick", says="--quick")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "small.safetensors"]
+
+
 def test_a_traceback_on_request(tmp_path, monkeypatch):
     monkeypatch.setenv("RPQ_TRACEBACK", "1")
     shown = rpq("plan", tmp_path / "nothing", code=4).stderr
@@ -700,6 +739,8 @@ DEEP = ("--factory", "factories:deep", "--preset", "5bit", "--workers", "2")
     [
         pytest.param(signal.SIGINT, "threads", id="ctrl-C", marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, "processes", id="ctrl-C in processes", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, "threads", id="terminated", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, "processes", id="terminated in processes", marks=pytest.mark.slow),
         pytest.param(signal.SIGKILL, "threads", id="killed"),
     ],
 )
@@ -713,9 +754,10 @@ def test_an_interrupted_run_goes_on(how, executor, interrupted, tmp_path):
             os.killpg(process.pid, how)
             break
     stdout, rest = process.communicate()
-    assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL), rest
-    if how == signal.SIGINT:
-        assert rest.endswith("interrupted; run the same command again to go on\n") and "Traceback" not in rest
+    code, said = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated")}.get(how, (-how, ""))
+    assert process.returncode == code, rest
+    if said:
+        assert rest.endswith(f"{said}; run the same command again to go on\n") and "Traceback" not in rest
     assert stdout == "" and (tmp_path / "out.partial").is_dir() and not (tmp_path / "out").exists()
     done = list((tmp_path / "out.partial" / "pieces").glob("*.safetensors"))
     assert 1 <= len(done) < 24

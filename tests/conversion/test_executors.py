@@ -1,6 +1,8 @@
 """Executors: all of them give the same results, read no further ahead than they may, and pass on what goes wrong."""
 
+import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 import rpq_convert as rpq
+from rpq_convert.conversion import executors
 from rpq_convert.conversion.asked import EXECUTORS as NAMES
 from rpq_convert.conversion.executors import run
 
@@ -165,6 +168,71 @@ def test_ctrl_c_ends_the_run_and_its_workers_without_a_word_from_them(executor, 
         time.sleep(0.1)
     else:
         raise AssertionError("a worker outlives the run")
+
+
+def stops_on_three(number):
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return number
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_a_stopped_worker_is_named_and_goes_on_when_it_is_let(monkeypatch, caplog):
+    monkeypatch.setattr(executors, "PATIENCE", 0.2)
+    found = []
+
+    def let_go(record):
+        pid = re.search(
+            r"worker process (\d+) is stopped, and the run waits for it; `kill -CONT \1`", record.getMessage()
+        )[1]
+        os.kill(int(pid), signal.SIGCONT)
+        found.append(pid)
+        return True
+
+    logger = logging.getLogger("rpq_convert")
+    monkeypatch.setattr(logger, "filters", [let_go])
+    assert sorted(run(stops_on_three, range(6), executor="processes", workers=2)) == list(range(6))
+    assert len(found) == 1
+
+
+ORPHANS = """
+import multiprocessing, os, sys, time
+from rpq_convert.conversion.executors import run
+
+if __name__ == "__main__":
+    def items():
+        for number in range(10_000):
+            if number == 4:
+                print(*(p.pid for p in multiprocessing.active_children()), flush=True)
+            yield 0.05
+
+    list(run(time.sleep, items(), executor="processes", workers=2))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_workers_end_with_their_parent(tmp_path):
+    script = tmp_path / "orphans.py"
+    script.write_text(ORPHANS, "utf8")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    started = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    )
+    workers = [int(pid) for pid in started.stdout.readline().split()]
+    started.kill()
+    started.wait()
+    assert len(workers) == 2
+    for pid in workers:
+        for _ in range(600):
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                break
+            time.sleep(0.1)
+        else:
+            raise AssertionError("a worker outlives its parent")
 
 
 @pytest.mark.parametrize("executor", ["threads", "processes"])
