@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from rpq_convert.errors import SourceError
+from rpq_convert.showing import one_line
 
 MAX_AXES, MAX_SIZE = 32, 1 << 48  # of a tensor, and of one axis
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
@@ -54,12 +55,12 @@ def read_entries(path: str | Path) -> dict[str, Entry]:
         raise SourceError(f"{path} is a folder, not a safetensors file") from None
     try:
         table = json.loads(text)
-        table.pop("__metadata__", None)
-        entries = entries_of(table, path, 8 + length)
-    except SourceError:
-        raise
-    except (ValueError, AttributeError, RecursionError) as e:
-        raise SourceError(f"{path} has a broken safetensors header: {e!r}") from None
+    except (ValueError, RecursionError) as e:
+        raise SourceError(f"{path} has a broken safetensors header: {one_line(str(e))}") from None
+    if not isinstance(table, dict):
+        raise SourceError(f"{path} has a broken safetensors header: no mapping from names to tensors")
+    table.pop("__metadata__", None)
+    entries = entries_of(table, path, 8 + length)
     at = max((i.end for i in entries.values()), default=8 + length)
     if at != size:
         what = f"truncated, {at - size:,} bytes are missing" if at > size else f"{size - at:,} bytes too long"
