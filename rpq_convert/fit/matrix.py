@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-PART = 1 << 22  # numbers of a block, about
+PART = 1 << 19  # numbers of a block, about: they stay in the cache
 LANES = 64  # rows or columns that torch sums side by side: with a multiple of them every sum has the order that it has in the whole
 
 

@@ -13,7 +13,8 @@ from rpq_convert.errors import PlanError
 from rpq_convert.planning.plan import Job, Plan
 
 BASE = 700 << 20  # Python, torch, transformers and compiled kernels
-FIT, DRAW = 300 << 20, 64 << 20  # samples and blocks of one fit; of random codes
+FIT, DRAW = 300 << 20, 64 << 20  # samples and blocks of one fit, at most; of random codes
+LITTLE, EACH = 20 << 20, 32  # the same of small weights: some bytes, and bytes a weight
 COPIES = 3  # of codes: as they are found, as they are stored, on their way to the file
 CODED = 5  # bytes beside, for each code that is entropy-coded
 WIDE = 16  # bytes of a weight that is rotated, or whose outliers are kept apart: float32 copies
@@ -32,14 +33,15 @@ def fit_bytes(job: Job, *, drawn: bool = False) -> int:
     }
     codes = parts.pop("codes")
     found = COPIES * codes + 2 * sum(parts.values())
+    work = LITTLE + EACH * numbers
     if drawn:
-        return found + DRAW
+        return found + min(DRAW, work)
     found += job.dense_bytes
     if job.is_random:
-        return found + DRAW + SPREAD * min(numbers, LARGEST)
+        return found + min(DRAW, work) + SPREAD * min(numbers, LARGEST)
     if spec.rate is not None:
         found += CODED * codes
-    return found + FIT + (WIDE * numbers if spec.rotation or spec.outliers else 0)
+    return found + min(FIT, work) + (WIDE * numbers if spec.rotation or spec.outliers else 0)
 
 
 def memory(plan: Plan, workers: int, *, drawn: bool = False) -> int:

@@ -50,11 +50,11 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
     """
     found = infos_of(read_entries(path))
     try:
-        with safe_open(path, "pt"):
+        with safe_open(path, "np"):  # which maps the file for reading alone
             return found
     except SafetensorError as e:
         raise SourceError(f"{path} has a broken safetensors header: {one_line(str(e))}") from None
-    except OSError:  # no address space to map it in, which is not needed
+    except (OSError, MemoryError):  # no address space to map it in, which is not needed
         return found
 
 
@@ -96,8 +96,8 @@ class SafetensorsSource(Mapping[str, Tensor]):
         if name not in self.infos:
             raise KeyError(name)
         info = self.infos[name]
-        if self.maps is not None and info.end > info.start:
-            return _mapped(info, self.maps)
+        if self.maps is not None and info.end > info.start and _map(info.file, self.maps):
+            return _mapped(info, self.maps[info.file])
         data = torch.empty(info.end - info.start, dtype=torch.uint8)
         with open(info.file, "rb") as f:
             f.seek(info.start)
@@ -107,12 +107,19 @@ class SafetensorsSource(Mapping[str, Tensor]):
         return data.view(info.dtype).reshape(info.shape) if len(data) else torch.empty(info.shape, dtype=info.dtype)
 
 
-def _mapped(info: TensorInfo, maps: dict[Path, Tensor]) -> Tensor:
+def _map(file: Path, maps: dict[Path, Tensor]) -> bool:
+    """Map a file that was not yet; return whether it is. The system may have no address space for it."""
+    if file not in maps:
+        try:
+            maps[file] = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
+        except RuntimeError:
+            return False
+    return True
+
+
+def _mapped(info: TensorInfo, whole: Tensor) -> Tensor:
     """Return a tensor in the pages of its file. Writing to it copies a page, and never changes the file."""
-    if info.file not in maps:
-        size = info.file.stat().st_size
-        maps[info.file] = torch.from_file(str(info.file), shared=False, size=size, dtype=torch.uint8)
-    data = maps[info.file][info.start : info.end]
+    data = whole[info.start : info.end]
     if len(data) != info.end - info.start:
         raise SourceError(f"{info.file}: {info.name} ended after {len(data):,} bytes; was the file changed?")
     if info.start % info.dtype.itemsize:  # no number may lie across

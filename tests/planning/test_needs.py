@@ -60,6 +60,6 @@ def test_what_does_not_fit_is_refused():
 
 def test_words():
     made = plan((4096, 4096))
-    assert needs.described(made, 1, 3_000_000_000).startswith("needs about 1.0 GB of memory and 3.0 GB of disk")
-    assert "with 2 fits at once (1.0 GB with one)" in needs.described(made, 2, 0)
+    assert needs.described(made, 1, 3_000_000_000).startswith("needs about 1.1 GB of memory and 3.0 GB of disk")
+    assert "with 2 fits at once (1.1 GB with one)" in needs.described(made, 2, 0)
     assert needs.memory(replace(made, jobs=()), 4) == needs.BASE
