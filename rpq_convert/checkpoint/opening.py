@@ -141,10 +141,12 @@ class Opened:
 
 
 def fill(model: nn.Module, source: Mapping[str, Tensor]) -> nn.Module:
-    """Give an empty model the weights of its checkpoint, in place, and whatever else holds one."""
+    """Give an empty model the weights of its checkpoint, in its own dtype, in place, and whatever else holds one."""
     held = held_elsewhere(model)
     for slot in walk(model):
         tensor = either(source, (slot.name, *slot.aliases))
+        if tensor.is_floating_point() and slot.dtype.is_floating_point:
+            tensor = tensor.to(slot.dtype)  # as `load_state_dict` does
         filled: Any = tensor if slot.buffer else nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
         for path in (slot.name, *slot.aliases):
             module, name = surgery.find(model, path)

@@ -25,6 +25,7 @@ from rpq_convert.conversion.plans import plan_opened
 from rpq_convert.core.keywords import keywords
 from rpq_convert.core.options import take
 from rpq_convert.core.results import Encoded
+from rpq_convert.core.spec import dtype_of
 from rpq_convert.encoding.encode import build
 from rpq_convert.encoding.init_std import configured_std
 from rpq_convert.encoding.measure import set_record
@@ -194,15 +195,22 @@ def convert_calibrated(
     how: Mapping[str, Any],
     stored: Callable[[Job], Encoded | None] = lambda job: None,
 ) -> None:
-    """Fit and install layer by layer, but for what an earlier run has `stored`."""
+    """Fit and install layer by layer, but for what an earlier run has `stored`.
+
+    The model runs in its own dtype; a weight is in that of its job when all are done.
+    """
     if _on_meta(source):
         raise PlanError("a model on meta has no outputs to calibrate; convert it with fit='random' or load its weights")
     by_name = {job.name: job for job in plan.jobs}
     where = {job.name: surgery.places(model, (job.name, *job.aliases)) for job in plan.jobs}
     padded(model)  # it runs while some layers are converted and others not yet
+    done: dict[str, RPQWeight] = {}
 
     def install(job: Job, encoded: Encoded, new: bool) -> None:
-        swap(where[job.name], job, encoded)
+        running = where[job.name].parameter
+        assert running is not None  # the plan was checked against the model
+        done[job.name] = weight = swap(where[job.name], job, encoded)
+        weight._probe = weight._probe.to(running.dtype)
         if progress:
             progress(job, encoded if new else None)
 
@@ -216,6 +224,8 @@ def convert_calibrated(
             for encoded in run_jobs(waiting, source, statistics=statistics, **how):
                 install(by_name[encoded.name], encoded, new=True)
             del statistics  # before the next group's Hessian is made
+    for name, weight in done.items():
+        weight._probe = weight._probe.to(dtype_of(by_name[name].dtype))
 
 
 def _on_meta(source: Mapping[str, Tensor]) -> bool:

@@ -16,7 +16,7 @@ from rpq_convert.checkpoint.described import plan_of
 from rpq_convert.conversion.bar import Progress, shown
 from rpq_convert.conversion.memory import convert_calibrated, finish
 from rpq_convert.core.keywords import keywords
-from rpq_convert.core.spec import Spec, dtype_name, dtype_of
+from rpq_convert.core.spec import Spec, dtype_of
 from rpq_convert.errors import CalibrationError
 from rpq_convert.inputs.items import Calibration, prepare
 from rpq_convert.layers import surgery
@@ -72,11 +72,7 @@ def recalibrate(
         with widened(model, wide) if wide else nullcontext(), shown(progress, plan) as callback:
             for name, places in where.items():
                 places.remove(dense[name])
-            run = tuple(replace(j, dtype=dtype_name(wide)) for j in jobs) if wide else jobs
-            convert_calibrated(model, replace(plan, jobs=run), source, items, callback, how)
-        fitted = surgery.layers_of(model)
-        for job in jobs:
-            fitted[job.name]._probe = fitted[job.name]._probe.to(dtype_of(job.dtype))
+            convert_calibrated(model, replace(plan, jobs=jobs), source, items, callback, how)
         return finish(model, replace(plan, jobs=jobs, options={**plan.options, "calibration": describe(items)}))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rpq_convert.errors import CalibrationError, SourceError
 from rpq_convert.inputs import files
-from rpq_convert.inputs.found import is_path
+from rpq_convert.inputs.found import find_data, is_path
 from rpq_convert.layers.precision import dtype_of
 from rpq_convert.running.text_config import text_config
 
@@ -59,7 +59,8 @@ def prepare(data: Any, model: Any, name: str, *, tokenizer: Any = None, labels: 
     if callable(data) and not isinstance(data, (Mapping, nn.Module)) and not hasattr(data, "__getitem__"):
         data = data(model)
     if isinstance(data, Path) or (isinstance(data, str) and is_path(data)):
-        return files.read_inputs(data, maker.folder(), model=model, labels=labels)
+        src = "" if find_data(data).kind == "tensors" else maker.folder()  # tensors need no tokenizer
+        return files.read_inputs(data, src, model=model, labels=labels)
     items = [data] if _is_one(data) else _listed(data, name)
     return [maker.make(item, i) for i, item in enumerate(items)]
 

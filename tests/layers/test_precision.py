@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import rpq_convert as rpq
@@ -90,3 +91,23 @@ def test_inputs_are_cast_where_models_differ():
     )
     assert fitting(item, net(), net()) is item and fitting(x, net(), net().to(F64)).dtype == F64
     assert dtype_of(nn.ReLU()) == F32
+
+
+def test_a_conversion_to_another_dtype_runs_in_the_models_own():
+    data = [torch.randn(16, 64) for _ in range(2)]
+    small = net()
+    report = rpq.convert(small, bits=2, grow=True, dtype="bfloat16", calibration=data, progress=False, check=data)
+    assert report.output_error < 0.2 and report.evaluations[0]["metrics"]["cosine"] > 0.8
+    assert set(dtypes(small).values()) == {BF16} and small(data[0].to(BF16)).dtype == BF16
+
+
+def test_a_factorys_dtype_counts_and_not_that_of_its_file(tmp_path):
+    save_file(net().to(BF16).state_dict(), tmp_path / "net.safetensors")
+    save_file({"input": torch.randn(20, 64, dtype=F64)}, tmp_path / "data.safetensors")
+    how = {"factory": net, "bits": 4, "grow": True, "progress": False}
+    report = rpq.convert_checkpoint(
+        tmp_path / "net.safetensors", tmp_path / "out", calibration=tmp_path / "data.safetensors", **how
+    )
+    assert report.output_error is not None
+    small = rpq.load(tmp_path / "out", factory=net)
+    assert set(dtypes(small).values()) == {F32} and small(torch.randn(2, 64)).dtype == F32
