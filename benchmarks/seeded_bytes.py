@@ -119,7 +119,7 @@ def cases() -> dict[str, Callable[[], nn.Module]]:
         "calibrated 4 bits": lambda: converted(stack(), bits=4, calibration=batches()),
         "calibrated 2.67 bits, mixed layers": lambda: converted(Mixed(), bits=2.67, storage="bytes", calibration=ids()),
         "calibrated 2 bits with outliers": lambda: converted(stack(), bits=2, outliers=0.02, calibration=batches()),
-        "own inputs": lambda: converted(llama(), bits=4, calibration=rpq.own_inputs),
+        "own inputs": lambda: converted(llama(), bits=4, storage="bytes", calibration=rpq.own_inputs),
         "budget by shape": lambda: converted(Mixed(), target_size="60KB", sensitivity="shape"),
         "budget measured": lambda: converted(llama(), bits=5.3, storage="bytes"),
         "entropy-coded": lambda: converted(Mixed(), bits=3.5),
