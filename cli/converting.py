@@ -179,8 +179,7 @@ class Conversion:
         from rpq_convert.conversion.jobs import needed
         from rpq_convert.planning.needs import check_memory
         from rpq_convert.running.memory import available
-        from rpq_convert.storage.room import check_room
-        from rpq_convert.storage.writer import bytes_to_write
+        from rpq_convert.storage.room import bytes_to_write, check_room
 
         check_room(self.folder, bytes_to_write(self.folder, plan))
         check_memory(plan.jobs, available(), drawn=self.opened.is_drawn)

@@ -1,9 +1,12 @@
 """The comparison with other tools: a shuffled model is the same model, bytes are counted once, the best row is the best."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
+from paths import ROOT
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -144,3 +147,13 @@ def test_speed_figures_are_compared_with_the_last_ones_of_the_same_processor(tmp
     assert summary.startswith("1 of 1") and summary.endswith("1 have no figure before")
     (stamped,) = figures.stamped([{"case": "x", "value": 1.0, "unit": "ms"}], "A", "2")
     assert stamped.keys() == figure(1.0).keys()
+
+
+@pytest.mark.slow
+def test_faults_races_and_flipped_bits_leave_whole_folders():
+    """A sample of what docs/reliability.md tells of; each command fails where one of them does harm."""
+    for arguments in (("inject", "--every", "67"), ("races", "--count", "2"), ("flips", "--count", "40")):
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.reliability", *arguments], capture_output=True, text=True, cwd=ROOT
+        )
+        assert done.returncode == 0 and "FAULT" not in done.stdout, (arguments, done.stdout, done.stderr[-2000:])

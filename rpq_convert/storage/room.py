@@ -6,9 +6,14 @@ import os
 import shutil
 from collections.abc import Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rpq_convert.errors import FolderError
 from rpq_convert.report.text import megabytes
+from rpq_convert.storage.swap import work_of
+
+if TYPE_CHECKING:
+    from rpq_convert.planning.plan import Plan
 
 
 def check_free(out: str | Path, *, overwrite: bool) -> None:
@@ -74,3 +79,10 @@ def check_room(out: str | Path, needed: int) -> None:
 def nearest(path: Path) -> Path:
     """Return what exists of a path or above it."""
     return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+
+
+def bytes_to_write(out: str | Path, plan: Plan) -> int:
+    """Return the bytes that a plan still needs on the disk: its pieces and its weight files, but for what an earlier run wrote."""
+    work = work_of(Path(out))
+    there = sum(p.stat().st_size for p in work.rglob("*.safetensors")) if work.is_dir() else 0
+    return max(0, plan.file_bytes + sum(sum(j.nbytes.values()) for j in plan.jobs) - there)

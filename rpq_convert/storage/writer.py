@@ -31,7 +31,7 @@ from rpq_convert.storage.origin import Origin, difference
 from rpq_convert.storage.pickles import PickleSource
 from rpq_convert.storage.pieces import Pieces
 from rpq_convert.storage.records import MANIFEST, ORIGIN, PLAN, WRITTEN, read_manifest
-from rpq_convert.storage.room import check_free, check_room
+from rpq_convert.storage.room import bytes_to_write, check_free, check_room
 
 HINT = "; delete the folder, or pass overwrite=True"  # what to do about an unfinished run that cannot go on
 
@@ -175,8 +175,8 @@ class Folder:
                 path.unlink()
 
     def _note_source(self) -> None:
-        text = "" if self.source is None else json.dumps({**self.source, "seen": self.seen}, indent=1)
-        write_file(self.work / ORIGIN, text)
+        found = self.source and {**self.source, "seen": self.seen}
+        write_file(self.work / ORIGIN, json.dumps(found, indent=1) if found else "")
 
     def forget(self) -> None:
         """Remove a run that failed before anything was done; what was done is kept for the next one."""
@@ -314,8 +314,11 @@ class Folder:
     def files(self) -> dict[str, Path]:
         """Return path inside the folder -> file, of everything that stays in it when it is finished."""
         inside = {p.relative_to(self.work).as_posix(): p for p in sorted(self.work.rglob("*")) if p.is_file()}
-        left = {ORIGIN, WRITTEN, *(() if self.keeps_plan else (PLAN,))}
-        return {n: p for n, p in inside.items() if n not in left and not p.is_relative_to(self.pieces.folder)}
+        return {n: p for n, p in inside.items() if n not in self._left() and not p.is_relative_to(self.pieces.folder)}
+
+    def _left(self) -> tuple[str, ...]:
+        """Return the records that are of the making only."""
+        return (ORIGIN, WRITTEN) if self.keeps_plan else (ORIGIN, WRITTEN, PLAN)
 
     def finish(self) -> Path:
         """Write the manifest, remove what is of the making only (late, since a run may be killed while it hashes), rename."""
@@ -324,7 +327,7 @@ class Folder:
             made = made_now(self.plan, source)
             write_manifest(self.work, self.files(), sorted(self.not_finite - self.broken()), made, self.written)
         swap.remove(self.pieces.folder)
-        for name in (ORIGIN, WRITTEN, *(() if self.keeps_plan else (PLAN,))):
+        for name in self._left():
             swap.remove(self.work / name)
         swap.put_in_place(self.work, self.out)
         return self.out
@@ -332,13 +335,6 @@ class Folder:
     def _fitted_to(self) -> dict[str, str]:
         found = {job.name: self.pieces.facts(job).get("source") for job in self.plan.jobs}
         return {name: known for name, known in found.items() if known is not None}
-
-
-def bytes_to_write(out: str | Path, plan: Plan) -> int:
-    """Return the bytes that a plan still needs on the disk: its pieces and its weight files, but for what an earlier run wrote."""
-    work = swap.work_of(Path(out))
-    there = sum(p.stat().st_size for p in work.rglob("*.safetensors")) if work.is_dir() else 0
-    return max(0, plan.file_bytes + sum(sum(j.nbytes.values()) for j in plan.jobs) - there)
 
 
 FINITE = 1 << 22  # numbers looked at together
