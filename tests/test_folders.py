@@ -308,9 +308,12 @@ def test_a_classifier_of_any_kind(tmp_path, monkeypatch):
     assert after["metrics"]["relative_error"] < found["metrics"]["relative_error"]
     save_file({"picture": x, "labels": labels[:5]}, on)
     assert "different numbers" in run("eval", source, out, *evaluated, code=4).stderr
-    assert (
-        "no tokenizer" in run("convert", source, *how, "--out", tmp_path / "no", "--calibrate", "self", code=2).stderr
-    )
+    (tmp_path / "text.txt").write_text("a few words")
+    for kind, code, says in (
+        (tmp_path / "text.txt", 2, "no tokenizer"),
+        ("self", 0, "synthetic inputs: noise pictures of"),
+    ):
+        assert says in run("convert", source, *how, "--out", tmp_path / "no", "--calibrate", kind, code=code).stderr
 
 
 def test_a_folder_of_texts_and_one_of_pictures(spoken, tmp_path):
