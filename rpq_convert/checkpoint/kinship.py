@@ -18,6 +18,7 @@ from rpq_convert.errors import SourceError
 from rpq_convert.storage.folder import open_folder
 from rpq_convert.storage.options import SourceOptions
 from rpq_convert.storage.sources import called, read_config
+from rpq_convert.storage.unpacking import checked
 
 FEW, LARGE = 3, 1024  # how many weights are read, and of how many numbers each at least
 UNRELATED = 0.2  # cosine below which weights have nothing to do with each other
@@ -50,7 +51,8 @@ def check_base(base: str | Path, folder: str | Path, factory: str | Factory | No
             raise SourceError(
                 f"{names[0]} cannot be the base of {names[1]}: {name} {there}, and {list(shape)} in {names[1]}"
             )
-    found = {name: _cosine(decoded(source, name, coded[name]), opened.source[name]) for name in _some(mine, coded)}
+    weights = checked(source, contents)
+    found = {name: _cosine(decoded(weights, name, coded[name]), opened.source[name]) for name in _some(mine, coded)}
     if not found or max(found.values()) >= UNRELATED:
         return ""
     name, cosine = max(found.items(), key=lambda item: item[1])

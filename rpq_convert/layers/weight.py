@@ -247,8 +247,8 @@ class RPQWeight(nn.Module):
         matrix = self.view.to_matrix(rows.expand(self.shape), self.spec.axis)
         if self.input_scales is None:
             return matrix
-        inputs = self.input_scales.detach()
-        return matrix * (inputs if self.spec.axis == "in" else inputs[:, None])
+        inputs = self.input_scales.detach().float()  # products of two float16 numbers may be none
+        return matrix.float() * (inputs if self.spec.axis == "in" else inputs[:, None])
 
     @torch.no_grad()
     def matrix_rows(self, start: int, stop: int) -> Tensor:

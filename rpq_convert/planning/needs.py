@@ -82,5 +82,5 @@ def described(plan: Plan, workers: int, disk: int, *, drawn: bool = False) -> st
 
 
 def gigabytes(n: int) -> str:
-    """Return a size in GB of 10**9 bytes."""
-    return f"{n / 1e9:.1f} GB" if n >= 1e8 else f"{n / 1e9:.3f} GB"
+    """Return a size in GB of 10**9 bytes; a small one in MB."""
+    return f"{n / 1e9:.1f} GB" if n >= 1e8 else f"{n / 1e6:.1f} MB"

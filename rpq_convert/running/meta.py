@@ -31,9 +31,11 @@ from rpq_convert.running.hooked import hooked
 
 LARGE = 1 << 30  # bytes
 TABLE, TABLES = 512 << 20, 2 << 30  # bytes of a table that a constructor computes, such as a mask, and of all of them
+UNTOUCHED = frozenset(
+    (torch.empty, torch.zeros)
+)  # memory that the system gives when it is written: experts that parameters are made of
 MAKERS = frozenset(
     (
-        torch.zeros,
         torch.ones,
         torch.full,
         torch.arange,
@@ -83,7 +85,15 @@ class _Careful(TorchFunctionMode):
             self.note(func(*args, **{**kwargs, "device": "meta"}))
             return func(*args, **kwargs)
         found = func(*args, **kwargs)
-        if isinstance(found, Tensor) and not found.is_meta and found.nbytes > TABLE and found.is_contiguous():
+        if (
+            func not in UNTOUCHED
+            and isinstance(found, Tensor)
+            and not found.is_meta
+            and found.nbytes > TABLE
+            and found.is_contiguous()
+        ) and not any(
+            isinstance(a, Tensor) and a.data_ptr() == found.data_ptr() for a in args
+        ):  # a view, or filled in place
             self.note(found)
         return found
 

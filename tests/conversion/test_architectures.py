@@ -113,9 +113,9 @@ def test_architecture(name, tmp_path):
     wanted, got, found = gradients(dense), gradients(hugging), surgery.layers_of(hugging)
     for path, weight in found.items():
         if path in wanted:
-            parts = [weight.codebooks, weight.scales]
-            through = torch.autograd.grad(weight(), parts, wanted.pop(path))
-            wanted |= {f"{path}_rpq.{part}": g for part, g in zip(("codebooks", "scales"), through)}
+            parts = dict(weight.named_parameters())
+            through = torch.autograd.grad(weight(), list(parts.values()), wanted.pop(path))
+            wanted |= {f"{path}_rpq.{part}": g for part, g in zip(parts, through)}
     assert wanted.keys() == got.keys() and any("_rpq." in n for n in got)
     largest = max(float(g.abs().max()) for g in wanted.values())
     for n, g in wanted.items():  # some are zero but for rounding: a bias of keys, which softmax ignores

@@ -94,12 +94,12 @@ class Layered:
 @pytest.mark.parametrize("bits, dim, stages", [(3, 8, 3), (6, 4, 3), (5.34, 3, 2)])
 def test_more_bits_in_fewer_bytes_are_taken_where_codebooks_outweigh_codes(bits, dim, stages):
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(1024, 1024))
-    small, large = (j.spec for j in rpq.plan(model, bits=bits).jobs)
+    small, large = (j.spec for j in rpq.plan(model, bits=bits, storage="bytes").jobs)
     assert (large.dim, large.stages) == (dim, stages)
     assert (small.dim, small.stages) == (int(8 // bits), 1) and small.bits >= large.bits
     asked = rpq.plan(model, rules=[{"match": "*", "dim": dim, "stages": stages}])  # who asks for stages gets them
     assert all(j.spec.stages == stages for j in asked.jobs)
-    bytes_of = [sum(j.nbytes.values()) for j in rpq.plan(model, bits=bits).jobs]
+    bytes_of = [sum(j.nbytes.values()) for j in rpq.plan(model, bits=bits, storage="bytes").jobs]
     assert bytes_of[0] < 64 * 64 * 2
 
 

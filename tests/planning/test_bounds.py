@@ -65,5 +65,5 @@ def test_tables_that_a_model_computes_are_bounded(monkeypatch):
     monkeypatch.setattr(meta, "TABLES", 1000)
     with pytest.raises(SourceError, match="computes a table"), parameters_on_meta():
         for _ in range(9):
-            torch.zeros(100)
-    torch.zeros(1000)  # outside of it nothing is counted
+            torch.ones(100)
+    torch.ones(1000)  # outside of it nothing is counted

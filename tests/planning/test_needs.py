@@ -15,7 +15,8 @@ from rpq_convert.planning.slots import Slot
 
 def plan(*shapes, dtype=torch.float16, **options):
     slots = [Slot(f"{i}.weight", (), "Linear", (), s, dtype, WeightView("out in")) for i, s in enumerate(shapes)]
-    return make_plan(slots, PlanOptions(**({"bits": 4} | options)))
+    size = {"bits": 4} if "fit" in options else {"bits": 4, "storage": "bytes"}
+    return make_plan(slots, PlanOptions(**(size | options)))
 
 
 def test_the_model_may_be_as_long_as_it_likes():

@@ -137,7 +137,7 @@ def test_the_command_reads_folders_and_reports_without_torch(folders, tmp_path):
     "words, code, said",
     [
         (("a",), 2, "two or more"),
-        (("a", "nothing"), 4, "nothing does not exist"),
+        (("a", "./nothing"), 4, "nothing does not exist"),
         (("a", "."), 4, "no converted folder"),
         (("a", "b", "--html", "no/such/folder.html"), 4, "no/such does not exist"),
         (("a", "a/config.json"), 4, "is not a report"),

@@ -112,7 +112,7 @@ OPTIONAL = {
     "sensitivities": set(), "source": {"seen", "sha256", "tensors"}, "written": {"tensors", "not_finite"}, "lock": set(),
 }  # fmt: skip
 NULLABLE = {
-    "plan": {"padding_idx", "scales"}, "config": {"scales", "zero_row", "guard"},
+    "plan": {"padding_idx", "scales", "input_scales", "rate"}, "config": {"scales", "input_scales", "rate", "zero_row", "guard"},
     "piece": {"error", "zero_row", "inputs", "worst", "output_error", "worst_output", "source"}, "manifest": {"made", "source"},
     "source": {"sha256"},
     "report": {"expected_error", "error", "seconds", "dead", "inputs", "worst", "output_error", "worst_output", "memory_bytes", "worst_layer",
