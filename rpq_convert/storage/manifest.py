@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rpq_convert.errors import SourceError
 from rpq_convert.planning.plan import Plan
 from rpq_convert.running.processor import family
 from rpq_convert.storage.assembly import digest, write_file
@@ -50,7 +51,10 @@ def entry_of(path: Path) -> dict[str, Any]:
     """Return a file's entry in the manifest."""
     found: dict[str, Any] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     if path.suffix == ".safetensors":
-        source = SafetensorsSource([read_header(path)])
+        try:
+            source = SafetensorsSource([read_header(path)])
+        except SourceError:  # of somebody else, who calls it so
+            return found
         found["tensors"] = {name: digest(source[name]) for name in source}
     return found
 
