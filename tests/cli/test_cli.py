@@ -579,6 +579,7 @@ def test_presets_and_rules_that_make_no_sense(bert, tmp_path):
     fails(3, "plan", bert, "--max-shard-size", "infGB", says="infGB")
 
 
+@pytest.mark.slow
 def test_what_a_killed_overwrite_leaves_is_no_obstacle(bert, tmp_path):
     convert = ("convert", bert, "--out", tmp_path / "out", "--bits", 8, "--overwrite")
     rpq(*convert, "-q")

@@ -72,7 +72,7 @@ def test_every_way_to_read_it_gives_the_same(folders, tmp_path):
     assert torch.equal(loaded.model(WORDS).last_hidden_state, rpq.load(out).model(WORDS).last_hidden_state)
 
 
-@pytest.mark.parametrize("executor", ["serial", "processes"])
+@pytest.mark.parametrize("executor", ["serial", pytest.param("processes", marks=pytest.mark.slow)])
 def test_every_executor_writes_the_same_bytes(executor, folders, tmp_path):
     dense, out, _, model = folders
     rpq.convert_checkpoint(dense, tmp_path / "out", executor=executor, **OPTIONS)

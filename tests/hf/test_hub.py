@@ -69,6 +69,7 @@ def sharded(tmp_path_factory, folder):
     return place
 
 
+@pytest.mark.slow
 def test_a_plan_reads_headers_alone(folder, sharded, tmp_path):
     code = """
 for name in ("team/small", "team/sharded"):

@@ -265,6 +265,7 @@ def test_a_factory_that_compiles_submodules(tmp_path):
         assert torch.equal(loaded(x), model(x))
 
 
+@pytest.mark.slow
 def test_encoder_and_decoder_from_converted_folders(tmp_path):
     torch.manual_seed(0)
     tf.BertModel(bert()).save_pretrained(tmp_path / "e")
