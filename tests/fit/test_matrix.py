@@ -5,6 +5,7 @@ import torch
 
 from rpq_convert.core.axes import WeightView
 from rpq_convert.encoding import encode as encoding
+from rpq_convert.encoding import scales as scaling
 from rpq_convert.encoding.encode import encode
 from rpq_convert.fit import matrix as blocks
 from rpq_convert.fit.matrix import Matrix
@@ -29,6 +30,7 @@ def small(monkeypatch):
     def made(part=1 << 12):
         monkeypatch.setattr(blocks, "PART", part)
         monkeypatch.setattr(encoding, "PART", part)
+        monkeypatch.setattr(scaling, "PART", part)
 
     return made
 
@@ -42,10 +44,10 @@ def weight(shape, dtype, seed=0):
 def test_blocks_are_those_of_a_wide_copy(names, shape, small):
     small()
     view, tensor = WeightView(names), weight(shape, torch.float16)
-    scales = encoding.row_scales(view, tensor)
+    scales = scaling.row_scales(view, tensor)
     for axis in ("in", "out"):
         job = make_plan([Slot("w", (), "", (), shape, torch.float16, view)], PlanOptions(bits=4, axis=axis)).jobs[0]
-        matrix = Matrix(view.to_matrix(tensor, axis), encoding._divisors(job, scales))
+        matrix = Matrix(view.to_matrix(tensor, axis), scaling.divisors(job, scales))
         whole = view.to_matrix(tensor.float() / scales, axis)
         assert torch.equal(matrix.whole, whole)
         assert matrix.extremes == (whole.min().item(), whole.max().item())
