@@ -18,7 +18,7 @@ _OWN = [
 ]  # no data: to text that the model writes itself, random tokens, noise
 _OUTLIERS = [{"bits": 4, "outliers": 0.005, **how} for how in ({}, {"own": True}, {"calibrated": True})]
 _CODED = [  # entropy-coded: by file bytes, 8 bits in memory
-    {"bits": b, "storage": "rans", **how} for b in (3.97, 3.04) for how in ({}, {"own": True}, {"calibrated": True})
+    {"bits": b, "storage": "rans", **how} for b in (3.98, 3.03) for how in ({}, {"own": True}, {"calibrated": True})
 ] + [{"bits": 2.04, "storage": "rans", "calibrated": True}]
 _FINE = [{"bits": b, "calibrated": True} for b in (8, 6, 2.67)]  # against others' 8 bits, Q5_K_M, GPTQ's 3 bits
 _SIZED = {  # in the bytes of 2 bits for every weight
