@@ -90,6 +90,7 @@ out["headers"] = rpq.plan("team/bare", bits=4).file_bytes
     )  # two repositories; a header is asked for by its first 100 kB
 
 
+@pytest.mark.slow
 def test_a_conversion_fetches_what_it_needs_at_one_commit(folder, tmp_path):
     code = """
 rpq.convert_checkpoint("team/small", sys.argv[1], bits=4, revision="v1")
