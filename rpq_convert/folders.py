@@ -1,4 +1,7 @@
-"""Evaluate, tune and recalibrate a converted folder against its dense checkpoint."""
+"""Evaluate, tune and recalibrate a converted folder against its dense checkpoint.
+
+The file is long because each command reads, locks, runs and writes here, in that order.
+"""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ HEADER = """# Quality for the bytes, tool by tool
 - Each tool converts the same dense model on a CPU. The same code then decodes and measures its weights.
 - **MB** (10^6 bytes) counts everything that a file holds: codes, codebooks, scales and zero points, and at 16 bits what a tool
   leaves alone.
-- **Bits** are all those bytes per parameter.
+- **Bits** are all those bytes per parameter. In the settings of rpq-convert they are those of a preset: as small in memory as on disk.
 - No row of its size or below beats a row in **bold**.
 - **Minutes** are of one thread, or of as many as stand beside them, on a shared machine. They show an order of magnitude.
 - **Peak MB** is the memory of the tool's process, with the dense model in float32 and imports.

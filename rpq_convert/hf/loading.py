@@ -133,7 +133,7 @@ def build_empty(config: Any, dtype: torch.dtype | None = None, most: float = mat
     try:
         kind: Any = model_class(config)
         wanted = dtype or getattr(config, "dtype", None) or torch.float32
-        with parameters_on_meta(most):
+        with parameters_on_meta(most, bounded=True):
             model = kind._from_config(config, dtype=wanted)
         model.tie_weights()
         keep_dtypes(model, wanted)

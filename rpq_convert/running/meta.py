@@ -31,9 +31,8 @@ from rpq_convert.running.hooked import hooked
 
 LARGE = 1 << 30  # bytes
 TABLE, TABLES = 512 << 20, 2 << 30  # bytes of a table that a constructor computes, such as a mask, and of all of them
-UNTOUCHED = frozenset(
-    (torch.empty, torch.zeros)
-)  # memory that the system gives when it is written: experts that parameters are made of
+# Their memory is the system's until it is written to: fused experts are made so.
+UNTOUCHED = frozenset((torch.empty, torch.zeros))
 MAKERS = frozenset(
     (
         torch.ones,
@@ -60,15 +59,15 @@ _BUILDING = _Building()
 
 
 class _Careful(TorchFunctionMode):
-    """Puts what is large and uninitialised on meta, and refuses tables of a size that no model has.
+    """Puts what is large and uninitialised on meta; where it is `bounded`, it refuses tables of a size that no model has.
 
     Raises:
         SourceError: such a table.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, bounded: bool) -> None:
         super().__init__()
-        self.made = 0
+        self.bounded, self.made = bounded, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -76,6 +75,8 @@ class _Careful(TorchFunctionMode):
             planned: Tensor = func(*args, **{**kwargs, "device": "meta"})
             if planned.nbytes > LARGE:
                 return planned
+        if not self.bounded:
+            return func(*args, **kwargs)
         if (
             func in MAKERS
             and kwargs.get("device") is None
@@ -107,14 +108,15 @@ class _Careful(TorchFunctionMode):
 
 
 @contextmanager
-def parameters_on_meta(most: float = math.inf) -> Iterator[None]:
+def parameters_on_meta(most: float = math.inf, *, bounded: bool = False) -> Iterator[None]:
     """Within the block, every parameter that this thread registers in a module is moved to meta; shared ones stay shared.
 
     Args:
         most: how many may be registered.
+        bounded: refuse tables that are larger than any model has: the sizes are a stranger's, not those of the user's own code.
 
     Raises:
-        SourceError: more are, or a table is computed that is larger than any model has.
+        SourceError: more parameters, or such a table.
     """
     if _BUILDING.moved is not None:  # a block within a block
         yield
@@ -122,7 +124,7 @@ def parameters_on_meta(most: float = math.inf) -> Iterator[None]:
     _register_hook()
     _BUILDING.moved, _BUILDING.left, _BUILDING.most = {}, most, most
     try:
-        with _Careful():
+        with _Careful(bounded):
             yield
     finally:
         _BUILDING.moved = None

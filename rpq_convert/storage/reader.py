@@ -146,11 +146,10 @@ def mapped(source: Any) -> Iterator[None]:
         inner.maps = None
 
 
-class Witnessed(Mapping[str, Tensor]):
-    """A source that remembers the hash of every tensor that was read."""
+class Over(Mapping[str, Tensor]):
+    """A source that reads another one, and does something beside."""
 
-    def __init__(self, source: Mapping[str, Tensor]) -> None:
-        self.source, self.digests = source, dict[str, str]()
+    source: Any
 
     def __len__(self) -> int:
         return len(self.source)
@@ -161,8 +160,15 @@ class Witnessed(Mapping[str, Tensor]):
     def __contains__(self, name: object) -> bool:
         return name in self.source
 
+
+class Witnessed(Over):
+    """A source that remembers the hash of every tensor that was read."""
+
+    def __init__(self, source: Mapping[str, Tensor]) -> None:
+        self.source, self.digests = source, dict[str, str]()
+
     def __getitem__(self, name: str) -> Tensor:
-        tensor = self.source[name]
+        tensor: Tensor = self.source[name]
         if not tensor.is_meta:
             self.digests[name] = digest(tensor)
         return tensor

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from rpq_convert.errors import SourceError, VerifyError
 from rpq_convert.storage.assembly import digest
+from rpq_convert.storage.reader import Over
 from rpq_convert.storage.records import MANIFEST, read_manifest, sha256
 
 WITHOUT = "; take the folder from where it came, or pass verify=False (RPQ_VERIFY=0 in the environment)"
 
 
-class VerifiedSource(Mapping[str, Tensor]):
+class VerifiedSource(Over):
     """A source whose tensors have known hashes.
 
     Args:
@@ -29,15 +30,6 @@ class VerifiedSource(Mapping[str, Tensor]):
 
     def __init__(self, source: Any, known: Mapping[str, str]) -> None:
         self.source, self.known, self.infos = source, known, source.infos
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.source)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.source
 
     def __getitem__(self, name: str) -> Tensor:
         tensor: Tensor = self.source[name]
