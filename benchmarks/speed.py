@@ -3,6 +3,7 @@
     pip install -e .[bench]
     python benchmarks/speed.py > docs/benchmarks.md           # all tables
     python benchmarks/speed.py [--one-thread] [linear|rotation|stack|small|embedding|conv|training|models|kmeans|cost …]
+    python benchmarks/speed.py --model smollm2 --where        # where a token's time goes; also minilm, vit
     python benchmarks/speed.py --record [TABLE …]             # adds the figures to docs/speed.jsonl
     python benchmarks/speed.py --compare [TABLE …]            # says which figures moved since the last ones of this processor
 
@@ -309,35 +310,31 @@ def peak(kind: str) -> None:
 
 @torch.no_grad()  # not inference_mode: what is kept between calls is kept for tensors made outside of it
 def models() -> None:
-    import copy
-
-    from real_models import embed, minilm_folder, smollm2
-    from transformers import AutoModel, AutoTokenizer
+    """Whole models as they are converted by default, and what their dense ones take."""
+    import whole_models as whole
 
     rows = []
-    model, tokenizer = smollm2()
-    prompt = tokenizer("The history of the city begins", return_tensors="pt").input_ids
-    ways = {"8bit": {"preset": "8bit"}, "4bit": {"preset": "4bit"}, "4bit, axis in": {"preset": "4bit", "axis": "in"},
-            "2bit, axis in": {"preset": "2bit", "axis": "in"}, "1bit, axis in": {"preset": "1bit", "axis": "in"}}  # fmt: skip
-
-    def versions(model: nn.Module) -> dict[str, nn.Module]:
-        found = {"dense fp32": model}
-        for name, options in ways.items():
-            found[name] = copy.deepcopy(model)
-            rpq.convert(found[name], fit="random", **options)  # the codes' values do not change the speed
-        return found
-
-    def generate(model: nn.Module) -> object:
-        return model.generate(prompt, max_new_tokens=32, min_new_tokens=32, do_sample=False)  # type: ignore[operator]
-
-    contenders: Contenders = {k: lambda m=m: generate(m) for k, m in versions(model).items()}
-    rows.append(line("SmolLM2-135M, 32 tokens greedy", contenders, rounds=3, burst=1))
-    encoder = AutoModel.from_pretrained(minilm_folder(), trust_remote_code=False).eval()
-    words = AutoTokenizer.from_pretrained(minilm_folder(), trust_remote_code=False)
-    sentences = ["The committee postponed its decision until spring, as nobody had read the report."] * 32
-    contenders = {k: lambda m=m: embed(m, words, sentences) for k, m in versions(encoder).items()}
-    rows.append(line("MiniLM, 32 sentences", contenders, rounds=5))
+    prompt = torch.arange(100, 612)[None]
+    for dtype in (torch.float32, torch.bfloat16):
+        found, kind = whole.versions(whole.smollm2(dtype)), "bf16" if dtype is torch.bfloat16 else "fp32"
+        if dtype is torch.float32:
+            contenders: Contenders = {name: whole.writer(m, 32) for name, m in found.items()}
+            rows.append(line("SmolLM2-135M writes 32 tokens, fp32", contenders, rounds=3, burst=1))
+        contenders = {k: lambda m=m: m(prompt, use_cache=False, logits_to_keep=1) for k, m in found.items()}
+        rows.append(line(f"SmolLM2-135M reads 512 tokens, {kind}", contenders, rounds=3, burst=1))
+    for label, (model, use) in (("MiniLM, 32 sentences", whole.minilm()), ("ViT-B/16, 8 pictures", whole.vit())):
+        rows.append(line(label, {k: use(m) for k, m in whole.versions(model).items()}, rounds=5, burst=1))
     table("Whole models", ["model", *contenders], rows)
+
+
+@torch.no_grad()
+def where(names: list[str]) -> None:
+    """Print where the time of whole models goes."""
+    import whole_models as whole
+
+    for name in names:
+        title, rows = whole.where_rows(name)
+        table(title, whole.PARTS, rows)
 
 
 def kmeans() -> None:
@@ -387,6 +384,10 @@ def main() -> None:
     parser.add_argument("--one-thread", action="store_true", help="CPU time of one thread instead of wall time of all")
     parser.add_argument("--record", action="store_true", help="add the figures to docs/speed.jsonl")
     parser.add_argument("--compare", action="store_true", help="say what moved since this processor's last figures")
+    parser.add_argument(
+        "--model", choices=("smollm2", "minilm", "vit"), help="which model --where is about; all by default"
+    )
+    parser.add_argument("--where", action="store_true", help="where the time of whole models goes")
     parser.add_argument("--peak", help=argparse.SUPPRESS)  # a process of its own for a table's memory
     asked = parser.parse_args()
     if unknown := [name for name in asked.tables if name not in TABLES]:
@@ -412,6 +413,8 @@ def main() -> None:
         + __doc__.split("processor\n\n", 1)[1].strip()
         + "\n\n[What limits speed](speed-limits.md) explains the figures."
     )
+    if asked.where:
+        return where([asked.model] if asked.model else ["smollm2", "minilm", "vit"])
     for name in asked.tables or TABLES:
         TABLES[name]()
     threads = "CPU time of one" if asked.one_thread else str(torch.get_num_threads())

@@ -87,8 +87,8 @@ def test_every_notebook_is_run():
     assert set(NAMES) == set(CHECKS)
 
 
-# The others train models for a minute.
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "quickstart")) for n in CHECKS])
+@pytest.mark.slow  # minutes; the Python of the documentation's pages runs in tests/test_docs.py
+@pytest.mark.parametrize("name", CHECKS)
 def test_notebook(name, tmp_path):
     """Run twice, it says what it promises, and what was stored is of this code: sizes are exact, and change with a file's content."""
     notebook, stored = execute(name, tmp_path, times=2), read(name)

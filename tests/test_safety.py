@@ -681,9 +681,7 @@ def program(*arguments, **environment):
 
 # One of five weights meets every kind of codebook, number of stages and of books; `make test-slow` takes all.
 @pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "side, axis", often(itertools.product(("back", "front"), ("in", "out")), {("back", "in"), ("back", "out")})
-)
+@pytest.mark.parametrize("side, axis", often(itertools.product(("back", "front"), ("in", "out")), {("back", "in")}))
 def test_no_kernel_touches_the_page_beside_its_tensors(side, axis, every):
     done = program(SUPPORT / "guarded.py", side, axis, str(every))
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[-2000:]

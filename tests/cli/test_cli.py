@@ -747,7 +747,7 @@ DEEP = ("--factory", "factories:deep", "--preset", "5bit", "--workers", "2", "--
         pytest.param(signal.SIGINT, "processes", id="ctrl-C in processes", marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, "threads", id="terminated", marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, "processes", id="terminated in processes", marks=pytest.mark.slow),
-        pytest.param(signal.SIGKILL, "threads", id="killed"),
+        pytest.param(signal.SIGKILL, "threads", id="killed", marks=pytest.mark.slow),
     ],
 )
 def test_an_interrupted_run_goes_on(how, executor, interrupted, tmp_path):

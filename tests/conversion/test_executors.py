@@ -74,7 +74,7 @@ def test_tensors_of_every_kind_travel_between_processes():
     assert len(found) == len(kinds)
 
 
-@pytest.mark.parametrize("executor", ["serial", "threads", "processes"])
+@pytest.mark.parametrize("executor", ["serial", "threads", pytest.param("processes", marks=pytest.mark.slow)])
 def test_items_are_read_no_further_ahead_than_there_are_workers(executor):
     taken = []
 
@@ -147,7 +147,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
-@pytest.mark.parametrize("executor", ["threads", "processes"])
+@pytest.mark.parametrize("executor", ["threads", pytest.param("processes", marks=pytest.mark.slow)])
 def test_ctrl_c_ends_the_run_and_its_workers_without_a_word_from_them(executor, tmp_path):
     """The signal goes to the whole group, as a terminal sends it; only the parent raises, and no worker is left."""
     script = tmp_path / "interrupted.py"
@@ -235,7 +235,7 @@ def test_workers_end_with_their_parent(tmp_path):
             raise AssertionError("a worker outlives its parent")
 
 
-@pytest.mark.parametrize("executor", ["threads", "processes"])
+@pytest.mark.parametrize("executor", ["threads", pytest.param("processes", marks=pytest.mark.slow)])
 def test_no_more_runs_at_once_than_there_is_room_for(executor):
     """An item that is larger than the room runs alone; small ones run beside each other."""
     running, most = set(), []

@@ -239,7 +239,7 @@ def test_importance_by_size_is_that_of_the_sub_vectors_and_spares_the_large(dim)
     assert error(fitted, matrix, large) < 0.8 * error(plain, matrix, large)
 
 
-@pytest.mark.parametrize(("name", "stages"), [("kmeans", 1), ("additive", 2)])
+@pytest.mark.parametrize(("name", "stages"), [("kmeans", 1), pytest.param("additive", 2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dim", often([2, 4, 20], {4}))
 def test_importance_inside_a_sub_vector(name, stages, dim):
     matrix = normal(900, 60)

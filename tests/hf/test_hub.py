@@ -184,6 +184,7 @@ out["equal"] = all(torch.equal(t, mine.state_dict()[k]) for k, t in same)
 )
 
 
+@pytest.mark.slow
 def test_a_converted_folder_is_pushed_whole_or_not_at_all(folder, tmp_path):
     one, many, broken = tmp_path / "small-rpq", tmp_path / "many-rpq", tmp_path / "broken-rpq"
     rpq.convert_checkpoint(folder, one, bits=4)

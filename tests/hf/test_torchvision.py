@@ -36,6 +36,7 @@ import transformers.image_transforms, vit_pytorch
 """
 
 
+@pytest.mark.slow
 def test_fixed_it_serves_models_and_transformers():
     done = alone(FIXED)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -36,6 +36,7 @@ def folder(tmp_path):
     return tmp_path / "small"
 
 
+@pytest.mark.slow
 def test_a_server_answers_what_generate_says(folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -58,6 +58,7 @@ def ask(tree, **environment):
     return (int(value), int(hits), folder), done.stderr
 
 
+@pytest.mark.slow
 def test_an_edit_in_another_file_is_seen(tree):
     folder = str(tree / "rpq_convert/__pycache__/numba")
     assert ask(tree) == ((40, 0, folder), "")
@@ -100,6 +101,7 @@ def test_the_users_cache_serves_where_the_package_cannot_be_written(tree, tmp_pa
     assert not said and folder.startswith(str(tmp_path / "cache/rpq_convert"))
 
 
+@pytest.mark.slow
 def test_other_users_of_numba_keep_their_cache(tree, tmp_path):
     (tmp_path / "stranger.py").write_text("import numba\n\n\n@numba.njit(cache=True)\ndef f():\n    return 1\n")
     code = "import rpq_convert.kernels.jit.cache, stranger; stranger.f(); print(stranger.f.stats.cache_path)"

@@ -94,7 +94,7 @@ def test_a_budget_is_met_within_one_percent(words, width, layers, kernel, share,
     assert rpq.Plan.from_dict(json.loads(plan.to_json())).sha256 == plan.sha256
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_files_have_the_size(tied, tmp_path):
     model = llama(tied)
     model.save_pretrained(tmp_path / "base")

@@ -27,6 +27,7 @@ def run_cases(**environment):
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_in_the_interpreter():
     run_cases(TRITON_INTERPRET="1")
 
