@@ -32,6 +32,7 @@ class Prepared:
         self.tensor = weakref.ref(tensor, gone)
         self.version, self.place, self.shape = tensor._version, tensor.data_ptr(), tensor.shape
         self.values = _values(tensor)
+        self.size = tensor.nbytes if type(self.values) is bytes else 0
         self.kinds: dict[Any, Any] = {}
 
     def fits(self, tensor: Tensor) -> bool:
@@ -39,12 +40,11 @@ class Prepared:
 
     def unchanged(self, tensor: Tensor) -> bool:
         """Whether the tensor that this was made of is what it was."""
-        return (
-            self.version == tensor._version
-            and self.place == tensor.data_ptr()
-            and self.shape == tensor.shape
-            and _values(tensor) == self.values
-        )
+        if self.version != tensor._version or self.place != tensor.data_ptr() or self.shape != tensor.shape:
+            return False
+        if self.size and tensor.is_contiguous():
+            return ctypes.string_at(self.place, self.size) == self.values
+        return bool(_values(tensor) == self.values)
 
 
 def _values(tensor: Tensor) -> Any:

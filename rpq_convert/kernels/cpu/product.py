@@ -43,6 +43,6 @@ class Product:
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return the product for x [..., inputs] of one token, float32, contiguous; bias [outputs] the same."""
-        out = x.new_empty((*x.shape[:-1], self.outputs))
+        out = x.new_empty((1, self.outputs) if x.ndim == 2 else (*x.shape[:-1], self.outputs))
         self.launch.one_token(x, self.scales, pointer(bias), out.data_ptr(), self.input_scales)
         return out
