@@ -119,6 +119,7 @@ def _watch_savers() -> None:
     """Let savers that would lose RPQ weights refuse them, once there may be some."""
     when_imported("huggingface_hub.hub_mixin", "rpq_convert.integrations.other_savers:hub_mixin")
     when_imported("diffusers.models.modeling_utils", "rpq_convert.integrations.other_savers:diffusers")
+    when_imported("timm.models._hub", "rpq_convert.integrations.other_savers:timm")
 
 
 def __dir__() -> list[str]:

@@ -27,7 +27,6 @@ from typing import Any
 import torch
 import transformers
 
-import rpq_convert
 from benchmarks.architectures import classes, tiny, trial
 from benchmarks.architectures.page import page
 from rpq_convert.fit import line
@@ -38,18 +37,18 @@ Row = dict[str, Any]
 
 
 def main() -> None:
-    asked = _arguments()
-    known = _rows()
+    asked, known = _arguments(), _rows()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     transformers.logging.disable_progress_bar()
     line.PIECES = 64  # a rough fit: what is tried is the way of the tensors
-    rpq_convert.convert(torch.nn.Linear(32, 32), executor="serial", **trial.OPTIONS)  # kernels are compiled once
-    gc.freeze()
-    for model_type in () if asked.page else asked.types or _all():
-        if model_type in known and not asked.again:
-            continue
+    todo = [t for t in asked.types or _all() if asked.again or t not in known]
+    if asked.page:
+        todo = []
+    if todo:
+        _warm()
+    for model_type in todo:
         row = _apart(model_type)
         print(f"{model_type}: {_short(row)}", flush=True)
         with RESULTS.open("a", encoding="utf8") as file:
@@ -57,6 +56,15 @@ def main() -> None:
     rows = _rows()  # another run may have added to them
     RESULTS.write_text("".join(json.dumps(rows[k]) + "\n" for k in sorted(rows)), "utf8")
     PAGE.write_text(page(list(rows.values()), len(_all()), transformers.__version__), "utf8")
+
+
+def _warm() -> None:
+    """Try one model type here: kernels, charts and imports are then there for every process that follows."""
+    with tempfile.TemporaryDirectory() as place:
+        for _ in _try("bert", Path(place)):
+            pass
+    gc.collect()
+    gc.freeze()
 
 
 def _all() -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,14 +13,16 @@ from torch import Tensor, nn
 from rpq_convert.checkpoint.metadata import make_report
 from rpq_convert.core.rans import rate_of, stream_bytes
 from rpq_convert.encoding.measure import record_of
+from rpq_convert.errors import SourceError
 from rpq_convert.layers import surgery
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning import layer_types
 from rpq_convert.planning.plan import Job, Plan
 from rpq_convert.planning.slots import home_first, parts_of, tied_names, walk
-from rpq_convert.report.schema import Report
+from rpq_convert.report.schema import Report, read_report
 from rpq_convert.running.digest import describe
 from rpq_convert.running.offload import onloaded
+from rpq_convert.storage.records import REPORT
 
 
 def plan_of(model: nn.Module, max_shard_size: str | int | None = None) -> Plan:
@@ -99,6 +102,18 @@ def keep_evaluations(model: nn.Module, report: Report) -> None:
     """Leave with a model what its report says was measured of it, for what is saved of it as it is now."""
     if report.evaluations:
         model.__dict__["_rpq_evaluations"] = (_mark(model), report.evaluations)
+
+
+def recall_evaluations(model: nn.Module, folder: Path) -> None:
+    """Leave with a model that was loaded what the report in its folder says was measured of it, not of another class or of a whole."""
+    if not (folder / REPORT).is_file():
+        return
+    try:
+        report = read_report(folder / REPORT)
+    except SourceError:
+        return  # a damaged report keeps nobody from loading a model; `verify` names it
+    if report.title == type(model).__name__:
+        keep_evaluations(model, report)
 
 
 def evaluations_of(model: nn.Module) -> tuple[Mapping[str, Any], ...]:

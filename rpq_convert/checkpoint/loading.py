@@ -15,6 +15,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
+from rpq_convert.checkpoint.described import recall_evaluations
 from rpq_convert.checkpoint.extra_state import has_extra_state, set_extra_states
 from rpq_convert.checkpoint.opening import compute_buffers, empty_from_factory
 from rpq_convert.core import description
@@ -33,7 +34,7 @@ from rpq_convert.storage.folder import open_folder
 from rpq_convert.storage.names import plain
 from rpq_convert.storage.names import unwrapped as without_wrappers
 from rpq_convert.storage.options import SourceKeywords, SourceOptions
-from rpq_convert.storage.records import CONFIG, MANIFEST
+from rpq_convert.storage.records import CONFIG, MANIFEST, REPORT
 from rpq_convert.storage.sources import is_name, located, read_config
 from rpq_convert.storage.unpacking import checked
 from rpq_convert.storage.verified import unchanged, verified
@@ -68,13 +69,14 @@ def load(
     if is_name(path):
         repository = hub.find_converted(path, (), options)
         folder = repository.folder
-        repository.fetch([n for n in (GENERATION, MANIFEST) if n in repository.files])
+        repository.fetch([n for n in (GENERATION, MANIFEST, REPORT) if n in repository.files])
         repository.fetch_weights()
     read_config(folder)  # raises where it is none
     with unchanged([folder / CONFIG, *weight_paths(folder)[0]]):
         model = _read(folder, factory, verify)
     for act in AFTER:
         act(model)
+    recall_evaluations(model, folder)
     return model.to(device) if device is not None else model
 
 

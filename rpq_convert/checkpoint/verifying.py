@@ -11,7 +11,7 @@ from rpq_convert.core.keywords import keywords
 from rpq_convert.core.options import take
 from rpq_convert.errors import SourceError, VerifyError
 from rpq_convert.report.schema import FileRow, Report, read_report
-from rpq_convert.storage.files import files_in, is_inside, refuse_links, weight_paths
+from rpq_convert.storage.files import WHOLE, files_in, is_inside, module_weights, refuse_links, weight_paths
 from rpq_convert.storage.headers import joined, read_entries
 from rpq_convert.storage.options import HubKeywords, HubOptions
 from rpq_convert.storage.records import CONFIG, MANIFEST, REPORT, read_manifest, sha256
@@ -81,7 +81,11 @@ def _check_files(
     hashes: bool,
 ) -> None:
     """Compare the files of a folder with its manifest."""
-    unlisted = [n for n in files_in(folder) if n not in listed and (n == CONFIG or ".safetensors" in n)]
+    names = files_in(folder)
+    later = {
+        n for n in module_weights(names, folder, allow_pickle=True) if n.endswith(f"/{WHOLE}")
+    }  # after ours, by their library
+    unlisted = [n for n in names if n not in {*listed, *later} and (n == CONFIG or ".safetensors" in n)]
     if unlisted:
         raise VerifyError(f"{folder / unlisted[0]} is not in the manifest")
     for name, facts in listed.items():

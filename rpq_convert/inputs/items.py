@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from rpq_convert.errors import CalibrationError, SourceError
 from rpq_convert.inputs import files
 from rpq_convert.inputs.found import find_data, is_path
+from rpq_convert.inputs.synthetic import own_inputs
 from rpq_convert.layers.precision import dtype_of
-from rpq_convert.running.text_config import text_config
+from rpq_convert.running.text_config import text_config, vocabulary
 
 WINDOW = 512  # tokens of a text, where the model allows as many
 CHAT = ("messages", "conversation", "conversations", "chat")  # columns of a row that hold a chat
@@ -46,7 +47,8 @@ def prepare(data: Any, model: Any, name: str, *, tokenizer: Any = None, labels: 
     Args:
         data: an input or an iterable of inputs: tensors, arrays, numbers in lists, tuples of arguments, dicts and batches of
             tokenizers, rows of a data set, texts, chats (lists of role and content), pictures; a file or folder, as
-            `read_inputs` takes it (as text too, where it is there or ends like one); or a function of the model that returns any of these.
+            `read_inputs` takes it (as text too, where it is there or ends like one); a function of the model that returns any of these;
+            or "self" for synthetic inputs, as on the command line.
         model: what will be called on them.
         name: of the caller's argument, for messages.
         labels: keep the labels in dicts, though the model does not take them.
@@ -56,6 +58,8 @@ def prepare(data: Any, model: Any, name: str, *, tokenizer: Any = None, labels: 
         CalibrationError: an item that cannot be an input of this model.
     """
     maker = _Maker(model, name, tokenizer, labels)
+    if isinstance(data, str) and data == "self":
+        data = own_inputs
     if callable(data) and not isinstance(data, (Mapping, nn.Module)) and not hasattr(data, "__getitem__"):
         data = data(model)
     if isinstance(data, Path) or (isinstance(data, str) and is_path(data)):
@@ -267,8 +271,7 @@ class _Maker:
     def _check_ids(self, ids: Tensor, what: str) -> None:
         if ids.is_floating_point():
             raise CalibrationError(f"{what} is {str(ids.dtype).removeprefix('torch.')}; token ids are int64")
-        table = self.model.get_input_embeddings()
-        size = getattr(table, "num_embeddings", None)
+        size = vocabulary(self.model)
         low, high = int(ids.min()), int(ids.max())
         if size is not None and not (low >= 0 and high < size):
             wrong = low if low < 0 else high

@@ -16,6 +16,7 @@ from rpq_convert.errors import CalibrationError
 from rpq_convert.inputs.pictures import Shape, picture_shape
 from rpq_convert.layers.precision import dtype_of
 from rpq_convert.running.modes import quiet
+from rpq_convert.running.text_config import vocabulary
 
 BATCH = 8  # rows of a batch: calibration runs the first batch some times more than the others
 PICTURE = 224  # pixels of a side, where a model does not say; convnets take any
@@ -60,7 +61,7 @@ def own_inputs(
         return _pictures(model, samples, kind, g, BATCH)
     found: list[Any] = []
     for start in range(0, samples, batch):
-        first = torch.randint(_vocabulary(model), (min(batch, samples - start), 1), generator=g)
+        first = torch.randint(vocabulary(model) or 0, (min(batch, samples - start), 1), generator=g)
         ids = _text(model, first, window, lambda logits: _inverted(logits, g))
         found += [{"input_ids": part} for part in ids.split(BATCH)]
     return found
@@ -82,7 +83,7 @@ def probe_inputs(model: Any, g: torch.Generator) -> list[Any]:
     if isinstance(begin, int):
         first = torch.full((SEQUENCES, 1), begin)
     else:
-        first = torch.randint(_vocabulary(model), (SEQUENCES, 1), generator=g)
+        first = torch.randint(vocabulary(model) or 0, (SEQUENCES, 1), generator=g)
     length = min(TOKENS, getattr(model.config, "max_position_embeddings", None) or TOKENS)
     return [{"input_ids": ids[None]} for ids in _text(model, first, length, lambda logits: _drawn(logits, g))]
 
@@ -95,6 +96,8 @@ def _kind(model: Any, shape: Shape | None = None, *, search: bool = False) -> st
     """
     config: Any = getattr(model, "config", None)
     name = getattr(model, "main_input_name", None)
+    if name == "input_ids" and not vocabulary(model):
+        return None
     decodes = getattr(config, "is_encoder_decoder", False)
     if name == "input_ids" and not decodes and model.can_generate():
         return "text"
@@ -144,11 +147,6 @@ def writes_text(model: Any) -> bool:
     return _kind(model) == "text"
 
 
-def _vocabulary(model: Any) -> int:
-    size: int = model.get_input_embeddings().weight.shape[0]
-    return size
-
-
 def _device(model: Any) -> torch.device:
     return next(model.parameters()).device
 
@@ -182,7 +180,7 @@ def _drawn(logits: Tensor, g: torch.Generator) -> Tensor:
 
 def _random_tokens(model: Any, tokens: int, g: torch.Generator) -> list[Any]:
     """Return batches of random tokens, each as short as some sentence."""
-    words, found = _vocabulary(model), []
+    words, found = vocabulary(model) or 0, []
     while tokens > 0:
         size = int(torch.randint(*SENTENCE, (1,), generator=g))
         found.append({"input_ids": torch.randint(words, (BATCH, size), generator=g).to(_device(model))})

@@ -75,7 +75,7 @@ def prepare() -> None:
     """Teach PEFT, once it is imported, what it looks up among parameters: a converted model has codebooks there.
 
     Prompts find the word embeddings; a head that is tied to them gets their adapter; and `target_parameters` that name converted
-    experts are refused: they would get no adapter.
+    experts are refused: they would get no adapter. A plain merge is refused before it begins.
     """
     from peft.peft_model import PeftModel
     from peft.tuners import tuners_utils
@@ -84,6 +84,7 @@ def prepare() -> None:
     changes: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
         (PeftModel, "_setup_prompt_encoder", _with_dense_names),
         (tuners_utils.BaseTuner, "inject_adapter", _refusing),
+        (tuners_utils.BaseTuner, "_check_merge_allowed", _refusing_codes),
         (other, TIED, _with_tied),
         (tuners_utils, TIED, _with_tied),
     )
@@ -146,5 +147,18 @@ def _refusing(inject: Callable[..., None]) -> Callable[..., None]:
                     f"(rpq_convert.convert(model, exclude=[{name!r}])), or adapt layers (target_modules)"
                 )
         inject(self, model, adapter_name, *args, **kwargs)
+
+    return wrapped
+
+
+def _refusing_codes(check: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(check)
+    def wrapped(self: Any) -> None:
+        check(self)
+        if name := next((n for n in surgery.layers_of(self.model) if f"{WRAPPED}." in n), None):
+            raise RuntimeError(
+                f"{_plain(name)} is converted, and PEFT's merge would be lost in its codes: call rpq.merge_adapter(model), "
+                "which encodes the adapted layers again, or rpq.restore(model) first"
+            )
 
     return wrapped

@@ -29,16 +29,18 @@ from rpq_convert.running.hooked import compute_again, hooked, source_of
 from rpq_convert.running.offload import is_hooked
 
 
-def widen_first(model: nn.Module) -> None:
-    """Let `next(model.parameters()).dtype` be what weights expand to: much code casts its inputs to that."""
-    first = next(model.parameters(), None)
-    weights = (m for m in model.modules() if isinstance(m, RPQWeight))
-    for weight in (w for w in weights if any(p is first for p in w._parameters.values())):
+def widen(model: nn.Module) -> None:
+    """Hold what trains in float32 where files hold it in fewer bits.
+
+    What changed its dtype only in `train()` would be lost to hooks on gradients that were set before, those of
+    DistributedDataParallel among them. And `next(model.parameters()).dtype` is what weights expand to: much code casts its inputs to that.
+    """
+    for weight in (m for m in model.modules() if isinstance(m, RPQWeight)):
         weight.widen()
 
 
 # called with every model whose layers were converted, loaded or restored
-AFTER: list[Callable[[nn.Module], None]] = [compute_again, padded_where_converted, widen_first]
+AFTER: list[Callable[[nn.Module], None]] = [compute_again, padded_where_converted, widen]
 
 
 SUFFIX = "_rpq"

@@ -56,7 +56,6 @@ class RPQWeight(nn.Module):
     """
 
     is_rpq_weight = True  # for code that must not import this file
-    wide = False
     codebooks: nn.Parameter
     codes: Tensor
     scales: nn.Parameter | None
@@ -332,7 +331,7 @@ class RPQWeight(nn.Module):
         return weight
 
     def stored(self) -> dict[str, Tensor]:
-        """Return the tensors as a file keeps them: what training made wider is narrow again where that is exact."""
+        """Return the tensors as a file keeps them: what is wider in memory is narrow again where that is exact."""
         kept = {}
         for name, (dtype, _) in self.spec.tensors(self.view, self.shape).items():
             tensor = self.stored_tensor(name).detach()
@@ -353,30 +352,15 @@ class RPQWeight(nn.Module):
         for part in self._trained():
             if part is not None:
                 part.requires_grad_(requires_grad)
-        return self.train(self.training)
-
-    def train(self, mode: bool = True) -> RPQWeight:
-        """Set the mode. For training, codebooks and scales narrower than the weight become float32.
-
-        The squares of gradients that Adam keeps underflow in float16, and its first step divides by zero.
-        """
-        super().train(mode)
-        if mode:
-            for parameter in self.parameters():
-                if parameter.requires_grad and parameter.dtype in NARROW and parameter.dtype != self.dtype:
-                    parameter.data = parameter.data.float()
-        elif not self.wide:
-            for name, tensor in self.stored().items():
-                parameter = getattr(self, name)
-                if name not in GUARDED and tensor.dtype != parameter.dtype:
-                    parameter.data = tensor
         return self
 
     def widen(self) -> None:
-        """Keep codebooks, scales and outliers in float32 in memory from now on, where the weight is; files hold what they held."""
-        self.wide = self.dtype == torch.float32
+        """Hold what trains in float32 from now on where it is narrower than the weight; files hold what they held.
+
+        The squares of gradients that Adam keeps underflow in float16, and its first step divides by zero, in `train()` or not.
+        """
         for parameter in self._parameters.values():
-            if self.wide and parameter is not None and parameter.dtype in NARROW:
+            if parameter is not None and parameter.dtype in NARROW and parameter.dtype != self.dtype:
                 parameter.data = parameter.data.float()
 
     def unguard(self, stored: Mapping[str, Any]) -> None:

@@ -17,7 +17,8 @@ MOST_TENSORS = (
     50_000  # of a model of which only a config is known; the largest that people have published have some 50,000
 )
 TIMES, LEAST = 8, 4096  # as many tensors as a checkpoint has may a model have, and some more
-PARTS = re.compile(
+PARTS = re.compile(  # not Gemma 3n's vocab_size_per_layer_input, a layer_rope_theta or a codebook_size
+    r"(?!.*(?:^|_)(?:vocab|sizes?|dims?|theta|ids?|index|length|offset|scale)(?:_|$))"
     r"(?:^|.*_)(?:layers?|depths?|blocks?|labels?|experts?|stages?|heads?|languages?|codebooks?)(?:_.*|$)"
 )
 

@@ -1,4 +1,4 @@
-"""The config of a transformers model's text part."""
+"""What a transformers model says of its text part: the config, and how many tokens it knows."""
 
 from __future__ import annotations
 
@@ -19,3 +19,15 @@ def text_config(config: Any, end: Literal["encoder", "decoder"]) -> Any:
         except ValueError:  # transformers' way to say that there are several
             continue
     return config
+
+
+def vocabulary(model: Any) -> int | None:
+    """Return how many token ids a model has entries for; None where nothing tells it.
+
+    A dual encoder (CLIP) has no embeddings of its own in the eyes of transformers: its config says it.
+    """
+    try:
+        found = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except NotImplementedError:
+        found = getattr(text_config(model.config, "encoder"), "vocab_size", None)
+    return found if isinstance(found, int) else None

@@ -115,6 +115,15 @@ def test_damage_in_a_subfolder_is_found(converted, tmp_path, name):
         rpq.verify(folder)
 
 
+def test_a_module_that_its_library_wrote_later_is_no_damage(converted, tmp_path):
+    """sentence-transformers saves its Dense module after the model, and so after the manifest."""
+    folder = shutil.copytree(converted, tmp_path / "x")
+    manifest = json.loads((folder / "rpq_manifest.json").read_text())
+    del manifest["files"]["2_Dense/model.safetensors"]
+    (folder / "rpq_manifest.json").write_text(json.dumps(manifest))
+    assert "2_Dense/model.safetensors" not in rpq.verify(folder)
+
+
 def test_a_manifest_names_nothing_outside_and_weights_that_it_does_not_name_are_refused(converted, tmp_path):
     folder = shutil.copytree(converted, tmp_path / "x")
     save_file({"a": torch.ones(1)}, folder / "1_Pooling/extra.safetensors")

@@ -145,6 +145,9 @@ def test_what_a_check_found_is_saved_while_the_weights_stay(tmp_path):
     report = rpq.convert(model := copy.deepcopy(base), bits=4, grow=True, check=data)
     assert report.evaluations and saved(model) == report.evaluations == evaluations_of(copy.deepcopy(model))
     assert saved(torch.compile(model)) == report.evaluations
+    loaded = rpq.load(tmp_path / "out", factory=lambda: copy.deepcopy(base))
+    assert evaluations_of(loaded) == evaluations_of(copy.deepcopy(loaded)) == report.evaluations
+    assert saved(loaded) == report.evaluations
     changes = {
         "tuned": lambda m: rpq.tune(m, base, data, held_out=data, steps=20, every=10),
         "an update of codes": lambda m: m[0].weight_rpq.codes.plain.view(-1)[:1].add_(1),
@@ -168,6 +171,9 @@ def test_transformers_saves_what_a_check_found(tmp_path):
     model.save_pretrained(tmp_path)
     assert rpq.audit(tmp_path).evaluations == report.evaluations != ()
     assert "on synthetic inputs" in (tmp_path / "README.md").read_text()
+    model = BertModel.from_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    assert rpq.audit(tmp_path).evaluations == report.evaluations
     model.embeddings.LayerNorm.bias.data += 1
     model.save_pretrained(tmp_path)
     assert rpq.audit(tmp_path).evaluations == () and "## Quality" not in (tmp_path / "README.md").read_text()

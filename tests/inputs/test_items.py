@@ -190,3 +190,26 @@ def test_every_entry_takes_the_same_data(llama):
     assert rpq.tune(model, llama, [TEXT, CHAT], steps=1).steps == 1
     assert rpq.sensitivities(llama, [CHAT], grow=True)
     assert rpq.layer_errors(llama, model, [TEXT])
+
+
+def test_a_dual_encoder_takes_pictures_with_texts():
+    """transformers finds no embeddings in CLIP: its config says how many tokens it knows."""
+    text = {"vocab_size": 50, "max_position_embeddings": 16}
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = tf.CLIPConfig(
+        text_config=size | text, vision_config=size | {"image_size": 16, "patch_size": 8}, projection_dim=16
+    )
+    model = tf.CLIPModel(config).eval()
+    rows = [{"input_ids": torch.randint(50, (1, 8)), "pixel_values": torch.randn(1, 3, 16, 16)} for _ in range(2)]
+    assert len(prepare(rows, model, "data")) == 2
+    with pytest.raises(
+        CalibrationError, match=r"data\[0\]\['input_ids'\] holds the id 50; CLIPModel has entries 0 to 49"
+    ):
+        prepare([rows[0] | {"input_ids": torch.full((1, 8), 50)}], model, "data")
+    with pytest.raises(CalibrationError, match="synthetic inputs of CLIPModel cannot be made"):
+        prepare("self", model, "data")
+
+
+def test_self_means_synthetic_inputs_as_on_the_command_line(llama):
+    made, wanted = prepare("self", llama, "data"), rpq.own_inputs(llama)
+    assert len(made) == len(wanted) and all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(made, wanted))

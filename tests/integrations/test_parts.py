@@ -301,7 +301,7 @@ def test_a_hub_mixin_refuses(tmp_path):
     class Mixed(nn.Module, PyTorchModelHubMixin):
         def __init__(self):
             super().__init__()
-            self.a = nn.Linear(64, 64)
+            self.a, self.b = nn.Linear(64, 64), nn.Parameter(torch.ones(2))
 
     model = Mixed()
     model.save_pretrained(tmp_path / "dense")
@@ -311,6 +311,22 @@ def test_a_hub_mixin_refuses(tmp_path):
     assert not (tmp_path / "out" / "model.safetensors").exists()
     rpq.save(model, tmp_path / "own")
     assert torch.equal(rpq.load(tmp_path / "own", factory=Mixed).a.weight[:], model.a.weight[:])
+    with pytest.raises(
+        rpq.SourceError, match=r"Mixed\.from_pretrained does not read: load it with rpq\.load\(folder, factory="
+    ):
+        Mixed.from_pretrained(tmp_path / "own")
+    assert torch.equal(Mixed.from_pretrained(tmp_path / "dense").b, torch.ones(2))
+
+
+@pytest.mark.slow  # timm takes seconds to import
+def test_timm_refuses(tmp_path):
+    hub = pytest.importorskip("timm.models")
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("test_vit", num_classes=4)
+    rpq.convert(model, **HOW)
+    with pytest.raises(rpq.SourceError, match=r"timm does not load again: save it with rpq\.save"):
+        hub.save_for_hf(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_restored_folder_says_nothing_of_rpq(clip, tmp_path):

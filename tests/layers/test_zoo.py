@@ -418,26 +418,24 @@ def test_random_codes_have_the_deviation_of_the_dense_layers_own_init(name, book
         assert float(weight().detach().std()) == pytest.approx(expected, rel=0.1), path
 
 
+@pytest.mark.parametrize(
+    "training", [True, False], ids=["train", "eval"]
+)  # Lightning and many loops leave a loaded model in eval
 @pytest.mark.parametrize("kept", [torch.float16, torch.float8_e4m3fn])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_adam_trains_what_is_stored_in_fewer_bits(dtype, kept, tmp_path):
+def test_adam_trains_what_is_stored_in_fewer_bits(dtype, kept, training, tmp_path):
     """The squares of small gradients underflow in float16: without wider copies the first step gives NaN."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 64)).to(dtype).eval()
     name = str(kept).removeprefix("torch.")
     plan = rpq.plan(model, bits=4, grow=True, rules=[{"match": "*", "codebook_dtype": name}])
     rpq.convert(model, plan=plan)
-    narrow, x = tensors(model), torch.randn(8, 64, generator=generator()).to(dtype)
-    before = model(x)
-    assert {w.codebooks.dtype for w in layers_of(model).values()} == {kept}
-    assert {w.scales.dtype for w in layers_of(model).values()} == {torch.float16}
+    x = torch.randn(8, 64, generator=generator()).to(dtype)
+    found = layers_of(model).values()
+    assert {p.dtype for w in found for p in w.parameters()} == {torch.float32}  # in memory, whatever the mode
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    model.train()
-    assert {w.codebooks.dtype for w in layers_of(model).values()} == {torch.float32}
-    assert torch.equal(model(x), before)
-    rpq.save(model, tmp_path / "untrained")
+    rpq.save(model.train(training), tmp_path / "untrained")
     assert (tmp_path / "untrained" / "model.safetensors").stat().st_size == plan.file_bytes
-    assert all(torch.equal(t, narrow[k]) for k, t in tensors(copy.deepcopy(model).eval()).items())
     losses = []
     for _ in range(20):
         loss = 1e-5 * (model(x) - 1).float().square().mean()
@@ -446,7 +444,7 @@ def test_adam_trains_what_is_stored_in_fewer_bits(dtype, kept, tmp_path):
         optimiser.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.9 * losses[0]
-    rpq.save(model.eval(), tmp_path / "trained")
+    rpq.save(model, tmp_path / "trained")
     build = lambda: nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 64)).to(dtype)  # noqa: E731
     same(rpq.load(tmp_path / "trained", factory=build), model)
 
@@ -564,7 +562,7 @@ def test_a_weight_is_scaled_in_place_where_that_is_exact(bits):
         assert torch.equal(layer.weight, before / 4)
         layer.weight.mul_(8)
         assert torch.equal(layer.weight, before * 2)
-        for bad in (lambda w: w.mul_(3), lambda w: w.div_(-2), lambda w: w.mul_(2.0**90), lambda w: w.mul_(w)):
+        for bad in (lambda w: w.mul_(3), lambda w: w.div_(-2), lambda w: w.mul_(2.0**200), lambda w: w.mul_(w)):
             with pytest.raises(RuntimeError, match="would be lost"):
                 bad(layer.weight)
     with pytest.raises(RuntimeError, match="would be lost"):

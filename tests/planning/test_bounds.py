@@ -31,6 +31,10 @@ def test_counts_of_parts_are_bounded(config):
 def test_sizes_and_what_models_have_are_not():
     check_config({"vocab_size": 10**9, "hidden_size": 10**7, "max_position_embeddings": 10**7, "max_length": 1e20}, "")
     check_config(
+        {"vocab_size_per_layer_input": 262_144, "layer_rope_theta": [5e5], "expert_dim": 10**6, "codebook_size": 2**20},
+        "",
+    )
+    check_config(
         {"num_labels": MOST_PARTS, "layer_norm_eps": 1e-5, "layers": None, "seed": 2**63, "experts": "many"}, ""
     )
 

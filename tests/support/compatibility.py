@@ -30,7 +30,7 @@ TRAINING: list[Row] = [
     ("averages of files by sums of `uint8` (they wrap around)", "not noticed: load the files into models, or restore them first", ""),
     ("unfreezing (`requires_grad_`, Lightning, skorch), norms, clipping, noise, LBFGS, `functional_call`", WORKS,
      "layers/test_codes.py::test_parameters_are_what_can_be_trained"),
-    ("FSDP1 (both `use_orig_params`), FSDP2, DDP", "works; with DDP pass `broadcast_buffers=False`, or codes are sent in every step",
+    ("FSDP1 (both `use_orig_params`), FSDP2, DDP, in training mode or not", "works; with DDP pass `broadcast_buffers=False`, or codes are sent in every step",
      "layers/test_codes.py::test_fully_sharded_and_distributed_models_train"),
     ("deepcopy, pickle, `torch.save`, `share_memory`, casts, `to_empty`", WORKS, "layers/test_codes.py::test_copies_files_and_casts_keep_the_guard"),
     ("`load_state_dict` of another model, `assign=True`, distributed checkpoints' copies in place", WORKS,
@@ -43,7 +43,12 @@ TRAINING: list[Row] = [
     ("an optimizer made before conversion", "works, with a warning: make the optimizer anew", "running/test_holders.py::test_an_optimizer_made_before_conversion_is_named"),
     ("`torch.compile`, forward and backward", WORKS, "layers/test_compile.py::test_compiled_forward_and_backward_are_those_of_eager_code"),
     ("Trainer of transformers", WORKS, "integrations/test_transformers.py::test_converted_in_memory_trained_saved_and_loaded"),
-    ("TRL, Lightning's Trainer, DeepSpeed ZeRO-3", NOT_TRIED, ""),
+    ("training in evaluation mode, as Lightning trains a model that was loaded", WORKS, "layers/test_zoo.py::test_adam_trains_what_is_stored_in_fewer_bits"),
+    ("Lightning's Trainer: averages, `save_checkpoint`, resumption, mixed precision", WORKS, "integrations/test_trainers.py::test_lightning"),
+    ("`load_from_checkpoint` of Lightning", "fails with the names of codes: convert in `configure_model` or the constructor", ""),
+    ("skorch: fits, grid search, `save_params`, pickles", WORKS, "integrations/test_trainers.py::test_skorch"),
+    ("TRL's `SFTTrainer` and `DPOTrainer`, with and without adapters", WORKS, "integrations/test_trainers.py::test_trl"),
+    ("DeepSpeed ZeRO-3", NOT_TRIED, ""),
 ]  # fmt: skip
 
 PEFT: list[Row] = [
@@ -55,7 +60,10 @@ PEFT: list[Row] = [
     ("`rpq.convert` of a `PeftModel`", "works: adapters stay dense", "integrations/test_peft.py::test_what_an_adapter_trains_is_not_converted"),
     ("`target_parameters` on converted experts", "refused: … is converted, and PEFT cannot add an adapter to codes",
      "integrations/test_peft.py::test_converted_experts_refuse_an_adapter"),
-    ("IA3, OFT, VeRA, LoHa, AdaLoRA, LN tuning", "one step was tried by hand; no test", ""),
+    ("IA3, OFT, BOFT, VeRA, LoHa, LoKr, AdaLoRA, FourierFT", "trained, saved, loaded and merged by hand; no test", ""),
+    ("`merge_adapter`, `merge_and_unload` of PEFT", "refused: call `rpq.merge_adapter`", "integrations/test_peft.py::test_a_plain_merge_is_refused_and_nothing_is_lost"),
+    ("`hotswap_adapter`, weighted adapters, `load_adapter` of transformers", "tried by hand; no test", ""),
+    ("PiSSA and OLoRA, which change the weight", "raise an error with the first write", ""),
 ]  # fmt: skip
 
 MODELS: list[Row] = [
@@ -96,7 +104,10 @@ FOLDERS: list[Row] = [
     ("a language model out of a whole that has renamed it (Qwen2-VL)", WORKS, "integrations/test_parts.py::test_a_language_model_out_of_a_whole_that_renamed_it"),
     ("`EncoderDecoderModel.from_encoder_decoder_pretrained`", WORKS, "integrations/test_parts.py::test_encoder_and_decoder_from_converted_folders"),
     ("`save_pretrained` of a model with adapters inside", "refused", "integrations/test_parts.py::test_a_model_with_adapters_in_it_does_not_save_itself"),
-    ("`PyTorchModelHubMixin`", "refused: it would write no description", "integrations/test_parts.py::test_a_hub_mixin_refuses"),
+    ("`PyTorchModelHubMixin`, saved or loaded", "refused: use `rpq.save` and `rpq.load`", "integrations/test_parts.py::test_a_hub_mixin_refuses"),
+    ("timm's `save_for_hf` and `push_to_hf_hub`", "refused: use `rpq.save` and `rpq.load`", "integrations/test_parts.py::test_timm_refuses"),
+    ("`CrossEncoder`, `SparseEncoder`, `SentenceTransformer`: converted, loaded, saved, trained", WORKS, "integrations/test_trainers.py::test_sentence_transformers"),
+    ("files of a variant (`model.fp16.safetensors`)", "tried by hand as sources; no test", ""),
     ("`save_pretrained` over an earlier conversion", WORKS, "integrations/test_transformers_habits.py::test_save_pretrained_over_another_model"),
     ("another number of labels (`ignore_mismatched_sizes`)", WORKS, "integrations/test_transformers_habits.py::test_a_head_of_another_size"),
     ("`.half()`, `resize_token_embeddings` to the same size", WORKS, "integrations/test_transformers_habits.py::test_half_float_and_a_size_that_stays"),
@@ -145,7 +156,9 @@ INPUTS: list[Row] = [
     ("models that keep state or counters", "works: the state is as before", "running/test_state.py::test_nothing_is_left_behind"),
     ("outputs of one number, pictures, whole or complex numbers, in `rpq.evaluate`", "works: figures follow the shape", "evaluation/test_outputs.py::test_figures_follow_the_shape"),
     ("`rpq eval --pairs` with the folder's own pooling", WORKS, "evaluation/test_pooling.py::test_modes"),
-    ("rows of pictures with texts through a processor, cross-encoders, `datasets.Dataset` objects", NOT_TRIED, ""),
+    ("pictures with texts (CLIP)", WORKS, "inputs/test_items.py::test_a_dual_encoder_takes_pictures_with_texts"),
+    ("`\"self\"`", "synthetic inputs", "inputs/test_items.py::test_self_means_synthetic_inputs_as_on_the_command_line"),
+    ("cross-encoders, `datasets.Dataset` objects", NOT_TRIED, ""),
 ]  # fmt: skip
 
 GROUPS: dict[str, list[Row]] = {

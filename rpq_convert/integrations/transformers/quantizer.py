@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers.quantizers.base import HfQuantizer
 
+from rpq_convert.checkpoint.described import recall_evaluations
 from rpq_convert.conversion.restore_model import restore
 from rpq_convert.core import description
 from rpq_convert.core.description import Contents
@@ -84,6 +85,8 @@ class RPQQuantizer(HfQuantizer):
             weight._probe = torch.empty(0, dtype=weight.dtype, device=weight.codes.device)
         for act in AFTER:
             act(model)
+        for folder in {path.parent for path in self.signatures}:
+            recall_evaluations(model, folder)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
