@@ -32,6 +32,7 @@ from rpq_convert.planning.plan import Job, Plan, Skip
 from rpq_convert.report.schema import Dropped, Report, read_report
 from rpq_convert.running.digest import describe
 from rpq_convert.running.memory import available, within
+from rpq_convert.storage.delivery import delivered
 from rpq_convert.storage.lock import locked
 from rpq_convert.storage.options import SourceOptions
 from rpq_convert.storage.reader import Witnessed
@@ -62,8 +63,8 @@ def convert_checkpoint(
     """Convert a checkpoint tensor by tensor, whatever its size, into a folder.
 
     Args:
-        src: a hub id, a transformers folder, or (with `factory`) a safetensors file or folder.
-        out: the folder to make; a killed run leaves `<out>.partial`, and the same call goes on from there.
+        src: a hub id, a transformers folder, or (with `factory`) a safetensors file or folder; or the address of one, such as s3://bucket/folder.
+        out: the folder to make, or its address (`storage.delivery`); a killed run leaves `<out>.partial`, and the same call goes on from there.
         overwrite: replace `out`.
         executor: how fits run: `serial`, `threads` or `processes`. workers: how many at once at most, up to 4 by default.
         progress: called with each job and its result, or None where an earlier run had done it; by default a bar in notebooks
@@ -79,8 +80,11 @@ def convert_checkpoint(
     asked, source, run = take(options, PlanOptions, SourceOptions, RunOptions)
     check_plan_alone(plan, options)
     check_asked(asked, calibrated=calibration is not None, tokenizer=tokenizer, executor=executor, workers=workers)
-    with within(run.memory), locked(out):  # from the beginning: what is planned and measured for nothing may take hours
-        check_free(out, overwrite=overwrite)
+    with (
+        within(run.memory),
+        delivered(out, overwrite=overwrite) as place,
+    ):  # from the beginning: planning and measuring may take hours
+        check_free(place, overwrite=overwrite)
         fit, seed = (asked.fit, asked.seed) if plan is None else (plan.options.get("fit"), plan.options.get("seed", 0))
         opened = open_checkpoint(src, source, draw=seed if is_drawn(src, source, fit) else None)
         data = calibration
@@ -89,7 +93,7 @@ def convert_checkpoint(
         plan = plan or plan_opened(opened, asked, data=data)
         how: dict[str, Any] = {"executor": executor, "workers": workers, "run": run}
         with shown(progress, plan) as callback:
-            return convert_opened(opened, out, plan, data, overwrite=overwrite, progress=callback, **how)
+            return convert_opened(opened, place, plan, data, overwrite=overwrite, progress=callback, **how)
 
 
 def convert_opened(
