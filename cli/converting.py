@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from rpq_convert.conversion.asked import check_asked
+from rpq_convert.conversion.asked import check_address, check_asked
 from rpq_convert.conversion.options import BEST, FAST, QualityOptions, RunOptions
 from rpq_convert.errors import SourceError
 from rpq_convert.inputs.tables import is_pairs
@@ -84,6 +84,7 @@ class Conversion:
             self.options, calibrated=self.calibrate is not None, effort=self.quality.effort, executor=how.executor,
             workers=how.workers,
         )  # fmt: skip
+        check_address(how.running.address, how.executor)
         checks.source(
             self.src,
             self.source,
