@@ -214,3 +214,14 @@ def test_ranges_are_read_as_they_lie(tmp_path):
     heal()
     assert all(torch.equal(source[k], v) for k, v in load_file(tmp_path / "model.safetensors").items())
     assert len(asked("read")) <= 4  # small tensors share a block
+
+
+def test_a_model_that_runs_is_fetched(tmp_path):
+    torch.manual_seed(0)
+    save_file(build().state_dict(), tmp_path / "w.safetensors")
+    address = filled(tmp_path, "run") + "/w.safetensors"
+    how = {"bits": 8, "factory": build, "progress": False, "calibration": [torch.randn(32, 256)]}
+    rpq.convert_checkpoint(address, tmp_path / "a", **how)
+    rpq.convert_checkpoint(tmp_path / "w.safetensors", tmp_path / "b", **how)
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+    assert [n for n, _ in asked("get")] == ["w.safetensors"]
