@@ -26,7 +26,6 @@ from rpq_convert.schemas import kinds
 from rpq_convert.schemas.checking import read_json
 from rpq_convert.storage import swap
 from rpq_convert.storage.addresses import OBJECTS, Address, asking, destination, local_path, mark_of, retried
-from rpq_convert.storage.assembly import write_file
 from rpq_convert.storage.files import WEIGHTS, is_inside
 from rpq_convert.storage.lock import locked
 from rpq_convert.storage.records import CONFIG, MANIFEST, read_manifest
@@ -143,6 +142,8 @@ class Target:
             raise FolderError(f"{e}; {folder} is whole, and the same command, or rpq push, sends the rest") from None
 
     def _send(self, folder: Path, files: Mapping[str, Any], progress: Progress | None) -> None:
+        from rpq_convert.storage.assembly import write_file  # which imports torch
+
         sent = read_json(self.record, kinds.SENT, FolderError) if self.record.is_file() else {}
         self._claim()
         for name in sorted(
