@@ -57,10 +57,6 @@ class Opened:
         config: its config.json. files: path in a new folder -> what belongs beside the weights.
         base: what a model card says of it.
         notes: for the plan to say.
-
-    Attributes:
-        remote: where it lies, if that is elsewhere.
-        has_weights: whether its tensors can be read.
     """
 
     def __init__(
@@ -69,7 +65,7 @@ class Opened:
     ) -> None:  # fmt: skip
         self.model, self.source, self.src, self.options = model, source, src, options
         self.config, self.files, self.base, self.notes = config, files or {}, base, list(notes)
-        self.remote: Remote | None = None
+        self.remote: Remote | None = None  # where it lies, if that is elsewhere
         self.has_weights = False
         self._filled: nn.Module | None = None
 
@@ -273,13 +269,10 @@ def _tensors(
     folder: Path, repository: Remote | None, options: SourceOptions, need: str, named: str | None = None
 ) -> tuple[Any, bool]:
     """Return a checkpoint's tensors, and whether their weights are at hand; a plan needs the headers of a repository only."""
-    if (
-        repository is not None
-        and need == "headers"
-        and (seen := _look(folder, repository, options, named)[0]) is not None
-    ):
-        return seen, False
     if repository is not None:
+        seen = _look(folder, repository, options, named)[0] if need == "headers" else None
+        if seen is not None:
+            return seen, False
         return repository.tensors(allow_pickle=options.allow_pickle, named=named, key=options.state_dict), True
     return open_folder(folder, allow_pickle=options.allow_pickle, named=named, key=options.state_dict), True
 

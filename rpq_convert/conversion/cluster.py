@@ -44,6 +44,7 @@ from rpq_convert.storage.records import ORIGIN, PLAN, sha256
 from rpq_convert.version import __version__
 
 TRIES = 3  # further ones, of a task whose worker is lost
+ROUND = 1 << 30  # bytes: tasks that ask for the same can follow each other in one worker
 PATIENCE = 5.0  # seconds in which a piece becomes visible that another machine has written
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 NOT_HERE = "the source is not here"
@@ -267,7 +268,7 @@ class Run:
 
     def _begin(self, job: Job) -> Any:
         tensor = either(self.source, (job.name, *job.aliases)).detach() if self.sends else None
-        memory = needs.fit_bytes(job) + needs.BASE
+        memory = -(-(needs.fit_bytes(job) + needs.BASE) // ROUND) * ROUND
         most = max((n["Resources"].get("memory", 0) for n in self.ray.nodes() if n["Alive"]), default=0)
         if memory > most:
             raise PlanError(
