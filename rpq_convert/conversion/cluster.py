@@ -240,13 +240,16 @@ class Run:
         self.ask = Ask.of(source, std, pieces)
         self.ref = [self.ray.put(self.ask)]
         self.sends = self.ask.source is None
-        self.limit = workers or max(1, int(self.ray.cluster_resources().get("CPU", 1)))
+        processors = max(1, int(self.ray.cluster_resources().get("CPU", 1)))
+        self.limit = (
+            workers if workers and workers < processors else processors + 1
+        )  # one waits there for the next that is free
         self.task = self.ray.remote(max_retries=TRIES, num_cpus=1)(_task)
         self.shared: dict[int, Any] = {}  # what several jobs are given -> where it lies in the object store
         self.told: set[str] = set()
 
     def results(self, jobs: Iterable[Job]) -> Iterator[Encoded]:
-        """Yield results in the order of completion; no more jobs than may run at once have begun."""
+        """Yield results in the order of completion; no more jobs than may run at once, and one, have been given to the cluster."""
         waiting: dict[Any, Job] = {}
         left, again = iter(jobs), deque[Job]()
         try:
