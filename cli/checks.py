@@ -22,6 +22,7 @@ from rpq_convert.storage.sources import (
     is_checkpoint,
     is_converted,
     is_name,
+    is_remote,
     located,
     read_config,
     refuse_misspelt,
@@ -56,12 +57,13 @@ def source(src: str, options: SourceOptions, *, weights: bool, pushes: bool = Fa
 
 
 def token_unused(options: HubOptions, *places: str | Path) -> None:
-    """Refuse an access token where everything is on this machine."""
-    if options.token is not None and all(Path(place).exists() for place in places):
-        raise unused(
-            "--token",
-            f"{' and '.join(map(str, places))} {'is a local path' if len(places) == 1 else 'are local paths'}",
-        )
+    """Refuse an access token of the hub where nothing is there."""
+    if options.token is None or any(is_name(located(place, NO_HUB)[0]) for place in places):
+        return
+    local = all(Path(place).exists() for place in places)
+    kind = "a local path" if local else "no repository of the hub"
+    are = f"is {kind}" if len(places) == 1 else "are local paths" if local else "are no repositories of the hub"
+    raise unused("--token", f"{' and '.join(map(str, places))} {are}")
 
 
 def named(folder: str | Path, options: HubOptions = NO_HUB) -> str | Path:
@@ -73,7 +75,7 @@ def named(folder: str | Path, options: HubOptions = NO_HUB) -> str | Path:
 def converted(folder: str | Path, options: HubOptions = NO_HUB, *others: str | Path) -> None:
     """Refuse what is no converted folder, unless it can be a repository's name; and an access token where all is on this machine."""
     place = named(folder, options)
-    if not is_name(place):
+    if not is_remote(place):
         read_config(Path(place))
     token_unused(options, *others, place)
 
@@ -134,8 +136,8 @@ def with_base(base: str, folder: str, factory: str | None, options: HubOptions, 
 
 def report_to_write(folder: str) -> None:
     """Refuse to keep a result where there is no report to keep it in."""
-    if is_name(folder):
-        raise SourceError(f"{folder} is a repository of the hub; --save writes into a folder")
+    if is_remote(folder):
+        raise SourceError(f"{folder} is not on this machine; --save writes into a folder")
     if not (Path(folder) / REPORT).is_file():
         raise SourceError(f"{folder} has no {REPORT} to write into; leave out --save")
     read_manifest(Path(folder))

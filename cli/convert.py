@@ -15,7 +15,8 @@ from rpq_convert.planning.options import DECIDING, PlanOptions
 from rpq_convert.report.measured import models, summary
 from rpq_convert.running.memory import within
 from rpq_convert.showing import printable
-from rpq_convert.storage.lock import locked
+from rpq_convert.storage.addresses import destination
+from rpq_convert.storage.delivery import delivered, place_of
 from rpq_convert.storage.options import SourceOptions
 from rpq_convert.storage.records import read_manifest
 from rpq_convert.storage.room import check_file
@@ -25,7 +26,7 @@ from . import options as o
 from .app import HELP, Version, examples, group, main
 from .converting import Conversion, How
 from .errors import catching
-from .show import chosen, progress, show_report
+from .show import chosen, progress, sending, show_report
 from .talk import detail, phase, say, warn
 
 if TYPE_CHECKING:
@@ -67,15 +68,16 @@ def convert(
     version: Version = False,
 ) -> None:
     """Convert a checkpoint into a folder of RPQ weights, tensor by tensor, whatever its size."""
+    out = o.output_for(src, out)
     run = Conversion(
-        src, o.output_for(src, out), options, source, calibrate=calibrate, samples=samples, text_field=text_field,
+        src, out, place_of(out), options, source, calibrate=calibrate, samples=samples, text_field=text_field,
         quality=quality, dry_run=dry_run, overwrite=overwrite,
     )  # fmt: skip
     how = How(device, executor, workers, push_to, public, running)
     run.check(how)
     with (
         within(running.memory),
-        nullcontext() if dry_run else locked(run.folder),
+        nullcontext() if dry_run else delivered(out, overwrite=overwrite, progress=sending),
     ):  # before hours of measuring and fitting, not after
         run.open()
         plan = run.plan(workers)
@@ -84,10 +86,10 @@ def convert(
 
             return show_plan(plan, src, json=json, needs=needed(plan, workers, drawn=run.opened.is_drawn))
         report = run.judge(run.convert(plan, how))
+        if push_to:
+            _push(run.folder, push_to, public=public, token=source.token)
     show_report(report, json=json)
-    say(f"wrote {run.folder}")
-    if push_to:
-        _push(run.folder, push_to, public=public, token=source.token)
+    say(f"wrote {destination(out) or run.folder}")
 
 
 def _push(folder: Path, repo: str, *, public: bool, token: str | bool | None, revision: str | None = None) -> None:
@@ -104,7 +106,12 @@ def _push(folder: Path, repo: str, *, public: bool, token: str | bool | None, re
 @catching
 def push(
     folder: o.OutputFolder,
-    repo: Annotated[str, Argument(metavar="REPO", help="user/name, or name; made if it does not exist.")],
+    repo: Annotated[
+        str,
+        Argument(
+            metavar="REPO", help="user/name, or name; made if it does not exist. Or an address: s3://bucket/folder."
+        ),
+    ],
     public: o.Public = False,
     revision: Annotated[str | None, Option(help="Branch to push to; made if it does not exist.")] = None,
     token: Annotated[
@@ -112,9 +119,13 @@ def push(
         Option(help="Access token of the hub; HF_TOKEN or `hf auth login` keep it out of the shell's history."),
     ] = None,
 ) -> None:
-    """Verify a converted folder and upload it to the hub, in one commit; private unless --public."""
+    """Verify a converted folder and upload it to the hub, in one commit, private unless --public; or to an address."""
     checks.converted(folder)
     read_manifest(Path(folder))
+    if destination(repo) is not None:
+        for name, value in {"--public": public, "--revision": revision, "--token": token}.items():
+            if value:
+                raise checks.unused(name, f"{repo} is no repository of the hub")
     _push(Path(folder), repo, public=public, token=token, revision=revision)
 
 

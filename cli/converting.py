@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from rpq_convert.conversion.asked import check_asked
+from rpq_convert.conversion.asked import check_address, check_asked
 from rpq_convert.conversion.options import BEST, FAST, QualityOptions, RunOptions
 from rpq_convert.errors import SourceError
 from rpq_convert.inputs.tables import is_pairs
@@ -50,7 +50,7 @@ class Conversion:
     """One conversion of a checkpoint into a folder, as it was asked for.
 
     Args:
-        src, folder: from where to where.
+        src, out: from where to where. folder: the local folder that is made.
         calibrate: a path, `self`, or None. samples, text_field: of it.
         quality: how much care is taken, and how the result is judged. chosen: the effort that it came to.
         dry_run: only a plan is wanted.
@@ -58,6 +58,7 @@ class Conversion:
     """
 
     src: str
+    out: Path
     folder: Path
     options: PlanOptions
     source: SourceOptions
@@ -83,6 +84,7 @@ class Conversion:
             self.options, calibrated=self.calibrate is not None, effort=self.quality.effort, executor=how.executor,
             workers=how.workers,
         )  # fmt: skip
+        check_address(how.running.address, how.executor)
         checks.source(
             self.src,
             self.source,
@@ -94,7 +96,7 @@ class Conversion:
         if (judge := self.quality.check_data) is not None and not is_pairs(judge):
             checks.data(judge, "--check-data", field=self.text_field)
         if not self.dry_run:
-            check_free(self.folder, overwrite=self.overwrite)
+            check_free(self.out, overwrite=self.overwrite)
         if how.push_to and not self.dry_run:
             from rpq_convert.checkpoint.publishing import check_login
 
@@ -139,7 +141,7 @@ class Conversion:
             return partial(own_inputs, seed=self.options.seed, **some)
         hub, told = self.opened.options.hub, say
         return read_inputs(
-            where, self.opened.src, model=self.opened.model, field=self.text_field, told=told, **hub, **some
+            where, self.opened.companions, model=self.opened.model, field=self.text_field, told=told, **hub, **some
         )
 
     def plan(self, workers: int | None = None) -> Plan:

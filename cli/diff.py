@@ -13,7 +13,7 @@ from rpq_convert.report.schema import read_report
 from rpq_convert.storage.options import HubOptions
 from rpq_convert.storage.records import REPORT
 from rpq_convert.storage.room import check_file
-from rpq_convert.storage.sources import did_you_mean, is_name, located
+from rpq_convert.storage.sources import did_you_mean, is_remote, located
 
 from . import options as o
 from .app import examples, group
@@ -82,7 +82,7 @@ def _report(given: str, options: HubOptions) -> tuple[str, "Report"]:
     if not Path(given).exists():
         place, asked = located(given, options)
         named(place)
-        if not is_name(place):
+        if not is_remote(place):
             hint = did_you_mean(given) or "; give converted folders, ids of their repositories, reports or plans"
             raise SourceError(f"{given} does not exist{hint}")
         from rpq_convert.checkpoint.verifying import audit

@@ -9,6 +9,7 @@ import typer
 from typer import Argument, Option
 
 from rpq_convert.showing import printable
+from rpq_convert.storage.addresses import destination
 from rpq_convert.storage.options import HubOptions, SourceOptions
 from rpq_convert.storage.room import check_file, check_free
 from rpq_convert.tuning.options import TuneOptions
@@ -228,4 +229,4 @@ def restore(
 
     with progress() as tell:
         written = restore_checkpoint(folder, out, overwrite=overwrite, progress=tell, **source.hub)
-    print(f"{out}: {written.file_bytes:,} bytes of dense weights")
+    print(f"{destination(out) or out}: {written.file_bytes:,} bytes of dense weights")

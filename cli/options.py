@@ -72,7 +72,10 @@ Workers = Annotated[
         help="Fits at once at most. auto, the default: up to 4, as memory has room for.",
     ),
 ]
-Executor = Annotated[Literal["serial", "threads", "processes"], Option(help="How fits run.")]
+Executor = Annotated[
+    Literal["serial", "threads", "processes", "ray"],
+    Option(help="How fits run; ray: as tasks of a cluster, which sees source and output, or is sent what it needs."),
+]
 DryRun = Annotated[bool, Option("--dry-run", help="Show the plan and the exact sizes; write nothing.")]
 PushTo = Annotated[str | None, Option(metavar="REPO", help="Upload the result to this repository of the hub.")]
 OutFolder = Annotated[Path, Option("--out", "-o", metavar="FOLDER", help="Where to write the new model.")]

@@ -181,6 +181,11 @@ def fit_error(encoded: "Encoded") -> str:
     return "" if error is None else f"{of} error {error:.2g}, "
 
 
+def sending(what: str, done: float, total: float) -> None:
+    """Say of a folder that is sent to an address which file is next."""
+    say(f"{what}, {out_of(done, total)} are there")
+
+
 def out_of(done: float, total: float) -> str:
     """Return bytes of bytes in the unit of the whole: `1.2 of 4.0 GB`; empty where there are none."""
     scale, unit = (1e9, "GB") if total >= 1e9 else (1e6, "MB")

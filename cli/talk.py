@@ -22,6 +22,7 @@ from typing import IO, Annotated, Any
 from typer import Option
 
 from rpq_convert.showing import printable
+from rpq_convert.storage.addresses import without_password
 
 from .wording import as_flags
 
@@ -161,7 +162,7 @@ def _begin(command: str, given: Mapping[str, Any]) -> None:
     from .environment import versions
 
     known = versions()
-    told = {k: str(v) for k, v in given.items() if k != "token" and v not in (None, False, [], ())}
+    told = {k: without_password(str(v)) for k, v in given.items() if k != "token" and v not in (None, False, [], ())}
     event("begun", command, options=told, versions=known)
     detail(", ".join(f"{name} {version}" for name, version in known.items()))
 

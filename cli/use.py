@@ -118,8 +118,8 @@ def chat(
         checks.converted(folder, source)
     else:
         checks.pair(base, folder, None, source)
+    from rpq_convert.checkpoint.finding import at_hand
     from rpq_convert.checkpoint.loading import load
-    from rpq_convert.hf.hub import at_hand
     from rpq_convert.inputs.files import tokenizer_of
     from rpq_convert.integrations.chat import Talker
 

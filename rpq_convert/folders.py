@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rpq_convert.checkpoint.finding import DEFAULT
+from rpq_convert.checkpoint.finding import at_hand as fetched
 from rpq_convert.checkpoint.kinship import check_base
 from rpq_convert.checkpoint.loading import load
 from rpq_convert.checkpoint.metadata import add_evaluation
@@ -25,14 +27,13 @@ from rpq_convert.evaluation.layers import layer_errors
 from rpq_convert.evaluation.pairs import evaluate_pairs
 from rpq_convert.evaluation.pooling import Pooled, gives_vectors
 from rpq_convert.evaluation.tasks import evaluate_tasks
-from rpq_convert.hf.hub import DEFAULT
-from rpq_convert.hf.hub import at_hand as fetched
 from rpq_convert.hf.model_card import base_in
 from rpq_convert.inputs.files import read_inputs, read_text, text_inputs, tokenizer_of
 from rpq_convert.inputs.items import Calibration, prepare
 from rpq_convert.inputs.synthetic import check_own_inputs, own_inputs
 from rpq_convert.report.schema import Report
 from rpq_convert.running.progress import Progress, Say, counted
+from rpq_convert.storage.delivery import delivered
 from rpq_convert.storage.files import files_beside, refuse_links
 from rpq_convert.storage.lock import locked
 from rpq_convert.storage.options import HubOptions, SourceOptions
@@ -275,8 +276,7 @@ def tune_folder(
     Raises:
         SourceError, FolderError: as `load` and `save`. CalibrationError: no data. TuneError: as `tune`.
     """
-    place = Path(out)
-    with locked(place):  # from the beginning: hours of tuning would be lost at the end
+    with delivered(out, overwrite=overwrite) as place:  # from the beginning: hours of tuning would be lost at the end
         check_free(place, overwrite=overwrite)
         data.check(which)
         dense, model = which.load()
@@ -336,8 +336,7 @@ def recalibrate_folder(
         out, data, overwrite, say: as for `tune_folder`.
         options: those of `recalibrate`.
     """
-    place = Path(out)
-    with locked(place):
+    with delivered(out, overwrite=overwrite) as place:
         check_free(place, overwrite=overwrite)
         data.check(which)
         dense, model = which.load()

@@ -27,6 +27,8 @@ HOMES = {
     "huggingface_hub": {"hf/hub.py", "hf/model_card.py", "checkpoint/publishing.py", "integrations/serving.py"},
     "msgspec": {"schemas"},
     "datasets": {"inputs/hub_data.py"},
+    "fsspec": {"storage/addresses.py"},
+    "ray": {"conversion/cluster.py"},
     "pyarrow": {"inputs/tables.py"},
     "typer": {"cli"},
     "rich": {"cli"},

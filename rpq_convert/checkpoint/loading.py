@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from rpq_convert.checkpoint.described import recall_evaluations
 from rpq_convert.checkpoint.extra_state import has_extra_state, set_extra_states
+from rpq_convert.checkpoint.finding import find_converted
 from rpq_convert.checkpoint.opening import compute_buffers, empty_from_factory
 from rpq_convert.core import description
 from rpq_convert.core.keywords import keywords
 from rpq_convert.core.options import take
 from rpq_convert.errors import SourceError
-from rpq_convert.hf import hub
 from rpq_convert.layers import surgery
 from rpq_convert.layers.initial import initial
 from rpq_convert.layers.surgery import AFTER
@@ -35,7 +35,7 @@ from rpq_convert.storage.names import plain
 from rpq_convert.storage.names import unwrapped as without_wrappers
 from rpq_convert.storage.options import SourceKeywords, SourceOptions
 from rpq_convert.storage.records import CONFIG, MANIFEST, REPORT
-from rpq_convert.storage.sources import is_name, located, read_config
+from rpq_convert.storage.sources import is_remote, located, read_config
 from rpq_convert.storage.unpacking import checked
 from rpq_convert.storage.verified import unchanged, verified
 
@@ -51,7 +51,7 @@ def load(
     """Rebuild a converted model from its folder, in eval mode.
 
     Args:
-        path: the folder, or the id of a repository on the hub.
+        path: the folder, the id of a repository on the hub, or an address such as s3://bucket/folder.
         device: where to put it.
         verify: compare every tensor with its hash in the manifest, about a second for a gigabyte; by default it is, unless RPQ_VERIFY=0 is
             in the environment.
@@ -65,23 +65,27 @@ def load(
     (options,) = take(source, SourceOptions)
     path, options = located(path, options)
     factory = options.factory
-    folder = Path(path)
-    if is_name(path):
-        repository = hub.find_converted(path, (), options)
-        folder = repository.folder
-        repository.fetch([n for n in (GENERATION, MANIFEST, REPORT) if n in repository.files])
-        repository.fetch_weights()
-    read_config(folder)  # raises where it is none
-    with unchanged([folder / CONFIG, *weight_paths(folder)[0]]):
-        model = _read(folder, factory, verify)
+    if is_remote(path):
+        found = find_converted(path, (GENERATION, MANIFEST, REPORT), options)
+        folder = found.folder
+        model = _read(folder, found.tensors(), factory, verify)
+    else:
+        folder = Path(path)
+        read_config(folder)  # raises where it is none
+        with unchanged([folder / CONFIG, *weight_paths(folder)[0]]):
+            model = _read(folder, open_folder(folder), factory, verify)
     for act in AFTER:
         act(model)
     recall_evaluations(model, folder)
     return model.to(device) if device is not None else model
 
 
-def _read(folder: Path, factory: Any, verify: bool | None) -> nn.Module:
-    """Return the model of a folder on this machine."""
+def _read(folder: Path, tensors: Any, factory: Any, verify: bool | None) -> nn.Module:
+    """Return the model of a folder.
+
+    Args:
+        folder: what lies beside its weights. tensors: the weights.
+    """
     config = read_config(folder)
     if factory is not None:
         model = empty_from_factory(factory)
@@ -97,7 +101,7 @@ def _read(folder: Path, factory: Any, verify: bool | None) -> nn.Module:
             f"{folder} is not a transformers model: pass factory=, the function that builds the dense model"
         )
     with unwrapped(model) as inside:
-        fill(inside, config["quantization_config"], without_wrappers(verified(open_folder(folder), folder, verify)))
+        fill(inside, config["quantization_config"], without_wrappers(verified(tensors, folder, verify)))
     compute_buffers(model, factory)
     if hasattr(model, "generation_config") and (folder / GENERATION).is_file():
         from rpq_convert.hf import loading

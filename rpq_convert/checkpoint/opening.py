@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from rpq_convert.checkpoint.drawn import Drawn
 from rpq_convert.checkpoint.extra_state import EXTRA, has_extra_state, set_extra_states
 from rpq_convert.checkpoint.factories import Factory, find_factory
+from rpq_convert.checkpoint.finding import find
 from rpq_convert.core import description
 from rpq_convert.core.spec import dtype_name
 from rpq_convert.errors import SourceError
-from rpq_convert.hf import hub
 from rpq_convert.hf.model_card import Base, base_in
 from rpq_convert.layers import surgery
 from rpq_convert.planning.announced import refuse_config
@@ -33,14 +33,15 @@ from rpq_convert.running import meta
 from rpq_convert.running.holders import become_held, held_elsewhere, storage_of
 from rpq_convert.schemas import kinds
 from rpq_convert.schemas.checking import read_json
-from rpq_convert.storage.files import files_beside, files_in, refuse_links, weight_files
+from rpq_convert.storage.files import files_beside, files_in, refuse_links
 from rpq_convert.storage.folder import open_folder
 from rpq_convert.storage.names import missing, under_names, unwrapped
 from rpq_convert.storage.options import SourceOptions
 from rpq_convert.storage.origin import Origin
 from rpq_convert.storage.reader import mapped
 from rpq_convert.storage.records import CARD, CONFIG
-from rpq_convert.storage.sources import check_source, is_name, located
+from rpq_convert.storage.remote import Remote
+from rpq_convert.storage.sources import check_source, is_name, is_remote, located
 
 DEFAULT = SourceOptions()
 FILLED = "not in the checkpoint: filled as transformers fills it"
@@ -64,6 +65,7 @@ class Opened:
     ) -> None:  # fmt: skip
         self.model, self.source, self.src, self.options = model, source, src, options
         self.config, self.files, self.base, self.notes = config, files or {}, base, list(notes)
+        self.remote: Remote | None = None  # where it lies, if that is elsewhere
         self.has_weights = False
         self._filled: nn.Module | None = None
 
@@ -74,10 +76,16 @@ class Opened:
         return path.resolve().name if path.exists() else path.name
 
     @property
+    def companions(self) -> str | Path:
+        """From where transformers reads its tokenizer and its processor."""
+        if self.remote is None or is_name(self.src):
+            return self.src
+        return self.remote.fetch_beside(allow_pickle=self.options.allow_pickle)
+
+    @property
     def origin(self) -> Origin:
         """What the weights come from."""
-        hub = is_name(self.src)
-        where = (str(self.src), self.options.revision) if hub else (None, None)
+        where = (str(self.src), self.options.revision) if is_remote(self.src) else (None, None)
         if isinstance(self.source, Drawn):
             return Origin({self.source.config: ()}, *where)
         infos = getattr(self.source, "infos", None) or self.source.source.infos
@@ -172,7 +180,7 @@ def open_checkpoint(
     """Find a checkpoint and pair it with its empty model.
 
     Args:
-        src: a folder, a file or a hub id.
+        src: a folder, a file, a hub id, or an address.
         options: how it is found and read.
         need: what for. `"headers"` is for a plan: a local config suffices, of a repository the headers are checked too.
         model: its empty model, where it was built before.
@@ -184,14 +192,15 @@ def open_checkpoint(
     src, options = located(src, options)
     check_source(src, options, weights=need == "weights" and draw is None)
     folder, repository = Path(src), None
-    if is_name(src):
-        repository = hub.find(src, (CONFIG,) if need != "weights" else (CONFIG, CARD), options)
-        folder, options = repository.folder, replace(options, revision=repository.commit)
+    if is_remote(src):
+        repository = find(src, (CONFIG,) if need != "weights" else (CONFIG, CARD), options)
+        folder, options = repository.folder, replace(options, revision=repository.commit or None)
     refuse_links(folder)
     base = replace(
         base_in(folder, repository, options.factory), allow_pickle=options.allow_pickle, state_dict=options.state_dict
     )
     opened = Opened(model, None, src, options, base=base)
+    opened.remote = repository
     has_config = (folder / CONFIG).is_file()
     is_bare = not has_config and (repository is not None or folder.is_dir() or folder.suffix == ".safetensors")
     if options.factory is not None or is_bare:
@@ -212,9 +221,7 @@ def open_checkpoint(
     return opened
 
 
-def _open_transformers(
-    opened: Opened, folder: Path, repository: hub.Repository | None, need: str, draw: int | None
-) -> None:
+def _open_transformers(opened: Opened, folder: Path, repository: Remote | None, need: str, draw: int | None) -> None:
     """Pair a transformers checkpoint with its model, if it had none, and account for its tensors."""
     from rpq_convert.hf import loading
     from rpq_convert.hf.module_source import ModuleSource
@@ -251,7 +258,7 @@ def _open_transformers(
         opened.notes += opened.source.notes()
 
 
-def _take_beside(opened: Opened, folder: Path, repository: hub.Repository | None) -> None:
+def _take_beside(opened: Opened, folder: Path, repository: Remote | None) -> None:
     """Note what belongs beside the weights of a model's folder; of a repository it is fetched."""
     if repository is not None:
         repository.fetch_beside(allow_pickle=opened.options.allow_pickle)
@@ -259,33 +266,28 @@ def _take_beside(opened: Opened, folder: Path, repository: hub.Repository | None
 
 
 def _tensors(
-    folder: Path, repository: hub.Repository | None, options: SourceOptions, need: str, named: str | None = None
+    folder: Path, repository: Remote | None, options: SourceOptions, need: str, named: str | None = None
 ) -> tuple[Any, bool]:
     """Return a checkpoint's tensors, and whether their weights are at hand; a plan needs the headers of a repository only."""
-    if (
-        repository is not None
-        and need == "headers"
-        and (seen := _look(folder, repository, options, named)[0]) is not None
-    ):
-        return seen, False
     if repository is not None:
-        repository.fetch_weights(allow_pickle=options.allow_pickle, named=named)
+        seen = _look(folder, repository, options, named)[0] if need == "headers" else None
+        if seen is not None:
+            return seen, False
+        return repository.tensors(allow_pickle=options.allow_pickle, named=named, key=options.state_dict), True
     return open_folder(folder, allow_pickle=options.allow_pickle, named=named, key=options.state_dict), True
 
 
-def _look(
-    folder: Path, repository: hub.Repository | None, options: SourceOptions, named: str | None
-) -> tuple[Any, list[str]]:
+def _look(folder: Path, repository: Remote | None, options: SourceOptions, named: str | None) -> tuple[Any, list[str]]:
     """Return a checkpoint's tensors as far as a plan looks at them, if that is possible, and what will prevent a conversion."""
     if repository is not None and repository.offline:
         return None, []
     try:
         if repository is None:
             return open_folder(folder, allow_pickle=options.allow_pickle, named=named, key=options.state_dict), []
-        chosen = weight_files(repository.files, repository.name, allow_pickle=options.allow_pickle, named=named)
+        chosen, _ = repository.weight_names(allow_pickle=options.allow_pickle, named=named)
     except SourceError as e:
         return None, [str(e)]
-    return (repository.headers(named=named) if "safetensors" in chosen[0] else None), []
+    return (repository.headers(named=named) if chosen[0].endswith(".safetensors") else None), []
 
 
 def empty_from_factory(factory: str | Factory) -> nn.Module:

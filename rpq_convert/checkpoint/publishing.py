@@ -18,6 +18,8 @@ from rpq_convert.core.keywords import keywords
 from rpq_convert.errors import HubError
 from rpq_convert.hf.hub import asking, client
 from rpq_convert.running.progress import Progress
+from rpq_convert.storage.addresses import destination
+from rpq_convert.storage.delivery import Target, send
 from rpq_convert.storage.records import CARD, MANIFEST, read_manifest
 
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
@@ -37,7 +39,7 @@ def push(
 
     Args:
         folder: complete, as `rpq.verify` checks; its README.md may have been edited.
-        repo: the repository's id, `user/name` or `name`; it is made if it does not exist.
+        repo: the repository's id, `user/name` or `name`; it is made if it does not exist. Or an address, such as s3://bucket/folder.
         private: whether only you see it; of an existing repository this must be what it is.
         token: instead of the stored one. revision: the branch to commit to; it is made if it does not exist.
         progress: called with a file's name, and the bytes that are uploaded and that there are.
@@ -56,6 +58,10 @@ def push(
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     place = Path(folder)
+    if (target := destination(repo)) is not None:
+        verify(place)
+        send(place, target, progress=progress)
+        return str(target)
     names = verify(place, edited=(CARD,))
     api = client(token)
     with asking(repo):
@@ -87,7 +93,10 @@ def push(
 
 
 def check_login(repo: str, *, token: str | bool | None = None) -> None:
-    """Raise a `HubError` where nobody is logged in, before hours are spent on what is to be pushed."""
+    """Raise a `HubError` where nobody is logged in, or a store refuses, before hours are spent on what is to be pushed."""
+    if (target := destination(repo)) is not None:
+        Target(target).check(overwrite=False)
+        return
     with asking(repo):
         client(token).whoami()
 

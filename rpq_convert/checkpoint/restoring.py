@@ -20,9 +20,9 @@ from rpq_convert.hf.composite import without_description
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning.plan import Plan, Skip
 from rpq_convert.running.progress import Progress
+from rpq_convert.storage.delivery import delivered
 from rpq_convert.storage.files import files_beside
 from rpq_convert.storage.folder import open_folder
-from rpq_convert.storage.lock import locked
 from rpq_convert.storage.options import HubKeywords, HubOptions
 from rpq_convert.storage.origin import Origin
 from rpq_convert.storage.records import CONFIG
@@ -45,14 +45,15 @@ def restore_checkpoint(
     """Write a plain dense checkpoint from an RPQ folder, one tensor in memory at a time. A killed run goes on with the next weight file.
 
     Args:
-        path: the folder, or the id of a repository on the hub, which is then fetched; `hub` as for `audit`.
+        path: the folder, the id of a repository on the hub, or an address, which is then fetched; `hub` as for `audit`.
+        out: the folder to make, or its address.
         progress: called with a tensor's name, and the bytes that are done and that there are.
     """
     from rpq_convert.core.sizes import parse_size
 
     (options,) = take(hub, HubOptions)
-    with locked(out):
-        return _restore(here(path, options), out, parse_size(max_shard_size), progress, overwrite=overwrite)
+    with delivered(out, overwrite=overwrite) as place:
+        return _restore(here(path, options), place, parse_size(max_shard_size), progress, overwrite=overwrite)
 
 
 def _restore(folder: Path, out: str | Path, shard: int, progress: Progress | None, *, overwrite: bool) -> Plan:

@@ -28,8 +28,8 @@ from rpq_convert.planning.slots import EXTRA, extra_states
 from rpq_convert.report.schema import Report
 from rpq_convert.running.offload import is_hooked, onloaded
 from rpq_convert.running.wrappers import unwrapped
+from rpq_convert.storage.delivery import delivered
 from rpq_convert.storage.files import GENERATION, named_files
-from rpq_convert.storage.lock import locked
 from rpq_convert.storage.writer import Folder
 
 
@@ -46,7 +46,7 @@ def save(
     """Write a converted model to a folder; the same bytes as the streaming conversion would write.
 
     Args:
-        out: the folder to make.
+        out: the folder to make, or its address, such as s3://bucket/folder.
         overwrite: replace `out`.
         max_shard_size: of a weight file, e.g. `"5GB"`.
         files: to copy beside the weights: a list of them; path in the new folder -> file; or a folder, of which what belongs beside
@@ -58,8 +58,8 @@ def save(
             tensor nor JSON values); a file that is not there, or whose path leaves the folder.
         FolderError: the folder already exists.
     """
-    with locked(out), unwrapped(model) as inside:
-        return _save(inside, out, overwrite, max_shard_size, named_files(files), base)
+    with delivered(out, overwrite=overwrite) as place, unwrapped(model) as inside:
+        return _save(inside, place, overwrite, max_shard_size, named_files(files), base)
 
 
 def _save(

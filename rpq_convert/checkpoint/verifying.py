@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
+from rpq_convert.checkpoint.finding import at_hand, find_converted
 from rpq_convert.core.keywords import keywords
 from rpq_convert.core.options import take
 from rpq_convert.errors import SourceError, VerifyError
@@ -15,20 +16,18 @@ from rpq_convert.storage.files import WHOLE, files_in, is_inside, module_weights
 from rpq_convert.storage.headers import joined, read_entries
 from rpq_convert.storage.options import HubKeywords, HubOptions
 from rpq_convert.storage.records import CONFIG, MANIFEST, REPORT, read_manifest, sha256
-from rpq_convert.storage.sources import called, is_name, located, read_config
+from rpq_convert.storage.sources import called, is_remote, located, read_config
 
 DEFAULT = HubOptions()
 
 
 def here(path: str | Path, options: HubOptions = DEFAULT) -> Path:
-    """Return a converted folder on this machine: the path itself, or the local copy of a repository of the hub."""
+    """Return a converted folder on this machine: the path itself, or the local copy of what lies elsewhere."""
     place, options = located(path, options)
-    if not is_name(place):
+    if not is_remote(place):
         if not Path(place).exists():
             read_config(Path(place))  # raises, and says what may have been meant
         return Path(place)
-    from rpq_convert.hf.hub import at_hand
-
     return at_hand(place, options)
 
 
@@ -145,10 +144,8 @@ def audit(path: str | Path, **source: Unpack[HubKeywords]) -> Report:
     (options,) = take(source, HubOptions)
     path, options = located(path, options)
     folder = Path(path)
-    if is_name(path):
-        from rpq_convert.hf import hub
-
-        repository = hub.find_converted(path, (REPORT,), options)
+    if is_remote(path):
+        repository = find_converted(path, (REPORT,), options)
         folder, files = repository.folder, dict(repository.files)
     else:
         files = {n: p.stat().st_size for n, p in files_in(folder).items()}

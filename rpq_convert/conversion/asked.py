@@ -11,7 +11,7 @@ from rpq_convert.core.options import one_of
 from rpq_convert.errors import PlanError
 from rpq_convert.planning.options import PlanOptions
 
-EXECUTORS = ("serial", "threads", "processes")
+EXECUTORS = ("serial", "threads", "processes", "ray")
 
 
 def check_asked(
@@ -60,6 +60,18 @@ def check_executor(executor: str, workers: int | None) -> None:
         raise PlanError(f"workers must be a whole number of at least 1, not {workers!r}")
     if executor == "serial" and workers not in (None, 1):
         raise PlanError(f"the serial executor has one worker, not {workers}; leave out workers or take threads")
+
+
+def check_address(address: str | None, executor: str) -> None:
+    """Refuse the address of a cluster that would not be used.
+
+    Raises:
+        PlanError: there is one.
+    """
+    if address is not None and executor != "ray":
+        raise PlanError(
+            "address names a Ray cluster, so it would do nothing without executor ray; leave it out or take that"
+        )
 
 
 def check_plan_alone(plan: Any, options: Iterable[str]) -> None:

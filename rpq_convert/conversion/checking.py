@@ -52,13 +52,13 @@ def judged_on(
 
     def read(file: str, skip: int = 0) -> list[Any]:
         some: dict[str, Any] = {"samples": MOST, "skip": skip, "labels": True, "field": field, **opened.options.hub}
-        return read_inputs(file, opened.src, model=opened.model, **some)
+        return read_inputs(file, opened.companions, model=opened.model, **some)
 
     if data is not None:
         name = Path(data).name
         if is_pairs(data):
             return name, lambda base, model, seconds: evaluate_pairs(
-                base, model, opened.src, Path(data), 512, None, None
+                base, model, opened.companions, Path(data), 512, None, None
             )[0]
         return name, partial(quick_check, data=read(data))
     if seen is not None:

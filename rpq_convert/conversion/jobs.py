@@ -23,6 +23,7 @@ from rpq_convert.encoding.encode import encode
 from rpq_convert.planning import needs
 from rpq_convert.planning.plan import Job, Plan
 from rpq_convert.running.memory import available
+from rpq_convert.storage.pieces import Pieces
 
 SPARE = 0.9  # of the memory that is left, for fits
 
@@ -41,13 +42,25 @@ def run_jobs(
     std: float | None = None,
     statistics: Mapping[str, Statistics | None] | None = None,
     start: Mapping[str, Mapping[str, Tensor]] | None = None,
+    pieces: Pieces | None = None,
 ) -> Iterator[Encoded]:
     """Encode every job, in order of completion; at most `workers` tensors are in memory, and as many as it has room for.
+
+    Args:
+        pieces: where results belong. A cluster whose machines see that folder writes them there; such results come without tensors.
 
     Raises:
         PlanError: an executor that there is not, workers that it does not have, or a weight that memory has no room for.
     """
     check_executor(executor, workers)
+    if executor == "ray":
+        from rpq_convert.conversion.cluster import Run
+
+        on_cluster = Run(
+            source, std=std, pieces=pieces, statistics=statistics or {}, start=start or {}, workers=workers
+        )
+        yield from on_cluster.results(jobs)
+        return
 
     def item(job: Job) -> tuple[Any, ...]:
         tensor = either(source, (job.name, *job.aliases)).detach().to(getattr(torch, job.dtype))

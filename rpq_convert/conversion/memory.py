@@ -19,6 +19,7 @@ from rpq_convert.checkpoint.metadata import with_evaluation
 from rpq_convert.checkpoint.opening import Opened
 from rpq_convert.conversion.asked import check_asked, check_plan_alone
 from rpq_convert.conversion.bar import Progress, shown
+from rpq_convert.conversion.cluster import connected
 from rpq_convert.conversion.jobs import run_jobs
 from rpq_convert.conversion.options import BEST, GOOD
 from rpq_convert.conversion.plans import plan_opened
@@ -116,7 +117,7 @@ def convert(
                 )
             plan = replace(plan, warnings=(*plan.warnings, *_stale(inside, plan, optimizers)))
             base = None if check is False else copy.deepcopy(inside)
-            with shown(progress, plan) as callback:
+            with connected(executor), shown(progress, plan) as callback:
                 report = _convert(inside, plan, data, callback, how)
         return report if base is None else _checked(base, inside, report, check)
 

@@ -83,6 +83,12 @@ class RunOptions:
         metavar="SIZE", panel=RUN,
     )  # fmt: skip
 
+    address: str | None = setting(
+        None,
+        "The Ray cluster to use: host:port, ray://host:port or auto. By default RAY_ADDRESS, or one of this machine alone.",
+        metavar="ADDRESS", panel=RUN,
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
         if self.max_memory is not None:
             parse_size(self.max_memory)
@@ -107,3 +113,4 @@ class RunKeywords(TypedDict, total=False):
     time_limit: str | float | None
     check_source: bool
     max_memory: str | int | None
+    address: str | None

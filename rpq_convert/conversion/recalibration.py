@@ -14,6 +14,7 @@ from torch import nn
 
 from rpq_convert.checkpoint.described import plan_of
 from rpq_convert.conversion.bar import Progress, shown
+from rpq_convert.conversion.cluster import connected
 from rpq_convert.conversion.memory import convert_calibrated, finish
 from rpq_convert.core.keywords import keywords
 from rpq_convert.core.spec import Spec, dtype_of
@@ -69,7 +70,7 @@ def recalibrate(
     how: dict[str, Any] = {"executor": executor, "workers": workers, "start": start}
     source = {name: p.detach() for name, p in dense.items()}
     with unchanged_on_failure(model):
-        with widened(model, wide) if wide else nullcontext(), shown(progress, plan) as callback:
+        with widened(model, wide) if wide else nullcontext(), connected(executor), shown(progress, plan) as callback:
             for name, places in where.items():
                 places.remove(dense[name])
             convert_calibrated(model, replace(plan, jobs=jobs), source, items, callback, how)

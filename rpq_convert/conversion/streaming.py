@@ -13,8 +13,9 @@ from torch import Tensor
 from rpq_convert.checkpoint.extra_state import check_plain
 from rpq_convert.checkpoint.metadata import write_rest
 from rpq_convert.checkpoint.opening import Opened, either, open_checkpoint
-from rpq_convert.conversion.asked import check_asked, check_plan_alone
+from rpq_convert.conversion.asked import check_address, check_asked, check_plan_alone
 from rpq_convert.conversion.bar import Progress, shown
+from rpq_convert.conversion.cluster import connected
 from rpq_convert.conversion.jobs import run_jobs
 from rpq_convert.conversion.memory import convert_calibrated, parameters_of
 from rpq_convert.conversion.options import RunKeywords, RunOptions
@@ -32,6 +33,7 @@ from rpq_convert.planning.plan import Job, Plan, Skip
 from rpq_convert.report.schema import Dropped, Report, read_report
 from rpq_convert.running.digest import describe
 from rpq_convert.running.memory import available, within
+from rpq_convert.storage.delivery import delivered
 from rpq_convert.storage.lock import locked
 from rpq_convert.storage.options import SourceOptions
 from rpq_convert.storage.reader import Witnessed
@@ -62,15 +64,17 @@ def convert_checkpoint(
     """Convert a checkpoint tensor by tensor, whatever its size, into a folder.
 
     Args:
-        src: a hub id, a transformers folder, or (with `factory`) a safetensors file or folder.
-        out: the folder to make; a killed run leaves `<out>.partial`, and the same call goes on from there.
+        src: a hub id, a transformers folder, or (with `factory`) a safetensors file or folder; or the address of one, such as s3://bucket/folder.
+        out: the folder to make, or its address (`storage.delivery`); a killed run leaves `<out>.partial`, and the same call goes on from there.
         overwrite: replace `out`.
-        executor: how fits run: `serial`, `threads` or `processes`. workers: how many at once at most, up to 4 by default.
+        executor: how fits run: `serial`, `threads`, `processes` or `ray` (cluster.py). workers: how many at once at most, up to 4 by default,
+            on a cluster as many as it has processors.
         progress: called with each job and its result, or None where an earlier run had done it; by default a bar in notebooks
             and on terminals, none with False.
         plan: a plan made before, for this checkpoint; otherwise one is made from the options.
         calibration, tokenizer: as for `convert`; the model is then loaded and run.
-        options: fields of `PlanOptions` and of `SourceOptions`, as for `rpq.plan`, and of `RunOptions`: time_limit, check_source, max_memory.
+        options: fields of `PlanOptions` and of `SourceOptions`, as for `rpq.plan`, and of `RunOptions`: time_limit, check_source, max_memory,
+            address.
 
     Raises:
         SourceError, PlanError, EncodeError, FolderError: see their docs. TimeLimitReached: what is done is kept. Nothing is left under
@@ -79,8 +83,12 @@ def convert_checkpoint(
     asked, source, run = take(options, PlanOptions, SourceOptions, RunOptions)
     check_plan_alone(plan, options)
     check_asked(asked, calibrated=calibration is not None, tokenizer=tokenizer, executor=executor, workers=workers)
-    with within(run.memory), locked(out):  # from the beginning: what is planned and measured for nothing may take hours
-        check_free(out, overwrite=overwrite)
+    check_address(run.address, executor)
+    with (
+        within(run.memory),
+        delivered(out, overwrite=overwrite) as place,
+    ):  # from the beginning: planning and measuring may take hours
+        check_free(place, overwrite=overwrite)
         fit, seed = (asked.fit, asked.seed) if plan is None else (plan.options.get("fit"), plan.options.get("seed", 0))
         opened = open_checkpoint(src, source, draw=seed if is_drawn(src, source, fit) else None)
         data = calibration
@@ -89,7 +97,7 @@ def convert_checkpoint(
         plan = plan or plan_opened(opened, asked, data=data)
         how: dict[str, Any] = {"executor": executor, "workers": workers, "run": run}
         with shown(progress, plan) as callback:
-            return convert_opened(opened, out, plan, data, overwrite=overwrite, progress=callback, **how)
+            return convert_opened(opened, place, plan, data, overwrite=overwrite, progress=callback, **how)
 
 
 def convert_opened(
@@ -115,7 +123,7 @@ def convert_opened(
         )
     run = run or RunOptions()
     how: dict[str, Any] = {"executor": executor, "workers": workers}
-    with within(run.memory), locked(out):
+    with within(run.memory), locked(out), connected(executor, run.address):
         needs.check_memory(plan.jobs, available(), drawn=opened.is_drawn)
         data = None if calibration is None else prepare(calibration, opened.filled(), "calibration")
         if data is not None:
@@ -167,7 +175,7 @@ def _fit(
 
     def keep(job: Job, encoded: Encoded | None) -> None:
         nonlocal done
-        if encoded is not None:
+        if encoded is not None and encoded.tensors:  # none: a machine of the cluster has written it
             pieces.put(job, encoded, source.digest((job.name, *job.aliases)))
         if progress:
             progress(job, encoded)
@@ -190,7 +198,7 @@ def _fit(
     waiting = (j for j in plan.jobs if not pieces.done(j))
     started = count()  # one at least is done, so that every try gets on
     at_hand = takewhile(lambda job: next(started) == 0 or not run.is_over, waiting)
-    for encoded in run_jobs(at_hand, source, std=std, **how):
+    for encoded in run_jobs(at_hand, source, std=std, pieces=pieces, **how):
         keep(by_name[encoded.name], encoded)
     check_time()
 

@@ -9,25 +9,24 @@ from __future__ import annotations
 
 import glob
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rpq_convert.errors import HubError, SourceError
-from rpq_convert.storage.files import belongs, files_in, is_inside, module_weights, read_index, weight_files
+from rpq_convert.storage.files import files_in, is_inside
 from rpq_convert.storage.headers import entries_of
 from rpq_convert.storage.options import HubOptions
-from rpq_convert.storage.records import CONFIG
-from rpq_convert.storage.sources import did_you_mean, is_name, located, near, not_converted, read_config
+from rpq_convert.storage.remote import Remote
+from rpq_convert.storage.sources import near
 from rpq_convert.version import __version__
 
 if TYPE_CHECKING:  # a report is fetched without torch
+    from rpq_convert.storage.pickles import PickleSource
     from rpq_convert.storage.reader import SafetensorsSource, TensorInfo
 
-DEFAULT = HubOptions()
 LOGIN = "log in with `hf auth login`, or give a token (HF_TOKEN)"
 REFUSALS = {  # an error of huggingface_hub, or its nearest ancestor here -> what it means, and what to do
     "HFValidationError": "is neither a folder nor a hub id such as facebook/opt-125m",
@@ -77,29 +76,23 @@ def _first(error: BaseException) -> str:
 
 
 @dataclass(frozen=True)
-class Repository:
-    """A repository at one commit.
+class Repository(Remote):
+    """A repository at one commit; its folder is its commit's in the local cache.
 
     Args:
-        name: its id.
-        folder: its commit's folder in the local cache, with what was fetched so far.
-        files: its files' names and sizes.
+        name, folder, files: as for `Remote`.
         token: the access token that was given.
         offline: why only the cache is used; empty where the hub answered.
     """
 
-    name: str
-    folder: Path
-    files: Mapping[str, int | None]
     token: str | bool | None = None
     offline: str = ""
 
     @property
-    def commit(self) -> str:
+    def commit(self) -> str:  # type: ignore[override]
         return self.folder.name
 
     def fetch(self, names: Sequence[str]) -> Path:
-        """Return the folder with these files in it; what the cache has is not fetched again."""
         absent = [n for n in names if not (self.folder / n).is_file()]
         if absent and self.offline:
             raise HubError(f"{self.name}: {absent[0]} is not in the local cache, and {self.offline}")
@@ -108,40 +101,19 @@ class Repository:
             _download(self.name, patterns, revision=self.commit, token=self.token)
         return self.folder
 
-    def fetch_beside(self, *, allow_pickle: bool = False) -> Path:
-        """Return the folder with what belongs beside the weights; nothing else is downloaded."""
-        self.fetch([n for n in self.files if belongs(n)])
-        modules = module_weights(self.files, self.folder, allow_pickle=allow_pickle)
-        return self.fetch([*modules.values()])
+    def tensors(
+        self, *, allow_pickle: bool = False, named: str | None = None, key: str | None = None
+    ) -> SafetensorsSource | PickleSource:
+        from rpq_convert.storage.folder import open_folder
 
-    def fetch_weights(self, *, allow_pickle: bool = False, named: str | None = None) -> Path:
-        """Return the folder with its weights, each tensor in one file."""
-        chosen = weight_files(self.files, self.name, allow_pickle=allow_pickle, named=named)
-        self.fetch(chosen)
-        if chosen[0].endswith(".json"):
-            self.fetch(sorted(set(read_index(self.folder / chosen[0]).values())))
-        return self.folder
+        folder = self.fetch_weights(allow_pickle=allow_pickle, named=named)
+        return open_folder(folder, allow_pickle=allow_pickle, named=named, key=key)
 
-    def headers(self, *, named: str | None = None) -> SafetensorsSource:
-        """Return the tensors' names, types and shapes; their weights stay where they are.
-
-        Raises:
-            HubError: what the hub refuses. SourceError: no safetensors files, or broken ones.
-        """
-        from rpq_convert.storage.reader import SafetensorsSource
-
-        chosen = weight_files(self.files, self.name, named=named)
-        index = None
-        if chosen[0].endswith(".json"):
-            index = read_index(self.fetch(chosen) / chosen[0])
-            chosen = sorted(set(index.values()))
-        with asking(self.name), ThreadPoolExecutor(8) as pool:
-            return SafetensorsSource(pool.map(self._header, chosen), index, self.name)
-
-    def _header(self, file: str) -> dict[str, TensorInfo]:
+    def header(self, file: str) -> dict[str, TensorInfo]:
         from rpq_convert.storage.reader import infos_of
 
-        found = client(self.token).parse_safetensors_file_metadata(self.name, file, revision=self.commit)
+        with asking(self.name):
+            found = client(self.token).parse_safetensors_file_metadata(self.name, file, revision=self.commit)
         return infos_of(entries_of({k: asdict(t) for k, t in found.tensors.items()}, Path(self.name, file), 0))
 
 
@@ -170,46 +142,6 @@ def find(src: str | Path, wanted: Sequence[str], options: HubOptions) -> Reposit
             offline = f"the hub was not reached: {_first(e)}"
     cached = {n: p.stat().st_size for n, p in files_in(folder).items()}
     return Repository(name, folder, cached, token, offline)
-
-
-def find_converted(src: str | Path, wanted: Sequence[str], options: HubOptions) -> Repository:
-    """Find a repository of a converted model, by its config alone, and fetch its small files.
-
-    Args:
-        src, wanted, options: as for `find`.
-
-    Raises:
-        HubError: as `find`. SourceError: it is of another kind; nothing else of it was fetched.
-    """
-    repository = find(src, (CONFIG,), options)
-    if CONFIG not in repository.files:
-        raise SourceError(not_converted(repository.folder, repository.files))
-    read_config(repository.folder)
-    repository.fetch([n for n in wanted if n in repository.files])
-    return repository
-
-
-def at_hand(src: str | Path, options: HubOptions = DEFAULT, *, base: bool = False) -> Path:
-    """Return a model on this machine: the path itself, or the local copy of a repository, fetched as far as it is not there.
-
-    Args:
-        src: a path, the id of a repository, or its address.
-        base: it is a dense checkpoint, of which the weights that would be loaded are fetched and no others.
-
-    Raises:
-        SourceError: there is no such path. HubError: what the hub refuses.
-    """
-    place, options = located(src, options)
-    if not is_name(place):
-        if not Path(place).exists():
-            raise SourceError(f"{place} does not exist{did_you_mean(place)}")
-        return Path(place)
-    if not base:
-        repository = find_converted(place, (), options)
-        return repository.fetch([*repository.files])
-    repository = find(place, (CONFIG,), options)
-    repository.fetch_beside()
-    return repository.fetch_weights()
 
 
 def _download(name: str, patterns: Sequence[str], **options: Any) -> Path:

@@ -21,6 +21,7 @@ from rpq_convert.report.schema import Report
 from rpq_convert.report.verdict import POOR, RUINED, verdict
 from rpq_convert.showing import markdown_text, printable
 from rpq_convert.storage.records import CARD, CHART
+from rpq_convert.storage.remote import Remote
 from rpq_convert.version import __version__
 
 BASE_CARD = "README.base.md"
@@ -82,18 +83,17 @@ class Base:
         return {k: v for k, v in found.items() if v} if self.source else {}
 
 
-def base_in(
-    folder: Path, repository: Repository | None = None, factory: str | Callable[..., Any] | None = None
-) -> Base:
+def base_in(folder: Path, repository: Remote | None = None, factory: str | Callable[..., Any] | None = None) -> Base:
     """Return the base that a checkpoint's folder describes. A converted folder describes its own base."""
     found, card = _read(folder / CARD), folder / CARD
     kept = {k: found[k] for k in KEPT if k in found}
     if is_ours(card):
         return Base(name=str(found.get("base_model", "")), metadata=kept)
     named = factory if isinstance(factory, str) else _named(factory) if factory else ""
-    if repository is not None:
+    if isinstance(repository, Repository):
         return Base(repository.name, repository.commit, repository.name, named, metadata=kept)
-    return Base("", "", folder.resolve().name, named, card if card.is_file() else None, kept)
+    name = folder.resolve().name if repository is None else repository.name
+    return Base("", "", name, named, card if card.is_file() else None, kept)
 
 
 def _named(factory: Any) -> str:

@@ -9,9 +9,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rpq_convert.checkpoint.finding import at_hand
 from rpq_convert.errors import SourceError
 from rpq_convert.hf import torchvision
-from rpq_convert.hf.hub import at_hand
+from rpq_convert.storage.addresses import is_address
 from rpq_convert.storage.files import refuse_links
 from rpq_convert.storage.options import HubOptions
 from rpq_convert.storage.sources import located
@@ -32,7 +33,7 @@ def serve(arguments: Sequence[str]) -> None:
     given, *options = arguments
     place, asked = located(given, HubOptions())
     folder = at_hand(place, asked)
-    name = f"{place}@{asked.revision}" if asked.revision else str(place)
+    name = str(folder) if is_address(place) else f"{place}@{asked.revision}" if asked.revision else str(place)
     refuse_links(folder)
     from huggingface_hub.constants import HF_HUB_CACHE
     from transformers.cli.transformers import app

@@ -218,13 +218,17 @@ class ManifestEntry(FileFacts):
 
 
 class SourceFile(Struct):
-    """A weight file of a source: size, SHA-256 of its header, of a sample of each tensor, and of all bytes where they were read."""
+    """A weight file of a source: size, SHA-256 of its header, of a sample of each tensor, and of all bytes where they were read.
+
+    `mark`, in place of a sample, is what the store of a file at an address said of it: size and ETag, or what it has in its place.
+    """
 
     name: str
     bytes: Size
     header: Sha256
-    sample: Sha256
+    sample: Sha256 | None = None
     sha256: Sha256 | None = None
+    mark: str | None = None
 
 
 class SourceRecord(Struct):
@@ -396,6 +400,13 @@ class ModulesEntry(Struct):
     path: str = ""
 
 
+class SentEntry(Struct):
+    """A file that was sent to an address: what it was, and what the store said of it afterwards."""
+
+    sha256: Sha256
+    mark: str
+
+
 class LockFile(Struct):
     """Who writes an output folder, in the lock file beside it. Unknown fields are ignored."""
 
@@ -434,6 +445,7 @@ INDEX = Kind("an index of weight files", IndexFile)
 MODULES = Kind("a list of modules", list[ModulesEntry])
 TUNING = Kind("the state of a tuning run", TuningFacts)
 LOCK = Kind("a lock", LockFile)
+SENT = Kind("a record of files that were sent", dict[str, SentEntry])
 
 PUBLISHED = {
     "plan": PLAN, "report": REPORT, "manifest": MANIFEST, "config": CONFIG, "preset": PRESET, "sensitivities": SENSITIVITIES,

@@ -14,6 +14,7 @@ from typing import Protocol, TypeVar
 
 from rpq_convert.errors import SourceError
 from rpq_convert.showing import one_line
+from rpq_convert.storage.remote_file import File, read_span, size_of
 
 MAX_AXES, MAX_SIZE = 32, 1 << 48  # of a tensor, and of one axis
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
@@ -30,25 +31,24 @@ class Entry:
     name: str
     kind: str
     shape: tuple[int, ...]
-    file: Path
+    file: File
     start: int
     end: int
 
 
-def read_entries(path: str | Path) -> dict[str, Entry]:
+def read_entries(path: str | File) -> dict[str, Entry]:
     """Return the tensors of a safetensors file from its header alone.
 
     Raises:
         SourceError: not a file, not safetensors, or shorter or longer than its header says.
     """
-    path = Path(path)
+    path = Path(path) if isinstance(path, str) else path
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as f:
-            length = int.from_bytes(f.read(8), "little")
-            if size < 8 or length > min(MAX_HEADER, size - 8):
-                raise SourceError(f"{path} is not a safetensors file: its header would be {length:,} bytes of {size:,}")
-            text = f.read(length)
+        size = size_of(path)
+        length = int.from_bytes(read_span(path, 0, min(8, size)), "little")
+        if size < 8 or length > min(MAX_HEADER, size - 8):
+            raise SourceError(f"{path} is not a safetensors file: its header would be {length:,} bytes of {size:,}")
+        text = read_span(path, 8, 8 + length)
     except FileNotFoundError:
         raise SourceError(f"{path} does not exist") from None
     except IsADirectoryError:
@@ -68,7 +68,7 @@ def read_entries(path: str | Path) -> dict[str, Entry]:
     return entries
 
 
-def entries_of(table: Mapping[str, Mapping[str, object]], path: Path, base: int) -> dict[str, Entry]:
+def entries_of(table: Mapping[str, Mapping[str, object]], path: File, base: int) -> dict[str, Entry]:
     """Return the tensors that a header's table lists; `base` is where the file's data begins.
 
     Raises:
@@ -94,7 +94,7 @@ class Placed(Protocol):
     """What knows its file."""
 
     @property
-    def file(self) -> Path: ...
+    def file(self) -> File: ...
 
 
 Item = TypeVar("Item", bound=Placed)
@@ -128,7 +128,7 @@ def joined(
     return found
 
 
-def _entry(name: str, entry: Mapping[str, object], path: Path, base: int) -> Entry:
+def _entry(name: str, entry: Mapping[str, object], path: File, base: int) -> Entry:
     kind = str(entry["dtype"])
     if kind not in ITEM_BYTES:
         raise SourceError(f"{path}: tensor {name} has dtype {kind!r}, which is not supported")

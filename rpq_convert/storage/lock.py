@@ -26,6 +26,7 @@ from rpq_convert.errors import FolderError
 from rpq_convert.schemas import kinds
 from rpq_convert.schemas.checking import check, parse_json
 from rpq_convert.showing import printable
+from rpq_convert.storage.addresses import without_password
 from rpq_convert.storage.swap import work_of
 
 try:
@@ -146,7 +147,7 @@ def _command() -> str:
     """Return the running command, without an access token that it was given."""
     words = [Path(sys.argv[0]).name, *sys.argv[1:]] if sys.argv and sys.argv[0] else ["python"]
     plain = [w if before != "--token" else "***" for before, w in zip(["", *words], words)]
-    return " ".join("--token=***" if w.startswith("--token=") else w for w in plain)
+    return " ".join("--token=***" if w.startswith("--token=") else without_password(w) for w in plain)
 
 
 def _read(handle: int) -> dict[str, Any] | None:

@@ -2,7 +2,8 @@
 
 A source that was copied or touched is the same source, and one that holds other numbers is another, whatever its size and its times. Every
 weight file is known by its size, its header and a sample of every tensor; a few milliseconds for a checkpoint of any size. Times decide only
-how closely is looked: where they have changed since, the weights that were fitted are compared one by one.
+how closely is looked: where they have changed since, the weights that were fitted are compared one by one. Of a file at an address no
+sample is read: what its store says of it (an ETag, a hash, a time) takes the place of both.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rpq_convert.storage.headers import Placed
 from rpq_convert.storage.records import sha256
+from rpq_convert.storage.remote_file import PART, File, RemoteFile, read_span, size_of
 
 SAMPLE = 512  # bytes in the middle of every tensor
 EDGE, PLACES = (
@@ -32,19 +33,19 @@ class Origin:
         repository, revision: of the hub, where they come from there.
     """
 
-    spans: Mapping[Path, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    spans: Mapping[File, tuple[tuple[int, int], ...]] = field(default_factory=dict)
     repository: str | None = None
     revision: str | None = None
 
     @classmethod
     def of(cls, infos: Iterable[Placed], repository: str | None = None, revision: str | None = None) -> Origin:
         """Return the origin of tensors that know their files."""
-        spans: dict[Path, list[tuple[int, int]]] = {}
+        spans: dict[File, list[tuple[int, int]]] = {}
         for info in infos:
             own = spans.setdefault(info.file, [])
             if info.file.suffix == ".safetensors":
                 own.append((info.start, info.end))  # type: ignore[attr-defined]
-        return cls({f: tuple(sorted(s)) for f, s in sorted(spans.items())}, repository, revision)
+        return cls({f: tuple(sorted(spans[f])) for f in sorted(spans, key=str)}, repository, revision)
 
     def record(self, *, whole: bool = False) -> dict[str, Any]:
         """Return what a manifest keeps of it; files have no paths there.
@@ -61,23 +62,40 @@ class Origin:
 
     def seen(self) -> list[list[Any]]:
         """Return path, size and time of every file: what tells that nobody has touched them."""
-        return [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in self.spans]
+        return [_seen(f) for f in self.spans]
 
-    def _file(self, path: Path, whole: bool) -> dict[str, Any]:
-        size, spans = path.stat().st_size, self.spans[path]
+    def _file(self, path: File, whole: bool) -> dict[str, Any]:
+        size, spans = size_of(path), self.spans[path]
+        if spans:
+            head = min(start for start, _ in spans)
+            sampled = [((a + b) // 2, min(SAMPLE, b - (a + b) // 2)) for a, b in spans]
+        else:
+            head = min(EDGE, size)
+            sampled = [(size * i // PLACES, SAMPLE) for i in range(PLACES)] + [(max(0, size - EDGE), EDGE)]
+        header = hashlib.sha256(read_span(path, 0, head))
+        facts: dict[str, Any] = {"name": path.name, "bytes": size, "header": header.hexdigest()}
+        if isinstance(path, RemoteFile):
+            return facts | {"mark": path.mark()} | ({"sha256": _sha256_of(path)} if whole else {})
+        sample = hashlib.sha256()
         with open(path, "rb") as f:
-            if spans:
-                head = min(start for start, _ in spans)
-                sampled = [((a + b) // 2, min(SAMPLE, b - (a + b) // 2)) for a, b in spans]
-            else:
-                head = min(EDGE, size)
-                sampled = [(size * i // PLACES, SAMPLE) for i in range(PLACES)] + [(max(0, size - EDGE), EDGE)]
-            header, sample = hashlib.sha256(f.read(head)), hashlib.sha256()
             for at, length in sampled:
                 f.seek(at)
                 sample.update(f.read(length))
-        facts = {"name": path.name, "bytes": size, "header": header.hexdigest(), "sample": sample.hexdigest()}
-        return facts | ({"sha256": sha256(path)} if whole else {})
+        return facts | {"sample": sample.hexdigest()} | ({"sha256": sha256(path)} if whole else {})
+
+
+def _seen(file: File) -> list[Any]:
+    """Return name, size and time of a file; of one at an address, a number of what its store says in place of the time."""
+    if isinstance(file, RemoteFile):
+        return [str(file), file.size, int(hashlib.sha256(file.mark().encode()).hexdigest()[:12], 16)]
+    return [str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]
+
+
+def _sha256_of(file: RemoteFile) -> str:
+    found = hashlib.sha256()
+    for at in range(0, file.size, PART):
+        found.update(file.transfer(at, min(file.size, at + PART)))
+    return found.hexdigest()
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

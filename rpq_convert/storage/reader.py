@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -21,6 +22,7 @@ from rpq_convert.errors import SourceError
 from rpq_convert.showing import one_line
 from rpq_convert.storage.assembly import digest
 from rpq_convert.storage.headers import Entry, joined, read_entries
+from rpq_convert.storage.remote_file import PART, File, RemoteFile, size_of
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -37,7 +39,7 @@ class TensorInfo:
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    file: Path
+    file: File
     start: int
     end: int
 
@@ -81,7 +83,7 @@ class SafetensorsSource(Mapping[str, Tensor]):
         where: str | Path = "",
     ) -> None:
         self.infos = joined(headers, index, where)
-        self.maps: dict[Path, Tensor] | None = None  # file -> its bytes, while tensors are mapped
+        self.maps: dict[File, Tensor] | None = None  # file -> its bytes, while tensors are mapped
 
     def __len__(self) -> int:
         return len(self.infos)
@@ -99,19 +101,31 @@ class SafetensorsSource(Mapping[str, Tensor]):
         if self.maps is not None and info.end > info.start and _map(info.file, self.maps):
             return _mapped(info, self.maps[info.file])
         data = torch.empty(info.end - info.start, dtype=torch.uint8)
-        with open(info.file, "rb") as f:
-            f.seek(info.start)
-            got = f.readinto(data.numpy().data) if len(data) else 0
+        got = _read_into(data, info) if len(data) else 0
         if got != len(data):
             raise SourceError(f"{info.file}: {name} ended after {got:,} of {len(data):,} bytes; was the file changed?")
         return data.view(info.dtype).reshape(info.shape) if len(data) else torch.empty(info.shape, dtype=info.dtype)
 
 
-def _map(file: Path, maps: dict[Path, Tensor]) -> bool:
-    """Map a file that was not yet; return whether it is. The system may have no address space for it."""
+def _read_into(data: Tensor, info: TensorInfo) -> int:
+    """Fill a tensor of bytes, and return how many there were."""
+    if isinstance(info.file, RemoteFile):
+        for at in range(0, len(data), PART):
+            part = data[at : at + PART]
+            read = info.file.read(info.start + at, info.start + at + len(part))
+            part.numpy()[:] = np.frombuffer(read, np.uint8)
+        return len(data)
+    with open(info.file, "rb") as f:
+        f.seek(info.start)
+        return f.readinto(data.numpy().data)
+
+
+def _map(file: File, maps: dict[File, Tensor]) -> bool:
+    """Map a file that was not yet, which is fetched first if it lies elsewhere; return whether it is. The system may have no address space."""
     if file not in maps:
+        place = file.fetched() if isinstance(file, RemoteFile) else file
         try:
-            maps[file] = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
+            maps[file] = torch.from_file(str(place), shared=False, size=size_of(place), dtype=torch.uint8)
         except RuntimeError:
             return False
     return True

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from rpq_convert.errors import FolderError
 from rpq_convert.report.text import megabytes
+from rpq_convert.storage.addresses import destination, local_path
 from rpq_convert.storage.swap import work_of
 
 if TYPE_CHECKING:
@@ -22,7 +23,9 @@ def check_free(out: str | Path, *, overwrite: bool) -> None:
     Raises:
         FolderError: what is in its way.
     """
-    place = Path(out)
+    if destination(out) is not None:
+        return  # its store is asked when its lock is taken (delivery.py)
+    place = Path(local_path(out) or out)
     if place.exists() and not place.is_dir():
         raise FolderError(f"{place} is a file; choose another folder")
     if place.exists() and not overwrite:

@@ -1,7 +1,8 @@
 """Sources: what was given as a checkpoint, recognised before anything slow is imported or fetched. Free of torch.
 
 A dense checkpoint is a folder, a file of tensors, or a repository of the hub by its id or its address. A converted one is a folder or
-a repository. Whatever else people give is named in one line, with what helps (formats.py).
+a repository. Folders and files may lie at the address of a store (addresses.py). Whatever else people give is named in one line, with what
+helps (formats.py).
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ from rpq_convert.schemas import kinds
 from rpq_convert.schemas.checking import MAX_BYTES, check, parse_json, read_json, read_text
 from rpq_convert.schemas.kinds import FORMAT_VERSION
 from rpq_convert.storage import formats
+from rpq_convert.storage.addresses import address_of, is_address, local_path, refuse_password
 from rpq_convert.storage.files import files_in, refuse_links, weight_paths
 from rpq_convert.storage.headers import joined, read_entries
 from rpq_convert.storage.options import HubOptions, SourceOptions
 from rpq_convert.storage.records import CONFIG, MANIFEST, ORIGIN
+from rpq_convert.storage.remote import fetched_from
 
 UNFINISHED = "is an unfinished conversion; repeat the command that made it to go on"
 LIKE = 0.75  # how alike names are of which one may be meant by the other, from 0 to 1
 _ADDRESS = re.compile(r"(?:(?:https?:/{1,2})?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf:/{1,2})(.+)", re.IGNORECASE)
-_OTHER_ADDRESS = re.compile(r"(\w+):/{1,2}\S+")
 _CACHED = "models--"  # a repository's folder in the hub's cache begins so
 _PAGES = ("tree", "blob", "resolve", "raw", "commit")  # before a revision, in an address
 Options = TypeVar("Options", bound=HubOptions)
@@ -52,39 +54,51 @@ def is_name(src: str | Path) -> bool:
 
 
 def located(src: str | Path, options: Options) -> tuple[str | Path, Options]:
-    """Return a source and how it is asked for, the address of a page of the hub as its repository's id and revision.
+    """Return a source and how it is asked for: the address of a page of the hub as its repository's id and revision, `file://` as a path.
 
     Raises:
-        SourceError: an address that is not that of a model on the hub.
+        SourceError: an address of the hub that is not that of a model, or one that cannot be read (addresses.py).
     """
+    refuse_password(str(src))
+    local = None if Path(src).exists() else local_path(src)
+    src = src if local is None else local
     text = str(src)
+    if Path(src).exists() and options.revision is not None:
+        raise SourceError(f"{text} is a local path, so it has no revision {options.revision!r}; leave it out")
     found = None if Path(src).exists() else _ADDRESS.fullmatch(text)
     if found is None:
-        if Path(src).exists() and options.revision is not None:
-            raise SourceError(f"{text} is a local path, so it has no revision {options.revision!r}; leave it out")
-        if not Path(src).exists() and (other := _OTHER_ADDRESS.fullmatch(text)):
-            raise SourceError(
-                f"{text} is an address ({other[1]}); download what is there and give its folder, or a hub id"
-            )
-        return src, options
+        address = None if Path(src).exists() else address_of(text)
+        if address is not None and options.revision is not None:
+            raise SourceError(f"{address} is no repository of the hub, so it has no revision; leave it out")
+        return src if address is None else str(address), options
     parts = [p for p in re.split(r"[?#]", found[1])[0].split("/") if p]
-    if parts[:1] in (["datasets"], ["spaces"]):
+    if parts[:1] in (["datasets"], ["spaces"], ["buckets"]):
         kind = parts[0].removesuffix("s")
         hint = f"; as data it is given as hub:{'/'.join(parts[1:3])}" if kind == "dataset" else ""
         raise SourceError(f"{text} is the address of a {kind}, not of a model{hint}")
     name = "/".join(parts[:2] if len(parts) > 1 and parts[1] not in _PAGES else parts[:1])
     rest = parts[name.count("/") + 1 :]
     revision = rest[1] if len(rest) > 1 and rest[0] in _PAGES else None
+    if text.lower().startswith("hf:"):  # as fsspec writes it: hf://organisation/name@revision
+        if rest and rest[0] not in _PAGES:
+            raise SourceError(f"{text} names a part of a repository; give all of it: hf://{name}")
+        name, _, named = name.partition("@")
+        revision = named or revision
     if revision is None or options.revision is not None:
         return name, options
     return name, replace(options, revision=revision)
+
+
+def is_remote(place: str | Path) -> bool:
+    """Return whether a source, as `located` gives it, lies elsewhere: in a repository of the hub or at an address."""
+    return is_name(place) or (not Path(place).exists() and is_address(place))
 
 
 def is_drawn(src: str | Path, options: SourceOptions, fit: str | None) -> bool:
     """Return whether weights are drawn by a model's config alone: where none are needed and none are at hand.
 
     A fit that looks at weights needs them. Random codes take the spread of weights that lie on this machine; of a repository of the hub
-    none are fetched for that.
+    or at an address none are fetched for that.
 
     Args:
         fit: of the plan's options.
@@ -93,8 +107,8 @@ def is_drawn(src: str | Path, options: SourceOptions, fit: str | None) -> bool:
         return False
     place, _ = located(src, options)
     folder = Path(place)
-    if is_name(place) or not (folder / CONFIG).is_file():
-        return is_name(place)
+    if is_remote(place) or not (folder / CONFIG).is_file():
+        return is_remote(place)
     return not any(n.endswith((".safetensors", ".bin", ".index.json")) for n in files_in(folder))
 
 
@@ -129,9 +143,14 @@ def is_checkpoint(path: Path) -> bool:
     return (path / CONFIG).is_file() or any(path.glob("*.safetensors"))
 
 
+def is_rpq(folder: Path) -> bool:
+    """Return whether a folder's config is that of a converted model."""
+    return _method(_config(folder)) == "rpq"
+
+
 def is_converted(path: Path) -> bool:
     """Return whether a path is a folder that rpq-convert wrote, at first sight."""
-    return (path / MANIFEST).is_file() or _method(_config(path)) == "rpq"
+    return (path / MANIFEST).is_file() or is_rpq(path)
 
 
 def refuse_misspelt(path: str | Path, fits: Callable[[Path], bool]) -> None:
@@ -151,9 +170,10 @@ def check_source(src: str | Path, options: SourceOptions, *, weights: bool = Tru
     Raises:
         SourceError: what it is, and what to do.
     """
+    src, _ = located(src, HubOptions())
     path = Path(src)
     if not path.exists():
-        if not is_name(src) and not _ADDRESS.fullmatch(str(src)):
+        if not is_remote(src):
             raise SourceError(f"{src} does not exist{did_you_mean(path, is_checkpoint)}")
     elif path.is_file():
         _check_file(path, options)
@@ -216,9 +236,11 @@ def _check_folder(path: Path, options: SourceOptions, weights: bool) -> None:
 
 
 def called(folder: str | Path) -> str:
-    """Return what messages and cards call a folder: one of the hub's cache by its repository's id."""
+    """Return what messages and cards call a folder: one of the hub's cache by its repository's id, a fetched one by its address."""
     path = Path(folder)
     kept = path.parent.parent.name
+    if (address := fetched_from(path)) is not None:
+        return address
     return kept[len(_CACHED) :].replace("--", "/") if _in_cache(path) else str(folder)
 
 
@@ -279,7 +301,7 @@ def not_converted(folder: Path, names: Collection[str]) -> str:
 
 
 def _no_config(folder: Path) -> str:
-    if _in_cache(folder):
+    if called(folder) != str(folder):
         return f"{called(folder)} is no converted model: it has no {CONFIG}; give one that rpq-convert made"
     return f"{folder / CONFIG} does not exist: {folder} is not a checkpoint folder"
 

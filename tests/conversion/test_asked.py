@@ -52,7 +52,7 @@ COMBINATIONS = [  # keywords, error, what is said
     ({"bits": 4, "fit": "random", "calibration": DATA}, PlanError, "calibration serves a fit"),
     ({"bits": 4, "tokenizer": "words"}, PlanError, "tokenizer reads the texts of calibration"),
     ({"bits": 4, "executor": "serial", "workers": 2}, PlanError, "the serial executor has one worker, not 2"),
-    ({"bits": 4, "executor": "cluster"}, PlanError, "executor must be serial, threads or processes, not 'cluster'"),
+    ({"bits": 4, "executor": "cluster"}, PlanError, "executor must be serial, threads, processes or ray, not 'cluster'"),
     ({"bits": 4, "workers": 0}, PlanError, "workers must be a whole number of at least 1"),
     ({"bits": 4, "workers": 1.5}, PlanError, "workers must be a whole number"),
     ({"target_size": "fifty"}, PlanError, "size 'fifty' is not a number"),

@@ -123,7 +123,7 @@ def test_a_killed_worker_process_ends_the_run_with_an_error():
 
 
 def test_an_unknown_executor_is_refused_by_name():
-    with pytest.raises(ValueError, match="serial, threads or processes, not 'clusters'"):
+    with pytest.raises(ValueError, match="serial, threads, processes or ray, not 'clusters'"):
         list(run(square, [], executor="clusters"))
 
 

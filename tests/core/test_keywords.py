@@ -94,7 +94,7 @@ def test_a_wrong_word_lists_the_choices(options, said):
 
 
 def test_a_wrong_executor_lists_the_choices():
-    with pytest.raises(ValueError, match="executor must be serial, threads or processes, not 'thread'"):
+    with pytest.raises(ValueError, match="executor must be serial, threads, processes or ray, not 'thread'"):
         rpq.convert(net(), bits=4, executor="thread")
 
 

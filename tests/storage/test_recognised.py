@@ -181,8 +181,8 @@ def test_an_address_of_the_hub_is_its_repository(address):
 
 @pytest.mark.parametrize(("address", "says"), [
     ("https://huggingface.co/datasets/stanfordnlp/imdb", r"the address of a dataset, not of a model; as data it is given as hub:stanfordnlp/imdb"),
-    ("https://huggingface.co/spaces/a/b", "the address of a space"), ("https://github.com/a/b", r"is an address \(https\); download"),
-    ("s3://bucket/model", r"is an address \(s3\)"),
+    ("https://huggingface.co/spaces/a/b", "the address of a space"), ("svn://host/model", r"svn:// is no store"),
+    ("zip::https://host/model.zip", r"is a chain of file systems"),
 ])  # fmt: skip
 def test_other_addresses_are_told(address, says):
     for refuse in (lambda: rpq.plan(address, bits=4), lambda: rpq.load(address)):
