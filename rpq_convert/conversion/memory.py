@@ -93,7 +93,7 @@ def convert(
     (asked,) = take(options, PlanOptions)
     if not isinstance(model, nn.Module):
         raise TypeError(f"{model!r} is no module; convert_checkpoint(src, out) converts a folder, a file or a hub id")
-    check_plan_alone(plan, options)
+    check_plan_alone(plan, options, calibrated=calibration is not None)
     how: dict[str, Any] = {"executor": executor, "workers": workers}
     check_asked(asked, calibrated=calibration is not None, effort=effort, tokenizer=tokenizer, **how)
     if effort == BEST:

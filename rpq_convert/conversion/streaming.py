@@ -77,7 +77,7 @@ def convert_checkpoint(
             the name `out`.
     """
     asked, source, run = take(options, PlanOptions, SourceOptions, RunOptions)
-    check_plan_alone(plan, options)
+    check_plan_alone(plan, options, calibrated=calibration is not None)
     check_asked(asked, calibrated=calibration is not None, tokenizer=tokenizer, executor=executor, workers=workers)
     with within(run.memory), locked(out):  # from the beginning: what is planned and measured for nothing may take hours
         check_free(out, overwrite=overwrite)
