@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from typer import Argument, Option
 
+from rpq_convert.conversion.options import TimeOptions
 from rpq_convert.showing import printable
 from rpq_convert.storage.options import HubOptions, SourceOptions
 from rpq_convert.storage.room import check_file, check_free
@@ -71,6 +72,7 @@ def tune(
     out: o.OutFolder,
     options: TuneOptions,
     source: HubOptions,
+    running: TimeOptions,
     blocks: Annotated[
         int, Option(min=0, help="Steps on each transformer block alone, before all are tuned together.")
     ] = 0,
@@ -102,7 +104,7 @@ def tune(
     with progress() as tell:
         found = tune_folder(
             which, out, Given(None if own else data, window or 256, samples, text_field), options, blocks=blocks,
-            overwrite=overwrite, say=say, progress=tell,
+            overwrite=overwrite, run=running, say=say, progress=tell,
         )  # fmt: skip
     print(found.to_json() if json else printable(str(found), lines=True))
 

@@ -182,7 +182,7 @@ def _fit(
             )
 
     if data is not None and model is not None:
-        convert_calibrated(model, plan, source, data, keep, how, stored=pieces.get)
+        convert_calibrated(model, plan, source, data, keep, how, stored=pieces.get, finished=pieces.done)
         return
     for job in plan.jobs:
         if pieces.done(job):
