@@ -31,7 +31,7 @@ from rpq_convert.kernels.rans import encode
 
 BINS = 1 << 16
 MIDDLE = 4.0  # root mean squares within which bins are about as narrow as at zero
-CHUNK = 1 << 22  # points at a time
+CHUNK = 1 << 18  # points at a time: what is made of them takes 10 MB
 TAIL = 24  # codewords at each end that may lie farther apart, where even steps would need more than there are
 PRICE = 2 * LN2 / 12  # of a bit, in squared steps: the slope of error over rate where steps are small
 ITERATIONS, BISECTIONS = 12, 18  # of which the last changes the rate by 10^-4 bits

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.fx import _symbolic_trace
 
+from rpq_convert.layers import linear_forward
 from rpq_convert.layers.encoders import padded_where_converted
 from rpq_convert.layers.lazy_weight import ComputedWeight, DecodedView, OffloadedWeight, refuse
 from rpq_convert.layers.traced_weight import TracedWeight
@@ -191,6 +192,8 @@ def rpq_class(original: Any, names: tuple[str, ...]) -> type[nn.Module]:
     }
     for kind, more in EXTRAS.items():
         space |= more if issubclass(original, kind) else {}
+    if names == ("weight",) and getattr(original, "forward", None) is nn.Linear.forward:
+        space["forward"] = linear_forward.forward
     meta: Any = _metaclass(original.__class__)
     make: Any = ABCMeta.__new__ if issubclass(meta, ABCMeta) else type.__new__
     return make(meta, f"RPQ{original.__name__}", (original,), space)

@@ -33,7 +33,7 @@ GUARDED = ("codes", "positions")  # buffers
 TRAINED = ("codebooks", "scales", "input_scales", "outliers")  # parameters
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether torch.func rewrites operations just now: it looks through ordinary ones only."""
     # isinstance, as the compiler takes `is not None` for true here
     return isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter)
@@ -108,13 +108,13 @@ class RPQWeight(nn.Module):
         A compiler gets operators, an exporter to ONNX, a tracer and everything else ordinary torch operations.
         """
         if torch.compiler.is_compiling():
-            return reference if torch.onnx.is_in_onnx_export() or _transformed() else torch_ops
+            return reference if torch.onnx.is_in_onnx_export() or transformed() else torch_ops
         codes = self.stored_tensor("codes")
         real = (
             type(codes) in (nn.Parameter, Tensor)
             and self._probe.dtype in kernels.SERVED
             and torch._C._len_torch_dispatch_stack() == 0
-            and not _transformed()
+            and not transformed()
             and torch._C._get_tracing_state() is None
         )
         return kernels.backend_for("cpu" if codes.is_cpu else codes.device.type) if real else reference
@@ -178,6 +178,18 @@ class RPQWeight(nn.Module):
         slow = backend is reference or backend is torch_ops
         return (self.stages_codes(), self.codebooks, self.scales) if slow else self.parts()
 
+    def one_token_product(self) -> Any:
+        """Return what multiplies one token by the weight, kept from call to call; False where the weight is no plain matrix."""
+        backend, find = self.backend, self.stored_tensor
+        special = self.zero_row is not None or self.spec.outliers or self.spec.rotation
+        if not hasattr(backend, "Product") or special or self.view.axes != ("out", "in") or self.dtype != torch.float32:
+            return False
+        inputs = find("input_scales")
+        codes, codebooks, scales = self.parts()
+        if any(t is not None and t.is_inference() for t in (codebooks, scales, inputs)):
+            return False
+        return backend.Product(codes, find("codes"), codebooks, scales, inputs, self.layout)
+
     def check(self) -> None:
         """Raise a ValueError where the tensors are not what the spec says: compiled code would read beyond them."""
         if "codes" not in self._buffers:
@@ -235,8 +247,8 @@ class RPQWeight(nn.Module):
         part.__dict__["outliers"] = part.__dict__["positions"] = part.__dict__["input_scales"] = None
         return part
 
-    def scale_matrix(self) -> Tensor | None:
-        """Return what each value of the matrix [n, L] that the codes describe is multiplied by; None for nothing."""
+    def scale_matrix(self, start: int = 0, stop: int | None = None) -> Tensor | None:
+        """Return what rows `start` to `stop` of the matrix [n, L] that the codes describe are multiplied by; None for nothing."""
         if self.scales is None and self.input_scales is None:
             return None
         rows = (
@@ -244,20 +256,20 @@ class RPQWeight(nn.Module):
             if self.scales is None
             else self.view.spread_scales(self.scales.detach())
         )
-        matrix = self.view.to_matrix(rows.expand(self.shape), self.spec.axis)
+        matrix = self.view.to_matrix(rows.expand(self.shape), self.spec.axis)[start:stop]
         if self.input_scales is None:
             return matrix
         inputs = self.input_scales.detach().float()  # products of two float16 numbers may be none
-        return matrix.float() * (inputs if self.spec.axis == "in" else inputs[:, None])
+        return matrix.float() * (inputs if self.spec.axis == "in" else inputs[start:stop, None])
 
     @torch.no_grad()
     def matrix_rows(self, start: int, stop: int) -> Tensor:
         """Expand rows `start` to `stop` of the matrix that the codes describe, rotated: [stop - start, L], not differentiable."""
         codes = self.stages_codes()[:, :, start:stop]
         part = reference.matrix(codes, self.codebooks, self.layout, self.dtype)
-        scales = self.scale_matrix()
+        scales = self.scale_matrix(start, stop)
         if scales is not None:
-            part = part * scales[start:stop].to(self.dtype)
+            part = part * scales.to(self.dtype)
         if (apart := self._apart(self.dtype)) is not None:
             at, values = apart
             if self.spec.axis == "in":

@@ -32,7 +32,7 @@ def build():
     return nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(layers)))
 
 options = dict(bits=4, max_shard_size="8MB")
-rpq.convert(nn.Linear(64, 64), bits=4)  # compiles or loads the kernels
+rpq.convert(nn.Linear(128, 128), bits=4)  # compiles or loads the kernels: large enough for entropy-coded codes
 rpq.verify, rpq.restore_checkpoint, rpq.convert_checkpoint  # imported on first use
 open_folder(source)["0.weight"]
 

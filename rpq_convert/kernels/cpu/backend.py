@@ -15,8 +15,10 @@ from rpq_convert.kernels.cpu.decode import decode, decode_gradients, decode_into
 from rpq_convert.kernels.cpu.hadamard import rotate
 from rpq_convert.kernels.cpu.linear import gradients as linear_gradients
 from rpq_convert.kernels.cpu.linear import pointwise
+from rpq_convert.kernels.cpu.product import Product
 
 __all__ = [
+    "Product",
     "cost",
     "decode",
     "decode_gradients",

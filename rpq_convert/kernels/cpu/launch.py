@@ -15,7 +15,7 @@ from rpq_convert.core.layout import Layout
 from rpq_convert.kernels.cpu import lookup as k
 from rpq_convert.kernels.cpu import tasks as a
 from rpq_convert.kernels.cpu.few_tokens import REST, TOGETHER, padded
-from rpq_convert.kernels.cpu.one_token import ROW_STRIDE, ROWS_AT_ONCE, TABLE_BYTES
+from rpq_convert.kernels.cpu.one_token import EIGHT, ROW_STRIDE, ROWS_AT_ONCE, TABLE_BYTES
 from rpq_convert.kernels.cpu.tasks import CHUNK, TASKS, few_tokens, one_token, one_token_rows, transpose
 from rpq_convert.kernels.jit.threads import FIRST, Work
 from rpq_convert.kernels.jit.vectors import HAS_VBMI
@@ -39,6 +39,13 @@ def share(count: int, work: int, step: int, worth: int = WORTH) -> int:
     return -(-count // (parts * step)) * step
 
 
+def decodes(lookup: bool, layout: Layout, codes: Tensor) -> bool:
+    """Whether one token is served by whole codewords (`one_decoded`): no bin is read and written for each code then."""
+    if lookup or layout.books > 1 or codes.stride(2) != 1:
+        return False
+    return layout.dim == 1 or (layout.dim in (2, 4, 8) and layout.n % 8 == 0 and layout.blocks % k.TOGETHER == 0)
+
+
 class Launch:
     """One product with a coded matrix: the arguments of its tasks, and how its work is divided.
 
@@ -47,6 +54,7 @@ class Launch:
         codes: uint8 [stages, blocks, n], of any strides.
         books, norms: as `prepared(codebooks, "lookup")` gives them.
         digits: as `prepared(codebooks, "digits")` gives them, where few tokens are to be served by `few_tokens`.
+        codewords: as `prepared(codebooks, "float32")` gives them, where `decodes` says that one token reads them whole.
     """
 
     def __init__(
@@ -57,9 +65,11 @@ class Launch:
         books: Tensor,
         norms: Tensor,
         digits: tuple[Tensor, Tensor] | None = None,
+        codewords: Tensor | None = None,
     ) -> None:
         self.lookup, self.layout, self.norms, self.digits = lookup, layout, norms.data_ptr(), digits
-        self.kept = books, norms
+        self.kept = books, norms, codewords
+        self.codewords = 0 if codewords is None else codewords.data_ptr()
         self.group_works: dict[int, tuple[Work, Work, Work | None, int, int]] = {}
         self.place = (codes.data_ptr(), *codes.stride(), books.data_ptr(), *layout.shape, books.dtype == torch.float16)
         self.integer_tables = HAS_VBMI and lookup and codes.stride(2) == 1
@@ -70,7 +80,7 @@ class Launch:
 
     def fields(self, *changes: tuple[int, int]) -> list[int]:
         """Return a task's own fields, in the order of `tasks`; changes: (place in the task's array, value)."""
-        found = [0] * (a.ADD_LATER + 1 - FIRST)
+        found = [0] * (a.INPUT_SCALES + 1 - FIRST)
         found[: len(self.place)] = self.place
         own = (a.LOOKUP, self.lookup), (a.WIDTH_IN, self.width_in), (a.WIDTH_OUT, self.width_out)
         padded = (a.PADDED_IN, self.padded_in), (a.PADDED_OUT, self.padded_out)
@@ -143,14 +153,17 @@ class Launch:
         """Return the work that transposes codes which are stored row by row."""
         return Work(transpose, self.fields((a.PADDED_OUT, padded(self.layout.n) + 64)))
 
-    def one_token(self, x: Tensor, scales: int, bias: int, out: int) -> None:
-        """Serve one token x [enters] or [1, enters]."""
-        if self.padded_in > self.width_in:
+    def one_token(self, x: Tensor, scales: int, bias: int, out: int, input_scales: int = 0) -> None:
+        """Serve one token x [enters] or [1, enters], times `input_scales` if there are any."""
+        if self.padded_in > self.width_in and not input_scales:
             x = torch.nn.functional.pad(x, (0, self.padded_in - self.width_in))
+        given = (a.X, x.data_ptr()), (a.OUT, out), (a.SCALES, scales), (a.BIAS, bias), (a.INPUT_SCALES, input_scales)
+        if self.digits is not None:
+            work, pieces, scratch = self.few_tokens_work
+            work.run(pieces, scratch + self.padded_in, given)
+            return
         work, pieces, floats, scratch = self.one_token_work
-        memory = x.new_empty(floats)
-        changes = ((a.X, x.data_ptr()), (a.OUT, out), (a.SCALES, scales), (a.BIAS, bias), (a.SUMS, memory.data_ptr()))
-        work.run(pieces, scratch, changes)
+        work.run(pieces, scratch, given, shared=(a.SUMS, floats))
 
     @functools.cached_property
     def one_token_work(self) -> tuple[Work, int, int, int]:
@@ -158,7 +171,8 @@ class Launch:
         layout = self.layout
         if self.by_rows:
             sums = ROWS_AT_ONCE + 256 * layout.dim  # and room for a wide codebook, needed before
-            scratch = (TABLE_BYTES * layout.stages * layout.blocks + ROW_STRIDE * padded(layout.blocks)) // 4 + sums
+            tables = TABLE_BYTES * layout.stages * layout.blocks + ROW_STRIDE * padded(layout.blocks)
+            scratch = _line(self.padded_in) + tables // 4 + sums
             return (
                 Work(one_token_rows, self.fields((a.TOKENS, 1), (a.FACTORS, self.norms))),
                 -(-layout.n // ROWS_AT_ONCE),
@@ -174,27 +188,27 @@ class Launch:
         fields = self.fields(
             (a.TOKENS, 1),
             (a.FACTORS, norms),
+            (a.LOADED, self.codewords),
             (a.PART_BLOCKS, part),
             (a.SUMS_BYTES, 4 * left * (own > 1)),
             (a.PARTS, own),
         )
-        return Work(one_token, fields), pieces, own * left, 256 * k.TOGETHER + layout.room
+        return Work(one_token, fields), pieces, own * left, _line(self.padded_in) + 256 * EIGHT + layout.room
 
     def few_tokens(self, x: Tensor, scales: int, bias: int, out: Tensor) -> None:
         """Serve a few tokens x [tokens, n] by digits."""
         tokens = x.shape[0]
-        work, part = self.few_tokens_work
+        work, pieces, scratch = self.few_tokens_work
         changes = (a.X, x.data_ptr()), (a.OUT, out.data_ptr()), (a.SCALES, scales), (a.BIAS, bias), (a.TOKENS, tokens)
-        room = tokens if tokens == 1 else -(-tokens // TOGETHER) * TOGETHER
-        work.run(-(-self.layout.blocks // part), room * (3 * padded(self.layout.n) + REST) // 4, changes)
+        work.run(pieces, scratch * (tokens if tokens == 1 else -(-tokens // TOGETHER) * TOGETHER), changes)
 
     @functools.cached_property
-    def few_tokens_work(self) -> tuple[Work, int]:
-        """Return the work of a few tokens by digits, and the blocks of a part."""
+    def few_tokens_work(self) -> tuple[Work, int, int]:
+        """Return the work of a few tokens by digits, its parts, and the floats of a thread's scratch for each token."""
         assert self.digits is not None
         layout, (books, steps) = self.layout, self.digits
         part = share(layout.blocks, layout.stages * layout.n * layout.blocks * layout.dim, 1, WORTH_DOTS)
         fields = self.fields(
             (a.TOKENS, 1), (a.FACTORS, steps.data_ptr()), (a.PART_BLOCKS, part), (a.BOOKS, books.data_ptr())
         )
-        return Work(few_tokens, fields), part
+        return Work(few_tokens, fields), -(-layout.blocks // part), (3 * padded(layout.n) + REST) // 4

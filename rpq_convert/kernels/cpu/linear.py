@@ -7,6 +7,8 @@ time. `launch` says how the work is divided among threads.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from rpq_convert.kernels.cpu import amx_products
 from rpq_convert.kernels.cpu import tasks as a
 from rpq_convert.kernels.cpu.cost import amx_time, decode_time, lookup_time, pixel_times
 from rpq_convert.kernels.cpu.few_tokens import LONGEST
-from rpq_convert.kernels.cpu.launch import Launch, share
+from rpq_convert.kernels.cpu.launch import Launch, decodes, share
 from rpq_convert.kernels.cpu.prepared import SMALL, cached_float32, contiguous_float32, pointer, prepared
 from rpq_convert.kernels.cpu.tasks import TASKS
 from rpq_convert.kernels.jit.threads import run
@@ -190,18 +192,16 @@ def apply(
     if amx_time(lookup, layout, tokens, dtype) < lookup_time(lookup, layout, tokens):
         _by_amx(lookup, x[None], dtype, codes, codebooks, layout, factors, scales, bias, out[None])
         return out
-    launch = launch_for(lookup, codes, codebooks, layout)
+    launch = (launch_of_one if tokens == 1 else launch_for)(lookup, codes, codebooks, layout)
     if launch.digits is not None and tokens * layout.dim <= DIGITS_WORK:
         x, factors = x if factors is None else x * factors, None
         launch.few_tokens(x, pointer(scales), pointer(bias), out)
         return out
     keep = (x, factors, scales, bias, launch, codes, out)  # alive while addresses are used
-    if tokens == 1 and factors is None:
-        launch.one_token(x, pointer(scales), pointer(bias), out.data_ptr())
-    elif tokens <= ONE_BY_ONE:
+    if tokens <= ONE_BY_ONE:
         for t in range(tokens):
-            one = x[t] if factors is None else x[t] * factors
-            launch.one_token(one, pointer(scales), pointer(bias), out.data_ptr() + 4 * t * out.shape[1])
+            to = out.data_ptr() + 4 * t * out.shape[1]
+            launch.one_token(x[t], pointer(scales), pointer(bias), to, pointer(factors))
     else:
         launch.many_tokens(x, pointer(factors), pointer(scales), pointer(bias), out)
     del keep
@@ -220,6 +220,25 @@ def _by_amx(
     )  # fmt: skip
 
 
+def turns(lookup: bool, layout: Layout, codes: Tensor) -> bool:
+    """Whether codes of single weights along inputs lie row by row: along outputs the same matrix lies side by side."""
+    return lookup and layout.dim == 1 and layout.books == 1 and codes.stride(1) == 1 and layout.length <= LONGEST
+
+
+@functools.cache
+def turned(layout: Layout) -> Layout:
+    """Return the layout of the same matrix, of single weights, with its codes turned around."""
+    axis = "out" if layout.axis == "in" else "in"
+    return dataclasses.replace(layout, axis=axis, n=layout.length, length=layout.n)
+
+
+def launch_of_one(lookup: bool, codes: Tensor, codebooks: Tensor, layout: Layout) -> Launch:
+    """Return what a product of one token with these codes needs, kept from call to call."""
+    if turns(lookup, layout, codes):
+        return launch_for(not lookup, codes.transpose(1, 2), codebooks, turned(layout))
+    return launch_for(lookup, codes, codebooks, layout)
+
+
 def launch_for(lookup: bool, codes: Tensor, codebooks: Tensor, layout: Layout) -> Launch:
     """Return what a product with these codes needs, kept from call to call."""
     kind = (lookup, layout, codes.data_ptr(), codes.stride())
@@ -227,8 +246,9 @@ def launch_for(lookup: bool, codes: Tensor, codebooks: Tensor, layout: Layout) -
     def make() -> Launch:
         by_digits = HAS_VNNI and not lookup and layout.dim < DIGITS_DIM and codes.stride(2) == 1 and layout.n <= LONGEST
         digits = prepared(codebooks, "digits") if by_digits and codebooks.numel() <= SMALL else None
+        codewords = prepared(codebooks, "float32") if digits is None and decodes(lookup, layout, codes) else None
         books, norms = prepared(codebooks, "lookup")
-        return Launch(lookup, layout, codes, books, norms, digits)
+        return Launch(lookup, layout, codes, books, norms, digits, codewords)
 
     return prepared(codebooks, kind, make)  # type: ignore[no-any-return]
 

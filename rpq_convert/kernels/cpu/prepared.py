@@ -30,24 +30,30 @@ class Prepared:
 
     def __init__(self, tensor: Tensor, gone: Callable[[Any], None]) -> None:
         self.tensor = weakref.ref(tensor, gone)
-        self.state = tensor._version, tensor.data_ptr(), tensor.shape
+        self.version, self.place, self.shape = tensor._version, tensor.data_ptr(), tensor.shape
         self.values = _values(tensor)
         self.kinds: dict[Any, Any] = {}
 
     def fits(self, tensor: Tensor) -> bool:
+        return self.tensor() is tensor and self.unchanged(tensor)
+
+    def unchanged(self, tensor: Tensor) -> bool:
+        """Whether the tensor that this was made of is what it was."""
         return (
-            self.tensor() is tensor
-            and self.state == (tensor._version, tensor.data_ptr(), tensor.shape)
+            self.version == tensor._version
+            and self.place == tensor.data_ptr()
+            and self.shape == tensor.shape
             and _values(tensor) == self.values
         )
 
 
 def _values(tensor: Tensor) -> Any:
     """Return a tensor's bytes, or evenly spread values of a large one. numpy would keep FSDP from freeing the memory."""
-    if not tensor.data_ptr():  # its memory was given back
+    place, size = tensor.data_ptr(), tensor.nbytes
+    if not place:  # its memory was given back
         return None
-    if tensor.nbytes <= WHOLE and tensor.is_contiguous():
-        return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
+    if size <= WHOLE and tensor.is_contiguous():
+        return ctypes.string_at(place, size)
     return tensor.detach().reshape(-1)[:: max(1, tensor.numel() // 64)].tolist()
 
 
@@ -65,13 +71,19 @@ def prepared(codebooks: Tensor, kind: Any, make: Callable[[], Any] | None = None
     """
     if codebooks.is_inference():
         return make() if make else _prepare(codebooks.detach(), kind)
-    name = id(codebooks)
-    held = _KEPT.get(name)
-    if held is None or not held.fits(codebooks):
-        held = _KEPT[name] = Prepared(codebooks, lambda gone: _forget(name, gone))
-    if kind not in held.kinds:
-        held.kinds[kind] = make() if make else _prepare(codebooks.detach(), kind)
-    return held.kinds[kind]
+    kinds = held(codebooks).kinds
+    if kind not in kinds:
+        kinds[kind] = make() if make else _prepare(codebooks.detach(), kind)
+    return kinds[kind]
+
+
+def held(tensor: Tensor) -> Prepared:
+    """Return what is kept of a tensor as it is now."""
+    name = id(tensor)
+    found = _KEPT.get(name)
+    if found is None or not found.fits(tensor):
+        found = _KEPT[name] = Prepared(tensor, lambda gone: _forget(name, gone))
+    return found
 
 
 def _forget(name: int, gone: Any) -> None:

@@ -13,7 +13,7 @@ from rpq_convert.kernels.cpu import few_tokens as d
 from rpq_convert.kernels.cpu import lookup as k
 from rpq_convert.kernels.cpu import one_token as t
 from rpq_convert.kernels.jit.cache import njit
-from rpq_convert.kernels.jit.memory import address_of, fetch_add, write_float
+from rpq_convert.kernels.jit.memory import address_of, fetch_add, read_float, write_float
 from rpq_convert.kernels.jit.threads import COUNT, FIRST, NEXT, SCRATCH, SCRATCH_BYTES, SLOT
 
 TOTAL = 40
@@ -23,8 +23,8 @@ CODES, BY_STAGE, BY_BLOCK, BY_ROW, BOOKS, STAGES, BOOK_COUNT, BLOCKS, DIM, ROWS,
 # linear: lookups or bins, input and output, and how the work is divided
 (
     LOOKUP, X, WIDTH_IN, PADDED_IN, FACTORS, TOKENS, OUT, WIDTH_OUT, PADDED_OUT, SCALES, BIAS, PART_BLOCKS, LOADED, SUMS, SUMS_BYTES,
-    PARTS, DONE, BY_TOKEN_IN, BY_COLUMN_IN, BY_TOKEN_OUT, BY_COLUMN_OUT, ADD_LATER,
-) = range(FIRST + 11, FIRST + 33)  # fmt: skip
+    PARTS, DONE, BY_TOKEN_IN, BY_COLUMN_IN, BY_TOKEN_OUT, BY_COLUMN_OUT, ADD_LATER, INPUT_SCALES,
+) = range(FIRST + 11, FIRST + 34)  # fmt: skip
 # gradient: operands [groups, columns, lanes] that fill the bins, and that multiply them
 FILLING, MULTIPLYING, GROUPS, AT_ONCE, GRAD, GRAD_BYTES, INPUT_GRAD = range(FIRST + 11, FIRST + 18)
 
@@ -164,26 +164,42 @@ def _gradient(tag, a, base):
 
 
 @njit(cache=True, nogil=True)
-def _one_token(a, low, high, scale, tables, y):
+def _scaled(a, room):
+    """Return the address of one token [enters], padded with zeros where it was multiplied, into `room`, by INPUT_SCALES."""
+    if a[INPUT_SCALES] == 0:
+        return a[X]
+    for i in range(a[WIDTH_IN]):
+        write_float(room + 4 * i, read_float(a[X] + 4 * i) * read_float(a[INPUT_SCALES] + 4 * i))
+    for i in range(a[WIDTH_IN], a[PADDED_IN]):
+        write_float(room + 4 * i, ZERO)
+    return room
+
+
+@njit(cache=True, nogil=True)
+def _one_token(a, x, low, high, scale, tables, y):
     """Serve blocks `low` to `high` of a single token, with integer tables where the scale is a number."""
-    room = tables + 1024 * k.TOGETHER
+    room = tables + 1024 * t.EIGHT
     coded, books, shape = _coded(a), a[BOOKS], _shape(a)
     if scale == scale:
-        t.one_lookup_integer(coded, books, shape, low, high, a[X], scale, tables, room, y)
+        t.one_lookup_integer(coded, books, shape, low, high, x, scale, tables, room, y)
     elif a[LOOKUP]:
-        t.one_lookup(coded, books, shape, low, high, a[X], tables, room, y)
+        t.one_lookup(coded, books, shape, low, high, x, tables, room, y)
+    elif a[LOADED] != 0:
+        t.one_decoded(coded, a[LOADED], shape, low, high, x, y)
     else:
-        t.one_bins(coded, books, shape, low, high, a[X], tables, room, y)
+        t.one_bins(coded, books, shape, low, high, x, tables, room, y)
 
 
 def one_token(data):
     """Serve ranges of blocks of a single token; whoever finishes last adds their sums up and writes the result.
 
-    FACTORS holds the norms where integer tables are possible. Lookups of a part have sums of their own, bins rows.
+    FACTORS holds the norms where integer tables are possible, LOADED whole codewords where they are read. Lookups of a part have
+    sums of their own, bins rows.
     """
     a, base = carray(data, TOTAL), address_of(data)
-    tables = a[SCRATCH] + fetch_add(base + 8 * SLOT) * a[SCRATCH_BYTES]
-    scale = t.integer_scale(a[X], a[FACTORS], _shape(a)) if a[FACTORS] != 0 else np.nan
+    own = a[SCRATCH] + fetch_add(base + 8 * SLOT) * a[SCRATCH_BYTES]
+    x, tables = _scaled(a, own), own + 4 * _line(a[PADDED_IN])
+    scale = t.integer_scale(x, a[FACTORS], _shape(a)) if a[FACTORS] != 0 else np.nan
     while True:
         part = fetch_add(base + 8 * NEXT)
         if part >= a[COUNT]:
@@ -196,7 +212,7 @@ def one_token(data):
         else:
             for i in range(low * a[DIM], high * a[DIM]):
                 write_float(y + 4 * i, ZERO)
-        _one_token(a, low, high, scale, tables, y)
+        _one_token(a, x, low, high, scale, tables, y)
         if fetch_add(base + 8 * DONE) < a[COUNT] - 1:
             continue
         if scale == scale:
@@ -208,12 +224,12 @@ def one_token(data):
 def one_token_rows(data):
     """Serve a single token of an embedding whose codes lie entry by entry, ROWS_AT_ONCE entries at a time."""
     a, base = carray(data, TOTAL), address_of(data)
-    tables = a[SCRATCH] + fetch_add(base + 8 * SLOT) * a[SCRATCH_BYTES]
-    shape = _shape(a)
+    own = a[SCRATCH] + fetch_add(base + 8 * SLOT) * a[SCRATCH_BYTES]
+    x, tables, shape = _scaled(a, own), own + 4 * _line(a[PADDED_IN]), _shape(a)
     transposed = tables + t.TABLE_BYTES * a[STAGES] * a[BLOCKS]
     y = transposed + t.ROW_STRIDE * d.padded(a[BLOCKS])
-    scale = t.integer_scale(a[X], a[FACTORS], shape)
-    t.all_tables(a[BOOKS], shape, a[X], scale, y, tables)
+    scale = t.integer_scale(x, a[FACTORS], shape)
+    t.all_tables(a[BOOKS], shape, x, scale, y, tables)
     while True:
         low = fetch_add(base + 8 * NEXT) * t.ROWS_AT_ONCE
         if low >= a[ROWS]:
@@ -242,8 +258,11 @@ def few_tokens(data):
     a, base = carray(data, TOTAL), address_of(data)
     x = a[SCRATCH] + fetch_add(base + 8 * SLOT) * a[SCRATCH_BYTES]
     by = 3 * d.padded(a[ROWS]) + d.REST
-    for token in range(a[TOKENS]):
-        d.digits(a[X] + 4 * token * a[BY_TOKEN_IN], a[ROWS], x + by * token)
+    if a[INPUT_SCALES] != 0:  # of one token
+        d.digits(_scaled(a, x + by), a[ROWS], x)
+    else:
+        for token in range(a[TOKENS]):
+            d.digits(a[X] + 4 * token * a[BY_TOKEN_IN], a[ROWS], x + by * token)
     if a[TOKENS] > 1:
         for token in range(a[TOKENS], (a[TOKENS] + d.TOGETHER - 1) // d.TOGETHER * d.TOGETHER):
             k.clear(x + by * token, by // 4)

@@ -70,8 +70,10 @@ def read_byte(context, address):
 
 @intrinsic
 def read_long(context, address):
+    """Read 64 bits; the address may be any."""
+
     def emit(context, builder, signature, args):
-        return builder.load(pointer_to(builder, args[0], ir.IntType(64)), align=8)
+        return builder.load(pointer_to(builder, args[0], ir.IntType(64)), align=1)
 
     return types.int64(types.int64), emit
 
@@ -97,8 +99,10 @@ def write_short(context, address, value):
 
 @intrinsic
 def read_int(context, address):
+    """Read 32 bits; the address may be any."""
+
     def emit(context, builder, signature, args):
-        return builder.load(pointer_to(builder, args[0], ir.IntType(32)), align=4)
+        return builder.load(pointer_to(builder, args[0], ir.IntType(32)), align=1)
 
     return types.int32(types.int64), emit
 

@@ -76,13 +76,20 @@ class Work:
         self.fields = self.kind(0, 0, 0, 0, 0, *fields)
 
     def run(
-        self, stop: int, scratch_floats: int = 0, changes: tuple[tuple[int, int], ...] = (), *, first: int = 0
+        self,
+        stop: int,
+        scratch_floats: int = 0,
+        changes: tuple[tuple[int, int], ...] = (),
+        *,
+        first: int = 0,
+        shared: tuple[int, int] = (0, 0),
     ) -> None:
         """Run numbers `first` to `stop` on at most `torch.get_num_threads()` threads; return when all are done.
 
         Args:
             scratch_floats: memory for each thread, at `fields[SCRATCH] + slot * fields[SCRATCH_BYTES]`.
             changes: (place in the array, value) of the fields that this call sets.
+            shared: (place in the array, floats) of memory that all threads use.
         """
         threads = min(torch.get_num_threads(), stop - first) if stop - first > 1 else 1
         data = self.kind.from_buffer_copy(self.fields)
@@ -91,7 +98,9 @@ class Work:
         data[NEXT], data[COUNT] = first, stop
         if scratch_floats:
             line = -(-scratch_floats // 16) * 16
-            data[SCRATCH], data[SCRATCH_BYTES] = _scratch(line * threads), 4 * line
+            data[SCRATCH], data[SCRATCH_BYTES] = _scratch(line * threads + shared[1]), 4 * line
+            if shared[1]:
+                data[shared[0]] = data[SCRATCH] + 4 * line * threads
         at = ctypes.addressof(data)
         if threads == 1:
             self.function(at)

@@ -206,6 +206,18 @@ def multiply_add(context, a, b, c):
 
 
 @intrinsic
+def multiply_add_one(context, a, b, c):
+    """The same for single floats."""
+
+    def emit(context, builder, signature, args):
+        kind = ir.FloatType()
+        fma = ir.FunctionType(kind, [kind, kind, kind])
+        return builder.call(cgutils.get_or_insert_function(builder.module, fma, "llvm.fma.f32"), args)
+
+    return types.float32(types.float32, types.float32, types.float32), emit
+
+
+@intrinsic
 def add_pairs(context, a, b):
     """Return the sums of a's neighbouring lanes, then of b's."""
 
