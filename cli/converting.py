@@ -5,6 +5,7 @@ What can be said from the options alone is said in `check`, which imports nothin
 
 from __future__ import annotations
 
+import json as jsonlib
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,10 +15,14 @@ import typer
 
 from rpq_convert.conversion.asked import check_address, check_asked
 from rpq_convert.conversion.options import BEST, FAST, QualityOptions, RunOptions
-from rpq_convert.errors import SourceError
+from rpq_convert.errors import FolderError, SourceError
 from rpq_convert.inputs.tables import is_pairs
 from rpq_convert.planning.options import PlanOptions
+from rpq_convert.report.schema import read_report
+from rpq_convert.schemas import kinds
+from rpq_convert.schemas.checking import read_json
 from rpq_convert.storage.options import SourceOptions
+from rpq_convert.storage.records import REPORT
 from rpq_convert.storage.room import check_free
 from rpq_convert.storage.sources import is_drawn
 
@@ -95,12 +100,43 @@ class Conversion:
             self._check_data(self.calibrate)
         if (judge := self.quality.check_data) is not None and not is_pairs(judge):
             checks.data(judge, "--check-data", field=self.text_field)
-        if not self.dry_run:
+        if not self.dry_run and not self.is_to_tune:
             check_free(self.out, overwrite=self.overwrite)
         if how.push_to and not self.dry_run:
             from rpq_convert.checkpoint.publishing import check_login
 
             check_login(how.push_to, token=self.source.token)  # hours before the upload
+
+    @property
+    def is_to_tune(self) -> bool:
+        """Whether a run with effort best ended after it had written the folder, and before that was tuned."""
+        if self.quality.effort != BEST or self.overwrite or not (self.folder / REPORT).is_file():
+            return False
+        options = read_report(self.folder / REPORT).options
+        source = options.get("source") or {}
+        return "tuning" not in options and (source.get("asked") or {}).get("effort") == BEST
+
+    def _check_same(self, plan: Plan) -> None:
+        """Refuse to tune a folder that these options, or this source, would not have made.
+
+        Raises:
+            FolderError: what differs.
+        """
+        from rpq_convert.storage.origin import difference
+        from rpq_convert.storage.records import PLAN, read_manifest
+
+        stored = read_json(self.folder / PLAN, kinds.PLAN, FolderError)
+        stored["options"].pop("calibration", None)
+        made = (read_manifest(self.folder).get("made") or {}).get("source") or {"files": []}
+        origin = self.opened.origin
+        changed = "" if origin is None else difference(made, origin.record())
+        if stored != jsonlib.loads(plan.to_json()):
+            changed = changed or "other settings"
+        if changed:
+            raise FolderError(
+                f"{self.folder} is calibrated and not tuned yet, and this run has another source or other settings ({changed}); repeat them, "
+                "or pass overwrite=True"
+            )
 
     def _is_drawn(self) -> bool:
         return is_drawn(self.src, self.source, self.options.fit)
@@ -210,6 +246,9 @@ class Conversion:
         from rpq_convert.conversion.streaming import convert_opened
         from rpq_convert.hf.model_card import Base
 
+        if self.is_to_tune:
+            self._check_same(plan)
+            return self._tuned(how)
         self.opened.base = replace(self.opened.base or Base(), asked=self._asked())
         with phase("converted"), fitting({j.name: j.dense_bytes for j in plan.jobs}) as callback:
             report = convert_opened(
@@ -217,16 +256,16 @@ class Conversion:
                 workers=how.workers, progress=callback, run=how.running,
             )  # fmt: skip
         warn(tuple(w for w in report.warnings if w not in plan.warnings))
-        return self._tuned() if self.chosen.effort == BEST else report
+        return self._tuned(how) if self.chosen.effort == BEST else report
 
-    def _tuned(self) -> Report:
+    def _tuned(self, how: How) -> Report:
         """Tune what was written, on the inputs that it was calibrated on."""
         from rpq_convert.checkpoint.verifying import audit
         from rpq_convert.folders import tune_written
 
         say(f"{self.folder} is calibrated and whole; tuning it now")
         with progress() as tell:
-            tune_written(self.opened, self.folder, self.data, self.chosen.tuning, progress=tell)
+            tune_written(self.opened, self.folder, self.data, self.chosen.tuning, how.running, tell)
         return audit(self.folder)
 
     def judge(self, report: Report) -> Report:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from typer import Argument, Option
 
+from rpq_convert.conversion.options import TimeOptions
 from rpq_convert.showing import printable
 from rpq_convert.storage.addresses import destination
 from rpq_convert.storage.options import HubOptions, SourceOptions
@@ -72,6 +73,7 @@ def tune(
     out: o.OutFolder,
     options: TuneOptions,
     source: HubOptions,
+    running: TimeOptions,
     blocks: Annotated[
         int, Option(min=0, help="Steps on each transformer block alone, before all are tuned together.")
     ] = 0,
@@ -103,7 +105,7 @@ def tune(
     with progress() as tell:
         found = tune_folder(
             which, out, Given(None if own else data, window or 256, samples, text_field), options, blocks=blocks,
-            overwrite=overwrite, say=say, progress=tell,
+            overwrite=overwrite, run=running, say=say, progress=tell,
         )  # fmt: skip
     print(found.to_json() if json else printable(str(found), lines=True))
 

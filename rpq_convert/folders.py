@@ -17,6 +17,7 @@ from rpq_convert.checkpoint.metadata import add_evaluation
 from rpq_convert.checkpoint.opening import Factory, Opened, open_checkpoint
 from rpq_convert.checkpoint.saving import save
 from rpq_convert.checkpoint.verifying import audit
+from rpq_convert.conversion.options import TimeOptions
 from rpq_convert.conversion.recalibration import recalibrate
 from rpq_convert.core.options import shown
 from rpq_convert.core.results import Answer, Evaluation
@@ -40,7 +41,9 @@ from rpq_convert.storage.options import HubOptions, SourceOptions
 from rpq_convert.storage.records import REPORT, read_manifest
 from rpq_convert.storage.room import check_free
 from rpq_convert.storage.sources import called, is_name
+from rpq_convert.storage.swap import remove, tuning_of
 from rpq_convert.tuning.blocks import tune_blocks_with
+from rpq_convert.tuning.checkpoint import Checkpoint, content
 from rpq_convert.tuning.options import TuneOptions
 from rpq_convert.tuning.tune import Tuning, tune_with
 
@@ -260,6 +263,7 @@ def tune_folder(
     *,
     blocks: int = 0,
     overwrite: bool = False,
+    run: TimeOptions | None = None,
     say: Say | None = None,
     progress: Progress | None = None,
 ) -> Tuning:
@@ -270,43 +274,57 @@ def tune_folder(
         data: what to tune on.
         blocks: steps on each transformer block alone, before all are tuned together; the same options, except the loss.
         overwrite: replace `out`.
-        options: how to tune. A killed run continues when it is repeated; blocks are then tuned again first.
+        options: how to tune. A killed run continues when it is repeated, from the last evaluation of a block or of the whole.
+        run: when to stop.
         progress: as for `evaluate_folder`.
 
     Raises:
         SourceError, FolderError: as `load` and `save`. CalibrationError: no data. TuneError: as `tune`.
+        TimeLimitReached: what is done is kept.
     """
     with delivered(out, overwrite=overwrite) as place:  # from the beginning: hours of tuning would be lost at the end
         check_free(place, overwrite=overwrite)
         data.check(which)
         dense, model = which.load()
         items = data.inputs(dense, which.base, say)
+        kept = _checkpoint(place, dense, run)
         if blocks:
-            tune_blocks_with(replace(options, steps=blocks, loss="mse"), model, dense, items, progress=progress)
+            alone = replace(options, steps=blocks, loss="mse")
+            tune_blocks_with(alone, model, dense, items, checkpoint=kept, progress=progress)
         asked = {**data.asked, "window": data.window, "blocks": blocks, **shown(options)}
         which.note(model, "tune", {**asked, "bfloat16": options.autocast is not None})
-        return _tuned(model, dense, items, options, Path(which.folder), place, progress=progress, overwrite=overwrite)
+        return _tuned(
+            model, dense, items, options, Path(which.folder), place, kept, progress=progress, overwrite=overwrite
+        )
 
 
 def tune_written(
-    opened: Opened, folder: Path, data: Calibration, options: TuneOptions, progress: Progress | None = None
-) -> Tuning:
+    opened: Opened, folder: Path, data: Calibration, options: TuneOptions, run: TimeOptions | None = None,
+    progress: Progress | None = None,
+) -> Tuning:  # fmt: skip
     """Tune a folder that was just written against the checkpoint that it was made from, in its place.
 
     Args:
-        data: as for `rpq.convert(calibration=)`. options, progress: as for `tune_folder`.
+        data: as for `rpq.convert(calibration=)`. options, run, progress: as for `tune_folder`.
     """
     dense = opened.give_filled().eval()
     with locked(folder):
         model: Any = load(folder, factory=opened.options.factory).eval()
         model._rpq_options = dict(audit(folder).options)
         items = prepare(data, dense, "data")
-        return _tuned(model, dense, items, options, folder, folder, progress=progress, overwrite=True)
+        kept = _checkpoint(folder, dense, run)
+        return _tuned(model, dense, items, options, folder, folder, kept, progress=progress, overwrite=True)
+
+
+def _checkpoint(place: Path, dense: Any, run: TimeOptions | None) -> Checkpoint:
+    """Return where the tuning of a folder keeps its state."""
+    run = run or TimeOptions()
+    return Checkpoint(tuning_of(place), content(dense), is_over=lambda: run.is_over)
 
 
 def _tuned(
-    model: Any, dense: Any, items: list[Any], options: TuneOptions, folder: Path, place: Path, *, progress: Progress | None,
-    overwrite: bool,
+    model: Any, dense: Any, items: list[Any], options: TuneOptions, folder: Path, place: Path, kept: Checkpoint, *,
+    progress: Progress | None, overwrite: bool,
 ) -> Tuning:  # fmt: skip
     """Tune the model of a folder, and write it to a place, with what lies beside the folder's weights."""
 
@@ -314,10 +332,10 @@ def _tuned(
         if progress:
             progress(f"step {step} of {options.steps}: loss {loss:.4g}", step, options.steps)
 
-    file = place.with_name(place.name + ".tuning.safetensors")
-    tuned = tune_with(options, model, dense, items, checkpoint=file, progress=told)
+    tuned = tune_with(options, model, dense, items, checkpoint=kept.part("all.safetensors", kept.of), progress=told)
     model._rpq_options["tuning"] = {"steps": tuned.best, "before": tuned.before, "after": tuned.after}
     save(model, place, overwrite=overwrite, files=files_beside(folder), base=base_in(folder))
+    remove(tuning_of(place))
     return tuned
 
 

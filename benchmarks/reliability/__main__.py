@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from benchmarks.reliability.cost import reproducible
 from benchmarks.reliability.flips import flips, loading
 from benchmarks.reliability.inject import SCENARIOS, inject
 from benchmarks.reliability.races import races
@@ -22,7 +23,11 @@ def main() -> int:
     flipped = commands.add_parser("flips", help="flip single bits of a finished folder")
     flipped.add_argument("--count", type=int, default=400)
     commands.add_parser("loading", help="what it costs to compare tensors when a folder is loaded")
+    commands.add_parser("reproducible", help="what fits cost that have the same bytes on every processor")
     args = parser.parse_args()
+    if args.command == "reproducible":
+        reproducible()
+        return 0
     if args.command == "loading":
         loading()
         return 0

@@ -39,7 +39,9 @@ See = Callable[[str, Reading, int], None]
 KEPT = 1 << 30  # bytes of what dense blocks multiply that are kept rather than made again for every group of weights
 
 
-def walk(model: nn.Module, jobs: Sequence[Job], data: Sequence[Any]) -> Generator[Group, None, None]:
+def walk(
+    model: nn.Module, jobs: Sequence[Job], data: Sequence[Any], done: Callable[[Job], bool] = lambda job: False
+) -> Generator[Group, None, None]:
     """Yield all jobs in the order of execution, in groups, each with the statistics of what its weights multiply.
 
     The caller installs a group before it asks for the next, whose inputs depend on it. It closes the iterator when it leaves
@@ -48,9 +50,10 @@ def walk(model: nn.Module, jobs: Sequence[Job], data: Sequence[Any]) -> Generato
     Args:
         model: in memory. Until the iterator ends it is in evaluation mode, without a cache of keys and values.
         data: inputs, each a tensor, a tuple of arguments, or a dict of keyword arguments.
+        done: whether an earlier run has fitted a weight. Groups of such are not measured again.
 
     Yields:
-        Jobs, and their statistics by name: None for a weight that no operation multiplied anything by.
+        Jobs, and their statistics by name: None for a weight that no operation multiplied anything by, or whose group is done.
 
     Raises:
         CalibrationError: no data, or none of the jobs' weights was multiplied by anything.
@@ -64,7 +67,7 @@ def walk(model: nn.Module, jobs: Sequence[Job], data: Sequence[Any]) -> Generato
     if len(data) == 0:
         raise CalibrationError("the calibration data is empty; give some texts, images or other inputs")
     with quiet(model) as restore:
-        yield from _Walk(model, jobs, data, restore).groups()
+        yield from _Walk(model, jobs, data, restore, done).groups()
 
 
 @dataclass
@@ -106,8 +109,10 @@ def _weights(root: nn.Module, paths: Mapping[str, str]) -> dict[str, Tensor]:
 
 
 class _Walk:
-    def __init__(self, model: nn.Module, jobs: Sequence[Job], data: Sequence[Any], restore: Callable[[], None]) -> None:
-        self.model, self.items, self.restore = model, data, restore
+    def __init__(
+        self, model: nn.Module, jobs: Sequence[Job], data: Sequence[Any], restore: Callable[[], None], done: Callable[[Job], bool]
+    ) -> None:  # fmt: skip
+        self.model, self.items, self.restore, self.done = model, data, restore, done
         self.all = {job.name: job for job in jobs}
         self.jobs = {job.name: job for job in jobs if not job.is_random}
         self.weights = _weights(model, {name: name for name in self.jobs})
@@ -121,7 +126,9 @@ class _Walk:
                 f"no converted weight of {type(self.model).__name__} was multiplied by anything when it ran on the data"
             )
         first = [n for n in self.jobs if not any(n in g for g in groups)]
-        tied = [n for n in first if n in self.trace.calls]  # tables that are looked up first and multiplied at the end
+        tied = [
+            n for n in first if n in self.trace.calls and not self.done(self.all[n])
+        ]  # tables that are looked up first and multiplied at the end
         known = self._survey(tied)
         if names := [*(n for n in self.all if n not in self.jobs), *first]:
             yield self._group(names, {name: known.get(name) for name in names})
@@ -157,6 +164,9 @@ class _Walk:
     def _measured(self, group: list[str], runs: Sequence[Run], twin: _Twin | None = None) -> Iterator[Group]:
         """Yield a group of weights that multiply the same vectors, with its statistics."""
         first = group[0]
+        if all(self.done(self.all[name]) for name in group):
+            yield self._group(group, dict.fromkeys(group))
+            return
         once, parts = self.trace.calls[first] == 1, "expert" in self.jobs[first].weight_view.axes
         found = self._measure([first], runs, once, twin if once and not parts else None)
         yield self._group(group, dict.fromkeys(group, found[first]))

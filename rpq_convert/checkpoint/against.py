@@ -1,8 +1,8 @@
 """Verify a converted folder against its source: that it was made from that, and that its weights are what a conversion makes of it.
 
 A weight's error is measured again from source and codes, however it was fitted, and held against the report. A weight that was fitted to itself
-alone, by a conversion into a folder, is fitted again and must have the same bytes; on another kind of processor it would not, so that is
-left out there.
+alone, by a conversion into a folder, is fitted again and must have the same bytes; on another kind of processor it would not, unless it is
+reproducible, so that is left out there.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def compare_with_source(
         raise SourceError(f"{src} has no weights to compare with")
     made = read_manifest(folder).get("made") or {}
     known = (made.get("source") or {}).get("tensors", {})
-    note = _why_not_again(made, known)
+    note = _why_not_again(made, known, plan)
     jobs, skips = _some(plan.jobs, every), _some([s for s in plan.skips if s.name in files], every)
     traced = refitted = 0
     for number, job in enumerate(jobs):
@@ -118,11 +118,11 @@ def _of(opened: Opened, item: Job | Skip) -> torch.Tensor:
     return tensor
 
 
-def _why_not_again(made: Mapping[str, Any], known: Mapping[str, str]) -> str:
+def _why_not_again(made: Mapping[str, Any], known: Mapping[str, str], plan: Plan) -> str:
     """Say why no weight is fitted again; empty where they can be."""
     if not known:
         return "none was fitted again: the folder does not say what its weights were fitted to"
-    if made.get("processor") != family():
+    if made.get("processor") != family() and not plan.is_reproducible:
         return f"none was fitted again: the folder was made on another kind of processor ({made.get('processor')})"
     return ""
 

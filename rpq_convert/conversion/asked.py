@@ -11,6 +11,7 @@ from rpq_convert.core.options import one_of
 from rpq_convert.errors import PlanError
 from rpq_convert.planning.options import PlanOptions
 
+NOT_CALIBRATED = "reproducible serves fits to weights alone: calibration runs the model, which processors round in other ways; leave one of them out"
 EXECUTORS = ("serial", "threads", "processes", "ray")
 
 
@@ -39,6 +40,8 @@ def check_asked(
         )
     if effort is not None:
         one_of("effort", effort, EFFORTS, PlanError)
+    if options.reproducible and (calibrated or effort in (GOOD, BEST)):
+        raise PlanError(NOT_CALIBRATED)
     if effort == FAST and calibrated:
         raise PlanError(
             "effort fast fits to the weights alone, so data to calibrate on would do nothing; leave one out"
@@ -74,12 +77,14 @@ def check_address(address: str | None, executor: str) -> None:
         )
 
 
-def check_plan_alone(plan: Any, options: Iterable[str]) -> None:
-    """Refuse options of a plan beside a plan that was made before.
+def check_plan_alone(plan: Any, options: Iterable[str], *, calibrated: bool = False) -> None:
+    """Refuse options of a plan beside a plan that was made before, and data that it cannot be calibrated on.
 
     Raises:
         PlanError: which options would do nothing.
     """
+    if plan is not None and calibrated and any(job.reproducible for job in plan.jobs):
+        raise PlanError(NOT_CALIBRATED)
     own = {f.name for f in fields(PlanOptions)}
     if plan is not None and (beside := [name for name in options if name in own]):
         raise PlanError(

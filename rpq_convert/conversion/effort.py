@@ -31,6 +31,7 @@ ENOUGH = 6  # code bits from which weights alone are enough
 PATIENCE = 600  # seconds that a default may take
 COPIES = 1.2  # of the dense weights: they are mapped, so that less does, but then they are read from the disk again and again
 REFERENCE = 50e9  # operations per second of the products where `configs/quality.json` was measured
+SLOWER = 2  # a reproducible fit, about: docs/reliability.md
 SIDE, TIMES = 512, 5  # of the product that this machine's rate is measured by
 
 
@@ -82,6 +83,9 @@ def choose(asked: str | None, opened: Opened, plan: Plan, *, given: str = "") ->
     bits = sum(job.spec.bits * math.prod(job.shape) for job in fitted) / weights if weights else ENOUGH
     if not fitted:
         return Chosen(FAST)
+    if any(job.reproducible for job in fitted):
+        about = _about(SLOWER * _seconds(opened, weights, bits, FAST))
+        return Chosen(FAST, f"effort fast: weights alone, reproducible, about {about}")
     why = "" if given else _cannot(opened, search=asked is not None)
     if asked in (GOOD, BEST) and why:
         raise PlanError(f"effort {asked} needs inputs, and {why}; give some to calibrate on, or take effort fast")

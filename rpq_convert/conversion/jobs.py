@@ -24,6 +24,7 @@ from rpq_convert.planning import needs
 from rpq_convert.planning.plan import Job, Plan
 from rpq_convert.running.memory import available
 from rpq_convert.storage.pieces import Pieces
+from rpq_convert.storage.room import most_bytes
 
 SPARE = 0.9  # of the memory that is left, for fits
 
@@ -82,5 +83,4 @@ def default_workers() -> int:
 
 def needed(plan: Plan, workers: int | None = None, *, drawn: bool = False) -> str:
     """Return in words what memory and disk a conversion to a folder needs."""
-    disk = plan.file_bytes + sum(sum(j.nbytes.values()) for j in plan.jobs)
-    return needs.described(plan, workers or default_workers(), disk, drawn=drawn)
+    return needs.described(plan, workers or default_workers(), most_bytes(plan), drawn=drawn)

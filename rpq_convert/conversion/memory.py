@@ -94,7 +94,7 @@ def convert(
     (asked,) = take(options, PlanOptions)
     if not isinstance(model, nn.Module):
         raise TypeError(f"{model!r} is no module; convert_checkpoint(src, out) converts a folder, a file or a hub id")
-    check_plan_alone(plan, options)
+    check_plan_alone(plan, options, calibrated=calibration is not None)
     how: dict[str, Any] = {"executor": executor, "workers": workers}
     check_asked(asked, calibrated=calibration is not None, effort=effort, tokenizer=tokenizer, **how)
     if effort == BEST:
@@ -195,8 +195,9 @@ def convert_calibrated(
     progress: Progress | None,
     how: Mapping[str, Any],
     stored: Callable[[Job], Encoded | None] = lambda job: None,
+    finished: Callable[[Job], bool] = lambda job: False,
 ) -> None:
-    """Fit and install layer by layer, but for what an earlier run has `stored`.
+    """Fit and install layer by layer, but for what an earlier run has `stored`, which it has where it has `finished` a job.
 
     The model runs in its own dtype; a weight is in that of its job when all are done.
     """
@@ -215,7 +216,7 @@ def convert_calibrated(
         if progress:
             progress(job, encoded if new else None)
 
-    with closing(walk(model, plan.jobs, data)) as groups:
+    with closing(walk(model, plan.jobs, data, finished)) as groups:
         for group, statistics in groups:
             found = {job.name: stored(job) for job in group}
             for job in group:

@@ -1,4 +1,4 @@
-"""QualityOptions: how much a conversion takes care of quality, and how it is judged. RunOptions: how it runs. Free of torch."""
+"""QualityOptions: how much a conversion takes care of quality, and how it is judged. RunOptions and TimeOptions: how it runs. Free of torch."""
 
 from __future__ import annotations
 
@@ -57,18 +57,38 @@ class QualityOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
+class TimeOptions:
+    """When a run stops. Its time begins when this is made.
+
+    Raises:
+        PlanError: a time that is none.
+    """
+
+    time_limit: str | float | None = setting(
+        None,
+        "Stop after this time, such as 90s, 30min or 2h, once the weights or the step at hand are done; the same command then goes on.",
+        metavar="TIME", panel=RUN,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        seconds = math.inf if self.time_limit is None else parse_seconds(self.time_limit)
+        object.__setattr__(self, "_end", time.monotonic() + seconds)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its time is up."""
+        end: float = self._end  # type: ignore[attr-defined]
+        return time.monotonic() >= end
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(TimeOptions):
     """How a conversion into a folder runs; none of this changes what it writes. Its time begins when this is made.
 
     Raises:
         PlanError: a time or a size that is none.
     """
 
-    time_limit: str | float | None = setting(
-        None,
-        "Stop after this time, such as 90s, 30min or 2h, once the weights at hand are done; the same command then goes on.",
-        metavar="TIME", panel=RUN,
-    )  # fmt: skip
     check_source: bool = setting(
         False,
         "Compare every byte of the source with what an earlier run was fitted to, and again at the end. Otherwise sizes, headers and a "
@@ -92,19 +112,12 @@ class RunOptions:
     def __post_init__(self) -> None:
         if self.max_memory is not None:
             parse_size(self.max_memory)
-        seconds = math.inf if self.time_limit is None else parse_seconds(self.time_limit)
-        object.__setattr__(self, "_end", time.monotonic() + seconds)
+        super().__post_init__()
 
     @property
     def memory(self) -> int | None:
         """The bytes that it may take."""
         return None if self.max_memory is None else parse_size(self.max_memory)
-
-    @property
-    def is_over(self) -> bool:
-        """Whether its time is up."""
-        end: float = self._end  # type: ignore[attr-defined]
-        return time.monotonic() >= end
 
 
 class RunKeywords(TypedDict, total=False):

@@ -81,7 +81,7 @@ def convert_checkpoint(
             the name `out`.
     """
     asked, source, run = take(options, PlanOptions, SourceOptions, RunOptions)
-    check_plan_alone(plan, options)
+    check_plan_alone(plan, options, calibrated=calibration is not None)
     check_asked(asked, calibrated=calibration is not None, tokenizer=tokenizer, executor=executor, workers=workers)
     check_address(run.address, executor)
     with (
@@ -190,7 +190,7 @@ def _fit(
             )
 
     if data is not None and model is not None:
-        convert_calibrated(model, plan, source, data, keep, how, stored=pieces.get)
+        convert_calibrated(model, plan, source, data, keep, how, stored=pieces.get, finished=pieces.done)
         return
     for job in plan.jobs:
         if pieces.done(job):

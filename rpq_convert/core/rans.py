@@ -22,6 +22,8 @@ import math
 
 import numpy as np
 
+from rpq_convert.core.elementary import log2
+
 PRECISION, LANES, SEGMENT, LOWEST = 14, 8, 1 << 20, 1 << 16
 SYMBOLS = 256
 WORD, STATE = np.dtype("<u2"), np.dtype("<u4")
@@ -49,7 +51,7 @@ def rate_of(used: int, count: int) -> float:
 def code_bits(counts: np.ndarray, frequencies: np.ndarray) -> float:
     """Return about how many bits codes take that occur `counts` [256] times."""
     used = counts > 0
-    return float((counts[used] * (PRECISION - np.log2(frequencies[used]))).sum())
+    return float((counts[used] * (PRECISION - log2(frequencies[used]))).sum())
 
 
 def frequencies_of(counts: np.ndarray) -> np.ndarray:
@@ -68,7 +70,7 @@ def frequencies_of(counts: np.ndarray) -> np.ndarray:
         # one step of those that gain most, or lose least, by it
         step = 1 if left > 0 else -1
         changed = np.maximum(found + step, 1)
-        gain = np.where(used & (found + step >= 1), counts * np.log2(changed / np.maximum(found, 1)), -np.inf)
+        gain = np.where(used & (found + step >= 1), counts * log2(changed / np.maximum(found, 1)), -np.inf)
         best = np.argsort(-gain, kind="stable")[: min(abs(left), int(np.isfinite(gain).sum()))]
         found[best] += step
     return found.astype(np.int16)

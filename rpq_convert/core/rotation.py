@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rpq_convert.core.axes import WeightView
+from rpq_convert.core.reproducible import is_reproducible
 
 LEAST = 8  # smallest block that is worth a transform
 
@@ -56,7 +57,9 @@ def rotate(x: Tensor, size: int, *, back: bool = False) -> Tensor:
     """
     if not size:
         return x
-    if torch.compiler.is_compiling():  # a graph holds operations, not a tensor that this process keeps
+    if (
+        torch.compiler.is_compiling() or is_reproducible()
+    ):  # a graph holds operations, not a tensor that this process keeps
         return _steps(x, size, back)
     transform = matrix(size, x.dtype, x.device)
     return (x.reshape(-1, size) @ (transform if back else transform.T)).reshape(x.shape)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rpq_convert.core.reproducible import is_reproducible, mean, reproducible, total, total_log
 from rpq_convert.core.results import Encoded, Statistics
 from rpq_convert.core.rotation import rotate, rotate_weight
 from rpq_convert.core.spec import CODEBOOK_DTYPES, DTYPES, dtype_of
@@ -47,28 +48,29 @@ def encode(
         raise EncodeError(f"{job.name}: the plan says {list(job.shape)}, the tensor is {list(tensor.shape)}")
     if tensor.is_meta and not job.is_random:
         raise EncodeError(f"{job.name}: the tensor is on meta, so there is nothing to fit; use fit='random'")
-    given = tensor if tensor.is_meta else tensor.detach().to("cpu")
-    if not tensor.is_meta:
-        _check_finite(job, given)
-    if job.is_random:
-        encoded = _random(job, given, std)
-    else:
-        if statistics is not None or job.spec.rotation or job.spec.outliers:
-            given = given.float()  # else no wide copy of it is made
-        dense, seen = given, statistics and _grouped(statistics, job)
-        if job.spec.rotation:
-            dense = rotate_weight(dense, job.weight_view, job.spec.rotation)
-            seen = seen and _rotated(seen, job.spec.rotation)
-        encoded = _fit(job, dense, seen, start)
-    tensors, dead, zero_row = encoded
-    measured: dict[str, Any] = {}
-    if not job.is_random:
-        rpq = build(job, tensors, zero_row, dtype=torch.float32)
-        measured["error"], measured["worst"] = weight_errors(given, rpq)
-        if statistics is not None:
-            measured["inputs"] = statistics.inputs
-            found = output_errors(given, rpq().detach(), rpq, statistics.hessian)
-            measured["output_error"], measured["worst_output"] = found
+    with reproducible(job.reproducible):
+        given = tensor if tensor.is_meta else tensor.detach().to("cpu")
+        if not tensor.is_meta:
+            _check_finite(job, given)
+        if job.is_random:
+            encoded = _random(job, given, std)
+        else:
+            if statistics is not None or job.spec.rotation or job.spec.outliers:
+                given = given.float()  # else no wide copy of it is made
+            dense, seen = given, statistics and _grouped(statistics, job)
+            if job.spec.rotation:
+                dense = rotate_weight(dense, job.weight_view, job.spec.rotation)
+                seen = seen and _rotated(seen, job.spec.rotation)
+            encoded = _fit(job, dense, seen, start)
+        tensors, dead, zero_row = encoded
+        measured: dict[str, Any] = {}
+        if not job.is_random:
+            rpq = build(job, tensors, zero_row, dtype=torch.float32)
+            measured["error"], measured["worst"] = weight_errors(given, rpq)
+            if statistics is not None:
+                measured["inputs"] = statistics.inputs
+                found = output_errors(given, rpq().detach(), rpq, statistics.hessian)
+                measured["output_error"], measured["worst_output"] = found
     return Encoded(job.name, tensors, dead=dead, seconds=time.perf_counter() - began, zero_row=zero_row, **measured)
 
 
@@ -107,13 +109,13 @@ def _importance(job: Job, matrix: Matrix) -> Tensor | str | None:
     """Return how much the errors of weights [n, L] count that are fitted without statistics."""
     spec = job.spec
     if spec.bits >= LEAST_BITS and spec.scales is not None:
-        total, count, outputs = 0.0, 0, 0 if spec.axis == "in" else 1
+        logs, count, outputs = 0.0, 0, 0 if spec.axis == "in" else 1
         for part in matrix.parts(outputs):
             size = _relative(part, outputs)
             counted = size > NOTHING  # what is as good as zero says nothing of the others
-            total += float(size.where(counted, 1.0).log_().sum(dtype=torch.float64))
+            logs += total_log(size.where(counted, 1.0))
             count += int(counted.sum())
-        if count and total / count < UNEVEN:
+        if count and logs / count < UNEVEN:
             near = [1 / (_relative(part, outputs).square_() + NEAR**2) for part in matrix.parts(outputs)]
             return torch.cat(near, outputs)
     return "size" if spec.stages == 1 and spec.dim <= LARGE and spec.rate is None else None
@@ -121,7 +123,7 @@ def _importance(job: Job, matrix: Matrix) -> Tensor | str | None:
 
 def _relative(part: Tensor, outputs: int) -> Tensor:
     """Return the size of weights relative to the spread of their output, which lies along this axis: 1, or a power of two."""
-    spread = part.square().mean(1 - outputs, keepdim=True).sqrt_()
+    spread = mean(part.square(), 1 - outputs, keepdim=True).sqrt_()
     return (part / spread.clamp_min_(torch.finfo(torch.float32).tiny)).abs_()
 
 
@@ -264,11 +266,11 @@ def _random(job: Job, tensor: Tensor, std: float | None) -> tuple[dict[str, Tens
 
 def _spread(tensor: Tensor) -> float:
     """Return the standard deviation of all numbers; of large tensors part by part, so that no wide copy of them is made."""
-    if tensor.numel() <= WIDE:
+    if tensor.numel() <= WIDE and not is_reproducible():
         return float(tensor.float().std(correction=0))
     parts = torch.split(tensor.reshape(-1), PART)
-    mean = sum(float(p.double().sum()) for p in parts) / tensor.numel()
-    return math.sqrt(sum(float(p.double().sub_(mean).square_().sum()) for p in parts) / tensor.numel())
+    middle = sum(float(total(p.double())) for p in parts) / tensor.numel()
+    return math.sqrt(sum(float(total(p.double().sub_(middle).square_())) for p in parts) / tensor.numel())
 
 
 def _stored(job: Job, codebooks: Tensor, codes: Tensor) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rpq_convert.core.reproducible import total
 from rpq_convert.core.rotation import rotate_weight
 from rpq_convert.layers import surgery
 from rpq_convert.layers.weight import TRAINED, RPQWeight
@@ -28,18 +29,18 @@ def weight_errors(dense: Tensor, rpq: RPQWeight) -> tuple[float, float]:
     by_rows = rpq.spec.axis == "in"  # rows are outputs
     outputs = matrix.shape[0 if by_rows else 1]
     power, rest = torch.zeros(2, outputs, dtype=torch.float64)
-    total = torch.zeros(2, dtype=torch.float64)
+    whole = torch.zeros(2, dtype=torch.float64)
     step = max(1, CHUNK // matrix.shape[1])
     for start in range(0, matrix.shape[0], step):
         part = matrix[start : start + step].double()
         wrong = part - rpq.matrix_rows(start, start + step).cpu()
         for i, (sums, square) in enumerate(((power, part.square_()), (rest, wrong.square_()))):
-            total[i] += square.sum()
+            whole[i] += total(square)
             if by_rows:
-                sums[start : start + step] = square.sum(1)
+                sums[start : start + step] = total(square, 1)
             else:
-                sums += square.sum(0)
-    return _share(*total.tolist()), _worst(power, rest)
+                sums += total(square, 0)
+    return _share(*whole.tolist()), _worst(power, rest)
 
 
 @torch.no_grad()

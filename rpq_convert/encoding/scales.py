@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from rpq_convert.core.axes import WeightView
+from rpq_convert.core.reproducible import geometric_mean, mean, norm, total
 from rpq_convert.core.results import Statistics
 from rpq_convert.core.spec import DTYPES
 from rpq_convert.errors import EncodeError
@@ -29,7 +31,7 @@ def row_scales(view: WeightView, dense: Tensor, over: Tensor | None = None) -> T
     if over is not None:
         row = view.from_matrix(over[None], tuple(1 if i == out else n for i, n in enumerate(dense.shape)), "in")
         parts = (part / row for part in parts)
-    norms = [torch.linalg.vector_norm(p, dim=inputs, keepdim=True) / root if inputs else p.abs() for p in parts]
+    norms = [norm(p, inputs) / root if inputs else p.abs() for p in parts]
     return torch.cat(norms, out)
 
 
@@ -89,10 +91,11 @@ def input_scales(matrix: Matrix, statistics: Statistics | None) -> Tensor:
     step = step_of(matrix.shape[1])
     for _ in range(TURNS):  # as Sinkhorn and Knopp: all rows and all columns of one size
         parts = (part.double().square() for part in matrix.parts(0))
-        columns = sum((part / size).sum(0) for part, size in zip(parts, rows.split(step), strict=True)) / len(matrix)
+        found = [total(part / size, 0) for part, size in zip(parts, rows.split(step), strict=True)]
+        columns = reduce(torch.add, found) / len(matrix)
         over = columns.clamp_min(torch.finfo(torch.float64).tiny)
-        rows = torch.cat([(part.double().square() / over).mean(1, keepdim=True) for part in matrix.parts(0)])
+        rows = torch.cat([mean(part.double().square() / over, 1, keepdim=True) for part in matrix.parts(0)])
         rows = torch.where(rows > 0, rows, 1.0)
     columns = torch.where(columns > 0, columns, 1.0)
     sizes = columns.sqrt() ** TRUST
-    return (sizes / sizes.log().mean().exp()).clamp(1 / FAR, FAR).float()
+    return (sizes / geometric_mean(sizes)).clamp(1 / FAR, FAR).float()

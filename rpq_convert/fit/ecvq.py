@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from rpq_convert.core import rans
+from rpq_convert.core.elementary import LN2, log2, power
+from rpq_convert.core.reproducible import total
 from rpq_convert.fit.gptq import fit_gptq
 from rpq_convert.fit.loops.nearest import CODEWORDS
 from rpq_convert.fit.matrix import Matrix
@@ -31,7 +33,7 @@ BINS = 1 << 16
 MIDDLE = 4.0  # root mean squares within which bins are about as narrow as at zero
 CHUNK = 1 << 18  # points at a time: what is made of them takes 10 MB
 TAIL = 24  # codewords at each end that may lie farther apart, where even steps would need more than there are
-PRICE = 2 * np.log(2) / 12  # of a bit, in squared steps: the slope of error over rate where steps are small
+PRICE = 2 * LN2 / 12  # of a bit, in squared steps: the slope of error over rate where steps are small
 ITERATIONS, BISECTIONS = 12, 18  # of which the last changes the rate by 10^-4 bits
 SPARE = 2.5e-4  # bits of a code, about what the coder's states lose
 TRIES = 5
@@ -133,8 +135,8 @@ class Line:
         step = max(1, CHUNK // problem.matrix.shape[1])
         starts = range(0, len(problem.matrix), step)
         parts = (problem.matrix.rows(i, i + step) for i in starts)
-        square = sum(float(part.double().square().sum()) for part in parts) / problem.matrix.values.numel()
-        middle = MIDDLE * problem.scale * 2.0 ** np.round(np.log2(square) / 2) if square > 0 else 1.0
+        square = sum(float(total(part.double().square())) for part in parts) / problem.matrix.values.numel()
+        middle = MIDDLE * problem.scale * 2.0 ** round(float(log2(square)) / 2) if square > 0 else 1.0
         sums = np.zeros((3, BINS))
         for i in starts:
             part = problem.matrix.rows(i, i + step)
@@ -144,8 +146,8 @@ class Line:
             mass = torch.ones_like(points)
             if problem.importance is not None:
                 mass = problem.importance[i : i + len(part)].reshape(-1) + LEAST
-            for total, weights in zip(sums, (None, mass.double(), (mass * points).double())):
-                total += torch.bincount(at, weights, BINS).numpy()
+            for counted, weights in zip(sums, (None, mass.double(), (mass * points).double())):
+                counted += torch.bincount(at, weights, BINS).numpy()
         used = sums[0] > 0
         return cls(*sums[:, used])
 
@@ -179,7 +181,7 @@ class Line:
         reach = step * (CODEWORDS - 2 * TAIL - 1) / 2
         far = np.arange(1, TAIL + 1) / TAIL
         tails = [
-            middle + side * reach * (abs(end - middle) / reach) ** far
+            middle + side * reach * power(abs(end - middle) / reach, far)
             for side, end in ((-1, low), (1, high))
             if (end - middle) * side > reach
         ]
@@ -187,7 +189,7 @@ class Line:
 
     def dense(self, step: float, low: float, high: float) -> np.ndarray:
         """Return codewords as close as points are dense, to the power of 1/3 (Panter and Dite 1951): the best of one length."""
-        share = np.diff(self.sums[0])[1:] ** (1 / 3) * np.diff(self.values) ** (2 / 3)
+        share = power(np.diff(self.sums[0])[1:], 1 / 3) * power(np.diff(self.values), 2 / 3)
         level = np.concatenate([[0.0], np.cumsum(share)])
         return np.unique(np.interp((np.arange(CODEWORDS) + 0.5) / CODEWORDS * level[-1], level, self.values))
 
@@ -207,7 +209,7 @@ class Line:
             number, mass, first = number[used], mass[used], first[used]
             words = first / mass
             thresholds = thresholds[np.flatnonzero(used)[1:] - 1]
-            lengths = np.log2(self.count / number)
+            lengths = log2(self.count / number)
         counts = np.zeros(rans.SYMBOLS)
         counts[: len(number)] = number
         bits = rans.code_bits(counts, rans.frequencies_of(counts)) / self.count

@@ -33,6 +33,7 @@ from rpq_convert.fit.problem import (
     collect,
     fit_distinct,
     generator,
+    largest,
     make_problem,
     round_codebooks,
 )
@@ -59,7 +60,7 @@ def relocate(groups: list[Group], codes: list[np.ndarray], codebook: np.ndarray,
         errors = errors_of(group.rows, group.row_weights, code, codebook)
         top = np.flatnonzero(errors > cost[victims[0]])
         if top.size > 4 * limit:
-            top = top[np.argpartition(errors[top], top.size - 4 * limit)[-4 * limit :]]
+            top = top[largest(errors[top], 4 * limit)]
         found.append((errors[top], np.full(top.size, g), top))
     worst, at, which = (np.concatenate(part) for part in zip(*found))
     moved: list[int] = []

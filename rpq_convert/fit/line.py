@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from rpq_convert.core.elementary import power
+from rpq_convert.core.reproducible import is_reproducible
 from rpq_convert.fit.loops.line import line_start, prefix_sums
 from rpq_convert.fit.loops.nearest import CODEWORDS
 from rpq_convert.fit.problem import Group
@@ -15,7 +17,7 @@ def fit_line(group: Group) -> np.ndarray:
     """Fit one codebook [256, 1] on a line: dynamic programming over 1024 pieces, then Lloyd on all sorted values."""
     values, weights = group.columns[0], group.weights[0]
     if weights.size > 1:
-        order = np.argsort(values)
+        order = np.argsort(values, kind="stable" if is_reproducible() else None)  # of equal ones the weights differ
         values, weights = values[order], weights[order]
         keep = weights > 0
         if not keep.all():
@@ -56,7 +58,7 @@ def _pieces(values: np.ndarray) -> np.ndarray:
     knots = np.unique(np.r_[knots, np.searchsorted(values, grid.astype(np.float32))])
     knots = knots[knots < total]
     at = values[knots].astype(np.float64)
-    share = np.diff(knots) ** (1 / 3) * np.diff(at) ** (2 / 3)
+    share = power(np.diff(knots), 1 / 3) * power(np.diff(at), 2 / 3)
     level = np.r_[0.0, np.cumsum(share)]
     if level[-1] <= 0:
         return np.array([0, total], np.int64)

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from rpq_convert.core.reproducible import is_reproducible, mean, total
 from rpq_convert.fit.loops.kmeans import accumulate, distinct, gather
 from rpq_convert.fit.loops.nearest import CODEWORDS, blank, nearest
 from rpq_convert.fit.matrix import Matrix, step_of
@@ -194,18 +195,18 @@ def collect(problem: Problem, book: int, *, full: int, sample: int, rng: np.rand
     centre = 0.0
     if rate < 1:
         rows = _row_means(problem.matrix, low * problem.dim, min(high * problem.dim, problem.matrix.shape[1]))
-        centre = float(rows.mean(dtype=torch.float64)) * problem.scale  # fp64 means of fp32 rows: no wide copy
+        centre = float(total(rows) / len(rows)) * problem.scale  # fp64 means of fp32 rows: no wide copy
     parts: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}  # r -> [(columns, weights)]
     far: dict[int, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}  # r -> [(columns, weights, distances)]
     for span in problem.spans(book):
         points, weights = problem.points(*span), problem.weights(*span)
-        r, total = points.shape
+        r, many = points.shape
         if rate < 1:
             distance = ((points - np.float32(centre)) ** 2 * weights).sum(0)
             top = _farthest(points, distance)
             far.setdefault(r, []).append((points[:, top], _take(weights, top), distance[top]))
-            count = math.ceil(total * rate)
-            index = ((np.arange(count) + rng.random(count)) * (total / count)).astype(np.int64).clip(0, total - 1)
+            count = math.ceil(many * rate)
+            index = ((np.arange(count) + rng.random(count)) * (many / count)).astype(np.int64).clip(0, many - 1)
             points, weights = points[:, index], _take(weights, index)
         parts.setdefault(r, []).append((points, weights))
     groups = []
@@ -224,14 +225,21 @@ def _row_means(matrix: Matrix, left: int, right: int) -> torch.Tensor:
     """Return the fp32 mean of every row's columns `left` to `right`."""
     step = step_of(right - left)
     starts = range(0, len(matrix), step)
-    return torch.cat([matrix.block(i, min(i + step, len(matrix)), left, right).mean(1) for i in starts])
+    return torch.cat([mean(matrix.block(i, min(i + step, len(matrix)), left, right), 1) for i in starts])
 
 
 def _farthest(points: np.ndarray, distance: np.ndarray) -> np.ndarray:
     """Return the sorted indices of the EXTREMES largest distances and of every coordinate's least and largest."""
     keep = min(EXTREMES, distance.size)
-    top = np.argpartition(distance, distance.size - keep)[distance.size - keep :]
+    top = largest(distance, keep)
     return np.unique(np.concatenate([top, points.argmin(1), points.argmax(1)]))
+
+
+def largest(values: np.ndarray, keep: int) -> np.ndarray:
+    """Return the indices of the `keep` largest numbers, in no order."""
+    if is_reproducible():  # of equal ones the first, whatever the library's way of choosing
+        return np.argsort(-values, kind="stable")[:keep]
+    return np.argpartition(values, values.size - keep)[values.size - keep :]
 
 
 def _take(weights: np.ndarray, index: np.ndarray) -> np.ndarray:

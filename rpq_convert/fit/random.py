@@ -6,8 +6,11 @@ the caller can rescale them to the variance that the dense layer's own init woul
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
+from rpq_convert.core.elementary import normal
+from rpq_convert.core.reproducible import is_reproducible
 from rpq_convert.fit.result import Fitted, check_layout, count_dead
 
 
@@ -30,5 +33,9 @@ def fit_random(
     blocks = check_layout(matrix, dim=dim, books=books, stages=stages)
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(256, (stages, blocks, matrix.shape[0]), generator=generator, dtype=torch.uint8)
-    codebooks = torch.randn((stages, books, 256, dim), generator=generator, dtype=torch.float32) / stages**0.5
+    size = (stages, books, 256, dim)
+    if is_reproducible():  # torch's normal numbers depend on the processor, its whole ones do not
+        codebooks = torch.from_numpy(normal(np.random.default_rng(seed), size)).float() / stages**0.5
+    else:
+        codebooks = torch.randn(size, generator=generator, dtype=torch.float32) / stages**0.5
     return Fitted(codebooks.to(codebook_dtype), codes, count_dead(codes, books))

@@ -79,6 +79,11 @@ class PlanOptions:
         choices=FITS, record=ALWAYS, panel=SIZE,
     )  # fmt: skip
     seed: int = setting(0, "Decides every random number.", least=0, record=ALWAYS, panel=SIZE)
+    reproducible: bool = setting(
+        False,
+        "The same bytes on every processor, in up to twice the time; for fits to weights alone.",
+        panel=SIZE,
+    )
     stages: int | None = setting(
         None, "With `dim`: how many codewords are summed for one sub-vector.", panel=SIZE, flag=None
     )
@@ -138,6 +143,11 @@ class PlanOptions:
             )
         if self.coded and (self.dim is not None or self.codebooks is not None):
             raise PlanError("entropy-coded weights take bits, a preset or a target_size, not dim or codebooks")
+        if self.reproducible and self.measures:
+            raise PlanError(
+                "reproducible needs sensitivities that are given: a model is run to measure them, and processors round that in other "
+                "ways; give sensitivity='shape', or a mapping"
+            )
         if isinstance(self.sensitivity, str) and self.sensitivity != "shape":
             raise PlanError(f"sensitivity must be 'shape' or a mapping from names to numbers, not {self.sensitivity!r}")
         if self.max_error is not None and self.fit == "random":
@@ -224,6 +234,7 @@ class PlanKeywords(TypedDict, total=False):
     axis: Literal["out", "in"] | None
     fit: str | None
     seed: int
+    reproducible: bool
     stages: int | None
     rotation: int | None
     outliers: float | None

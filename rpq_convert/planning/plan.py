@@ -43,6 +43,7 @@ class Job:
     seed: int
     rule: str
     padding_idx: int | None = None
+    reproducible: bool = False
 
     @property
     def is_random(self) -> bool:
@@ -161,6 +162,11 @@ class Plan:
     def tensor_bytes(self) -> int:
         return sum(d.itemsize * math.prod(s) for d, s in self.entries.values())
 
+    @property
+    def is_reproducible(self) -> bool:
+        """Whether every weight is fitted to the same bytes on every processor."""
+        return bool(self.jobs) and all(job.reproducible for job in self.jobs)
+
     def rows(self) -> tuple[Row, ...]:
         """Return the report's rows as far as they are known before a fit."""
         rows = [
@@ -218,7 +224,10 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON values; of its parts those that have a guard of their own."""
         found = {"format_version": FORMAT_VERSION} | without_empty(asdict(self), "dropped")
-        found["jobs"] = [job | {"spec": own.spec.to_dict()} for job, own in zip(found["jobs"], self.jobs)]
+        found["jobs"] = [
+            without_empty(job, "reproducible") | {"spec": own.spec.to_dict()}
+            for job, own in zip(found["jobs"], self.jobs)
+        ]
         parts = [p for p in found.pop("parts") if self._first(p) not in (None, self._first(""))]
         return found | ({"parts": parts} if parts else {})
 

@@ -120,7 +120,7 @@ def make_plan(
         stored = floating if floating is not None and slot.dtype.is_floating_point else slot.dtype
         decision = _decide(slot, stored, policy, options.seed)
         if isinstance(decision, Job):
-            jobs.append(decision)
+            jobs.append(replace(decision, reproducible=options.reproducible))
         else:
             skips.append(
                 Skip(slot.name, slot.aliases, slot.layer, slot.shape, dtype_name(stored), decision, slot.buffer)

@@ -67,6 +67,7 @@ class JobEntry(Struct, forbid_unknown_fields=True):
     seed: Size
     rule: str
     padding_idx: Size | None = None
+    reproducible: bool = False
 
     def __post_init__(self) -> None:
         _check_numbers(self.shape)
@@ -252,13 +253,14 @@ class OriginFile(SourceRecord):
 class MadeEntry(Struct):
     """How a folder was made: the plan, the source, and what it was made with. Unknown fields are ignored.
 
-    `processor` names the instructions that fits have used: between kinds of processors codes differ.
+    `processor` names the instructions that fits have used: between kinds of processors codes differ, unless they are `reproducible`.
     """
 
     plan: Sha256
     version: str
     processor: str
     source: SourceRecord | None = None
+    reproducible: bool = False
 
 
 class ManifestFile(Struct):

@@ -20,7 +20,9 @@ from rpq_convert.version import __version__
 
 def made_now(plan: Plan, source: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return how a folder is made, for its manifest."""
-    made = {"plan": plan.sha256, "version": __version__, "processor": family(), "source": source}
+    made: dict[str, Any] = {"plan": plan.sha256, "version": __version__, "processor": family(), "source": source}
+    if plan.is_reproducible:
+        made["reproducible"] = True
     return {k: v for k, v in made.items() if v is not None}
 
 

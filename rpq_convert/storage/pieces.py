@@ -1,7 +1,7 @@
 """Pieces: the finished jobs of an unfinished output folder, one safetensors file each.
 
 A piece carries the hash of what it holds, and of the tensor that it was fitted to. A rerun takes it only where both are right: a damaged one
-is fitted again, and says so.
+is fitted again, and says so. Once its tensors are in weight files they leave the piece (`move`), so that the disk holds them once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rpq_convert.planning.plan import Job
 from rpq_convert.schemas import kinds
 from rpq_convert.schemas.checking import check, parse_json
 from rpq_convert.showing import notice
-from rpq_convert.storage.assembly import raw, write_tensors_to
+from rpq_convert.storage.assembly import raw, write_tensors, write_tensors_to
 
 NAME = "pieces"
 
@@ -42,6 +42,7 @@ class Pieces:
     def __init__(self, work: Path) -> None:
         self.folder = work / NAME
         self.checked: set[str] = set()  # jobs whose pieces were read and are whole
+        self.files: dict[str, Path] = {}  # key -> the whole weight file that holds it
 
     def path(self, job: Job) -> Path:
         return self.folder / (hashlib.sha256(job.name.encode()).hexdigest()[:32] + ".safetensors")
@@ -58,6 +59,17 @@ class Pieces:
         entries = {part: (t.dtype, tuple(t.shape)) for part, t in tensors.items()}
         metadata = {"rpq": facts, "sha256": sealed(facts, tensors)}
         write_tensors_to(self.path(job), entries, tensors.__getitem__, metadata)
+
+    def move(self, job: Job) -> bool:
+        """Remove a job's tensors from its piece, if weight files hold all of them; return whether they do."""
+        if not all(key in self.files for key in _keys(job).values()):
+            return False
+        with safe_open(self.path(job), "pt") as f:
+            metadata = f.metadata()
+        if metadata.get("moved") is None:
+            facts = metadata["rpq"]
+            write_tensors(self.path(job), {}, {"rpq": facts, "sha256": sealed(facts, {}), "moved": "true"})
+        return True
 
     def done(self, job: Job) -> bool:
         """Return whether a job is finished. A damaged piece is removed, which is said."""
@@ -113,11 +125,14 @@ class Pieces:
             with safe_open(path, "pt") as f:
                 metadata = f.metadata() or {}
                 tensors = {part: f.get_tensor(part) for part in f.keys()}  # noqa: SIM118 - it is no mapping
+            text, seal = metadata.get("rpq", ""), metadata.get("sha256")
+            if metadata.get("moved") is not None and seal == sealed(text, {}):
+                tensors = self._moved(job)
+                seal = sealed(text, tensors) if job.name not in self.checked else seal
         except (SafetensorError, OSError) as e:
             raise Damaged(str(e)) from None
-        text = metadata.get("rpq", "")
         if job.name not in self.checked:
-            if metadata.get("sha256") != sealed(text, tensors):
+            if seal != sealed(text, tensors):
                 raise Damaged("its content is not what was written")
             self._check(job, tensors)
         facts: dict[str, Any] = parse_json(text, kinds.PIECE, path, Damaged)
@@ -127,11 +142,26 @@ class Pieces:
         self.checked.add(job.name)
         return tensors, facts
 
+    def _moved(self, job: Job) -> dict[str, Tensor]:
+        """Return the tensors that have left a piece, from the weight files, which were compared with their hashes."""
+        found = {}
+        for part, key in _keys(job).items():
+            if key not in self.files:
+                raise Damaged("the weight file that holds its tensors is not whole")
+            with safe_open(self.files[key], "pt") as f:
+                found[part] = f.get_tensor(key)
+        return found
+
     def _check(self, job: Job, tensors: Mapping[str, Tensor]) -> None:
         expected, inputs = job.spec.stored(job.weight_view, job.shape), job.weight_view.matrix_shape(job.shape, "in")[1]
         wrong = description.misfit(expected, tensors)
         if wrong := wrong or description.misplaced(expected, tensors.get("positions"), inputs):
             raise Damaged(wrong)
+
+
+def _keys(job: Job) -> dict[str, str]:
+    """Return part -> key of a job's tensors in weight files."""
+    return {part: f"{job.name}_rpq.{part}" for part in job.spec.stored(job.weight_view, job.shape)}
 
 
 def sealed(facts: str, tensors: Mapping[str, Tensor]) -> str:

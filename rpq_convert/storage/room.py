@@ -85,7 +85,23 @@ def nearest(path: Path) -> Path:
 
 
 def bytes_to_write(out: str | Path, plan: Plan) -> int:
-    """Return the bytes that a plan still needs on the disk: its pieces and its weight files, but for what an earlier run wrote."""
+    """Return the bytes that a plan still needs on the disk, but for what an earlier run wrote."""
     work = work_of(Path(out))
     there = sum(p.stat().st_size for p in work.rglob("*.safetensors")) if work.is_dir() else 0
-    return max(0, plan.file_bytes + sum(sum(j.nbytes.values()) for j in plan.jobs) - there)
+    return max(0, most_bytes(plan) - there)
+
+
+def most_bytes(plan: Plan) -> int:
+    """Return the most bytes that pieces and weight files take together: tensors leave the pieces file by file."""
+    where = {key: number for number, (_, keys) in enumerate(plan.shards) for key in keys}
+    held = sum(sum(job.nbytes.values()) for job in plan.jobs)
+    leaving = [0] * len(plan.shards)
+    for job in plan.jobs:
+        parts = job.spec.stored(job.weight_view, job.shape)
+        leaving[max(where[f"{job.name}_rpq.{part}"] for part in parts)] += sum(job.nbytes.values())
+    most = held
+    for (name, _), left in zip(plan.shards, leaving):
+        held += plan.files[name]
+        most = max(most, held)
+        held -= left
+    return most

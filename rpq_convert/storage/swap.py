@@ -1,8 +1,9 @@
 """Swap: where an output folder lies while it is made, and how it takes its name. Free of torch.
 
-`<out>.partial` holds what is unfinished, `<out>.old.partial` what was replaced and is being deleted. A finished folder takes the place of an
-earlier one by exchanging names, where the operating system can: at any moment one whole folder has the name. Elsewhere the earlier
-one is renamed first; a run that was killed between the two renames is undone by the next one (`recover`).
+`<out>.partial` holds what is unfinished, `<out>.tuning.partial` how far tuning is, `<out>.old.partial` what was replaced and is being
+deleted. A finished folder takes the place of an earlier one by exchanging names, where the operating system can: at any moment one whole
+folder has the name. Elsewhere the earlier one is renamed first; a run that was killed between the two renames is undone by the next one
+(`recover`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,11 @@ def work_of(out: Path) -> Path:
 def old_of(out: Path) -> Path:
     """Return where a replaced folder lies while it is deleted."""
     return out.with_name(out.name + ".old.partial")
+
+
+def tuning_of(out: Path) -> Path:
+    """Return where a folder keeps the state of a tuning run that has not ended."""
+    return out.with_name(out.name + ".tuning.partial")
 
 
 def recover(out: Path) -> None:

@@ -1,10 +1,10 @@
 """The output folder: written under a temporary name, renamed when complete, resumable before.
 
 Everything is written to `<out>.partial/`. Finished jobs are in its `pieces/`, one small safetensors file each (pieces.py). A killed run
-continues after its last finished job. Weight files are then assembled from the pieces, one tensor in memory at a time, and their
-hashes noted, so that a later run knows which of them are whole. The manifest is written last: a folder that has one is complete, and only
-its name is left to be given (swap.py). Every file is written to a temporary name, synced and renamed; what else lies in the folder when a
-run goes on is removed. Rejected: writing shards directly, which loses up to a shard's work to a kill.
+continues after its last finished job. Weight files are then assembled from the pieces, one tensor in memory at a time, and their hashes
+noted, so that a later run knows which of them are whole; the tensors then leave the pieces. The manifest is written last: a folder that
+has one is complete, and only its name is left to be given (swap.py). Every file is written to a temporary name, synced and renamed; what
+else lies in the folder when a run goes on is removed. Rejected: writing shards directly, which loses up to a shard's work to a kill.
 """
 
 from __future__ import annotations
@@ -127,6 +127,7 @@ class Folder:
             return False
         self.closely = self.closely or [[*file] for file in before["seen"]] != self.seen
         self.written = self._whole_files()
+        self._hold()
         self._clear()
         return True
 
@@ -257,6 +258,7 @@ class Folder:
                 not_finite.append(key)
             return value
 
+        waiting = list(plan.jobs)
         for name, keys in plan.shards:
             if name not in self.written:
                 not_finite.clear()
@@ -272,6 +274,8 @@ class Folder:
                 }
                 self.written[name] = facts
                 write_file(self.work / WRITTEN, json.dumps(self.written))
+            self._hold()
+            waiting = [job for job in waiting if not self.pieces.move(job)]
             if progress:
                 progress(name)
         if len(plan.shards) > 1:
@@ -280,6 +284,12 @@ class Folder:
                 "weight_map": {k: n for n, ks in plan.shards for k in ks},
             }
             write_file(self.work / INDEX, json.dumps(index, indent=1))
+
+    def _hold(self) -> None:
+        """Tell the pieces which weight files are whole."""
+        self.pieces.files = {
+            key: self.work / name for name, keys in self.plan.shards if name in self.written for key in keys
+        }
 
     def _dense(self, key: str, dense: Callable[[str], Tensor]) -> Tensor:
         """Return a tensor that stays dense as it is written."""

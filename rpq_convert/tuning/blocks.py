@@ -16,8 +16,10 @@ from rpq_convert.inputs.items import prepare
 from rpq_convert.layers import surgery
 from rpq_convert.layers.precision import fitting, widened
 from rpq_convert.running.blocks import Arrival, arrivals, chains, runs_of
+from rpq_convert.running.digest import describe
 from rpq_convert.running.modes import quiet
 from rpq_convert.running.progress import Progress
+from rpq_convert.tuning.checkpoint import Checkpoint
 from rpq_convert.tuning.options import BlockKeywords, TuneOptions
 from rpq_convert.tuning.tune import Tuning, tune_with
 
@@ -55,13 +57,20 @@ def tune_blocks(
 
 
 def tune_blocks_with(
-    options: TuneOptions, model: nn.Module, base: nn.Module, data: Iterable[Any], *, progress: Progress | None = None
-) -> dict[str, Tuning]:
-    """Tune block after block by options that were made before; all else is as for `tune_blocks`."""
+    options: TuneOptions, model: nn.Module, base: nn.Module, data: Iterable[Any], *, checkpoint: Checkpoint | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Tuning]:  # fmt: skip
+    """Tune block after block by options that were made before; all else is as for `tune_blocks`.
+
+    Args:
+        checkpoint: a folder, in which every block has a file, and what decides the run besides its model, data and options.
+    """
     items = list(data)
     if len(items) < 2:
         raise TuneError("too little data: at least one batch to train on and one to judge on are needed")
     found: dict[str, Tuning] = {}
+    kept = checkpoint or Checkpoint()
+    of = str(describe(items)["sha256"]) + kept.of if kept.file else ""
     with widened(model, torch.float32), quiet(model) as mine, quiet(base) as its:
         with torch.no_grad():
             known = chains(model, fitting(items[0], base, model))
@@ -83,9 +92,9 @@ def tune_blocks_with(
                 _advance(wanted, path, dense, its)
                 if path in coded:
                     numbers = [(torch.tensor(i),) for i in range(len(items))]
-                    found[path] = tune_with(
-                        options, _Block(block, path, samples), _Recorded(wanted), numbers, progress=told
-                    )
+                    mine_alone = _Block(block, path, samples), _Recorded(wanted), numbers
+                    part = kept.part(f"block-{len(found):04d}.safetensors", f"{of} {path}")
+                    found[path] = tune_with(options, *mine_alone, checkpoint=part, progress=told)
                 _advance(samples, path, block, mine)
         remeasure(model, base)
     return found

@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rpq_convert.core.keywords import keywords
@@ -33,9 +31,7 @@ from rpq_convert.running.blocks import recomputed
 from rpq_convert.running.call import call, without_padding
 from rpq_convert.running.digest import describe
 from rpq_convert.running.modes import quiet
-from rpq_convert.schemas import kinds
-from rpq_convert.schemas.checking import check, parse_json
-from rpq_convert.storage.assembly import partial_of, write_tensors
+from rpq_convert.tuning.checkpoint import ANEW, Checkpoint
 from rpq_convert.tuning.codes import EVERY, CodeUpdates
 from rpq_convert.tuning.losses import LOSSES, _main
 from rpq_convert.tuning.options import TuneKeywords, TuneOptions
@@ -43,7 +39,6 @@ from rpq_convert.tuning.trained import coded_weights, stored_dtypes, trained_val
 
 Progress = Callable[[int, float], None]
 BETAS, EPSILON = (0.9, 0.99), 1e-12
-ANEW = "; remove it to start anew"  # what to do about a checkpoint that does not serve
 FLOOR = 1e-2  # size that a step on an all but zero tensor is relative to
 WARM = 0.05  # share of the steps in which the learning rate grows
 LAST = 0.1  # of the learning rate, at the last step
@@ -110,7 +105,8 @@ def tune(
     items = prepare(data, base, "data", tokenizer=tokenizer)
     if held_out is not None:
         held_out = prepare(held_out, base, "held_out", tokenizer=tokenizer)
-    return tune_with(asked, model, base, items, held_out=held_out, checkpoint=checkpoint, progress=progress)
+    kept = Checkpoint(Path(checkpoint)) if checkpoint else None
+    return tune_with(asked, model, base, items, held_out=held_out, checkpoint=kept, progress=progress)
 
 
 def tune_with(
@@ -120,7 +116,7 @@ def tune_with(
     data: Iterable[Any],
     *,
     held_out: Iterable[Any] | None = None,
-    checkpoint: str | Path | None = None,
+    checkpoint: Checkpoint | None = None,
     progress: Progress | None = None,
 ) -> Tuning:
     """Tune by options that were made before on inputs that are ready; all else is as for `tune`."""
@@ -133,7 +129,7 @@ def tune_with(
         raise TuneError(f"{type(model).__name__} has no RPQ layer to tune; convert it first")
     again = recomputed(model) if options.recompute else nullcontext()
     with widened(model, torch.float32), again, quiet(model) as mine, quiet(base) as its:
-        done = _Run(options, model, base, batches, judged, checkpoint, progress, (mine, its)).run()
+        done = _Run(options, model, base, batches, judged, checkpoint or Checkpoint(), progress, (mine, its)).run()
         if done.best:
             remeasure(model, base)
         return done
@@ -147,14 +143,14 @@ class _Run:
         base: nn.Module,
         batches: Sequence[Any],
         judged: Sequence[Any],
-        checkpoint: str | Path | None,
+        checkpoint: Checkpoint,
         progress: Progress | None,
         restore: Sequence[Callable[[], None]],
     ) -> None:
         self.restore = restore
         self.options, self.model, self.base, self.batches, self.judged = options, model, base, batches, judged
         self.progress = progress
-        self.checkpoint = Path(checkpoint) if checkpoint else None
+        self.checkpoint = checkpoint
         self.values = trained_values(model)
         self.stored = stored_dtypes(model, self.values)
         self.updates = CodeUpdates(coded_weights(model), options.recode) if options.recode else None
@@ -167,7 +163,9 @@ class _Run:
         shapes = {name: [str(p.dtype), *p.shape] for name, p in self.values.items()}
         begins = {**self.values, **(self.updates.codes if self.updates else {})}
         start = {n: hashlib.sha256(p.detach().cpu().float().numpy().tobytes()).hexdigest() for n, p in begins.items()}
-        self.mark = hashlib.sha256(json.dumps([facts, shapes, start]).encode()).hexdigest()
+        self.mark = hashlib.sha256(
+            json.dumps([facts, shapes, start, *([checkpoint.of] if checkpoint.of else [])]).encode()
+        ).hexdigest()
 
     def run(self) -> Tuning:
         with training(self.model, self.values):
@@ -178,7 +176,7 @@ class _Run:
                 if not math.isfinite(before):
                     raise TuneError(f"the loss of the model as it came is {before}")
                 state.best = self._copy()
-            while state.step < self.options.steps and state.since < self.options.patience:
+            while self._goes_on(state):
                 found = self._step(state, sizes)
                 state.step += 1
                 if self.progress:
@@ -194,12 +192,16 @@ class _Run:
                         self._go_back(state)
                     state.history.append((state.step, judged))
                     self._save(state)
+                if self._goes_on(state) and self.checkpoint.is_over():
+                    self._save(state)
+                    raise self.checkpoint.stop(state.step, self.options.steps)
             self._put(state.best)
-        if self.checkpoint:
-            for file in (self.checkpoint, partial_of(self.checkpoint)):
-                file.unlink(missing_ok=True)
+        self.checkpoint.clear()
         after = min(value for _, value in state.history)
         return Tuning(state.history[0][1], after, state.best_step, state.step, tuple(state.history))
+
+    def _goes_on(self, state: _State) -> bool:
+        return state.step < self.options.steps and state.since < self.options.patience
 
     def _all(self) -> dict[str, Tensor]:
         """Return everything that tuning changes."""
@@ -280,32 +282,20 @@ class _Run:
                 self.values[name].copy_(value)
 
     def _save(self, state: _State) -> None:
-        if self.checkpoint is None:
-            return
         now = {n: p.detach() for n, p in self._all().items()}
         groups = {"now": now, "best": state.best, "mean": state.mean, "square": state.square, **self._gathered()}
-        tensors = {f"{g}/{n}": t.contiguous() for g, found in groups.items() for n, t in found.items()}
         plain = ("step", "best_step", "history", "since", "share", "began")
-        facts = {"mark": self.mark, **{name: getattr(state, name) for name in plain}}
-        write_tensors(self.checkpoint, tensors, {"rpq_tune": json.dumps(facts)})
+        self.checkpoint.write({"mark": self.mark, **{name: getattr(state, name) for name in plain}}, groups)
 
     def _gathered(self) -> dict[str, dict[str, Tensor]]:
         u = self.updates
         return {"pull": u.offsets, "pull_square": u.squares, "pull_steps": u.steps} if u else {}
 
     def _resume(self) -> _State | None:
-        if self.checkpoint is None or not self.checkpoint.is_file():
+        found = self.checkpoint.read(self.mark)
+        if found is None:
             return None
-        try:
-            with safe_open(self.checkpoint, "pt") as f:
-                text = (f.metadata() or {}).get("rpq_tune", "")
-            tensors = load_file(self.checkpoint)
-        except SafetensorError as e:
-            raise TuneError(f"{self.checkpoint} is damaged: {e}{ANEW}") from None
-        facts = parse_json(text, kinds.TUNING, self.checkpoint, TuneError, ANEW)
-        check(facts, kinds.TUNING, self.checkpoint, TuneError, ANEW)
-        if facts["mark"] != self.mark:
-            raise TuneError(f"{self.checkpoint} is of another run (model, data or settings differ){ANEW}")
+        facts, tensors = found
         groups: dict[str, dict[str, Tensor]] = {"now": {}, "best": {}, "mean": {}, "square": {}, **self._gathered()}
         everything = self._all()
         for key, tensor in tensors.items():
@@ -314,7 +304,7 @@ class _Run:
                 group not in ("now", "best", "mean", "square") or tensor.shape == everything[name].shape
             )
             if group not in groups or not alike:
-                raise TuneError(f"{self.checkpoint}: {key} {list(tensor.shape)} is no tensor of this run{ANEW}")
+                raise TuneError(f"{self.checkpoint.file}: {key} {list(tensor.shape)} is no tensor of this run{ANEW}")
             groups[group][name] = tensor.to(everything[name].device)
         with torch.no_grad():
             for name, value in groups["now"].items():

@@ -87,6 +87,15 @@ def test_on_another_processor_nothing_is_fitted_again(place, tmp_path):
     assert (found.weights, found.refitted) == (3, 0) and "another kind of processor (an abacus)" in found.note
 
 
+def test_reproducible_weights_are_fitted_again_on_any_processor(place, tmp_path):
+    rpq.convert_checkpoint(
+        place / "dense.safetensors", tmp_path / "out", factory=net, bits=4, grow=True, reproducible=True
+    )
+    assert json.loads((tmp_path / "out" / "rpq_manifest.json").read_text())["made"]["reproducible"]
+    found = compare(changed(tmp_path, tmp_path / "other", processor="an abacus"), place / "dense.safetensors")
+    assert (found.weights, found.refitted, found.note) == (3, 3, "")
+
+
 def test_a_folder_that_does_not_know_its_source_has_its_errors_measured(place, tmp_path):
     found = compare(changed(place, tmp_path, source=None), place / "dense.safetensors")
     assert (found.weights, found.traced, found.refitted) == (3, 0, 0) and "does not say" in found.note

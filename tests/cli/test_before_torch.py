@@ -88,6 +88,9 @@ REFUSED = [  # arguments, exit code, what is said
     ((*CONVERT, "--codebooks", "many"), 3, "codebooks must be 'heads' or a number"),
     ((*CONVERT, "--target-size", "1MB", "--sensitivity", "sense.json"), 3, "is no file, nor 'shape'; did you mean sens.json?"),
     ((*CONVERT, "--target-size", "1MB", "--sensitivity", "sens.json"), 3, "sens.json"),
+    ((*CONVERT, "--reproducible", "--calibrate", "text.txt"), 3, "reproducible serves fits to weights alone"),
+    ((*CONVERT, "--reproducible", "--effort", "good"), 3, "leave one of them out"),
+    (("plan", MODEL, "--reproducible", "--target-size", "1MB"), 3, "reproducible needs sensitivities that are given"),
     # sources and outputs
     (("plan", "my-modle", "--bits", "4"), 4, "my-modle does not exist; did you mean my-model?"),
     (("convert", "./my-modle"), 4, "./my-modle does not exist; did you mean my-model?"),

@@ -14,6 +14,7 @@ from rpq_convert.checkpoint.metadata import add_evaluation
 from rpq_convert.core.results import Evaluation
 from rpq_convert.errors import FolderError, SourceError, TimeLimitReached, VerifyError
 from rpq_convert.storage import manifest, swap, writer
+from rpq_convert.storage.room import most_bytes
 
 VARYING = ("rpq_report.json", "README.md", "rpq_manifest.json")  # hold times
 
@@ -49,6 +50,16 @@ def source(tmp_path_factory):
 def whole(source):
     convert(source, source.with_name("whole"))
     return source.with_name("whole")
+
+
+def test_tensors_leave_the_pieces_file_by_file(own, whole, tmp_path, monkeypatch):
+    plan = rpq.Plan.from_dict(json.loads((whole / "rpq_plan.json").read_text()))
+    assert plan.file_bytes < most_bytes(plan) < plan.file_bytes + sum(sum(job.nbytes.values()) for job in plan.jobs)
+    interrupted((manifest, "sha256"), monkeypatch, own, tmp_path / "out")
+    pieces = list((tmp_path / "out.partial" / "pieces").iterdir())
+    assert len(pieces) == 3 and not any(load_file(piece) for piece in pieces)
+    monkeypatch.undo()
+    assert not any(convert(own, tmp_path / "out")) and content(tmp_path / "out") == content(whole)
 
 
 @pytest.fixture
@@ -160,8 +171,8 @@ def test_damaged_files_of_an_unfinished_run_are_made_again(own, whole, tmp_path,
         (work / stray).write_text("of a killed run")
     (work / "deep" / "er").mkdir(parents=True)
     done = convert(own, tmp_path / "out")
-    assert done.count(True) == 1 and done.count(False) == 2
-    assert f"{shard} is damaged" in caplog.messages[0] and f"{piece} of " in caplog.messages[1]
+    assert done.count(True) == 2 and done.count(False) == 1  # one whose piece, one whose weight file is damaged
+    assert f"{shard} is damaged" in caplog.messages[0] and any(f"{piece} of " in said for said in caplog.messages[1:])
     assert content(tmp_path / "out") == content(whole) and rpq.verify(tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["dense.safetensors", "out"]
 

@@ -6,6 +6,7 @@ from functools import cache
 
 import numpy as np
 
+from rpq_convert.fit.loops.forms import loop
 from rpq_convert.fit.loops.kmeans import FUSE, LARGE, REORDER
 from rpq_convert.fit.loops.nearest import NONE
 from rpq_convert.kernels.jit.cache import njit
@@ -104,7 +105,7 @@ def _without(score, least, b, g, k):
 def _beam(per_coordinate: bool):
     """Compile the beam search over stages; per_coordinate: weights differ inside a sub-vector, so no tables."""
 
-    @njit(cache=True, nogil=True, fastmath=REORDER, error_model="numpy")
+    @loop(REORDER)
     def beam(rows, weights, codebooks, halves, tables, width, codes):
         total, r = rows.shape
         stages = codebooks.shape[0]
@@ -182,7 +183,7 @@ def encode_sum(rows, weights, codebooks, width):
 _NO_TABLES = np.zeros((1, 1, 1, 1), np.float32)
 
 
-@njit(cache=True, nogil=True, fastmath=FUSE, error_model="numpy")
+@loop(FUSE)
 def shift(residual, codes, change):
     """residual [N, r] += change [256, r] at each point's code."""
     total, r = residual.shape

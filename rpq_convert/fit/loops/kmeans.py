@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from rpq_convert.fit.loops.forms import loop
 from rpq_convert.kernels.jit.cache import njit
 from rpq_convert.kernels.jit.memory import read_float
 from rpq_convert.kernels.jit.vectors import (
@@ -29,7 +30,7 @@ FUSE = {"contract", "nsz"}  # a * b + c may fuse; nothing is reordered
 REORDER = {"contract", "nsz", "nnan", "reassoc"}  # for sums over lanes: LLVM's order, the same on every call
 
 
-@njit(cache=True, nogil=True, fastmath=FUSE, error_model="numpy")
+@loop(FUSE)
 def accumulate(rows, weights, codes, sums, mass):
     """Add weight * point to sums [256, r] and weight to mass [256, r], in point order, fp64.
 
@@ -115,7 +116,7 @@ def move_to_means(sums, mass, codebook):
     return empty
 
 
-@njit(cache=True, nogil=True, fastmath=FUSE, error_model="numpy")
+@loop(FUSE)
 def errors_of(rows, weights, codes, codebook):
     """Return the weighted squared distance [N] of points [N, r] from their codewords; weights as in `accumulate`."""
     total, r = rows.shape

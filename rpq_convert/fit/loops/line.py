@@ -11,7 +11,7 @@ from rpq_convert.kernels.jit.cache import njit
 def prefix_sums(values, weights, out):
     """Fill out [3, N + 1] with prefix sums of w, w x and w x^2; weights [1] (all one) or [N]."""
     a = b = c = 0.0
-    out[:, 0] = 0
+    out[0, 0] = out[1, 0] = out[2, 0] = 0.0
     for p in range(values.shape[0]):
         x = np.float64(values[p])
         w = np.float64(weights[p]) if weights.shape[0] > 1 else 1.0
@@ -21,6 +21,13 @@ def prefix_sums(values, weights, out):
         out[0, p + 1] = a
         out[1, p + 1] = b
         out[2, p + 1] = c
+
+
+@njit(inline="always")
+def _push(stack, top, lo, hi, a, b):
+    """Put a range onto the stack, number by number: numba compiles assignments of whole rows for seconds."""
+    stack[top, 0], stack[top, 1], stack[top, 2], stack[top, 3] = lo, hi, a, b
+    return top + 1
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -39,12 +46,11 @@ def line_start(mass, first, second, pieces):
         before[i] = second[i] - first[i] * first[i] / w if w > 0 else 0.0
     stack = np.empty((64, 4), np.int64)
     for k in range(1, pieces):
-        stack[0] = (1, m, 0, m - 1)
+        top = _push(stack, 0, 1, m, 0, m - 1)
         now[0] = 0.0
-        top = 1
         while top > 0:
             top -= 1
-            lo, hi, a, b = stack[top]
+            lo, hi, a, b = stack[top, 0], stack[top, 1], stack[top, 2], stack[top, 3]
             i = (lo + hi) >> 1
             best = np.inf
             at = a
@@ -58,12 +64,10 @@ def line_start(mass, first, second, pieces):
             now[i] = best
             split[k, i] = at
             if lo < i:
-                stack[top] = (lo, i - 1, a, at)
-                top += 1
+                top = _push(stack, top, lo, i - 1, a, at)
             if i < hi:
-                stack[top] = (i + 1, hi, at, b)
-                top += 1
-        before[:] = now
+                top = _push(stack, top, i + 1, hi, at, b)
+        before, now = now, before
     starts = np.zeros(pieces, np.int32)
     i = m
     for k in range(pieces - 1, 0, -1):

@@ -23,6 +23,7 @@ from functools import cache
 
 import numpy as np
 
+from rpq_convert.core.reproducible import is_reproducible
 from rpq_convert.kernels.jit.amx import (
     TILE,
     amx_allowed,
@@ -309,7 +310,7 @@ def nearest(points, weights, codebook, *, quick=False):
     """
     codebook = np.ascontiguousarray(codebook, np.float32)
     codes = np.empty(points.shape[1], np.uint8)
-    if quick and weights is None and len(codes) >= POINTS and amx_allowed():
+    if quick and weights is None and len(codes) >= POINTS and not is_reproducible() and amx_allowed():
         _search_tiles(points, codebook, _TILE_CONFIG, codes)
     else:
         form = "weighted" if weights is not None else "product" if quick else "difference"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from rpq_convert.fit.loops.forms import loop
 from rpq_convert.fit.loops.kmeans import FUSE
 from rpq_convert.kernels.jit.cache import njit
 from rpq_convert.kernels.jit.vectors import add, load, minimum, multiply_add, spread, store, subtract
@@ -69,7 +70,7 @@ def _shrink(points, weights, codebook, low, high, nearest, chunks):
         chunks[c] = d[0]
 
 
-@njit(cache=True, nogil=True, fastmath=FUSE, error_model="numpy")
+@loop(FUSE)
 def seed_plus_plus(points, weights, first, uniforms, codebook):
     """Choose 256 points by k-means++ (Arthur and Vassilvitskii 2007): each with odds of its distance to those before.
 
