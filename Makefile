@@ -47,7 +47,11 @@ pytest: $(VENV)/.test
 test-fast: $(VENV)/.test  ## what needs no pretrained model and no other process: less than two minutes
 	$(PYTEST) $(FAST)
 
-test-slow: $(VENV)/.test
+$(VENV)/.slow: $(VENV)/.test
+	$(PIP) -e ".[stores]"
+	@touch $@
+
+test-slow: $(VENV)/.slow
 	$(BIN)/python -m pytest -m slow
 
 test-transformers: $(VENV)/.test  ## the tests of what is around transformers, with other versions of it; the newest by default

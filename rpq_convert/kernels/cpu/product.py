@@ -37,7 +37,7 @@ class Product:
         if stored is not self.stored or stored.data_ptr() != self.place:
             return False
         for one, known, given in zip(self.held, self.tensors, tensors):
-            if given is not known or (one is not None and not one.unchanged(given)):
+            if given is not known or (one is not None and given is not None and not one.unchanged(given)):
                 return False
         return True
 
