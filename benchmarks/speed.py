@@ -2,7 +2,7 @@
 
     pip install -e .[bench]
     python benchmarks/speed.py > docs/benchmarks.md           # all tables
-    python benchmarks/speed.py [--one-thread] [linear|rotation|stack|small|embedding|conv|training|models|kmeans|cost …]
+    python benchmarks/speed.py [--one-thread] [linear|rotation|stack|shapes|small|embedding|conv|training|models|kmeans|cost …]
     python benchmarks/speed.py --model smollm2 --where        # where a token's time goes; also minilm, vit
     python benchmarks/speed.py --record [TABLE …]             # adds the figures to docs/speed.jsonl
     python benchmarks/speed.py --compare [TABLE …]            # says which figures moved since the last ones of this processor
@@ -211,6 +211,22 @@ def small() -> None:
 
 
 @torch.no_grad()
+def shapes() -> None:
+    """SmolLM2's layers as they are converted by default, one after another, so that no weight stays in the cache."""
+    import whole_models as whole
+
+    rows = []
+    for outputs, inputs, count in ((576, 576, 48), (192, 576, 144), (1536, 576, 20), (576, 1536, 20), (49152, 576, 1)):
+        dense = nn.ModuleList(nn.Linear(inputs, outputs, bias=False) for _ in range(count)).requires_grad_(False)
+        found = whole.versions(dense, {k: w for k, w in whole.WAYS.items() if k != "4 bits"})
+        for tokens in (1, 8):
+            x = torch.randn(tokens, inputs)
+            contenders: Contenders = {k: lambda m=m, x=x: [layer(x) for layer in m] for k, m in found.items()}
+            rows.append(line(f"{outputs} x {inputs}, {tokens} tokens", contenders, rounds=5, burst=2))
+    table("Layers of SmolLM2 in a row, as they are converted by default", ["layer", *contenders], rows)
+
+
+@torch.no_grad()
 def embedding() -> None:
     rows = []
     dense = nn.Embedding(50_000, 1024)
@@ -374,7 +390,9 @@ def cost() -> None:
     )
 
 
-TABLES = {f.__name__: f for f in (linear, rotation, stack, small, embedding, conv, training, models, kmeans, cost)}
+TABLES = {
+    f.__name__: f for f in (linear, rotation, stack, shapes, small, embedding, conv, training, models, kmeans, cost)
+}
 
 
 def main() -> None:

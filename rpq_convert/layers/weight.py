@@ -425,6 +425,7 @@ class RPQWeight(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RPQWeight:
         super()._apply(fn, recurse)
+        self.caches.product = None
         filled = self._probe.is_meta and not self.codes.is_meta  # by a loader that puts tensors in one by one
         self._probe = fn(torch.empty_like(self._probe, device="cpu") if filled else self._probe)
         self.guard()

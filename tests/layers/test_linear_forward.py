@@ -69,7 +69,7 @@ def test_what_changes_is_seen(layers, name, change):
         CHANGES[change](layer._modules["weight_rpq"])
         after = layer(x)
     torch.testing.assert_close(after, F.linear(x, layer.weight.clone(), layer.bias), rtol=1e-4, atol=1e-4)
-    assert torch.equal(before, after) is (change in ("wider", "there and back"))
+    assert torch.equal(before, after) is (change in ("wider", "there and back")) and product(layer)
 
 
 class Watch(TorchFunctionMode):
