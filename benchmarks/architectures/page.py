@@ -60,4 +60,5 @@ def _line(row: Row) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").replace("`", "'").split())[:200]
+    text = " ".join(text.replace("|", "\\|").replace("`", "'").split())[:200]
+    return text.replace("[", "\\[")  # no link

@@ -16,10 +16,11 @@ import torch
 
 import rpq_convert as rpq
 from rpq_convert.conversion import executors
-from rpq_convert.conversion.asked import EXECUTORS as NAMES
+from rpq_convert.conversion.asked import EXECUTORS
 from rpq_convert.conversion.executors import run
 
 ROOT = Path(__file__).parents[2]
+NAMES = [name for name in EXECUTORS if name != "ray"]  # test_cluster.py
 
 
 def square(tensor):

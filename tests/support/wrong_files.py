@@ -108,13 +108,14 @@ def defaults(*classes):
 OPTIONAL = {
     "plan": defaults(Spec, Job, Skip), "report": {*defaults(Row), "predicted_bytes", "version", "evaluations", "options", "summary", "worst_layer"},
     "config": {*defaults(Spec), "zero_row", "plan_sha256", "version"}, "preset": {*SETTINGS, "description", "settings", "rules"},
-    "manifest": {"tensors", "made", "source"}, "index": set(), "piece": {"worst", "output_error", "worst_output", "source"}, "tuning": set(),
-    "sensitivities": set(), "source": {"seen", "sha256", "tensors"}, "written": {"tensors", "not_finite"}, "lock": set(),
+    "manifest": {"tensors", "made", "source", "sample", "reproducible"}, "index": set(),
+    "piece": {"worst", "output_error", "worst_output", "source"}, "tuning": set(),
+    "sensitivities": set(), "source": {"seen", "sha256", "sample", "tensors"}, "written": {"tensors", "not_finite"}, "lock": set(),
 }  # fmt: skip
 NULLABLE = {
     "plan": {"padding_idx", "scales", "input_scales", "rate"}, "config": {"scales", "input_scales", "rate", "zero_row", "guard"},
-    "piece": {"error", "zero_row", "inputs", "worst", "output_error", "worst_output", "source"}, "manifest": {"made", "source"},
-    "source": {"sha256"},
+    "piece": {"error", "zero_row", "inputs", "worst", "output_error", "worst_output", "source"}, "manifest": {"made", "source", "sample"},
+    "source": {"sha256", "sample"},
     "report": {"expected_error", "error", "seconds", "dead", "inputs", "worst", "output_error", "worst_output", "memory_bytes", "worst_layer",
                "predicted_bytes"},
 }  # fmt: skip
