@@ -21,7 +21,7 @@ class Caches:
         self.codes: tuple[Tensor, int, torch.Size, torch.Size | None, Tensor] | None = None
         # what `layer.weight` returns (a tensor without memory takes 2 microseconds to make), and what that depends on
         self.lazy: tuple[Any, Tensor] | None = None
-        # what multiplies one token by the weight; False where nothing does (linear_forward.py)
+        # what multiplies a few tokens by the weight; False where nothing does (linear_forward.py)
         self.product: Any = None
         # the expanded weight, from `keep` to `drop`: inside `rpq_convert.decoded`, and while codes are tuned
         self.expanded: Tensor | None = None

@@ -177,8 +177,8 @@ class RPQWeight(nn.Module):
         slow = backend is reference or backend is torch_ops
         return (self.stages_codes(), self.codebooks, self.scales) if slow else self.parts()
 
-    def one_token_product(self) -> Any:
-        """Return what multiplies one token by the weight, kept from call to call; False where the weight is no plain matrix."""
+    def product(self) -> Any:
+        """Return what multiplies a few tokens by the weight, kept from call to call; False where the weight is no plain matrix."""
         backend, find = self.backend, self.stored_tensor
         special = self.zero_row is not None or self.spec.outliers or self.spec.rotation
         if not hasattr(backend, "Product") or special or self.view.axes != ("out", "in") or self.dtype != torch.float32:

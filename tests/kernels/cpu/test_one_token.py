@@ -60,6 +60,9 @@ def test_inputs_are_scaled_on_the_way_to_the_same_bits(axis, dim):
     product = Product(codes, codes, books, scales, inputs, layout)
     plain = kernels.linear(x * inputs.float(), codes, books, scales, None, layout)
     assert torch.equal(product(x, None), plain)
+    few = torch.randn(5, layout.inputs)
+    scaled = few * inputs.float()
+    assert torch.equal(product(few, None), kernels.linear(scaled, codes, books, scales, None, layout))
     assert torch.equal(product(x[0], None), plain[0]) and torch.equal(product(x[None], None), plain[None])
 
 
