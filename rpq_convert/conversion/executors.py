@@ -144,6 +144,11 @@ class Share:
         self.held[future] = self.next
         self.next = next(self.sizes, 0)
 
+    def give_back(self, future: Future[Any]) -> Any:
+        """Note that an item has ended; return its result, of which nothing is kept."""
+        del self.held[future]
+        return future.result()
+
 
 def _bounded(
     pool: Executor,
@@ -172,8 +177,8 @@ def _bounded(
             done, waiting = wait(waiting, timeout=PATIENCE, return_when=FIRST_COMPLETED)
             if not done:
                 idle()
-            for future in done:
-                yield future.result()
+            while done:
+                yield share.give_back(done.pop())
     finally:
         for future in waiting:
             future.cancel()

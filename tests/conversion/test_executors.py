@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -87,6 +88,26 @@ def test_items_are_read_no_further_ahead_than_there_are_workers(executor):
     for done, _ in enumerate(run(square, items(), executor=executor, workers=3), 1):
         assert len(taken) <= done + 3
     assert len(taken) == 12
+
+
+class Result:
+    pass
+
+
+@pytest.mark.parametrize("executor", ["serial", "threads"])
+def test_results_that_were_taken_are_not_kept(executor):
+    """As many as there are workers may be on their way; a run over a large model must not hold what it has made."""
+    made, most = [], 0
+
+    def make(number):
+        found = Result()
+        made.append(weakref.ref(found))
+        return found
+
+    for result in run(make, range(40), executor=executor, workers=2):
+        del result
+        most = max(most, sum(ref() is not None for ref in made))
+    assert len(made) == 40 and most <= 4
 
 
 def test_as_many_threads_run_at_once_as_there_are_workers():

@@ -1,6 +1,6 @@
 """A checkpoint eight times larger than the memory that the operating system allows is converted, verified and restored.
 
-The limit is RLIMIT_DATA, set after the imports and a small warm-up to what the process has then plus ALLOWED bytes: it
+The limit is RLIMIT_DATA, set after the imports and a small conversion of the same kind to what the process has then plus ALLOWED bytes: it
 counts every private writable page that is mapped, touched or not, and no shared library. Reading the whole checkpoint
 under the same limit fails, which shows that the limit is real.
 """
@@ -21,6 +21,7 @@ SCRIPT = """
 import json, re, resource, sys
 from pathlib import Path
 import torch
+from safetensors.torch import save_file
 from torch import nn
 import rpq_convert as rpq
 from rpq_convert.storage.folder import open_folder
@@ -28,12 +29,20 @@ from rpq_convert.storage.folder import open_folder
 source, out, action = sys.argv[1:4]
 allowed, layers = map(int, sys.argv[4:])
 
-def build():
-    return nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(layers)))
+def build(side=1024, layers=layers):
+    return nn.Sequential(*(nn.Linear(side, side, bias=False) for _ in range(layers)))
 
-options = dict(bits=4, max_shard_size="8MB")
-rpq.convert(nn.Linear(128, 128), bits=4)  # compiles or loads the kernels: large enough for entropy-coded codes
-rpq.verify, rpq.restore_checkpoint, rpq.convert_checkpoint  # imported on first use
+def convert(source, out, factory):
+    rpq.convert_checkpoint(
+        source, out, factory=factory, executor="threads", workers=2, bits=4, max_shard_size="8MB"
+    )
+    rpq.verify(out)
+    rpq.restore_checkpoint(out, out + "-dense", max_shard_size="8MB")
+
+# loads kernels and what draws the chart: entropy-coded weights, and enough of them
+small = out + "-before-" + action
+save_file(build(128, 4).state_dict(), small + ".safetensors")
+convert(small + ".safetensors", small, lambda: build(128, 4))
 open_folder(source)["0.weight"]
 
 def data():
@@ -45,9 +54,7 @@ if action == "read":
     tensors = open_folder(source)
     kept = [tensors[k] for k in tensors]
 else:
-    rpq.convert_checkpoint(source, out, factory=build, executor="threads", workers=2, **options)
-    rpq.verify(out)
-    rpq.restore_checkpoint(out, out + "-dense", max_shard_size="8MB")
+    convert(source, out, build)
 """
 
 
