@@ -11,8 +11,8 @@ import functools
 from torch import Tensor
 
 from rpq_convert.core.layout import Layout
+from rpq_convert.kernels.cpu import linear
 from rpq_convert.kernels.cpu.cost import cost
-from rpq_convert.kernels.cpu.linear import apply, launch_of_one
 from rpq_convert.kernels.cpu.prepared import cached_float32, held, pointer
 
 MOST = 16  # tokens: the time of more is that of their kernel
@@ -32,7 +32,7 @@ class Product:
     ) -> None:  # fmt: skip
         self.codes, self.layout, self.outputs, self.inputs = codes, layout, layout.outputs, layout.inputs
         self.stored, self.place = stored, stored.data_ptr()
-        self.launch = launch_of_one(layout.axis == "in", codes, codebooks, layout)
+        self.launch = linear.launch_of_one(layout.axis == "in", codes, codebooks, layout)
         self.kept = cached_float32(scales), cached_float32(input_scales)
         self.scales, self.input_scales = map(pointer, self.kept)
         self.tensors = codebooks, scales, input_scales
@@ -55,7 +55,7 @@ class Product:
         """Return the product for x [..., inputs], float32, contiguous, of a number of tokens that it serves; bias [outputs] the same."""
         if x.numel() > self.inputs:
             codebooks, scales, input_scales = self.tensors
-            out = apply(
+            out = linear.apply(
                 self.layout.axis == "in", x.view(-1, self.inputs), self.codes, codebooks, self.layout,
                 factors=input_scales, scales=scales, bias=bias,
             )  # fmt: skip
