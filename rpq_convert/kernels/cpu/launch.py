@@ -15,7 +15,8 @@ from rpq_convert.core.layout import Layout
 from rpq_convert.kernels.cpu import lookup as k
 from rpq_convert.kernels.cpu import tasks as a
 from rpq_convert.kernels.cpu.few_tokens import REST, TOGETHER, padded
-from rpq_convert.kernels.cpu.one_token import EIGHT, ROW_STRIDE, ROWS_AT_ONCE, TABLE_BYTES
+from rpq_convert.kernels.cpu.one_token import ROW_STRIDE, ROWS_AT_ONCE, TABLE_BYTES
+from rpq_convert.kernels.cpu.one_token_floats import EIGHT
 from rpq_convert.kernels.cpu.tasks import CHUNK, TASKS, few_tokens, one_token, one_token_rows, transpose
 from rpq_convert.kernels.jit.threads import FIRST, Work
 from rpq_convert.kernels.jit.vectors import HAS_VBMI

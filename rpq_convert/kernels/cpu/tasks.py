@@ -12,6 +12,7 @@ from numba import carray
 from rpq_convert.kernels.cpu import few_tokens as d
 from rpq_convert.kernels.cpu import lookup as k
 from rpq_convert.kernels.cpu import one_token as t
+from rpq_convert.kernels.cpu import one_token_floats as f
 from rpq_convert.kernels.jit.cache import njit
 from rpq_convert.kernels.jit.memory import address_of, fetch_add, read_float, write_float
 from rpq_convert.kernels.jit.threads import COUNT, FIRST, NEXT, SCRATCH, SCRATCH_BYTES, SLOT
@@ -178,16 +179,16 @@ def _scaled(a, room):
 @njit(cache=True, nogil=True)
 def _one_token(a, x, low, high, scale, tables, y):
     """Serve blocks `low` to `high` of a single token, with integer tables where the scale is a number."""
-    room = tables + 1024 * t.EIGHT
+    room = tables + 1024 * f.EIGHT
     coded, books, shape = _coded(a), a[BOOKS], _shape(a)
     if scale == scale:
         t.one_lookup_integer(coded, books, shape, low, high, x, scale, tables, room, y)
     elif a[LOOKUP]:
-        t.one_lookup(coded, books, shape, low, high, x, tables, room, y)
+        f.one_lookup(coded, books, shape, low, high, x, tables, room, y)
     elif a[LOADED] != 0:
-        t.one_decoded(coded, a[LOADED], shape, low, high, x, y)
+        f.one_decoded(coded, a[LOADED], shape, low, high, x, y)
     else:
-        t.one_bins(coded, books, shape, low, high, x, tables, room, y)
+        f.one_bins(coded, books, shape, low, high, x, tables, room, y)
 
 
 def one_token(data):
@@ -218,7 +219,7 @@ def one_token(data):
         if scale == scale:
             t.store_integers(a[SUMS], a[PARTS], a[SUMS_BYTES], a[ROWS], scale, 0, a[SCALES], a[BIAS], a[OUT])
         else:
-            t.store_floats(a[SUMS], a[PARTS], a[SUMS_BYTES], a[WIDTH_OUT], a[SCALES], a[BIAS], a[OUT])
+            f.store_floats(a[SUMS], a[PARTS], a[SUMS_BYTES], a[WIDTH_OUT], a[SCALES], a[BIAS], a[OUT])
 
 
 def one_token_rows(data):
