@@ -245,7 +245,9 @@ class Run:
             workers if workers and workers < processors else processors + 1
         )  # one waits there for the next that is free
         self.task = self.ray.remote(max_retries=TRIES, num_cpus=1)(_task)
-        self.shared: dict[int, Any] = {}  # what several jobs are given -> where it lies in the object store
+        self.shared: dict[
+            int, tuple[Any, Any]
+        ] = {}  # by id, what several jobs are given, and where it lies in the object store
         self.told: set[str] = set()
 
     def results(self, jobs: Iterable[Job]) -> Iterator[Encoded]:
@@ -286,8 +288,8 @@ class Run:
         if value is None:
             return None
         if id(value) not in self.shared:
-            self.shared[id(value)] = self.ray.put(value)
-        return self.shared[id(value)]
+            self.shared[id(value)] = value, self.ray.put(value)  # kept, so that nothing else gets its id
+        return self.shared[id(value)][1]
 
     def _end(self, job: Job, ref: Any) -> Encoded | None:
         """Return a job's result, or None where it has to run again, otherwise."""

@@ -387,6 +387,7 @@ class RPQWeight(nn.Module):
         Raises:
             ValueError: a damaged stream of codes.
         """
+        self.caches.product = None  # what had no memory, or lay elsewhere, may be multiplied by now
         if "stream" in self._parameters and not self._parameters["stream"].is_meta:  # type: ignore[union-attr]
             held: dict[str, Any] = {part: self._parameters.pop(part) for part in PACKED}
             codes = unpacked(self.spec, self.view, self.shape, held)["codes"]
@@ -425,7 +426,6 @@ class RPQWeight(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RPQWeight:
         super()._apply(fn, recurse)
-        self.caches.product = None
         filled = self._probe.is_meta and not self.codes.is_meta  # by a loader that puts tensors in one by one
         self._probe = fn(torch.empty_like(self._probe, device="cpu") if filled else self._probe)
         self.guard()

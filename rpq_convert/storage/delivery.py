@@ -169,7 +169,7 @@ class Target:
         self._remove(UPLOAD)
 
     def _names(self) -> set[str]:
-        """Return the names of what lies there; only in a folder's own files and those of its subfolders it can matter."""
+        """Return the names of what lies there, in subfolders too, but no deeper."""
 
         def found() -> set[str]:
             self.system.invalidate_cache()

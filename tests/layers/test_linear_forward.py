@@ -153,3 +153,12 @@ def test_a_class_with_a_forward_of_its_own_keeps_it():
         torch.testing.assert_close(model[1](x), F.linear(x, model[1].weight.clone(), model[1].bias))
     rpq.restore(model)
     assert type(model[1]).forward is nn.Linear.forward
+
+
+def test_what_had_no_memory_is_served_once_it_has(layers):
+    layer, x = copy.deepcopy(layers["entropy-coded"])[0].requires_grad_(False), torch.randn(1, 128)
+    state, empty = layer.state_dict(), copy.deepcopy(layer).to("meta")
+    empty.weight_rpq.caches.product = empty.weight_rpq.product()
+    assert empty.weight_rpq.caches.product is False
+    empty.load_state_dict(state, assign=True)
+    assert torch.equal(empty(x), layer(x)) and product(empty)
