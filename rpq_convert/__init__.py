@@ -54,6 +54,8 @@ _HOMES = {
     "Plan": "planning.plan", "Job": "planning.plan", "Skip": "planning.plan",
     "Rule": "planning.rules", "preset_names": "planning.rules",
     "Report": "report.schema",
+    "CodeUpdates": "training.code_updates",
+    "parameter_groups": "training.groups", "round_to_stored": "training.groups",
     "tune_blocks": "tuning.blocks",
     "tune": "tuning.tune", "Tuning": "tuning.tune",
 }  # fmt: skip
@@ -102,6 +104,9 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from rpq_convert.planning.rules import Rule as Rule
     from rpq_convert.planning.rules import preset_names as preset_names
     from rpq_convert.report.schema import Report as Report
+    from rpq_convert.training.code_updates import CodeUpdates as CodeUpdates
+    from rpq_convert.training.groups import parameter_groups as parameter_groups
+    from rpq_convert.training.groups import round_to_stored as round_to_stored
     from rpq_convert.tuning.blocks import tune_blocks as tune_blocks
     from rpq_convert.tuning.tune import Tuning as Tuning
     from rpq_convert.tuning.tune import tune as tune

@@ -1,4 +1,4 @@
-"""What tuning trains: codebooks, scales and vectors, in fp32 meanwhile; and the weights whose codes may change."""
+"""What tuning trains: codebooks, scales and vectors, in fp32 meanwhile."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import nn
 
 from rpq_convert.layers import surgery
 from rpq_convert.layers.precision import kept_dtype
-from rpq_convert.layers.weight import RPQWeight
 
 
 def trained_values(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -28,12 +27,6 @@ def stored_dtypes(model: nn.Module, values: Mapping[str, nn.Parameter]) -> dict[
     weights = surgery.layers_of(model).values()
     kept = {id(getattr(w, part)): tensor.dtype for w in weights for part, tensor in w.stored().items()}
     return {name: kept.get(id(p), kept_dtype(p)) for name, p in values.items()}
-
-
-def coded_weights(model: nn.Module) -> dict[str, RPQWeight]:
-    """Return every RPQWeight once, under the name of its codes."""
-    found = {id(rpq): rpq for rpq in surgery.layers_of(model).values()}
-    return {f"{path}.codes": found[id(m)] for path, m in model.named_modules() if id(m) in found}
 
 
 @contextmanager

@@ -31,11 +31,11 @@ from rpq_convert.running.blocks import recomputed
 from rpq_convert.running.call import call, without_padding
 from rpq_convert.running.digest import describe
 from rpq_convert.running.modes import quiet
+from rpq_convert.training.code_updates import EVERY, CodeUpdates
 from rpq_convert.tuning.checkpoint import ANEW, Checkpoint
-from rpq_convert.tuning.codes import EVERY, CodeUpdates
 from rpq_convert.tuning.losses import LOSSES, _main
 from rpq_convert.tuning.options import TuneKeywords, TuneOptions
-from rpq_convert.tuning.trained import coded_weights, stored_dtypes, trained_values, training
+from rpq_convert.tuning.trained import stored_dtypes, trained_values, training
 
 Progress = Callable[[int, float], None]
 BETAS, EPSILON = (0.9, 0.99), 1e-12
@@ -153,7 +153,7 @@ class _Run:
         self.checkpoint = checkpoint
         self.values = trained_values(model)
         self.stored = stored_dtypes(model, self.values)
-        self.updates = CodeUpdates(coded_weights(model), options.recode) if options.recode else None
+        self.updates = CodeUpdates(model, options.recode) if options.recode else None
         self.loss = LOSSES[options.loss] if isinstance(options.loss, str) else options.loss
         o = options
         self.autocast = None if o.autocast is None else dtype_of(o.autocast)

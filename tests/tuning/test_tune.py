@@ -10,8 +10,8 @@ from torch import nn
 
 import rpq_convert as rpq
 from rpq_convert.layers.surgery import layers_of
-from rpq_convert.tuning import codes
-from rpq_convert.tuning.codes import CodeUpdates
+from rpq_convert.training import code_updates
+from rpq_convert.training.code_updates import CodeUpdates
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_tuning_helps_on_text_that_was_not_seen(pair):
 
 def test_codes_that_follow_the_gradient_help_more_than_codebooks_alone(monkeypatch):
     """From random codes: what codebooks can do about them is little, what codes can do is nearly all."""
-    monkeypatch.setattr(codes, "RATE", 0.05)  # so that offsets grow long in few steps
+    monkeypatch.setattr(code_updates, "RATE", 0.05)  # so that offsets grow long in few steps
     torch.manual_seed(0)
     dense = nn.Sequential(nn.Linear(48, 64), nn.Tanh(), nn.Linear(64, 16))
     data = [torch.randn(64, 48) for _ in range(20)]
@@ -83,22 +83,23 @@ def test_a_code_update_goes_where_the_gradients_lead(layer, options, share):
     model = nn.Sequential(copy.deepcopy(layer))
     rpq.convert(model, grow=True, **options)
     rpq_weight = next(iter(layers_of(model).values()))
-    gone = CodeUpdates({"w": rpq_weight}, share)
+    gone = CodeUpdates(model, share)
+    (name,) = gone.weights
     g = torch.Generator().manual_seed(0)
     with gone.expanded() as (weight,):
         assert weight.requires_grad
     assert rpq_weight.caches.expanded is None
     gone.accumulate([torch.randn(rpq_weight.shape, generator=g)], 1.0)
-    gone.offsets["w"].mul_(50)
+    gone.offsets[name].mul_(50)
     before = rpq_weight.matrix_rows(0, rpq_weight.layout.n)
-    offset, codes = gone.offsets["w"].clone(), rpq_weight.codes.clone()
+    offset, codes = gone.offsets[name].clone(), rpq_weight.codes.clone()
     changed = gone.update()
     after = rpq_weight.matrix_rows(0, rpq_weight.layout.n)
     assert 0 < changed <= max(1, math.ceil(share * codes.numel()))
     assert int((codes != rpq_weight.codes).sum()) == changed
-    torch.testing.assert_close(after + gone.offsets["w"], before + offset, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(after + gone.offsets[name], before + offset, rtol=1e-5, atol=1e-5)
     scale = 1.0 if (found := rpq_weight.scale_matrix()) is None else found  # nearer is judged among codewords
-    assert (gone.offsets["w"] / scale).norm() < (offset / scale).norm()
+    assert (gone.offsets[name] / scale).norm() < (offset / scale).norm()
 
 
 def test_a_share_of_codes_is_a_share(pair):
@@ -143,7 +144,7 @@ def test_steps_that_are_too_long_become_shorter(pair):
 
 @pytest.mark.parametrize("recode, rate", [(0.0, 2e-3), (0.01, 2e-3), (0.01, 2.0)])
 def test_a_killed_run_goes_on_to_the_same_bits(pair, tmp_path, recode, rate, monkeypatch):
-    monkeypatch.setattr(codes, "RATE", 0.1)
+    monkeypatch.setattr(code_updates, "RATE", 0.1)
     dense, data = pair[0], pair[2][:10]
     whole, parts = copy.deepcopy(pair[1]), copy.deepcopy(pair[1])
     file = tmp_path / "tune.safetensors"
@@ -236,7 +237,7 @@ def test_blocks_are_tuned_one_after_another(monkeypatch):
     assert done["1"].after < done["1"].before and all(d.after <= d.before for d in done.values())
     assert rpq.evaluate(base, model, held).metrics["relative_error"] < before
     before = {k: t.clone() for k, t in model.state_dict().items() if t.dtype == torch.uint8}
-    monkeypatch.setattr(codes, "RATE", 0.1)
+    monkeypatch.setattr(code_updates, "RATE", 0.1)
     done = rpq.tune_blocks(model, base, data, steps=40, every=10, recode=0.02)
     changed = {k.partition(".")[0] for k, t in before.items() if not torch.equal(t, model.state_dict()[k])}
     assert "1" in changed <= {path for path, d in done.items() if d.best}

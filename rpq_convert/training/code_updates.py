@@ -1,4 +1,4 @@
-"""Code updates: codes that follow the gradient while codebooks are tuned, a few at a time (as in PV-tuning).
+"""Code updates: codes that follow the gradient while codebooks are trained, a few at a time (as in PV-tuning).
 
 A code cannot take a small step. So every weight accumulates its own steps (RMSprop's, on the gradient of the expanded weight) as
 an offset from its codeword. Where an offset has grown so long that another codeword is nearer to its end, the code may change, and
@@ -12,14 +12,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rpq_convert.core.rotation import rotate_weight
 from rpq_convert.core.spec import CODEWORDS
+from rpq_convert.errors import TuneError
+from rpq_convert.layers import surgery
 from rpq_convert.layers.weight import RPQWeight
 
 RATE = 1e-2  # learning rate of weights, relative to the root mean square of their layer
@@ -29,20 +32,44 @@ MEMORY, EPSILON = 0.95, 1e-12
 
 
 class CodeUpdates:
-    """The offsets that the weights of some layers have accumulated, and the code updates that follow from them.
+    """The offsets that the weights of a model have accumulated, and the code updates that follow from them.
+
+    Products run on expanded weights inside `expanded`, so that these get gradients: a step takes the memory of a dense one, and
+    offsets take two float32 numbers for each weight.
 
     Args:
-        weights: by name; those whose expanded weight has no gradient in a step keep their codes in it.
-        share: of a layer's codes that may change at a time.
+        model: a converted model.
+        share: of a weight's codes that may change at a time.
+        every: calls of `step` between two code updates.
+        rate: learning rate of weights, relative to the root mean square of their layer; 0.01 by default.
+
+    Raises:
+        TuneError: a model without RPQ layers, a share that is not in (0, 1], fewer than 1 call.
+
+    Example:
+        >>> updates = rpq.CodeUpdates(model, share=0.01)
+        >>> for x, y in batches:
+        ...     optimizer.zero_grad()
+        ...     with updates.expanded():
+        ...         loss_of(model(x), y).backward()
+        ...     optimizer.step()
+        ...     updates.step()
     """
 
-    def __init__(self, weights: Mapping[str, RPQWeight], share: float) -> None:
-        self.weights, self.share = dict(weights), share
+    def __init__(self, model: nn.Module, share: float, every: int = EVERY, rate: float | None = None) -> None:
+        if not 0 < share <= 1 or every < 1:
+            raise TuneError(f"share must be above 0 and at most 1, and every at least 1, not {share} and {every}")
+        self.weights, self.share, self.every = coded_weights(model), share, every
+        self.rate = RATE if rate is None else rate
+        if not self.weights:
+            raise TuneError(f"{type(model).__name__} has no RPQ layer; convert it first")
         with torch.no_grad():
-            self.sizes = {name: float(rpq().float().square().mean().sqrt()) for name, rpq in weights.items()}
+            self.sizes = {name: float(rpq().float().square().mean().sqrt()) for name, rpq in self.weights.items()}
         self.offsets: dict[str, Tensor] = {}  # [n, L], as the codes see the weight
         self.squares: dict[str, Tensor] = {}  # running mean of the gradient's square, likewise
         self.steps: dict[str, Tensor] = {}  # how many gradients that is the mean of
+        self.calls = 0
+        self.seen: list[Tensor] = []  # what `expanded` returned last
 
     @property
     def codes(self) -> dict[str, Tensor]:
@@ -54,11 +81,43 @@ class CodeUpdates:
         """Let layers multiply by expanded weights, and return those, as long as the block lasts: they get gradients."""
         try:
             for rpq in self.weights.values():
-                rpq.caches.keep(rpq())
-            yield [rpq.caches.expanded for rpq in self.weights.values()]  # type: ignore[misc]
+                weight = rpq()
+                if weight.requires_grad:
+                    weight.retain_grad()
+                rpq.caches.keep(weight)
+            self.seen = [rpq.caches.expanded for rpq in self.weights.values()]  # type: ignore[misc]
+            yield self.seen
         finally:
             for rpq in self.weights.values():
                 rpq.caches.drop()
+
+    def step(self, factor: float = 1.0) -> int:
+        """Follow the gradients that the last block of `expanded` left; return how many codes changed.
+
+        Args:
+            factor: of the learning rate, as a schedule gives it.
+        """
+        self.accumulate([weight.grad for weight in self.seen], factor)
+        self.seen = []
+        self.calls += 1
+        return self.update() if self.calls % self.every == 0 else 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a later run needs to go on: offsets, squares and counts. Codes are the model's."""
+        gathered = {"offsets": self.offsets, "squares": self.squares, "steps": self.steps}
+        return {"calls": self.calls, "sizes": dict(self.sizes), **{k: dict(v) for k, v in gathered.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`.
+
+        Raises:
+            TuneError: it is of another model.
+        """
+        if state["sizes"].keys() != self.sizes.keys():
+            raise TuneError("this state of code updates is of another model: the names of its codes differ")
+        self.calls, self.sizes = state["calls"], dict(state["sizes"])
+        for name in ("offsets", "squares", "steps"):
+            setattr(self, name, {k: v.clone() for k, v in state[name].items()})
 
     @torch.no_grad()
     def accumulate(self, gradients: Sequence[Tensor | None], factor: float) -> None:
@@ -71,7 +130,7 @@ class CodeUpdates:
             square = self.squares.setdefault(name, torch.zeros_like(g)).lerp_(g.square(), 1 - MEMORY)
             steps = self.steps.setdefault(name, torch.zeros((), dtype=torch.int64)).add_(1)
             scale = (square / (1 - MEMORY ** int(steps))).sqrt_().add_(EPSILON)
-            offset.addcdiv_(g, scale, value=-factor * RATE * self.sizes[name])
+            offset.addcdiv_(g, scale, value=-factor * self.rate * self.sizes[name])
 
     @torch.no_grad()
     def update(self) -> int:
@@ -105,6 +164,12 @@ class CodeUpdates:
         kept = torch.where(inside & (scale != 0), end * scale, 0.0)
         offset[row[:, None].expand_as(columns)[inside], columns[inside]] = kept[inside]
         return changed
+
+
+def coded_weights(model: nn.Module) -> dict[str, RPQWeight]:
+    """Return every RPQWeight once, under the name of its codes."""
+    found = {id(rpq): rpq for rpq in surgery.layers_of(model).values()}
+    return {f"{path}.codes": found[id(m)] for path, m in model.named_modules() if id(m) in found}
 
 
 def _coded(rpq: RPQWeight, weight: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Training from random codes, measured beside what else the same bytes could be."""

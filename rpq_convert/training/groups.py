@@ -1,0 +1,80 @@
+"""What an optimizer is given for a converted model, and how what it trained is rounded to what files store."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from rpq_convert.errors import TuneError
+from rpq_convert.layers import surgery
+
+# A multiple of a dense weight's learning rate: what codebooks of random codes want (docs/training.md)
+CODEBOOK_RATE = 3.0
+
+
+def parameter_groups(
+    model: nn.Module, rate: float, *, weight_decay: float = 0.0, codebook_rate: float = CODEBOOK_RATE
+) -> list[dict[str, Any]]:
+    """Return groups of parameters for a torch optimizer: codebooks, what is dense, and what does not decay.
+
+    A codeword stands for many weights, whose gradients it sums, and takes larger steps than a weight. The decay of codebooks is
+    smaller by as much, so that AdamW makes expanded weights decay as it does dense ones: a weight is linear in its codebook. Scales,
+    norms and biases do not decay. A parameter that is held under several names is in one group, and one that is frozen in none.
+
+    Args:
+        model: any model; without RPQ layers the groups are those of a dense one.
+        rate: learning rate of dense weights, as for the dense model.
+        weight_decay: of dense weights, a step's share being `rate * weight_decay` (torch.optim.AdamW).
+        codebook_rate: learning rate of codebooks, as a multiple of `rate`.
+
+    Returns:
+        Groups with `params`, `lr`, `weight_decay` and `name` (`codebooks`, `dense`, `vectors`), those that are empty left out.
+
+    Raises:
+        TuneError: a rate, a decay or a multiple that is no positive number (a decay may be 0).
+
+    Example:
+        >>> optimizer = torch.optim.AdamW(rpq.parameter_groups(model, 1e-3, weight_decay=0.05))
+    """
+    if not (rate > 0 and codebook_rate > 0 and weight_decay >= 0):
+        raise TuneError(
+            f"rate and codebook_rate must be above 0 and weight_decay at least 0, not {rate}, {codebook_rate}, {weight_decay}"
+        )
+    books, others = set(), set()
+    for rpq in surgery.layers_of(model).values():
+        books.add(id(rpq.codebooks))
+        others |= {id(p) for p in rpq.parameters()}
+    found: dict[str, list[nn.Parameter]] = {"codebooks": [], "dense": [], "vectors": []}
+    for p in model.parameters():
+        if p.requires_grad:
+            kind = "codebooks" if id(p) in books else "vectors" if id(p) in others or p.ndim <= 1 else "dense"
+            found[kind].append(p)
+    settings = {
+        "codebooks": {"lr": rate * codebook_rate, "weight_decay": weight_decay / codebook_rate},
+        "dense": {"lr": rate, "weight_decay": weight_decay},
+        "vectors": {"lr": rate, "weight_decay": 0.0},
+    }
+    return [{"name": k, "params": v, **settings[k]} for k, v in found.items() if v]
+
+
+@torch.no_grad()
+def round_to_stored(model: nn.Module) -> nn.Module:
+    """Round codebooks, scales and outliers to the dtypes of their specs, in place; they stay float32 in memory.
+
+    What trains is float32. A file keeps it so unless nothing is lost, so a trained float16 codebook takes twice its bytes. Round at
+    the end of training, then measure and save: files are as small as planned, and hold what was measured.
+
+    Returns:
+        The model.
+
+    Example:
+        >>> rpq.save(rpq.round_to_stored(model), "trained")
+    """
+    for rpq in surgery.layers_of(model).values():
+        for name, (dtype, _) in rpq.spec.tensors(rpq.view, rpq.shape).items():
+            tensor = rpq.stored_tensor(name)
+            if tensor.is_floating_point() and tensor.dtype != dtype:
+                tensor.copy_(tensor.to(dtype))
+    return model

@@ -1,0 +1,87 @@
+"""What optimizers get for a converted model, and what files hold of what was trained."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import rpq_convert as rpq
+from rpq_convert.layers.surgery import layers_of
+
+
+def dense():
+    return nn.Sequential(nn.Embedding(40, 64), nn.Linear(64, 96), nn.LayerNorm(96), nn.Linear(96, 10, bias=False))
+
+
+def model_of(**options):
+    torch.manual_seed(0)
+    model = dense()
+    rules = [
+        {"match": "0", "dim": 4, "books": 2, "grow": True, "scales": "none", "codebook_dtype": "float32"},
+        {"match": "1", "dim": 4, "books": 2, "grow": True, "scales": "float16", "codebook_dtype": "float16"},
+    ]
+    rpq.convert(model, rules=[*rules, {"match": "*", "skip": True}], **options)
+    return model
+
+
+def test_every_parameter_is_in_one_group_with_the_rate_of_its_kind():
+    model = model_of(fit="random")
+    groups = {g["name"]: g for g in rpq.parameter_groups(model, 1e-3, weight_decay=0.1, codebook_rate=5)}
+    names = {id(p): n for n, p in model.named_parameters()}
+    found = {name: [names[id(p)] for p in g["params"]] for name, g in groups.items()}
+    assert found == {
+        "codebooks": ["0.weight_rpq.codebooks", "1.weight_rpq.codebooks"],
+        "dense": ["3.weight"],
+        "vectors": ["1.bias", "1.weight_rpq.scales", "2.weight", "2.bias"],
+    }
+    assert {name: (g["lr"], g["weight_decay"]) for name, g in groups.items()} == {
+        "codebooks": (5e-3, 0.02), "dense": (1e-3, 0.1), "vectors": (1e-3, 0.0)
+    }  # fmt: skip
+
+
+def test_expanded_weights_decay_as_dense_ones():
+    model = model_of(fit="random")
+    weight = layers_of(model)["0.weight"]
+    before = weight().detach().clone()
+    optimizer = torch.optim.AdamW(rpq.parameter_groups(model, 1e-2, weight_decay=0.5, codebook_rate=7))
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    torch.testing.assert_close(weight().detach(), before * (1 - 1e-2 * 0.5))
+
+
+def test_frozen_and_tied_parameters():
+    model = model_of(fit="random")
+    head = nn.Linear(64, 40, bias=False)
+    tied = nn.ModuleList([nn.Embedding(40, 64), head])
+    head.weight = tied[0].weight
+    model[2].requires_grad_(False)
+    groups = rpq.parameter_groups(nn.ModuleList([model, tied]), 1e-3)
+    all_of = [id(p) for g in groups for p in g["params"]]
+    assert len(all_of) == len(set(all_of))
+    assert id(head.weight) in all_of and id(model[2].weight) not in all_of
+    assert [g["name"] for g in rpq.parameter_groups(nn.Linear(3, 3), 1e-3)] == ["dense", "vectors"]
+
+
+@pytest.mark.parametrize("wrong", [{"rate": 0}, {"rate": 1e-3, "weight_decay": -1}, {"rate": 1e-3, "codebook_rate": 0}])
+def test_wrong_rates_are_refused(wrong):
+    with pytest.raises(rpq.TuneError, match="must be above 0"):
+        rpq.parameter_groups(nn.Linear(3, 3), **wrong)
+
+
+def test_what_was_trained_is_saved_in_the_planned_bytes(tmp_path):
+    model = model_of(fit="random")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) / 100)
+    assert rpq.round_to_stored(model) is model
+    x = torch.randint(40, (5,))
+    wanted = model(x)
+    rpq.save(model, tmp_path / "out")
+    held = load_file(tmp_path / "out" / "model.safetensors")
+    assert held["1.weight_rpq.codebooks"].dtype == held["1.weight_rpq.scales"].dtype == torch.float16
+    assert held["0.weight_rpq.codebooks"].dtype == torch.float32
+    again = rpq.load(tmp_path / "out", factory=dense)
+    assert torch.equal(again(x), wanted)
