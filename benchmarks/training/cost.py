@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.training import measuring
-from benchmarks.training.rows import ROWS, SHARE, Row
+from benchmarks.training.rows import ROWS, SHARE, UPDATE_RATE, Row
 from benchmarks.training.tasks import CONTEXT, TASKS, Task, loss_of
 
 WARM, COUNT = 4, 15
@@ -48,7 +48,7 @@ def one(task: Task, width: int, row: Row, again: bool) -> dict[str, Any]:
     before = measuring.resident()
     model = row.build(task, width)
     step = measuring.trained(model, lambda: loss_of(model, batch))
-    updates = rpq.CodeUpdates(model, SHARE) if row.updates else None
+    updates = rpq.CodeUpdates(model, SHARE, rate=UPDATE_RATE) if row.updates else None
 
     def whole() -> None:
         if updates is None:

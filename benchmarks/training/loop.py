@@ -12,7 +12,7 @@ from torch import nn
 
 import rpq_convert as rpq
 from benchmarks.training import sizes
-from benchmarks.training.rows import PRETRAINED, SHARE, Row, after_training
+from benchmarks.training.rows import PRETRAINED, SHARE, UPDATE_RATE, Row, after_training
 from benchmarks.training.tasks import Data, Task, batch_of, judge, loss_of
 
 BETAS, DECAY, WARM, LAST = (0.9, 0.99), 0.05, 0.1, 0.01
@@ -37,7 +37,7 @@ def train(
     groups = rpq.parameter_groups(model, rate, weight_decay=DECAY)
     optimizer = torch.optim.AdamW(groups, betas=BETAS)
     begin = [g["lr"] for g in optimizer.param_groups]
-    updates = rpq.CodeUpdates(model, share) if share else None
+    updates = rpq.CodeUpdates(model, share, rate=UPDATE_RATE) if share else None
     model.train()
     times = []
     for step in range(steps):

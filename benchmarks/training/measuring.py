@@ -19,6 +19,11 @@ def resident() -> int:
         return int(file.read().split()[1]) * resource.getpagesize()
 
 
+def peak() -> int:
+    """Return the most bytes that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def measured(step: Callable[[], object], count: int) -> dict[str, Any]:
     """Run a step `count` times; return the median of its seconds and the peak of the process."""
     times = []

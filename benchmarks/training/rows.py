@@ -17,9 +17,12 @@ import rpq_convert as rpq
 from benchmarks.training import sizes
 from benchmarks.training.tasks import Task
 
-DIM = {4: 4, 8: 8}  # times smaller -> sub-vector length: what the entanglement study found best (docs/training.md)
+DIM = {4: 4, 8: 8}  # times smaller -> sub-vector length
 PRETRAINED = 0.1  # share of the steps that a dense model is trained for before its weights are coded
-SHARE = 0.01  # of a weight's codes that may change at a time
+SHARE, UPDATE_RATE = (
+    0.02,
+    0.05,
+)  # of `rpq.CodeUpdates`: from random codes offsets must grow longer than they do in tuning
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,9 @@ def kmeans(model: nn.Module, times: int) -> int:
 
 def default(model: nn.Module, times: int) -> int:
     bits = sizes.bits_for(model, sizes.weight_bytes(model) // times)
-    report = rpq.convert(model, bits=bits, executor="serial")
-    return report.weight_bytes - sum(b.nbytes for b in model.buffers())
+    size = rpq.plan(model, bits=bits).tensor_bytes - sum(b.nbytes for b in model.buffers())
+    rpq.convert(model, bits=bits, executor="serial")
+    return size
 
 
 AFTER: dict[tuple[str, int], Callable[[nn.Module], int]] = {

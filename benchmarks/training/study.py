@@ -59,7 +59,10 @@ def run(what: str, tasks: Sequence[Task], pictures: Path | None, text: Path | No
     else:
         for at in range(2 if wide else 1):
             work += [
-                (_chain, t.name, t.widths[at], row, seeds) for seeds in ((0,), SEEDS) for t in tasks for row in ROWS
+                (_chain, t.name, t.widths[at], row, seeds)
+                for seeds in ((0,), (0, 1), SEEDS)
+                for t in tasks
+                for row in ROWS
             ]
     os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"), "1"))
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_single) as pool:

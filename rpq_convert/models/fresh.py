@@ -6,6 +6,7 @@ codebooks, and `materialise` gives the rest (biases, norms, tokens) real memory 
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -35,7 +36,9 @@ def fresh(kind: Any, *args: Any, seed: int | None = None, grow: bool = False, **
         model = kind(*args, **kwargs)  # a constructor may draw numbers before they go to meta
         if hasattr(model, "tie_weights"):
             model.tie_weights()
-    convert(model, codebooks="heads", fit="random", grow=grow, seed=draw_seed(generator))
+    report = convert(model, codebooks="heads", fit="random", grow=grow, seed=draw_seed(generator))
+    for warning in report.warnings:
+        warnings.warn(warning, stacklevel=3)
     return materialise(model, generator=generator)
 
 

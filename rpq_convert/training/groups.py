@@ -9,6 +9,7 @@ from torch import nn
 
 from rpq_convert.errors import TuneError
 from rpq_convert.layers import surgery
+from rpq_convert.layers.weight import RPQWeight
 
 # A multiple of a dense weight's learning rate: what codebooks of random codes want (docs/training.md)
 CODEBOOK_RATE = 3.0
@@ -19,18 +20,20 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return groups of parameters for a torch optimizer: codebooks, what is dense, and what does not decay.
 
-    A codeword stands for many weights, whose gradients it sums, and takes larger steps than a weight. The decay of codebooks is
-    smaller by as much, so that AdamW makes expanded weights decay as it does dense ones: a weight is linear in its codebook. Scales,
-    norms and biases do not decay. A parameter that is held under several names is in one group, and one that is frozen in none.
+    A codeword stands for many weights, whose gradients it sums, and takes larger steps than a weight. Where scales multiply codewords,
+    steps are as much larger as scales are small, so that expanded weights take the same ones. The decay of codebooks is smaller by as
+    much, so that AdamW makes expanded weights decay as it does dense ones: a weight is linear in its codebook. Scales, norms and
+    biases do not decay. A parameter that is held under several names is in one group, and one that is frozen in none.
 
     Args:
         model: any model; without RPQ layers the groups are those of a dense one.
         rate: learning rate of dense weights, as for the dense model.
         weight_decay: of dense weights, a step's share being `rate * weight_decay` (torch.optim.AdamW).
-        codebook_rate: learning rate of codebooks, as a multiple of `rate`.
+        codebook_rate: learning rate of what codebooks expand to, as a multiple of `rate`.
 
     Returns:
-        Groups with `params`, `lr`, `weight_decay` and `name` (`codebooks`, `dense`, `vectors`), those that are empty left out.
+        Groups with `params`, `lr`, `weight_decay` and `name`: `codebooks` for each weight that has scales and one for all others,
+        `dense`, `vectors`; those that are empty are left out.
 
     Raises:
         TuneError: a rate, a decay or a multiple that is no positive number (a decay may be 0).
@@ -42,21 +45,33 @@ def parameter_groups(
         raise TuneError(
             f"rate and codebook_rate must be above 0 and weight_decay at least 0, not {rate}, {codebook_rate}, {weight_decay}"
         )
-    books, others = set(), set()
+    books: dict[int, float] = {}
+    others = set()
     for rpq in surgery.layers_of(model).values():
-        books.add(id(rpq.codebooks))
+        books[id(rpq.codebooks)] = codebook_rate / _size(rpq)
         others |= {id(p) for p in rpq.parameters()}
-    found: dict[str, list[nn.Parameter]] = {"codebooks": [], "dense": [], "vectors": []}
+    found: dict[tuple[str, float, float], list[nn.Parameter]] = {}
     for p in model.parameters():
-        if p.requires_grad:
-            kind = "codebooks" if id(p) in books else "vectors" if id(p) in others or p.ndim <= 1 else "dense"
-            found[kind].append(p)
-    settings = {
-        "codebooks": {"lr": rate * codebook_rate, "weight_decay": weight_decay / codebook_rate},
-        "dense": {"lr": rate, "weight_decay": weight_decay},
-        "vectors": {"lr": rate, "weight_decay": 0.0},
-    }
-    return [{"name": k, "params": v, **settings[k]} for k, v in found.items() if v]
+        if not p.requires_grad:
+            continue
+        if multiple := books.get(id(p)):
+            kind = ("codebooks", rate * multiple, weight_decay / multiple)
+        else:
+            dense = p.ndim > 1 and id(p) not in others
+            kind = ("dense", rate, weight_decay) if dense else ("vectors", rate, 0.0)
+        found.setdefault(kind, []).append(p)
+    return [
+        {"name": name, "params": p, "lr": lr, "weight_decay": decay} for (name, lr, decay), p in sorted(found.items())
+    ]
+
+
+def _size(rpq: RPQWeight) -> float:
+    """Return the root mean square of what codewords are multiplied by; 1 where nothing does."""
+    size = 1.0
+    for scales in (rpq.scales, rpq.input_scales):
+        if scales is not None and not scales.is_meta:
+            size *= float(scales.detach().float().square().mean().sqrt()) or 1.0
+    return size
 
 
 @torch.no_grad()

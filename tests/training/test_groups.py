@@ -28,17 +28,34 @@ def model_of(**options):
 
 def test_every_parameter_is_in_one_group_with_the_rate_of_its_kind():
     model = model_of(fit="random")
-    groups = {g["name"]: g for g in rpq.parameter_groups(model, 1e-3, weight_decay=0.1, codebook_rate=5)}
+    with torch.no_grad():
+        layers_of(model)["1.weight"].scales.fill_(0.125)
+    groups = rpq.parameter_groups(model, 1e-3, weight_decay=0.1, codebook_rate=5)
     names = {id(p): n for n, p in model.named_parameters()}
-    found = {name: [names[id(p)] for p in g["params"]] for name, g in groups.items()}
-    assert found == {
-        "codebooks": ["0.weight_rpq.codebooks", "1.weight_rpq.codebooks"],
-        "dense": ["3.weight"],
-        "vectors": ["1.bias", "1.weight_rpq.scales", "2.weight", "2.bias"],
-    }
-    assert {name: (g["lr"], g["weight_decay"]) for name, g in groups.items()} == {
-        "codebooks": (5e-3, 0.02), "dense": (1e-3, 0.1), "vectors": (1e-3, 0.0)
-    }  # fmt: skip
+    found = [(g["name"], g["lr"], g["weight_decay"], [names[id(p)] for p in g["params"]]) for g in groups]
+    assert found == [
+        ("codebooks", 5e-3, 0.02, ["0.weight_rpq.codebooks"]),
+        ("codebooks", 0.04, 0.0025, ["1.weight_rpq.codebooks"]),  # scales of 1/8: steps eight times as long
+        ("dense", 1e-3, 0.1, ["3.weight"]),
+        ("vectors", 1e-3, 0.0, ["1.bias", "1.weight_rpq.scales", "2.weight", "2.bias"]),
+    ]
+
+
+@pytest.mark.parametrize("scales", ["none", "float16"])
+def test_a_first_step_moves_expanded_weights_by_the_rate_with_scales_or_without(scales):
+    model = nn.Sequential(nn.Linear(64, 64))
+    rule = {"match": "*", "dim": 4, "books": 1, "grow": True, "scales": scales, "codebook_dtype": "float32"}
+    rpq.convert(model, rules=[rule], fit="random")
+    weight = layers_of(model)["0.weight"]
+    before = weight().detach().clone()
+    optimizer = torch.optim.Adam(rpq.parameter_groups(model, 1e-4, codebook_rate=3))
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    weight.codebooks.grad = torch.ones_like(weight.codebooks)
+    optimizer.step()
+    torch.testing.assert_close(
+        (before - weight().detach()).square().mean().sqrt(), torch.tensor(3e-4), rtol=1e-3, atol=0
+    )
 
 
 def test_expanded_weights_decay_as_dense_ones():
