@@ -21,20 +21,22 @@ WARM, COUNT = 4, 15
 
 
 def lines() -> Iterator[dict[str, Any]]:
-    """Yield a line for every task, width, row, and with and without checkpointing."""
+    """Yield a line for every task, width and row: plain, with checkpointing, and dense and RPQ compiled (where there is a compiler)."""
     for task in TASKS.values():
         for width in task.widths:
             for row in ROWS:
                 if row.pretrained:
                     continue  # the same layers as from random codes
-                for again in ("no", "yes"):
-                    asked = (task.name, str(width), row.name, str(row.times), again)
-                    found = measuring.apart(__name__, *asked)
+                hows = ["plain", "checkpointing"]
+                if row.kind in ("dense", "rpq") and not row.updates and width == task.widths[0]:
+                    hows.append("compiled")
+                for how in hows:
+                    found = measuring.apart(__name__, task.name, str(width), row.name, str(row.times), how)
                     facts = {"task": task.name, "width": width, "row": row.name, "times": row.times}
-                    yield {"kind": "cost", **facts, "setting": f"checkpointing: {again}", **found}
+                    yield {"kind": "cost", **facts, "setting": how, **found}
 
 
-def one(task: Task, width: int, row: Row, again: bool) -> dict[str, Any]:
+def one(task: Task, width: int, row: Row, how: str) -> dict[str, Any]:
     """Measure one row on random inputs; the peak is above what the process held before it built the model."""
     import rpq_convert as rpq
     from rpq_convert.running.blocks import recomputed
@@ -47,7 +49,8 @@ def one(task: Task, width: int, row: Row, again: bool) -> dict[str, Any]:
         batch = (torch.randn(task.batch, 1, 28, 28), torch.randint(10, (task.batch,)))
     before = measuring.resident()
     model = row.build(task, width)
-    step = measuring.trained(model, lambda: loss_of(model, batch))
+    called = torch.compile(model) if how == "compiled" else model
+    step = measuring.trained(model, lambda: loss_of(called, batch))
     updates = rpq.CodeUpdates(model, SHARE, rate=UPDATE_RATE) if row.updates else None
 
     def whole() -> None:
@@ -58,7 +61,7 @@ def one(task: Task, width: int, row: Row, again: bool) -> dict[str, Any]:
             step()
         updates.step()
 
-    with recomputed(model) if again else nullcontext():
+    with recomputed(model) if how == "checkpointing" else nullcontext():
         measuring.measured(whole, WARM)
         found = measuring.measured(whole, COUNT)
     return {**found, "peak": found["peak"] - before}
@@ -66,6 +69,6 @@ def one(task: Task, width: int, row: Row, again: bool) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    name, wide, kind, times, recompute = sys.argv[1:]
+    name, wide, kind, times, asked = sys.argv[1:]
     chosen = next(r for r in ROWS if r.name == kind and r.times == int(times))
-    print(json.dumps(one(TASKS[name], int(wide), chosen, recompute == "yes")))
+    print(json.dumps(one(TASKS[name], int(wide), chosen, asked)))

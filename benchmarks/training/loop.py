@@ -84,7 +84,7 @@ def results(task: Task, data: Data, row: Row, width: int, rate: float, seed: int
         {
             **facts, "row": row.name, "times": row.times, "bytes": sizes.weight_bytes(model),
             "trained": sum(p.numel() for p in model.parameters() if p.requires_grad), "seconds": seconds,
-            task.metric: judge(task, model, data.test),
+            "validation": judge(task, model, data.validation), task.metric: judge(task, model, data.test),
         }
     ]  # fmt: skip
     if row.kind == "dense":

@@ -37,7 +37,7 @@ CASES = [
     ),
     *(
         ("vit-giant", how, what)
-        for how in ("train-2", "train-2-checkpointing", "forward-2")
+        for how in ("train-1", "train-1-checkpointing", "forward-1")
         for what in ("dense", "rpq")
     ),
     ("opt-6.7b", "forward-1", "rpq"),

@@ -138,6 +138,15 @@ def _same(a: Any, b: Any) -> bool:
     return a is b or (isinstance(a, (bool, int, float, str)) and a == b)
 
 
+def _called(block: nn.Module) -> Iterator[nn.Module]:
+    """Yield a block; where it is a bare list (vit-pytorch's pairs of attention and feed-forward), whose forward nobody calls, its members."""
+    if type(block).forward is nn.Module.forward:
+        for member in block.children():
+            yield from _called(member)
+    else:
+        yield block
+
+
 @contextmanager
 def recomputed(model: nn.Module) -> Iterator[None]:
     """Let blocks keep only their input for the backward pass, and run once more in it, as long as the block lasts."""
@@ -147,7 +156,7 @@ def recomputed(model: nn.Module) -> Iterator[None]:
     outer = [
         b for path, blocks in known.items() if not any(inside(path, other) for other in known.values()) for b in blocks
     ]
-    changed = [model.get_submodule(path) for path in outer]
+    changed = [m for path in outer for m in _called(model.get_submodule(path))]
     try:
         for module in changed:
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
