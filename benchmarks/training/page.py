@@ -45,14 +45,16 @@ def rows(lines: Sequence[Line]) -> str:
 
 
 def _at_best_rate(task: Task, runs: Sequence[Line]) -> list[Line]:
-    """Return the runs of each row at the rate whose first seed is best on the validation part; of what was made small, with dense."""
+    """Return the runs of each row at its rate: that of most seeds, then the best on the validation part. Made small: with dense."""
+    seen: dict[tuple[str, int], dict[float, list[Line]]] = {}
+    for x in runs:
+        if x.get("trained"):
+            seen.setdefault((x["row"], x["times"]), {}).setdefault(x["rate"], []).append(x)
 
-    def chosen(name: str, times: int) -> float:
-        first = [x for x in runs if x["row"] == name and x["times"] == times and x["seed"] == 0]
-        whole = [x for x in first if "validation" in x] or first
-        return float(max(whole, key=lambda x: task.better * x.get("validation", x[task.metric]))["rate"])
+    def rank(some: Sequence[Line]) -> tuple[int, float]:
+        return len(some), task.better * float(some[0].get("validation", some[0][task.metric]))
 
-    rates = {(x["row"], x["times"]): chosen(x["row"], x["times"]) for x in runs if x.get("trained")}
+    rates = {row: max(found, key=lambda rate: rank(found[rate])) for row, found in seen.items()}
     after = rates.get(("dense", 1))
     return [x for x in runs if x["rate"] == rates.get((x["row"], x["times"]), after)]
 
