@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.quality.pictures import fashion
+from benchmarks.quality.pictures import Residual, fashion
 
 VALIDATION, CONTEXT, TEST_WINDOWS = 5_000, 64, 600
 
@@ -57,16 +57,6 @@ def vit(width: int) -> nn.Module:
         image_size=28, patch_size=7, channels=1, num_classes=10, dim=width, depth=2, heads=4, dim_head=round(width / 4),
         mlp_dim=2 * width,
     )  # fmt: skip
-
-
-class Residual(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv1, self.norm1 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.BatchNorm2d(channels)
-        self.conv2, self.norm2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.BatchNorm2d(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x + self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x))))))
 
 
 def resnet(width: int) -> nn.Module:
