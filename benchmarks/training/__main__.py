@@ -30,14 +30,8 @@ def main() -> None:
         for line in memory.lines():
             study.add(line)
     else:
-        study.run(
-            asked.what,
-            [TASKS[name] for name in asked.task or TASKS],
-            asked.pictures,
-            asked.text,
-            asked.jobs,
-            asked.wide,
-        )
+        tasks = [TASKS[name] for name in asked.task or TASKS]
+        study.run(asked.what, tasks, asked.pictures, asked.text, asked.jobs, asked.wide)
 
 
 def _arguments() -> argparse.Namespace:

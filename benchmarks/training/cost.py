@@ -1,6 +1,6 @@
 """Seconds a step and peak memory of every row, one process each, on a machine that does nothing else.
 
-python -m benchmarks.training.cost TASK WIDTH ROW TIMES CHECKPOINTING    # one of them, as JSON
+python -m benchmarks.training.cost TASK WIDTH ROW TIMES plain|checkpointing|compiled    # one of them, as JSON
 """
 
 from __future__ import annotations

@@ -19,19 +19,14 @@ from benchmarks.training.tasks import Data, Task, batch_of, judge, loss_of
 from rpq_convert.layers import surgery
 from rpq_convert.layers.weight import RPQWeight
 
-STEPS = {
-    "vit": 400,
-    "opt": 1_000,
-    "resnet": 400,
-}  # an OPT stays at the loss of pairs of characters for the first hundreds
+# An OPT stays at the loss of pairs of characters for the first hundreds
+STEPS = {"vit": 400, "opt": 1_000, "resnet": 400}
 RATES = {"vit": 1e-3, "opt": 2e-3, "resnet": 3e-3}  # of dense weights; codebooks take `parameter_groups`' multiple
-KINDS = {
-    "vit": {"query, key, value": "*to_qkv*", "attention output": "*to_out*", "MLP": "*net.[14]*", "patches": "to_patch*"},
-    "opt": {
-        "query, key, value": "*.[qkv]_proj*", "attention output": "*out_proj*", "MLP": "*fc[12]*", "embeddings": "*embed*"
-    },
-    "resnet": {"first of a stage": "?.weight", "residual": "*conv[12]*"},
-}  # fmt: skip
+KINDS = {  # patterns of parameters, one kind of layer each
+    "vit": ("*to_qkv*", "*to_out*", "*net.[14]*", "to_patch*"),
+    "opt": ("*.[qkv]_proj*", "*out_proj*", "*fc[12]*", "*embed*"),
+    "resnet": ("?.weight", "*conv[12]*"),
+}
 BATCHES = 12  # that gradients are compared over
 
 

@@ -22,17 +22,8 @@ SEEDS = (0, 1, 2)
 FIRST = 5  # rows that get their other seeds first: dense, RPQ, a smaller dense model
 TUNED = 0.25  # share of the steps that learning rates are chosen by
 STEP = 10**0.5  # between learning rates
-FACTS = (
-    "kind",
-    "task",
-    "width",
-    "row",
-    "times",
-    "rate",
-    "seed",
-    "setting",
-    "match",
-)  # what tells one line from another
+# What tells one line from another
+FACTS = ("kind", "task", "width", "row", "times", "rate", "seed", "setting", "match")
 Line = dict[str, Any]
 
 
@@ -79,7 +70,7 @@ def _settings(task: Task) -> Iterator[tuple[dict[str, Any] | None, str]]:
     yield None, "*"
     for setting in entanglement.settings():
         yield setting, "*"
-    for match in entanglement.KINDS[task.name].values():
+    for match in entanglement.KINDS[task.name]:
         yield {"books": 4, "dim": 8}, match
 
 
@@ -121,15 +112,8 @@ def _rate(task: Task, width: int, row: Row, data: Any) -> float:
     def tried(power: int) -> float:
         if power not in seen:
             rate = float(f"{task.rate * STEP**power:.3g}")
-            line: Line = {
-                "kind": "rate",
-                "task": task.name,
-                "width": width,
-                "row": row.name,
-                "times": row.times,
-                "rate": rate,
-            }
-            line["seed"] = 0
+            facts = {"task": task.name, "width": width, "row": row.name, "times": row.times}
+            line: Line = {"kind": "rate", **facts, "rate": rate, "seed": 0}
             known = [k for k in lines() if _key(k) == _key(line)]
             if not known:
                 model, _ = loop.run(task, data, row, width, rate, 0, steps)

@@ -44,7 +44,7 @@ class CodeUpdates:
         rate: learning rate of weights, relative to the root mean square of their layer; 0.01 by default.
 
     Raises:
-        TuneError: a model without RPQ layers, a share that is not in (0, 1], fewer than 1 call.
+        TuneError: a model without RPQ layers, a share that is not in (0, 1], fewer than 1 call, a rate that is not above 0.
 
     Example:
         >>> updates = rpq.CodeUpdates(model, share=0.01)
@@ -57,10 +57,12 @@ class CodeUpdates:
     """
 
     def __init__(self, model: nn.Module, share: float, every: int = EVERY, rate: float | None = None) -> None:
-        if not 0 < share <= 1 or every < 1:
-            raise TuneError(f"share must be above 0 and at most 1, and every at least 1, not {share} and {every}")
-        self.weights, self.share, self.every = coded_weights(model), share, every
-        self.rate = RATE if rate is None else rate
+        rate = RATE if rate is None else rate
+        if not 0 < share <= 1 or every < 1 or not rate > 0:
+            raise TuneError(
+                f"share must be above 0 and at most 1, every at least 1 and rate above 0, not {share}, {every} and {rate}"
+            )
+        self.weights, self.share, self.every, self.rate = coded_weights(model), share, every, rate
         if not self.weights:
             raise TuneError(f"{type(model).__name__} has no RPQ layer; convert it first")
         with torch.no_grad():
@@ -96,9 +98,15 @@ class CodeUpdates:
 
         Args:
             factor: of the learning rate, as a schedule gives it.
+
+        Raises:
+            TuneError: no block of `expanded` was left since the last step.
         """
+        if not self.seen:
+            raise TuneError(
+                "run the model and its backward pass inside `with updates.expanded():` before updates.step()"
+            )
         self.accumulate([weight.grad for weight in self.seen], factor)
-        self.seen = []
         self.calls += 1
         return self.update() if self.calls % self.every == 0 else 0
 
@@ -122,6 +130,7 @@ class CodeUpdates:
     @torch.no_grad()
     def accumulate(self, gradients: Sequence[Tensor | None], factor: float) -> None:
         """Add a step down these gradients of the expanded weights, in the order of `expanded`; `factor` is of the learning rate."""
+        self.seen = []  # expanded weights and their gradients are as large as dense ones
         for (name, rpq), gradient in zip(self.weights.items(), gradients, strict=True):
             if gradient is None:
                 continue

@@ -33,7 +33,8 @@ def parameter_groups(
 
     Returns:
         Groups with `params`, `lr`, `weight_decay` and `name`: `codebooks` for each weight that has scales and one for all others,
-        `dense`, `vectors`; those that are empty are left out.
+        `dense`, `vectors`; those that are empty are left out. Their order is that of names, then of the model, so that an optimizer's
+        state can be loaded into groups that were made anew.
 
     Raises:
         TuneError: a rate, a decay or a multiple that is no positive number (a decay may be 0).
@@ -45,24 +46,25 @@ def parameter_groups(
         raise TuneError(
             f"rate and codebook_rate must be above 0 and weight_decay at least 0, not {rate}, {codebook_rate}, {weight_decay}"
         )
-    books: dict[int, float] = {}
-    others = set()
-    for rpq in surgery.layers_of(model).values():
-        books[id(rpq.codebooks)] = codebook_rate / _size(rpq)
-        others |= {id(p) for p in rpq.parameters()}
-    found: dict[tuple[str, float, float], list[nn.Parameter]] = {}
+    books = {id(rpq.codebooks): rpq for rpq in surgery.layers_of(model).values()}
+    others = {id(p) for rpq in books.values() for p in rpq.parameters()}
+    groups: dict[Any, dict[str, Any]] = {}  # by what does not change in training, so that a later run has the same ones
+
+    def add(key: Any, name: str, p: nn.Parameter, multiple: float, decay: float) -> None:
+        group = {"name": name, "params": [], "lr": rate * multiple, "weight_decay": decay / multiple}
+        groups.setdefault(key, group)["params"].append(p)
+
     for p in model.parameters():
         if not p.requires_grad:
             continue
-        if multiple := books.get(id(p)):
-            kind = ("codebooks", rate * multiple, weight_decay / multiple)
+        if rpq := books.get(id(p)):
+            scaled = rpq.scales is not None or rpq.input_scales is not None
+            add(id(p) if scaled else "codebooks", "codebooks", p, codebook_rate / _size(rpq), weight_decay)
+        elif p.ndim > 1 and id(p) not in others:
+            add("dense", "dense", p, 1.0, weight_decay)
         else:
-            dense = p.ndim > 1 and id(p) not in others
-            kind = ("dense", rate, weight_decay) if dense else ("vectors", rate, 0.0)
-        found.setdefault(kind, []).append(p)
-    return [
-        {"name": name, "params": p, "lr": lr, "weight_decay": decay} for (name, lr, decay), p in sorted(found.items())
-    ]
+            add("vectors", "vectors", p, 1.0, 0.0)
+    return sorted(groups.values(), key=lambda group: group["name"])
 
 
 def _size(rpq: RPQWeight) -> float:

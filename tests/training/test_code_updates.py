@@ -87,6 +87,10 @@ def test_wrong_settings_are_refused():
     for share, every in ((0, 4), (1.5, 4), (0.1, 0)):
         with pytest.raises(rpq.TuneError, match="share must be above 0"):
             rpq.CodeUpdates(student, share, every)
+    with pytest.raises(rpq.TuneError, match="rate above 0"):
+        rpq.CodeUpdates(student, 0.1, rate=0)
+    with pytest.raises(rpq.TuneError, match="run the model and its backward pass inside"):
+        rpq.CodeUpdates(student, 0.1).step()
     with pytest.raises(rpq.TuneError, match="Linear has no RPQ layer"):
         rpq.CodeUpdates(nn.Linear(4, 4), 0.1)
     other = rpq.CodeUpdates(student[:1], 0.1)

@@ -58,6 +58,26 @@ def test_a_first_step_moves_expanded_weights_by_the_rate_with_scales_or_without(
     )
 
 
+def test_groups_that_are_made_anew_after_training_take_the_state_of_an_optimizer():
+    def build():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+        rpq.convert(model, bits=1, fit="random", grow=True)
+        return model, layers_of(model)
+
+    model, weights = build()
+    with torch.no_grad():
+        for scale, weight in zip((1.0, 0.5, 0.25), weights.values(), strict=True):
+            weight.scales.fill_(scale)
+    before = [[id(p) for p in g["params"]] for g in rpq.parameter_groups(model, 1e-3)]
+    with torch.no_grad():
+        for scale, weight in zip(
+            (0.25, 0.25, 1.0), weights.values(), strict=True
+        ):  # sizes change places, two are equal now
+            weight.scales.fill_(scale)
+    assert [[id(p) for p in g["params"]] for g in rpq.parameter_groups(model, 1e-3)] == before
+
+
 def test_expanded_weights_decay_as_dense_ones():
     model = model_of(fit="random")
     weight = layers_of(model)["0.weight"]
