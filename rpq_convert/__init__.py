@@ -121,10 +121,12 @@ def __getattr__(name: str) -> Any:
 
 @cache
 def _watch_savers() -> None:
-    """Let savers that would lose RPQ weights refuse them, once there may be some."""
+    """Let savers that would lose RPQ weights refuse them, or keep them, once there may be some."""
     when_imported("huggingface_hub.hub_mixin", "rpq_convert.integrations.other_savers:hub_mixin")
     when_imported("diffusers.models.modeling_utils", "rpq_convert.integrations.other_savers:diffusers")
     when_imported("timm.models._hub", "rpq_convert.integrations.other_savers:timm")
+    for name in ("sentence_transformers.base.model", "sentence_transformers.SentenceTransformer"):
+        when_imported(name, "rpq_convert.integrations.sentence_transformers:install")
 
 
 def __dir__() -> list[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,8 @@ from rpq_convert.report.schema import Report
 from rpq_convert.running.offload import is_hooked, onloaded
 from rpq_convert.running.wrappers import unwrapped
 from rpq_convert.storage.delivery import delivered
-from rpq_convert.storage.files import GENERATION, named_files
+from rpq_convert.storage.files import GENERATION, files_beside, named_files
+from rpq_convert.storage.records import CONFIG
 from rpq_convert.storage.writer import Folder
 
 
@@ -58,8 +61,33 @@ def save(
             tensor nor JSON values); a file that is not there, or whose path leaves the folder.
         FolderError: the folder already exists.
     """
-    with delivered(out, overwrite=overwrite) as place, unwrapped(model) as inside:
-        return _save(inside, place, overwrite, max_shard_size, named_files(files), base)
+    with (
+        delivered(out, overwrite=overwrite) as place,
+        unwrapped(model) as inside,
+        _at_the_root(inside) as (root, beside),
+    ):
+        return _save(root, place, overwrite, max_shard_size, beside | named_files(files), base)
+
+
+@contextmanager
+def _at_the_root(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, Path]]]:
+    """Give the model whose weights a folder holds, and what belongs beside them.
+
+    sentence-transformers keeps a model of transformers in the folder itself, and its other modules in subfolders.
+    """
+    if not any(kind.__module__.startswith("sentence_transformers.") for kind in type(model).__mro__):
+        yield model, {}
+        return
+    from rpq_convert.hf.loading import is_pretrained
+
+    with tempfile.TemporaryDirectory() as place:
+        model.save_pretrained(place)  # type: ignore[operator]
+        root = next(filter(is_pretrained, model.modules()), None)
+        if root is None or not Path(place, CONFIG).is_file():
+            raise SourceError(
+                f"{type(model).__name__} keeps no model in the folder itself: save it with its save_pretrained"
+            )
+        yield root, files_beside(place)
 
 
 def _save(

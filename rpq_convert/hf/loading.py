@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from rpq_convert.errors import SourceError
 from rpq_convert.hf import torchvision
@@ -92,6 +93,11 @@ def _registered(config: Any) -> list[Any]:
     return [kind for one in found for kind in (one if isinstance(one, tuple) else (one,))]
 
 
+def is_pretrained(module: nn.Module) -> bool:
+    """Return whether a module is a model of transformers."""
+    return isinstance(module, transformers.PreTrainedModel)
+
+
 def copy_code(model: Any, folder: Path) -> dict[str, Any]:
     """Copy the files that define a model of the user's or a repository's own code, as `save_pretrained` does.
 
@@ -100,7 +106,7 @@ def copy_code(model: Any, folder: Path) -> dict[str, Any]:
     Returns:
         What config.json says of them: the fields with which `from_pretrained(…, trust_remote_code=True)` finds the code.
     """
-    if not (isinstance(model, transformers.PreTrainedModel) and model.is_remote_code()):
+    if not (is_pretrained(model) and model.is_remote_code()):
         return {}
     for own in (model, model.config):
         if own._auto_class is not None:

@@ -19,6 +19,7 @@ from rpq_convert.errors import CalibrationError, SourceError
 from rpq_convert.inputs import files
 from rpq_convert.inputs.found import find_data, is_path
 from rpq_convert.inputs.synthetic import own_inputs
+from rpq_convert.inputs.tables import PAIR_NAMES
 from rpq_convert.layers.precision import dtype_of
 from rpq_convert.running.text_config import text_config, vocabulary
 
@@ -38,6 +39,7 @@ SPARE = (
 )  # columns that are no inputs
 VECTORS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "decoder_input_ids", "labels")
 
+Words = str | Sequence[str]
 Calibration = Any  # data as `prepare` takes it
 
 
@@ -46,7 +48,7 @@ def prepare(data: Any, model: Any, name: str, *, tokenizer: Any = None, labels: 
 
     Args:
         data: an input or an iterable of inputs: tensors, arrays, numbers in lists, tuples of arguments, dicts and batches of
-            tokenizers, rows of a data set, texts, chats (lists of role and content), pictures; a file or folder, as
+            tokenizers, rows of a data set, texts, pairs of texts (tuples), chats (lists of role and content), pictures; a file or folder, as
             `read_inputs` takes it (as text too, where it is there or ends like one); a function of the model that returns any of these;
             or "self" for synthetic inputs, as on the command line.
         model: what will be called on them.
@@ -65,6 +67,10 @@ def prepare(data: Any, model: Any, name: str, *, tokenizer: Any = None, labels: 
     if isinstance(data, Path) or (isinstance(data, str) and is_path(data)):
         src = "" if find_data(data).kind == "tensors" else maker.folder()  # tensors need no tokenizer
         return files.read_inputs(data, src, model=model, labels=labels)
+    if isinstance(data, Mapping) and data and all(hasattr(part, "column_names") for part in data.values()):
+        raise CalibrationError(
+            f"{name} holds the splits {', '.join(map(str, data))}; choose one: data[{next(iter(data))!r}]"
+        )
     items = [data] if _is_one(data) else _listed(data, name)
     return [maker.make(item, i) for i, item in enumerate(items)]
 
@@ -130,8 +136,8 @@ class _Maker:
             return self._chat(item)
         if isinstance(item, Mapping):
             return self._row(item)
-        if isinstance(item, list) and item and all(isinstance(part, str) for part in item):
-            return self._text(item)
+        if isinstance(item, (tuple, list)) and item and (words := _words_of(item)):
+            return self._text(*words)
         if isinstance(item, list) and item and all(map(_is_picture, item)):
             return self._processed(images=item)
         arrays = isinstance(item, (tuple, list)) and any(isinstance(part, (Tensor, np.ndarray)) for part in item)
@@ -166,7 +172,9 @@ class _Maker:
         row = dict(row)
         picture = next((v for v in row.values() if _is_picture(v)), None)
         chat = next((row[n] for n in CHAT if _is_chat(row.get(n))), None)
-        text = next((row[n] for n in TEXT if isinstance(row.get(n), str) and n not in self.takes), None)
+        texts = {n: v for n, v in row.items() if _is_text(v) and n not in self.takes}
+        text = next((texts[n] for n in TEXT if n in texts), None)
+        pair = next(([texts[n] for n in both] for both in PAIR_NAMES if all(n in texts for n in both)), None)
         if all(n in row for n in PAIR):
             first, last = (row[n] for n in PAIR)
             both = isinstance(first, str) and isinstance(last, str)
@@ -175,6 +183,8 @@ class _Maker:
             return self._processed(images=picture, **({} if text is None else {"text": text}))
         if chat is not None:
             return self._chat(chat)
+        if pair is not None:
+            return self._text(*pair)
         if text is not None:
             return self._text(text)
         known = {
@@ -219,15 +229,16 @@ class _Maker:
         text = text_config(getattr(self.model, "config", None), "encoder")
         return min(WINDOW, getattr(text, "max_position_embeddings", None) or WINDOW)
 
-    def _text(self, text: str | list[str]) -> Any:
-        words, many = self._words(), [text] if isinstance(text, str) else text
-        if not any(part.strip() for part in many):
+    def _text(self, text: Words, second: Words | None = None) -> Any:
+        """Return the arguments that a text, or a pair of texts, is read as; or a batch of them."""
+        words = self._words()
+        many, seconds = ([t] if isinstance(t, str) else None if t is None else list(t) for t in (text, second))
+        if not any(part.strip() for part in (*many, *(seconds or ()))):  # type: ignore[misc]
             raise CalibrationError(f"{self.at} is an empty text")
-        if len(many) > 1 and getattr(words, "pad_token", "") is None:
+        if len(many) > 1 and getattr(words, "pad_token", "") is None:  # type: ignore[arg-type]
             words.pad_token = words.eos_token
-        return self._taken(
-            words(many, padding=len(many) > 1, truncation=True, max_length=self._window(), return_tensors="pt")
-        )
+        how = {"truncation": True, "max_length": self._window(), "return_tensors": "pt"}
+        return self._taken(words(many, seconds, padding=len(many) > 1, **how))  # type: ignore[arg-type]
 
     def _chat(self, turns: Sequence[Mapping[str, Any]]) -> Any:
         reader = self._words() if self.reader is None else self.reader
@@ -283,6 +294,28 @@ class _Maker:
         absolute = getattr(config, "rope_parameters", None) is None and getattr(config, "rope_theta", None) is None
         if most and absolute and ids.shape[-1] > most:
             raise CalibrationError(f"{what} has {ids.shape[-1]} tokens; {type(self.model).__name__} takes {most}")
+
+
+def _is_text(value: Any) -> bool:
+    """Say whether a value is a text, or a batch of texts."""
+    return isinstance(value, str) or (
+        isinstance(value, (list, tuple)) and bool(value) and all(isinstance(v, str) for v in value)
+    )
+
+
+def _words_of(item: Sequence[Any]) -> list[Words]:
+    """Return the text, or the two texts of a pair, that a list or tuple holds; nothing, where it holds none.
+
+    A list of texts is a batch; a tuple is what a data set gives: a text or a pair, or batches of these, and labels after them.
+    """
+    if not _is_text(item[0]):
+        return []
+    if all(isinstance(part, str) for part in item) and (isinstance(item, list) or len(item) != 2):
+        return [list(item)]
+    first = item[0]
+    second = item[1] if len(item) > 1 and _is_text(item[1]) else None
+    pair = second is not None and (isinstance(first, str) == isinstance(second, str))
+    return [first, second] if pair and (isinstance(first, str) or len(first) == len(second)) else [first]  # type: ignore[list-item, arg-type]
 
 
 def _is_numbers(value: Any) -> bool:

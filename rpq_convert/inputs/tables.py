@@ -19,7 +19,8 @@ CHATS = FIELDS[4:]
 PAIRS = (("prompt", "completion"), ("instruction", "output"), ("question", "answer"))
 PAIR_NAMES = (
     ("sentence1", "sentence2"), ("sentence_1", "sentence_2"), ("sentence_a", "sentence_b"), ("text1", "text2"), ("text_a", "text_b"),
-    ("question1", "question2"), ("premise", "hypothesis"), ("anchor", "positive"),
+    ("question1", "question2"), ("premise", "hypothesis"), ("anchor", "positive"), ("text", "text_pair"), ("query", "passage"),
+    ("query", "document"), ("question", "context"),
 )  # fmt: skip
 SCORES = ("score", "similarity_score", "similarity", "relatedness_score", "label")
 ROLES = {

@@ -20,24 +20,24 @@ LOADED = "load it with rpq.load(folder, factory=…), where the factory builds t
 def hub_mixin() -> None:
     """Let models of `huggingface_hub.PyTorchModelHubMixin` refuse."""
     module = importlib.import_module("huggingface_hub.hub_mixin")
-    _replace(module.PyTorchModelHubMixin, "_save_pretrained", _refuses_models("PyTorchModelHubMixin"))
-    _replace(module.PyTorchModelHubMixin, "_load_as_safetensor", _refuses_folders)
+    replace_method(module.PyTorchModelHubMixin, "_save_pretrained", _refuses_models("PyTorchModelHubMixin"))
+    replace_method(module.PyTorchModelHubMixin, "_load_as_safetensor", _refuses_folders)
 
 
 def diffusers() -> None:
     """Let models of diffusers refuse; a pipeline saves each of its models by it."""
     module = importlib.import_module("diffusers.models.modeling_utils")
-    _replace(module.ModelMixin, "save_pretrained", _refuses_models("ModelMixin"))
+    replace_method(module.ModelMixin, "save_pretrained", _refuses_models("ModelMixin"))
 
 
 def timm() -> None:
     """Let `timm.models.save_for_hf` refuse, which `push_to_hf_hub` calls."""
     for name in ("timm.models._hub", "timm.models"):
         if hasattr(sys.modules.get(name), "save_for_hf"):
-            _replace(sys.modules[name], "save_for_hf", _refuses_models("timm"))
+            replace_method(sys.modules[name], "save_for_hf", _refuses_models("timm"))
 
 
-def _replace(owner: Any, name: str, guarded: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+def replace_method(owner: Any, name: str, guarded: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     """Put a guard before a function of a class or module, once."""
     found = vars(owner)[name]
     plain = found.__func__ if isinstance(found, classmethod) else found

@@ -23,7 +23,7 @@ from rpq_convert.schemas.checking import MAX_BYTES, check, parse_json, read_json
 from rpq_convert.schemas.kinds import FORMAT_VERSION
 from rpq_convert.storage import formats
 from rpq_convert.storage.addresses import address_of, is_address, local_path, refuse_password
-from rpq_convert.storage.files import files_in, refuse_links, weight_paths
+from rpq_convert.storage.files import MODULES, files_in, refuse_links, weight_paths
 from rpq_convert.storage.headers import joined, read_entries
 from rpq_convert.storage.options import HubOptions, SourceOptions
 from rpq_convert.storage.records import CONFIG, MANIFEST, ORIGIN
@@ -227,12 +227,29 @@ def _check_folder(path: Path, options: SourceOptions, weights: bool) -> None:
         if found := formats.of_names(names, lambda n: _text(path / n)):
             raise SourceError(found.of(path)) from None
         if inner := sorted(p.parent.name for p in path.glob("*/config.json")):
-            raise SourceError(f"{path} has no weights; did you mean {path / inner[-1]}?") from None
+            raise SourceError(_of_parts(path, inner, names)) from None
         raise
+    if MODULES in names and CONFIG not in names and options.factory is None:
+        raise SourceError(
+            f"{path} holds no model of transformers; sentence-transformers reads the weights of its other modules by itself, "
+            "and knows no codes"
+        )
     if all(p.suffix == ".safetensors" for p in paths):
         joined(map(read_entries, paths), index, path)
     elif found := next((f for p in paths if (f := formats.of_file(p))), None):
         raise SourceError(found.of(path))
+
+
+def _of_parts(path: Path, inner: list[str], names: Collection[str]) -> str:
+    """Say of a folder without weights which of its subfolders to convert."""
+    models = [
+        place
+        for place in inner
+        if any(n.startswith(f"{place}/") and n.endswith((".safetensors", ".bin")) for n in names)
+    ]
+    if len(models) > 1:
+        return f"{path} has no weights of its own; its models are in {', '.join(models)}: convert each, into a copy of this folder"
+    return f"{path} has no weights; did you mean {path / (models or inner)[-1]}?"
 
 
 def called(folder: str | Path) -> str:

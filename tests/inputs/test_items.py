@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
+from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -70,6 +71,15 @@ KINDS = {
     "texts": ([TEXT, "on a mat"], [[6, 7, 8], [9, 10, 11]]),
     "a generator of texts": ((t for t in [TEXT]), [[6, 7, 8]]),
     "a batch of texts": ([[TEXT, "on a"]], [[[6, 7, 8], [9, 10, 2]]]),
+    "pairs": ([(TEXT, "on a mat"), (TEXT, "on", 1.0)], [[6, 7, 8, 9, 10, 11], [6, 7, 8, 9]]),
+    "texts with labels": ([(TEXT, 1)], [[6, 7, 8]]),
+    "a loader of texts with labels": (DataLoader([(TEXT, 1), ("on a mat", 0)], batch_size=2), [[[6, 7, 8], [9, 10, 11]]]),
+    "a loader of pairs": (DataLoader([(TEXT, "on", 1), ("on a mat", "a", 0)], batch_size=2), [[[6, 7, 8, 9], [9, 10, 11, 10]]]),
+    "rows of pairs": ([{"query": TEXT, "passage": "on a", "score": 1.0}], [[6, 7, 8, 9, 10]]),
+    "a data set": (Dataset.from_dict({"text": [TEXT, "on a"], "label": [0, 1]}), [[6, 7, 8], [9, 10]]),
+    "a data set of ids": (Dataset.from_dict({"input_ids": [[6, 7], [8, 9]]}).with_format("torch"), [[6, 7], [8, 9]]),
+    "a data set as a stream": (Dataset.from_dict({"text": [TEXT]}).to_iterable_dataset(), [[6, 7, 8]]),
+    "some rows of a data set": (Dataset.from_dict({"text": [TEXT, "on a mat"], "label": [0, 1]})[:2], [[[6, 7, 8], [9, 10, 11]]]),
     "a chat": (CHAT, [[3, 5, 6, 7, 8, 4, 5, 9, 10, 11]]),
     "chats": ([CHAT, CHAT[:1]], [[3, 5, 6, 7, 8, 4, 5, 9, 10, 11], [3, 5, 6, 7, 8]]),
     "rows of chats": ([{"messages": CHAT, "id": 7}], [[3, 5, 6, 7, 8, 4, 5, 9, 10, 11]]),
@@ -164,6 +174,7 @@ WRONG = {
     "no tokens": ([torch.empty(1, 0, dtype=torch.int64)], r"calibration\[0\] is empty: \[1, 0\]"),
     "an object": ([object()], r"calibration\[0\] is object; give a tensor"),
     "no data": (7, "calibration: int is no data; give a list of inputs, texts or chats"),
+    "all splits": (DatasetDict(train=Dataset.from_dict({"text": ["a"]})), r"calibration holds the splits train; choose one: data\['train'\]"),
     "NaN": ([{"inputs_embeds": torch.full((1, 2, 32), torch.nan)}], r"calibration\[0\]\['inputs_embeds'\] holds NaN"),
 }  # fmt: skip
 

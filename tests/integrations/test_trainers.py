@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import rpq_convert as rpq
+from rpq_convert.errors import SourceError
 from rpq_convert.layers.surgery import layers_of
 
 pytestmark = pytest.mark.slow
@@ -115,12 +116,16 @@ def test_trl(tmp_path):
     assert not torch.equal(trained(ids).logits, tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits)
 
 
+def bert_tokenizer(place):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat", "on", "a", "mat"]
+    (place / "vocab.txt").write_text("\n".join(words))
+    return tf.BertTokenizerFast(str(place / "vocab.txt"))
+
+
 def test_sentence_transformers(tmp_path):
     st = pytest.importorskip("sentence_transformers")
     from sentence_transformers import models as modules
 
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat", "on", "a", "mat"]
-    (tmp_path / "vocab.txt").write_text("\n".join(words))
     sizes = {
         "hidden_size": 64,
         "intermediate_size": 64,
@@ -130,7 +135,7 @@ def test_sentence_transformers(tmp_path):
     }
     torch.manual_seed(0)
     tf.BertModel(tf.BertConfig(**sizes)).save_pretrained(tmp_path / "bert")
-    tf.BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert")
+    bert_tokenizer(tmp_path).save_pretrained(tmp_path / "bert")
     encoder = modules.Transformer(str(tmp_path / "bert"))
     dense = st.SentenceTransformer(modules=[encoder, modules.Pooling(64, pooling_mode="mean"), modules.Dense(64, 32)])
     dense.save_pretrained(str(tmp_path / "dense"))
@@ -143,4 +148,71 @@ def test_sentence_transformers(tmp_path):
     rpq.verify(tmp_path / "again")
     assert torch.equal(torch.tensor(st.SentenceTransformer(str(tmp_path / "again")).encode(texts)), wanted)
     rpq.convert(memory := copy.deepcopy(dense), bits=8, grow=True)
-    assert torch.allclose(torch.tensor(memory.encode(texts)), torch.tensor(dense.encode(texts)), atol=0.05)
+    wanted = torch.tensor(memory.encode(texts))
+    assert torch.allclose(wanted, torch.tensor(dense.encode(texts)), atol=0.05)
+    with pytest.warns(UserWarning, match="Dense: saved dense"):
+        memory.save_pretrained(str(tmp_path / "theirs"))
+    assert layers_of(memory[2]), "the model in memory keeps its codes"
+    with pytest.warns(UserWarning, match="Dense: saved dense"):
+        report = rpq.save(memory, tmp_path / "ours")
+    assert report.to_json() and {"1_Pooling/config.json", "2_Dense/model.safetensors", "tokenizer.json"} <= set(
+        rpq.verify(tmp_path / "ours")
+    )
+    for folder in ("theirs", "ours"):
+        again = torch.tensor(st.SentenceTransformer(str(tmp_path / folder)).encode(texts))
+        assert torch.allclose(again, wanted, atol=1e-6)
+
+
+def test_other_models_of_sentence_transformers(tmp_path):
+    st = pytest.importorskip("sentence_transformers")
+    from sentence_transformers import models as modules
+
+    texts, pairs = ["the cat sat", "on a mat"], [("the cat", "sat on"), ("a mat", "the mat")]
+    for kind, sizes in ((tf.BertForSequenceClassification, {"num_labels": 1}), (tf.BertForMaskedLM, {})):
+        torch.manual_seed(0)
+        small = {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "vocab_size": 11,
+        }
+        kind(tf.BertConfig(**small, **sizes)).save_pretrained(tmp_path / kind.__name__)
+        bert_tokenizer(tmp_path).save_pretrained(tmp_path / kind.__name__)
+
+    def cross(folder):
+        model = st.CrossEncoder(str(folder))
+        return model, torch.tensor(model.predict(pairs))
+
+    def sparse(folder):
+        model = st.SparseEncoder(str(folder))
+        return model, model.encode(texts).to_dense()
+
+    for source, read in (("BertForSequenceClassification", cross), ("BertForMaskedLM", sparse)):
+        model, dense = read(tmp_path / source)
+        rpq.convert(model, bits=8, grow=True)
+        model.save_pretrained(str(tmp_path / source / "theirs"))
+        rpq.save(model, tmp_path / source / "ours")
+        rpq.convert_checkpoint(tmp_path / source, tmp_path / source / "streamed", bits=8, grow=True)
+        found = [read(tmp_path / source / name)[1] for name in ("theirs", "ours", "streamed")]
+        assert torch.allclose(found[0], dense, atol=0.01) and all(torch.equal(f, found[0]) for f in found)
+
+    static = st.SentenceTransformer(
+        modules=[
+            modules.StaticEmbedding(
+                Tokenizer.from_file(str(tmp_path / "BertForMaskedLM" / "tokenizer.json")), embedding_dim=64
+            )
+        ]
+    )
+    routed = st.SentenceTransformer(modules=[modules.Router.for_query_document(
+        [static[0]], [modules.Transformer(str(tmp_path / "BertForMaskedLM")), modules.Pooling(64)]
+    )])  # fmt: skip
+    rpq.convert(routed, bits=8, grow=True)
+    for model in (static, routed):
+        wanted = torch.tensor(model.encode_query(texts))
+        with pytest.warns(UserWarning, match="StaticEmbedding: saved dense"):
+            model.save_pretrained(str(tmp_path / f"saved{len(model)}{model is static}"))
+        again = st.SentenceTransformer(str(tmp_path / f"saved{len(model)}{model is static}"))
+        assert torch.allclose(torch.tensor(again.encode_query(texts)), wanted, atol=1e-6)
+        with pytest.raises(SourceError, match="keeps no model in the folder itself"), pytest.warns(UserWarning):
+            rpq.save(model, tmp_path / "no")

@@ -11,6 +11,7 @@ from often import often
 from safetensors.torch import load_file
 
 import rpq_convert as rpq
+from rpq_convert.errors import SourceError
 from rpq_convert.layers.surgery import layers_of
 
 IDS = torch.arange(7, 15)[None]
@@ -166,6 +167,26 @@ def test_save_pretrained_over_another_model(before, shards, tmp_path):
     report = rpq.audit(tmp_path / "out")
     assert {r.name for r in report.rows if r.decision == "rpq"} == set(layers_of(model))
     assert "RPQ" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("shards", [None, "60KB"])
+def test_a_variant_has_a_folder_of_its_own(shards, tmp_path):
+    """All variants in a folder share its config.json, so that one of them alone cannot be in codes."""
+    model = llama()
+    model.save_pretrained(tmp_path / "out")
+    dense = tmp_path.joinpath("out", "config.json").read_bytes()
+    rpq.convert(model, **HOW)
+    how = {"variant": "fp16"} | ({} if shards is None else {"max_shard_size": shards})
+    with pytest.raises(SourceError, match=r"holds model.safetensors, whose .* variant 'fp16' to a folder of its own"):
+        model.save_pretrained(tmp_path / "out", **how)
+    assert tmp_path.joinpath("out", "config.json").read_bytes() == dense
+    for _ in range(2):
+        model.save_pretrained(tmp_path / "own", **how)
+    assert any(".fp16" in name for name in rpq.verify(tmp_path / "own"))
+    again = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "own", variant="fp16").eval()
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    with pytest.raises(SourceError, match=r"holds model\.fp16"):
+        model.save_pretrained(tmp_path / "own", variant="bf16")
 
 
 def test_a_card_that_somebody_wrote_stays(tmp_path):

@@ -230,6 +230,21 @@ def test_tables_follow_the_codebooks():
     assert prepared(books, "lookup")[0] is prepared(books, "lookup")[0]
 
 
+def test_tensors_that_end_with_the_process_end_silently(monkeypatch):
+    """Python sets the names of modules to None first."""
+    from rpq_convert.kernels.cpu import prepared as module
+
+    said = []
+    monkeypatch.setattr("sys.unraisablehook", said.append)
+    books = torch.randn(1, 1, 256, 2)
+    prepared(books, "lookup")
+    for name, value in vars(module).copy().items():
+        if not name.startswith("__") and not isinstance(value, type):
+            monkeypatch.setattr(module, name, None)
+    del books
+    assert not said
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_models_and_autocast(dtype):
     torch.manual_seed(0)

@@ -98,6 +98,11 @@ FOLDERS = {  # name -> (its files, what is said)
     "small.partial": ({"rpq_source.json": "[]", "rpq_plan.json": "{}"}, "is an unfinished conversion; repeat the command"),
     "gptq": ({"config.json": '{"quantization_config": {"quant_method": "gptq"}}', "model.safetensors": "x"}, "quantized already (gptq)"),
     "runs": ({"checkpoint-10/config.json": "{}", "checkpoint-20/config.json": "{}", "log.txt": ""}, "has no weights; did you mean "),
+    "old-sentence": ({"modules.json": "[]", "0_Transformer/config.json": "{}", "0_Transformer/model.safetensors": "x", "1_Pooling/config.json": "{}"},
+                     "old-sentence/0_Transformer?"),
+    "router": ({"modules.json": "[]", "a/config.json": "{}", "a/model.safetensors": "x", "b/config.json": "{}", "b/model.safetensors": "x"},
+               "has no weights of its own; its models are in a, b: convert each, into a copy of this folder"),
+    "static": ({"modules.json": "[]", "model.safetensors": "x"}, "holds no model of transformers; sentence-transformers reads the weights"),
     "weightless": ({"config.json": '{"model_type": "bert"}'}, "has no weights: no model.safetensors, index or pytorch_model.bin"),
 }  # fmt: skip
 

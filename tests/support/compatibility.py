@@ -106,8 +106,12 @@ FOLDERS: list[Row] = [
     ("`save_pretrained` of a model with adapters inside", "refused", "integrations/test_parts.py::test_a_model_with_adapters_in_it_does_not_save_itself"),
     ("`PyTorchModelHubMixin`, saved or loaded", "refused: use `rpq.save` and `rpq.load`", "integrations/test_parts.py::test_a_hub_mixin_refuses"),
     ("timm's `save_for_hf` and `push_to_hf_hub`", "refused: use `rpq.save` and `rpq.load`", "integrations/test_parts.py::test_timm_refuses"),
-    ("`CrossEncoder`, `SparseEncoder`, `SentenceTransformer`: converted, loaded, saved, trained", WORKS, "integrations/test_trainers.py::test_sentence_transformers"),
-    ("files of a variant (`model.fp16.safetensors`)", "tried by hand as sources; no test", ""),
+    ("`SentenceTransformer`: folder or memory, `save_pretrained`, `rpq.save`; its Dense, StaticEmbedding and other modules",
+     "works; those modules are saved dense, with a warning", "integrations/test_trainers.py::test_sentence_transformers"),
+    ("`CrossEncoder`, `SparseEncoder`: folder or memory, `save_pretrained`, `rpq.save`; a `Router` by its own `save_pretrained`", WORKS,
+     "integrations/test_trainers.py::test_other_models_of_sentence_transformers"),
+    ("`save_pretrained(variant=…)`", "works in a folder of its own; refused beside other weights, which share its config.json",
+     "integrations/test_transformers_habits.py::test_a_variant_has_a_folder_of_its_own"),
     ("`save_pretrained` over an earlier conversion", WORKS, "integrations/test_transformers_habits.py::test_save_pretrained_over_another_model"),
     ("another number of labels (`ignore_mismatched_sizes`)", WORKS, "integrations/test_transformers_habits.py::test_a_head_of_another_size"),
     ("`.half()`, `resize_token_embeddings` to the same size", WORKS, "integrations/test_transformers_habits.py::test_half_float_and_a_size_that_stays"),
@@ -117,7 +121,8 @@ FOLDERS: list[Row] = [
     ("sentence-transformers folders (`1_Pooling`, `2_Dense`)", "works; a pickled Dense module needs `--allow-pickle`", "checkpoint/test_folder_contents.py::test_a_conversion_copies_what_belongs"),
     ("links out of a folder, at any depth", "refused: … is a link that leaves the folder", "checkpoint/test_folder_contents.py::test_a_nested_link_out_of_the_folder_is_refused_on_every_road"),
     ("generation settings", WORKS, "checkpoint/test_folder_contents.py::test_settings_of_generation_are_kept_by_save_and_read_by_load"),
-    ("diffusers folders, `0_Transformer/` layouts, distributed checkpoints as sources", NOT_TRIED, ""),
+    ("folders of several models (`0_Transformer/`, a Router, diffusers pipelines), static embeddings, distributed checkpoints as sources",
+     "refused: named, with what helps", "storage/test_recognised.py::test_what_is_no_dense_checkpoint_is_named"),
 ]  # fmt: skip
 
 SOURCES: list[Row] = [
@@ -158,7 +163,8 @@ INPUTS: list[Row] = [
     ("`rpq eval --pairs` with the folder's own pooling", WORKS, "evaluation/test_pooling.py::test_modes"),
     ("pictures with texts (CLIP)", WORKS, "inputs/test_items.py::test_a_dual_encoder_takes_pictures_with_texts"),
     ("`\"self\"`", "synthetic inputs", "inputs/test_items.py::test_self_means_synthetic_inputs_as_on_the_command_line"),
-    ("cross-encoders, `datasets.Dataset` objects", NOT_TRIED, ""),
+    ("`datasets.Dataset` objects, streams, slices; pairs of texts (tuples, rows, loaders) for cross-encoders", WORKS,
+     "inputs/test_items.py::test_every_kind_of_data_becomes_token_ids"),
 ]  # fmt: skip
 
 GROUPS: dict[str, list[Row]] = {

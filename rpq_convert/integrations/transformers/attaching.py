@@ -33,6 +33,7 @@ from rpq_convert.running.wrappers import unwrapped
 from rpq_convert.storage.writer import is_finite
 
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")  # what transformers calls weight files
+ANY_VARIANT = re.compile(r"model(\.[^.]+?)?(-\d{5}-of-\d{5})?\.safetensors(\.index(\.[^.]+)?\.json)?")
 
 
 def describe(model: nn.Module, plan: Plan | None = None) -> RPQConfig:
@@ -182,8 +183,14 @@ def _save_pretrained(plain: Callable[..., Any]) -> Callable[..., Any]:
             )
         folder = Path(asked["save_directory"])
         before = {p: p.stat().st_mtime_ns for p in folder.glob("*.safetensors*")}
+        variant = asked.get("variant")
+        others = sorted(p.name for p in before if ANY_VARIANT.fullmatch(p.name) and f".{variant}" not in p.name)
+        if variant and others:
+            raise SourceError(
+                f"{folder} holds {others[0]}, whose config.json would describe RPQ weights: save the variant {variant!r} to a folder of its own"
+            )
         done = plain(self, *args, **kwargs, save_original_format=False)
-        if asked.get("is_main_process", True) and not asked.get("variant"):
+        if asked.get("is_main_process", True):
             for path, time in before.items():
                 if WEIGHTS.fullmatch(path.name) and path.is_file() and path.stat().st_mtime_ns == time:
                     path.unlink()  # of an earlier model in this folder: it would be read instead of this one, or beside it

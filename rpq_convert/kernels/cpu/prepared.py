@@ -6,6 +6,7 @@ They are kept by tensor, not by weight, since a compiled or exported graph calls
 from __future__ import annotations
 
 import ctypes
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -17,8 +18,6 @@ from rpq_convert.kernels.cpu.few_tokens import TOP
 from rpq_convert.kernels.jit.vectors import HAS_FLOAT16
 
 SMALL = 1 << 16  # codebooks of fewer numbers are kept wide
-
-
 WHOLE = 1 << 15  # bytes of a tensor that are compared whole, in two microseconds
 
 
@@ -82,13 +81,14 @@ def held(tensor: Tensor) -> Prepared:
     name = id(tensor)
     found = _KEPT.get(name)
     if found is None or not found.fits(tensor):
-        found = _KEPT[name] = Prepared(tensor, lambda gone: _forget(name, gone))
+        found = _KEPT[name] = Prepared(tensor, functools.partial(_forget, _KEPT, name))
     return found
 
 
-def _forget(name: int, gone: Any) -> None:
-    if name in _KEPT and _KEPT[name].tensor is gone:
-        del _KEPT[name]
+def _forget(kept: dict[int, Prepared], name: int, gone: Any) -> None:
+    """Drop what was kept of a tensor that is gone. At the end of a process, too, when this module's names are."""
+    if name in kept and kept[name].tensor is gone:
+        del kept[name]
 
 
 def _prepare(codebooks: Tensor, kind: str) -> Any:
