@@ -39,8 +39,21 @@ def widen(model: nn.Module) -> None:
         weight.widen()
 
 
+def make_ahead(model: nn.Module) -> None:
+    """Make what the first call of every layer would keep with it: views, tables, addresses.
+
+    Made in the middle of a forward pass, these small things come to lie in memory that activations left, into which no activation fits
+    any more: a ViT-B/16 with a batch of 32 took 2.2 GB where it takes 1.2.
+    """
+    for layer in (m for m in model.modules() if isinstance(m, RPQLayer)):
+        for name, weight in layer.rpq_weights().items():
+            if not is_hooked(weight) and weight.stored_tensor("codes").is_cpu:
+                getattr(layer, name)
+                weight.caches.product = weight.product()
+
+
 # called with every model whose layers were converted, loaded or restored
-AFTER: list[Callable[[nn.Module], None]] = [compute_again, padded_where_converted, widen]
+AFTER: list[Callable[[nn.Module], None]] = [compute_again, padded_where_converted, widen, make_ahead]
 
 
 SUFFIX = "_rpq"

@@ -230,6 +230,28 @@ def test_tables_follow_the_codebooks():
     assert prepared(books, "lookup")[0] is prepared(books, "lookup")[0]
 
 
+@pytest.mark.parametrize("kind", ["lookup", "digits", "float32", "float16 transposed"])
+def test_tables_get_new_values_where_they_lie(kind):
+    """Whatever was made of their addresses stays right in training; tables of another shape or place are made anew."""
+
+    def tables(of):
+        found = prepared(of, kind)
+        return list(found) if isinstance(found, tuple) else [found]
+
+    books = torch.randn(1, 2, 256, 3)
+    with torch.inference_mode():
+        made = tables(books)
+    places, launch = [t.data_ptr() for t in made], prepared(books, "a launch", object)
+    for change in (lambda: books.mul_(2.5), lambda: books.data.add_(1)):
+        change()
+        for fresh, found in zip(made, tables(books), strict=True):
+            assert found is fresh
+        assert all(torch.equal(a, b) for a, b in zip(made, tables(books.clone()), strict=True))
+        assert [t.data_ptr() for t in tables(books)] == places and prepared(books, "a launch", object) is launch
+    books.data = torch.randn(1, 2, 256, 3)
+    assert prepared(books, "a launch", object) is not launch
+
+
 def test_tensors_that_end_with_the_process_end_silently(monkeypatch):
     """Python sets the names of modules to None first."""
     from rpq_convert.kernels.cpu import prepared as module

@@ -312,3 +312,24 @@ def test_saving_says_why_nothing_was_converted(tmp_path):
         rpq.SourceError, match="Linear has no RPQ weight; nothing is converted: 1 x would grow from 64 to"
     ):
         rpq.save(model, tmp_path / "out")
+
+
+def test_a_first_call_keeps_nothing_that_was_not_made_before(tmp_path):
+    """Small things made amid activations would keep memory in pieces (`make_ahead`)."""
+    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64)).eval()
+    rpq.convert(model, bits=4, grow=True)
+    rpq.save(model, tmp_path / "out")
+    for made in (
+        model,
+        rpq.load(tmp_path / "out", factory=lambda: nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64))),
+    ):
+        caches = [layer.weight_rpq.caches for layer in (made[0], made[2])]
+        before = [(c.lazy, c.codes, c.product) for c in caches]
+        assert all(all(kept) for kept in before)
+        with torch.no_grad():
+            made(torch.randn(1, 64))
+            made(torch.randn(40, 64))
+        made(torch.randn(40, 64)).sum().backward()
+        assert all(
+            a is b for kept, c in zip(before, caches) for a, b in zip(kept, (c.lazy, c.codes, c.product), strict=True)
+        )

@@ -24,18 +24,37 @@ WHOLE = 1 << 15  # bytes of a tensor that are compared whole, in two microsecond
 class Prepared:
     """What was made of one tensor, by kind, and how to tell that the tensor has changed since.
 
-    Writes through `.data` leave no mark on a tensor's version, so its values are compared as well.
+    Writes through `.data` leave no mark on a tensor's version, so its values are compared as well. Where only the values have changed,
+    as in every step of training, tables get the new ones in the memory that they have: launches that hold their addresses stay, and no
+    small piece of memory comes to lie among those that activations left.
     """
 
     def __init__(self, tensor: Tensor, gone: Callable[[Any], None]) -> None:
         self.tensor = weakref.ref(tensor, gone)
-        self.version, self.place, self.shape = tensor._version, tensor.data_ptr(), tensor.shape
-        self.values = _values(tensor)
-        self.size = tensor.nbytes if type(self.values) is bytes else 0
+        self.place, self.shape, self.dtype = tensor.data_ptr(), tensor.shape, tensor.dtype
         self.kinds: dict[Any, Any] = {}
+        self.tables: dict[str, tuple[Tensor, ...]] = {}  # those of `kinds` that are made of the tensor's values
+        self._note(tensor)
+
+    def _note(self, tensor: Tensor) -> None:
+        self.version, self.values = tensor._version, _values(tensor)
+        self.size = tensor.nbytes if type(self.values) is bytes else 0
 
     def fits(self, tensor: Tensor) -> bool:
-        return self.tensor() is tensor and self.unchanged(tensor)
+        """Whether this is of the tensor as it is now; tables get its values where only these have changed."""
+        if self.tensor() is not tensor:
+            return False
+        if self.unchanged(tensor):
+            return True
+        place, shape, dtype = tensor.data_ptr(), tensor.shape, tensor.dtype
+        if (place, shape, dtype) != (self.place, self.shape, self.dtype) or not place or not tensor.is_contiguous():
+            return False
+        self._note(tensor)
+        for kind, tables in self.tables.items():
+            for table, new in zip(tables, _tables(tensor, kind)):
+                if table.data_ptr() != new.data_ptr():
+                    table.copy_(new)
+        return True
 
     def unchanged(self, tensor: Tensor) -> bool:
         """Whether the tensor that this was made of is what it was."""
@@ -69,11 +88,17 @@ def prepared(codebooks: Tensor, kind: Any, make: Callable[[], Any] | None = None
             " transposed" after it, as [stages, books, dim, 256]. Any other: what `make` returns.
     """
     if codebooks.is_inference():
-        return make() if make else _prepare(codebooks.detach(), kind)
-    kinds = held(codebooks).kinds
-    if kind not in kinds:
-        kinds[kind] = make() if make else _prepare(codebooks.detach(), kind)
-    return kinds[kind]
+        return make() if make else _alone(_tables(codebooks, kind))
+    entry = held(codebooks)
+    if kind not in entry.kinds:
+        if make is None:
+            entry.tables[kind] = _tables(codebooks, kind)
+        entry.kinds[kind] = make() if make else _alone(entry.tables[kind])
+    return entry.kinds[kind]
+
+
+def _alone(tables: tuple[Tensor, ...]) -> Any:
+    return tables if len(tables) > 1 else tables[0]
 
 
 def held(tensor: Tensor) -> Prepared:
@@ -91,7 +116,13 @@ def _forget(kept: dict[int, Prepared], name: int, gone: Any) -> None:
         del kept[name]
 
 
-def _prepare(codebooks: Tensor, kind: str) -> Any:
+def _tables(tensor: Tensor, kind: str) -> tuple[Tensor, ...]:
+    """Return what `prepared` says of a kind: no inference tensors, which could not be written later."""
+    with torch.inference_mode(False):
+        return _made(tensor.detach(), kind)
+
+
+def _made(codebooks: Tensor, kind: str) -> tuple[Tensor, ...]:
     if kind == "lookup":
         wide = codebooks.float()
         keep_half = codebooks.dtype == torch.float16 and codebooks.numel() > SMALL and HAS_FLOAT16
@@ -105,7 +136,7 @@ def _prepare(codebooks: Tensor, kind: str) -> Any:
         return digits.movedim(-3, -1).contiguous(), step * 65536
     name, _, transposed = kind.partition(" ")
     kept = codebooks.to(getattr(torch, name))
-    return (kept.transpose(-1, -2) if transposed else kept).contiguous()
+    return ((kept.transpose(-1, -2) if transposed else kept).contiguous(),)
 
 
 def contiguous_float32(t: Tensor | None) -> Tensor | None:
