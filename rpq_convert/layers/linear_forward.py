@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from rpq_convert.layers.weight import RPQWeight, transformed
@@ -56,4 +57,5 @@ def _watched() -> bool:
         or torch._C._is_any_autocast_enabled()
         or torch._C._get_tracing_state() is not None
         or transformed()
+        or forward_ad._current_level >= 0
     )

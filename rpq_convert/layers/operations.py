@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from rpq_convert.core.rotation import rotate
 from rpq_convert.kernels import reference
 from rpq_convert.layers.lazy_weight import HANDLERS, ComputedWeight, rpq_of
-from rpq_convert.layers.weight import RPQWeight
+from rpq_convert.layers.weight import RPQWeight, transformed
 
 
 def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Any:
@@ -128,6 +129,8 @@ def _looked_up(index: Tensor, weight: Any, padding_idx: int | None) -> tuple[Ten
     rpq = rpq_of(weight)
     if not rpq.rows_are_entries or index.device.type == "meta" or torch.jit.is_tracing() or not index.numel():
         return None
+    if transformed() or forward_ad._current_level >= 0:
+        return None  # vmap knows no `unique`
     entries = rpq.shape[0]
     used, inverse = torch.unique(index, return_inverse=True)
     if used[0] < 0 or used[-1] >= entries:
