@@ -31,7 +31,9 @@ def forward(self: Any, input: Tensor) -> Tensor:
 def _product(weight: RPQWeight, x: Tensor, bias: Any) -> Any:
     """Return the weight's Product where it serves x and bias as they are; else None."""
     caches = weight.caches
-    if caches.product is False or x.dtype is not torch.float32 or not x.is_contiguous() or not x.ndim or x.is_meta:
+    if caches.product is False or x.dtype is not torch.float32 or not x.ndim or x.is_meta:
+        return None
+    if x.layout is not torch.strided or not x.is_contiguous():
         return None
     if torch.is_grad_enabled() and (x.requires_grad or weight.trainable or (bias is not None and bias.requires_grad)):
         return None
