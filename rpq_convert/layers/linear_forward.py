@@ -17,14 +17,22 @@ from torch.nn import functional as F
 from rpq_convert.layers.weight import RPQWeight, transformed
 from rpq_convert.running.offload import is_hooked
 
+# torch's own functions. Some libraries put others in their place, before or after a conversion: those are called then.
+LINEAR = torch._C._nn.linear
+FORWARD = nn.Linear.forward if nn.Linear.forward.__globals__ is vars(nn.modules.linear) else None
+
 
 def forward(self: Any, input: Tensor) -> Tensor:
     """What `nn.Linear.forward` returns, to the bit."""
-    if not torch.compiler.is_compiling() and type(input) is Tensor:
-        weight, bias = self._modules["weight_rpq"], self.bias
-        product = _product(weight, input, bias)
-        if product is not None:
-            return product(input, bias)  # type: ignore[no-any-return]
+    if not torch.compiler.is_compiling():
+        own = self._rpq_original.forward
+        if own is not FORWARD:
+            return own(self, input)  # type: ignore[no-any-return]
+        if type(input) is Tensor and F.linear is LINEAR:
+            weight, bias = self._modules["weight_rpq"], self.bias
+            product = _product(weight, input, bias)
+            if product is not None:
+                return product(input, bias)  # type: ignore[no-any-return]
     return F.linear(input, self.weight, self.bias)
 
 

@@ -208,7 +208,7 @@ def rpq_class(original: Any, names: tuple[str, ...]) -> type[nn.Module]:
     }
     for kind, more in EXTRAS.items():
         space |= more if issubclass(original, kind) else {}
-    if names == ("weight",) and getattr(original, "forward", None) is nn.Linear.forward:
+    if names == ("weight",) and getattr(original, "forward", None) is linear_forward.FORWARD:
         space["forward"] = linear_forward.forward
     meta: Any = _metaclass(original.__class__)
     make: Any = ABCMeta.__new__ if issubclass(meta, ABCMeta) else type.__new__
