@@ -137,6 +137,8 @@ FOLDERS: list[Row] = [
     ("classes registered with `AutoModel.register`", WORKS, "hf/test_own_models.py::test_a_registered_class_is_found"),
     ("models with code of their own", "saved with their code, which is never run from a folder", "hf/test_own_models.py::test_a_model_with_its_own_code_is_saved_with_it"),
     ("sentence-transformers folders (`1_Pooling`, `2_Dense`)", "works; a pickled Dense module needs `--allow-pickle`", "checkpoint/test_folder_contents.py::test_a_conversion_copies_what_belongs"),
+    ("an output that is its own source, from Python or the command line", "refused: … is or holds the source …",
+     "storage/test_room.py::test_a_source_is_not_overwritten"),
     ("links out of a folder, at any depth", "refused: … is a link that leaves the folder", "checkpoint/test_folder_contents.py::test_a_nested_link_out_of_the_folder_is_refused_on_every_road"),
     ("generation settings", WORKS, "checkpoint/test_folder_contents.py::test_settings_of_generation_are_kept_by_save_and_read_by_load"),
     ("folders of several models (`0_Transformer/`, a Router, diffusers pipelines), static embeddings, distributed checkpoints as sources",
