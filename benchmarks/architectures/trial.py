@@ -21,7 +21,7 @@ from rpq_convert.errors import CalibrationError, EncodeError, FolderError, PlanE
 OPTIONS: dict[str, Any] = {"bits": 8, "grow": True}
 REFUSALS = (SourceError, PlanError, EncodeError, FolderError, VerifyError, CalibrationError)
 NEAR = 0.1  # relative error of a decoded weight at 8 bits; far above what it has, far below that of another weight
-LARGE = 8_000_000  # parameters
+LARGE = 70_000_000  # parameters: what SECONDS are enough for
 
 
 class NotBuilt(Exception):
@@ -48,6 +48,7 @@ def build(kind: Any, config: Any) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.is_floating_point():
+                parameter.nan_to_num_(0, 0, 0).clamp_(-8, 8)  # some classes leave memory as they found it
                 parameter.add_(0.02 * torch.randn_like(parameter))
     return model
 
