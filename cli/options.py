@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import typer
 from typer import Argument, Option
 
-from rpq_convert.errors import PlanError
+from rpq_convert.errors import FolderError, PlanError
 from rpq_convert.planning.rules import parse_rule, preset_names
+from rpq_convert.storage.room import check_apart
 
 Source = Annotated[str, Argument(metavar="SRC", help="A hub id, a checkpoint folder, or a safetensors file.")]
 OutputFolder = Annotated[
@@ -207,14 +208,12 @@ def apart_from(base: Path, folder: Path, *, out: Path) -> Path:
 
 
 def apart(src: Path, out: Path) -> Path:
-    """Refuse an output that is the source or holds it, as a whole or in the making: it would delete the original."""
-    real, target = src.resolve(), out.resolve()
-    taken = {target.with_name(target.name + end) for end in ("", ".partial", ".old.partial")}
-    if src.exists() and not taken.isdisjoint((real, *real.parents)):
-        raise typer.BadParameter(
-            f"{out} is or holds the source {src}; choose another folder", param_hint="the output folder"
-        )
-    if src.is_dir() and real in target.parents:
+    """Refuse an output that is the source, holds it or lies in it."""
+    try:
+        check_apart(src, out)
+    except FolderError as e:
+        raise typer.BadParameter(str(e), param_hint="the output folder") from None
+    if src.is_dir() and src.resolve() in out.resolve().parents:
         raise typer.BadParameter(
             f"{out} would lie in the source {src}, and be taken for a part of it; pass --out with a folder outside of it",
             param_hint="the output folder",

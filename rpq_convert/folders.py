@@ -39,7 +39,7 @@ from rpq_convert.storage.files import files_beside, refuse_links
 from rpq_convert.storage.lock import locked
 from rpq_convert.storage.options import HubOptions, SourceOptions
 from rpq_convert.storage.records import REPORT, read_manifest
-from rpq_convert.storage.room import check_free
+from rpq_convert.storage.room import check_apart, check_free
 from rpq_convert.storage.sources import called, is_name
 from rpq_convert.storage.swap import remove, tuning_of
 from rpq_convert.tuning.blocks import tune_blocks_with
@@ -283,6 +283,7 @@ def tune_folder(
         TimeLimitReached: what is done is kept.
     """
     with delivered(out, overwrite=overwrite) as place:  # from the beginning: hours of tuning would be lost at the end
+        check_apart(which.base, place)
         check_free(place, overwrite=overwrite)
         data.check(which)
         dense, model = which.load()
@@ -355,6 +356,7 @@ def recalibrate_folder(
         options: those of `recalibrate`.
     """
     with delivered(out, overwrite=overwrite) as place:
+        check_apart(which.base, place)
         check_free(place, overwrite=overwrite)
         data.check(which)
         dense, model = which.load()

@@ -123,7 +123,8 @@ class _Walk:
         groups = self.trace.groups
         if self.jobs and not groups:
             raise CalibrationError(
-                f"no converted weight of {type(self.model).__name__} was multiplied by anything when it ran on the data"
+                f"no converted weight of {type(self.model).__name__} was multiplied by anything when it ran on the data; "
+                "convert it without data"
             )
         first = [n for n in self.jobs if not any(n in g for g in groups)]
         tied = [

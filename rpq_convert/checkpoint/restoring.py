@@ -26,6 +26,7 @@ from rpq_convert.storage.folder import open_folder
 from rpq_convert.storage.options import HubKeywords, HubOptions
 from rpq_convert.storage.origin import Origin
 from rpq_convert.storage.records import CONFIG
+from rpq_convert.storage.room import check_apart
 from rpq_convert.storage.sources import read_config
 from rpq_convert.storage.unpacking import checked
 from rpq_convert.storage.verified import verified
@@ -53,6 +54,7 @@ def restore_checkpoint(
 
     (options,) = take(hub, HubOptions)
     with delivered(out, overwrite=overwrite) as place:
+        check_apart(path, place)
         return _restore(here(path, options), place, parse_size(max_shard_size), progress, overwrite=overwrite)
 
 

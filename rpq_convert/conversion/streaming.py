@@ -38,7 +38,7 @@ from rpq_convert.storage.lock import locked
 from rpq_convert.storage.options import SourceOptions
 from rpq_convert.storage.reader import Witnessed
 from rpq_convert.storage.records import REPORT
-from rpq_convert.storage.room import check_free
+from rpq_convert.storage.room import check_apart, check_free
 from rpq_convert.storage.sources import is_drawn
 from rpq_convert.storage.writer import Folder
 
@@ -88,6 +88,7 @@ def convert_checkpoint(
         within(run.memory),
         delivered(out, overwrite=overwrite) as place,
     ):  # from the beginning: planning and measuring may take hours
+        check_apart(src, place)
         check_free(place, overwrite=overwrite)
         fit, seed = (asked.fit, asked.seed) if plan is None else (plan.options.get("fit"), plan.options.get("seed", 0))
         opened = open_checkpoint(src, source, draw=seed if is_drawn(src, source, fit) else None)

@@ -16,6 +16,8 @@ from rpq_convert.errors import EncodeError
 from rpq_convert.fit.matrix import PART, Matrix, step_of
 from rpq_convert.planning.plan import Job
 
+SQUARED = 1e15  # float32 holds the squares of numbers up to this far from one, and sums of them
+
 
 def row_scales(view: WeightView, dense: Tensor, over: Tensor | None = None) -> Tensor:
     """Return the root mean square of each output row in fp32, in a shape that broadcasts over the tensor.
@@ -31,8 +33,18 @@ def row_scales(view: WeightView, dense: Tensor, over: Tensor | None = None) -> T
     if over is not None:
         row = view.from_matrix(over[None], tuple(1 if i == out else n for i, n in enumerate(dense.shape)), "in")
         parts = (part / row for part in parts)
-    norms = [norm(p, inputs) / root if inputs else p.abs() for p in parts]
+    norms = [_size(p, inputs, root) if inputs else p.abs() for p in parts]
     return torch.cat(norms, out)
+
+
+def _size(part: Tensor, inputs: list[int], root: float) -> Tensor:
+    """Return the root mean square of rows; in float64 where float32 holds no squares of them."""
+    found = norm(part, inputs) / root
+    far = ~((found >= 1 / SQUARED) & (found <= SQUARED))
+    if not bool(far.any()):
+        return found
+    exact = (total(part.double().square(), inputs, keepdim=True) / root**2).sqrt()
+    return torch.where(far, exact.to(found.dtype), found)
 
 
 # How far codewords may be shifted below the weights that they stand for, as a power of two: float16 then still has steps of
@@ -48,6 +60,8 @@ def stored_scales(job: Job, scales: Tensor) -> Tensor:
         EncodeError: they are still too small, or too large.
     """
     dtype = DTYPES[job.spec.scales or "float32"]
+    if not torch.isfinite(scales.to(dtype)).all():
+        raise EncodeError(f"{job.name}: a row scale overflows {job.spec.scales}; use scales='float32'")
     about = torch.finfo(dtype)
     least = about.tiny * about.eps * ULPS
     held = scales[scales > 0]
@@ -58,10 +72,7 @@ def stored_scales(job: Job, scales: Tensor) -> Tensor:
         scales = scales * 2.0**shift
         if float(held.max()) * 2.0**shift < least:
             raise EncodeError(f"{job.name}: row scales underflow {job.spec.scales}; use scales='float32'")
-    stored = scales.to(dtype)
-    if not torch.isfinite(stored).all():
-        raise EncodeError(f"{job.name}: a row scale overflows {job.spec.scales}; use scales='float32'")
-    return stored
+    return scales.to(dtype)
 
 
 def divisors(job: Job, exact: Tensor) -> Tensor:

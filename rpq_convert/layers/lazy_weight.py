@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.utils import swap_tensors
@@ -130,6 +131,8 @@ def _guard_alias(out: Any, source: Tensor | None) -> Any:
         return out
     if isinstance(out, (tuple, list)) and any(isinstance(o, Tensor) for o in out):
         return type(out)([_guard_alias(o, source) for o in out]) if type(out) in (tuple, list) else out
+    if isinstance(out, numpy.ndarray):
+        out.flags.writeable = False  # as writes to a view raise
     if type(out) is not Tensor or out.device.type == "meta" or out.numel() == 0:
         return out
     if torch._C._functorch.is_functorch_wrapped_tensor(out) or torch._C._functorch.is_functorch_wrapped_tensor(source):

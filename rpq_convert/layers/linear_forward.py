@@ -11,26 +11,37 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from rpq_convert.layers.weight import RPQWeight, transformed
 from rpq_convert.running.offload import is_hooked
 
+# torch's own functions. Some libraries put others in their place, before or after a conversion: those are called then.
+LINEAR = torch._C._nn.linear
+FORWARD = nn.Linear.forward if nn.Linear.forward.__globals__ is vars(nn.modules.linear) else None
+
 
 def forward(self: Any, input: Tensor) -> Tensor:
     """What `nn.Linear.forward` returns, to the bit."""
-    if not torch.compiler.is_compiling() and type(input) is Tensor:
-        weight, bias = self._modules["weight_rpq"], self.bias
-        product = _product(weight, input, bias)
-        if product is not None:
-            return product(input, bias)  # type: ignore[no-any-return]
+    if not torch.compiler.is_compiling():
+        own = self._rpq_original.forward
+        if own is not FORWARD:
+            return own(self, input)  # type: ignore[no-any-return]
+        if type(input) is Tensor and F.linear is LINEAR:
+            weight, bias = self._modules["weight_rpq"], self.bias
+            product = _product(weight, input, bias)
+            if product is not None:
+                return product(input, bias)  # type: ignore[no-any-return]
     return F.linear(input, self.weight, self.bias)
 
 
 def _product(weight: RPQWeight, x: Tensor, bias: Any) -> Any:
     """Return the weight's Product where it serves x and bias as they are; else None."""
     caches = weight.caches
-    if caches.product is False or x.dtype is not torch.float32 or not x.is_contiguous() or not x.ndim or x.is_meta:
+    if caches.product is False or x.dtype is not torch.float32 or not x.ndim or x.is_meta:
+        return None
+    if x.layout is not torch.strided or not x.is_contiguous():
         return None
     if torch.is_grad_enabled() and (x.requires_grad or weight.trainable or (bias is not None and bias.requires_grad)):
         return None
@@ -56,4 +67,5 @@ def _watched() -> bool:
         or torch._C._is_any_autocast_enabled()
         or torch._C._get_tracing_state() is not None
         or transformed()
+        or forward_ad._current_level >= 0
     )

@@ -12,12 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from rpq_convert.core.rotation import rotate
 from rpq_convert.kernels import reference
 from rpq_convert.layers.lazy_weight import HANDLERS, ComputedWeight, rpq_of
-from rpq_convert.layers.weight import RPQWeight
+from rpq_convert.layers.weight import RPQWeight, transformed
+
+CAST = (torch.float32, torch.float16, torch.bfloat16)  # what autocast casts
+INDICES = (torch.int64, torch.int32)  # what torch looks up by; it refuses others
 
 
 def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Any:
@@ -44,10 +48,18 @@ def _product(x: Tensor, weight: Any, bias: Tensor | None, axes: tuple[str, ...])
         return NotImplemented
     layout, dtype = rpq.layout, rpq._probe.dtype
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+        if x.dtype not in CAST or dtype not in CAST:
+            return NotImplemented
         dtype = torch.get_autocast_dtype(x.device.type)
     elif x.dtype != dtype:
         return NotImplemented  # torch says what is wrong
-    if x.ndim == 0 or x.shape[-1] != layout.inputs or x.numel() == 0 or not _fits(bias, layout.outputs, x):
+    if (
+        x.ndim == 0
+        or x.layout is not torch.strided
+        or x.shape[-1] != layout.inputs
+        or x.numel() == 0
+        or not _fits(bias, layout.outputs, x)
+    ):
         return NotImplemented
     if rpq.zero_row is not None and torch.is_grad_enabled() and (x.requires_grad or rpq.trainable):
         return NotImplemented
@@ -128,6 +140,10 @@ def _looked_up(index: Tensor, weight: Any, padding_idx: int | None) -> tuple[Ten
     rpq = rpq_of(weight)
     if not rpq.rows_are_entries or index.device.type == "meta" or torch.jit.is_tracing() or not index.numel():
         return None
+    if index.dtype not in INDICES:
+        return None
+    if transformed() or forward_ad._current_level >= 0:
+        return None  # vmap knows no `unique`
     entries = rpq.shape[0]
     used, inverse = torch.unique(index, return_inverse=True)
     if used[0] < 0 or used[-1] >= entries:
@@ -165,7 +181,7 @@ def _embedding(
         served = (
             rpq.rows_are_entries and rpq.backend is not reference and input.device == rpq.stored_tensor("codes").device
         )
-        if served and input.numel():
+        if served and input.numel() and input.dtype in INDICES:
             return rows_of(rpq, input, padding_idx)
     found = _looked_up(input, weight, padding_idx)
     if found is None:

@@ -87,7 +87,21 @@ class RPQLayer:
         """Refuse the first step of `remove_weight_norm` and its like, which would fail at the second one."""
         if name in hooked(self) and source_of(self, name) in self._rpq_names:  # type: ignore[arg-type]
             raise refuse("removing its hook", f"{type(self).__name__}.{source_of(self, name)}")  # type: ignore[arg-type]
+        if name in self._rpq_names:
+            raise refuse("deleting it", f"{type(self).__name__}.{name}")
         super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: Any) -> None:
+        """Refuse a computed weight: pruning and its like would keep it under another name."""
+        if isinstance(param, ComputedWeight):
+            raise refuse("pruning or reparametrizing it", object.__getattribute__(param, "_name"))
+        super().register_parameter(name, param)  # type: ignore[misc]
+
+    def __prepare_scriptable__(self) -> Any:
+        raise TypeError(
+            f"{type(self).__name__} is converted, and torch.jit.script compiles no RPQ weights: use torch.export or torch.jit.trace, or "
+            "rpq_convert.restore(model) first"
+        )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Pass over a checkpoint's guard, so that its weight files load by `load_state_dict` too (Trainer resumes so)."""
@@ -207,7 +221,7 @@ def rpq_class(original: Any, names: tuple[str, ...]) -> type[nn.Module]:
     }
     for kind, more in EXTRAS.items():
         space |= more if issubclass(original, kind) else {}
-    if names == ("weight",) and getattr(original, "forward", None) is nn.Linear.forward:
+    if names == ("weight",) and getattr(original, "forward", None) is linear_forward.FORWARD:
         space["forward"] = linear_forward.forward
     meta: Any = _metaclass(original.__class__)
     make: Any = ABCMeta.__new__ if issubclass(meta, ABCMeta) else type.__new__

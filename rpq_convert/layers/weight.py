@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from rpq_convert import kernels
@@ -114,6 +115,7 @@ class RPQWeight(nn.Module):
             and self._probe.dtype in kernels.SERVED
             and torch._C._len_torch_dispatch_stack() == 0
             and not transformed()
+            and forward_ad._current_level < 0
             and torch._C._get_tracing_state() is None
         )
         return kernels.backend_for("cpu" if codes.is_cpu else codes.device.type) if real else reference
@@ -341,6 +343,25 @@ class RPQWeight(nn.Module):
             kept[name] = tensor
         return kept
 
+    def given(self, state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+        """Return those of this weight's tensors that a state dict holds, codes as whole numbers.
+
+        Raises:
+            ValueError: what does not fit, by its name there.
+        """
+        expected = self.spec.tensors(self.view, self.shape)
+        given = {name: state[prefix + name] for name in expected if prefix + name in state}
+        for name in (n for n in GUARDED if n in given):
+            try:
+                given[name] = whole(given[name], expected[name][0])
+            except ValueError as e:
+                raise ValueError(f"{prefix}{name} {e}") from None
+        wrong = description.misfit({name: expected[name] for name in given}, given, exact=False)
+        wrong = wrong or description.misplaced(expected, given.get("positions"), self.layout.inputs)
+        if wrong:
+            raise ValueError(f"{prefix}{wrong}")
+        return given
+
     def keep_attributes(self, attributes: Mapping[str, Any]) -> None:
         """Give what trains in place of a dense parameter the attributes that were set on that."""
         for part in self._trained():
@@ -403,18 +424,10 @@ class RPQWeight(nn.Module):
 
         Codes may come as other numbers, such as the average of checkpoints, as long as they are whole.
         """
-        expected, errors = self.spec.tensors(self.view, self.shape), args[-1]
-        given = {name: state_dict[prefix + name] for name in expected if prefix + name in state_dict}
-        for name in (n for n in GUARDED if n in given):
-            try:
-                given[name] = whole(given[name], expected[name][0])
-            except ValueError as e:
-                errors.append(f"{prefix}{name} {e}")
-                return
-        wrong = description.misfit({name: expected[name] for name in given}, given, exact=False)
-        wrong = wrong or description.misplaced(expected, given.get("positions"), self.layout.inputs)
-        if wrong:
-            errors.append(f"{prefix}{wrong}")
+        try:
+            given = self.given(state_dict, prefix)
+        except ValueError as e:
+            args[-1].append(str(e))
             return
         state_dict.update({prefix + name: tensor for name, tensor in given.items()})
         for name, parameter in self.named_parameters():
@@ -425,7 +438,12 @@ class RPQWeight(nn.Module):
         self.guard()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RPQWeight:
+        before = {name: self.stored_tensor(name) for name in GUARDED}
         super()._apply(fn, recurse)
+        for name, codes in before.items():  # `.type()` casts whole numbers too
+            now = self._buffers[name]
+            if codes is not None and now is not None and now.dtype != codes.dtype:
+                self._buffers[name] = codes.to(now.device)
         filled = self._probe.is_meta and not self.codes.is_meta  # by a loader that puts tensors in one by one
         self._probe = fn(torch.empty_like(self._probe, device="cpu") if filled else self._probe)
         self.guard()

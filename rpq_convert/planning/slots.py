@@ -79,6 +79,11 @@ def _reason(module: nn.Module, name: str, tensor: Tensor) -> str:
         return "parametrized: a factor of the weight that is computed from it"
     if parametrize.is_parametrized(module, name) and any(map(_householder, module.parametrizations[name])):  # type: ignore[index]
         return "orthogonal by householder: whole numbers are read from its diagonal"
+    codes = f"{name}_rpq"
+    if hasattr(type(module), codes) or any(
+        codes in own for own in (module.__dict__, module._modules, module._parameters, module._buffers)
+    ):
+        return f"its module has a {codes} of its own, which is where its codes would be"
     if not tensor.is_floating_point():
         return f"{str(tensor.dtype).removeprefix('torch.')}: not a floating-point parameter"
     if tensor.ndim < 2:

@@ -8,11 +8,13 @@ expert of a fused tensor, transposed views. Rejected: hooks on modules, which se
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.overrides import TorchFunctionMode
 
 from rpq_convert.running import einsum_readings, readings, recurrent_readings
@@ -61,9 +63,11 @@ class Watch(TorchFunctionMode):
             for reading in reader(*args, **kwargs):
                 weight, name, axes, part = self.known.get(id(reading.weight), (None, "", (), 0))
                 if _fits(axes, reading.axes):
-                    self.see(name, reading, part)
+                    with _outside(reading) as seen:
+                        self.see(name, seen, part)
                 elif weight is not None and _fits(["out" if a == "expert" else a for a in axes], reading.axes):
-                    self.see(name, _for_each(reading, weight.shape[axes.index("expert")]), part)
+                    with _outside(_for_each(reading, weight.shape[axes.index("expert")])) as seen:
+                        self.see(name, seen, part)
         out = func(*args, **kwargs)
         if args and id(args[0]) in self.known:
             weight, name, axes, part = self.known[id(args[0])]
@@ -72,6 +76,24 @@ class Watch(TorchFunctionMode):
             elif func is Tensor.__getitem__ and axes[:1] == ("expert",) and out.ndim == weight.ndim - 1:
                 self.known[id(out)] = out, name, axes[1:], int(args[1])
         return out
+
+
+@contextmanager
+def _outside(reading: Reading) -> Iterator[Reading]:
+    """Give a reading as it is where `torch.func` rewrites nothing: ordinary vectors, all of a batch that vmap hides."""
+    functorch = torch._C._functorch
+    if functorch.peek_interpreter_stack() is None:
+        yield reading
+        return
+    found = []
+    for part, x in reading.vectors():
+        while functorch.is_functorch_wrapped_tensor(x):
+            inner = functorch.get_unwrapped(x)
+            batched = functorch.is_batchedtensor(x)
+            x = inner.movedim(functorch.maybe_get_bdim(x), 0).flatten(0, 1) if batched else inner
+        found.append((part, x))
+    with temporarily_clear_interpreter_stack():
+        yield replace(reading, vectors=lambda: iter(found))
 
 
 def _for_each(reading: Reading, parts: int) -> Reading:

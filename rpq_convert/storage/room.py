@@ -33,6 +33,18 @@ def check_free(out: str | Path, *, overwrite: bool) -> None:
     _check_writable(place)
 
 
+def check_apart(src: str | Path, out: str | Path) -> None:
+    """Refuse an output that is a source or holds it, as a whole or in the making: it would delete the original.
+
+    Raises:
+        FolderError: it is, or does.
+    """
+    real, target = Path(src).resolve(), Path(out).resolve()
+    taken = {target.with_name(target.name + end) for end in ("", ".partial", ".old.partial")}
+    if Path(src).exists() and not taken.isdisjoint((real, *real.parents)):
+        raise FolderError(f"{out} is or holds the source {src}; choose another folder")
+
+
 def check_file(file: str | Path, ends: Collection[str] = ()) -> None:
     """Refuse a file to write that cannot be written.
 

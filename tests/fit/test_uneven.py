@@ -73,6 +73,26 @@ def test_what_float16_cannot_hold_is_refused_or_said():
     assert report.rows[0].error < 1e-3
 
 
+@pytest.mark.parametrize("size", [1e-41, 1e-30, 1e-19, 1e18, 1e30])
+def test_every_number_of_float32_is_kept_by_scales_of_float32(size):
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 64)
+    with torch.no_grad():
+        layer.weight[8:16] *= size
+        layer.weight[3] = 0
+    dense = layer.weight.detach().clone().double()
+    narrow = nn.Linear(64, 64)
+    narrow.load_state_dict(layer.state_dict())
+    report = rpq.convert(layer, bits=8, grow=True, rules=[{"match": "*", "scales": "float32"}])
+    found = (layer.weight - dense).square().sum(1) / dense.square().sum(1).clamp_min(1e-300)
+    assert float(found.max()) < 1e-3 and report.rows[0].worst < 1e-3 and not layer.weight[3].any()
+    if size > 1:
+        with pytest.raises(EncodeError, match="weight: a row scale overflows float16; use scales='float32'"):
+            rpq.convert(narrow, bits=8, grow=True)
+    else:
+        assert "use scales='float32'" in rpq.convert(narrow, bits=8, grow=True).all_warnings[0]
+
+
 def test_zero_rows_stay_zero():
     layer = nn.Linear(64, 256)
     with torch.no_grad():

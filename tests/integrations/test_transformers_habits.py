@@ -104,6 +104,42 @@ def test_half_float_and_a_size_that_stays():
     assert model.dtype == torch.float32 and (model(IDS).logits - expected).norm() < 0.02 * expected.norm()
 
 
+def test_a_state_dict_that_is_given_is_what_is_saved(tmp_path):
+    """As an average of a training is; transformers forgets it where a model is quantized."""
+    model = llama(tie_word_embeddings=True)
+    rpq.convert(model, **HOW)
+    kind, given = tf.AutoModelForCausalLM, {k: t.clone() for k, t in model.state_dict().items()}
+    for name, tensor in given.items():
+        if name.endswith("codebooks"):
+            tensor *= 1.5
+        elif not name.endswith("codes"):
+            tensor *= 0.5
+    model.save_pretrained(tmp_path / "o", state_dict=given)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "o").iterdir()}
+    key = "model.layers.0.mlp.up_proj.weight_rpq.codes"
+    wrong = {k: t for k, t in given.items() if k != key}
+    for state, said in (
+        (wrong, f"state_dict holds no {key}: pass the whole"),
+        (llama().state_dict(), "state_dict holds no model.embed_tokens.weight_rpq.codebooks: pass the whole"),
+        (given | {key: given[key] + 0.5}, f"state_dict: {key} holds numbers between codes"),
+        (given | {key: given[key][:1]}, f"state_dict: {key.removesuffix('codes')}codes is"),
+    ):
+        with pytest.raises(rpq.SourceError, match=said):
+            model.save_pretrained(tmp_path / "o", state_dict=state)
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "o").iterdir()}
+    model.load_state_dict(given)
+    assert torch.allclose(kind.from_pretrained(tmp_path / "o")(IDS).logits, model(IDS).logits, atol=1e-5)
+
+
+def test_the_config_of_a_model_loads_its_folder(tmp_path):
+    model = llama()
+    rpq.convert(model, **HOW)
+    model.save_pretrained(tmp_path / "o")
+    loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "o", config=model.config)
+    again = tf.LlamaForCausalLM.from_pretrained(tmp_path / "o", config=loaded.config)
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
 def test_a_restored_part(tmp_path):
     for part in ("model", "model.layers.0", "lm_head"):
         model = llama(tie_word_embeddings=part == "lm_head")

@@ -205,6 +205,18 @@ def test_copies_files_and_casts_keep_the_guard(model, tmp_path):
     same(shared, model)
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64, "torch.HalfTensor"])
+def test_a_cast_of_everything_leaves_codes_alone(model, kind):
+    """`type` casts whole numbers too."""
+    cast = copy.deepcopy(model).type(kind)
+    weight = cast[0].weight_rpq
+    assert isinstance(weight.codes, Codes) and weight.codes.dtype == torch.uint8
+    assert torch.equal(weight.codes, model[0].weight_rpq.codes)
+    assert torch.equal(weight.positions, model[0].weight_rpq.positions) and weight.dtype == cast[0].bias.dtype
+    wanted = model(X)
+    assert (cast(X.to(weight.dtype)).float() - wanted).norm() < 2e-2 * wanted.norm()
+
+
 def test_a_model_pickled_with_codes_as_parameters_is_read(model):
     old = copy.deepcopy(model)
     for layer in (old[0], old[2]):

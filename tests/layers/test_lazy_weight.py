@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import io
 
+import numpy
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 import rpq_convert as rpq
 
@@ -68,6 +70,33 @@ def test_writes_are_refused_as_before():
     ):
         with pytest.raises(RuntimeError, match="would be lost"):
             write()
+
+
+def test_arrays_of_a_weight_are_read_only():
+    layer = converted()
+    expected = layer.weight.detach().clone()
+    for array in (layer.weight.detach().numpy(), layer.weight.data[1:].numpy(), numpy.asarray(layer.weight.detach())):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 0
+        array.copy()[0] = 0
+    assert torch.equal(layer.weight, expected) and layer.bias.detach().numpy().flags.writeable
+
+
+@pytest.mark.parametrize("change", [
+    lambda layer: delattr(layer, "weight"),
+    lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.5),
+    lambda layer: nn.utils.prune.random_structured(layer, "weight", 0.5, dim=0),
+    lambda layer: layer.register_parameter("other", layer.weight),
+    lambda layer: nn.utils.fuse_linear_bn_eval(layer, nn.BatchNorm1d(24).eval()),
+    lambda layer: torch.jit.script(layer),
+])  # fmt: skip
+def test_what_takes_the_weight_away_is_refused_and_changes_nothing(change):
+    layer = converted()
+    names, expected = list(layer.state_dict()), layer(torch.ones(2, 32))
+    with pytest.raises((RuntimeError, TypeError), match=r"^RPQLinear.*rpq_convert.restore\(model\) first") as refused:
+        change(layer)
+    assert "\n" not in str(refused.value)
+    assert list(layer.state_dict()) == names and torch.equal(layer(torch.ones(2, 32)), expected)
 
 
 def test_values_are_formatted():
@@ -202,6 +231,36 @@ def test_gradients_in_batches_are_those_of_the_dense_model(build, shape, bits):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     jacobian = torch.autograd.functional.jacobian
     torch.testing.assert_close(jacobian(model, x.detach(), vectorize=True), jacobian(dense, x.detach(), vectorize=True))
+
+
+@pytest.mark.parametrize("build, shape", [
+    (lambda: nn.Linear(32, 24), (3, 32)),
+    (lambda: nn.Conv2d(4, 6, 3), (2, 4, 6, 6)),
+])  # fmt: skip
+def test_forward_derivatives_are_those_of_the_dense_model(build, shape):
+    model = build()
+    rpq.convert(model, bits=8, grow=True)
+    dense, x, along = rpq.restore(copy.deepcopy(model)), torch.randn(shape), torch.randn(shape)
+
+    def derivative(m):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(m(forward_ad.make_dual(x, along))).tangent
+
+    model.requires_grad_(False)(x)  # a kept product has no derivative
+    for each in (model, model.requires_grad_(True)):
+        torch.testing.assert_close(derivative(each), derivative(dense))
+    torch.testing.assert_close(torch.func.jvp(model, (x,), (along,))[1], derivative(dense))
+
+
+@pytest.mark.parametrize("build, shape", [
+    (lambda: nn.Embedding(50, 32), (4, 7)),
+    (lambda: nn.Embedding(50, 32, padding_idx=3), (4, 7)),
+    (lambda: nn.EmbeddingBag(50, 32), (4, 3, 7)),
+])  # fmt: skip
+def test_lookups_are_mapped(build, shape):
+    model, index = build(), torch.randint(0, 50, shape)
+    rpq.convert(model, bits=8, grow=True)
+    torch.testing.assert_close(torch.vmap(model)(index), torch.stack([model(i) for i in index]))
 
 
 def test_what_is_converted_or_restored_in_inference_mode_trains():

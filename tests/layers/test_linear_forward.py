@@ -162,3 +162,17 @@ def test_what_had_no_memory_is_served_once_it_has(layers):
     assert empty.weight_rpq.caches.product is False
     empty.load_state_dict(state, assign=True)
     assert torch.equal(empty(x), layer(x)) and product(empty)
+
+
+def test_what_others_put_in_torchs_place_is_called(layers, monkeypatch):
+    model, x = layers["entropy-coded"], torch.randn(2, 128)
+    plain, linear = nn.Linear.forward, F.linear
+    with torch.no_grad():
+        expected = model(x)
+        with monkeypatch.context() as patch:
+            patch.setattr(nn.Linear, "forward", lambda self, x: 2 * plain(self, x))
+            assert torch.equal(model(x), 2 * expected)
+        with monkeypatch.context() as patch:
+            patch.setattr(F, "linear", lambda *args: 3 * linear(*args))
+            assert torch.equal(model(x), 3 * expected)
+        assert torch.equal(model(x), expected) and product(model[0])

@@ -156,3 +156,20 @@ def test_small_ones_are_not():
 def test_nothing_converted_is_said_with_the_reason(build, why):
     report = rpq.convert(build(), bits=4)
     assert report.warnings == (f"nothing is converted: {why}",)
+
+
+@pytest.mark.parametrize("taken", [3, nn.Linear(4, 4), nn.Parameter(torch.ones(2)), "on the class"])
+def test_a_weight_whose_codes_have_no_place_stays_dense(taken):
+    class Taken(nn.Linear):
+        pass
+
+    if taken == "on the class":
+        Taken.weight_rpq = property(lambda self: self.weight)
+    layer = Taken(16, 8)
+    if taken != "on the class":
+        layer.weight_rpq = taken
+    model, x = nn.Sequential(layer, nn.Linear(8, 8)), torch.randn(2, 16)
+    expected = layer(x)
+    report = rpq.convert(model, bits=8, grow=True)
+    assert "weight_rpq of its own" in next(r.reason for r in report.rows if r.name == "0.weight")
+    assert type(layer) is Taken and torch.equal(layer(x), expected) and type(model[1]) is not nn.Linear

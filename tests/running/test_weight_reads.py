@@ -357,3 +357,20 @@ def test_attention_reads_all_of_its_projections(separate):
     rows = {n: h.rows for n, h in found.items()}
     joint = {"q_proj_weight": 10, "k_proj_weight": 14, "v_proj_weight": 14} if separate else {"in_proj_weight": 24}
     assert rows == {**joint, "out_proj.weight": 10}
+
+
+def test_what_vmap_and_gradients_multiply_is_seen():
+    class Mapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(16, 8)
+
+        def forward(self, x):
+            return torch.vmap(torch.vmap(self.layer))(x) + torch.func.vjp(self.layer, x)[0]
+
+    torch.manual_seed(0)
+    mapped = Mapped()
+    plain, data = copy.deepcopy(mapped.layer), [torch.randn(3, 4, 16) for _ in range(3)]
+    for model in (mapped, plain):
+        rpq.convert(model, bits=4, grow=True, calibration=data)
+    torch.testing.assert_close(mapped.layer.weight.detach() * 1, plain.weight.detach() * 1)

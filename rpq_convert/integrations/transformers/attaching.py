@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,16 +89,61 @@ def _mark(model: Any, config: RPQConfig | None) -> None:
         model.is_quantized = False
 
 
-def state_to_save(model: Any) -> dict[str, Tensor]:
-    """Return what `save_pretrained` writes: every RPQ weight under its first name, the guards, and all that is dense."""
+def state_to_save(model: Any, dense: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Return what `save_pretrained` writes: every RPQ weight under its first name, the guards, and all that is dense.
+
+    Args:
+        dense: where to take from what is dense, in place of the model.
+    """
     plan, found = plan_of(model), surgery.layers_of(model)
     parts = {f"{path}_rpq.{part}" for path, weight in found.items() for part in weight.stored()}
-    state = {k: t for k, t in model.state_dict().items() if k not in parts}
+    state = {k: t for k, t in (model.state_dict() if dense is None else dense).items() if k not in parts}
     for job in plan.jobs:
         with onloaded(found[job.name]):  # transformers finds no weight that several modules share where it is offloaded
             kept = packed(job.spec, job.weight_view, job.shape, found[job.name].stored())
             state |= {f"{job.name}_rpq.{part}": tensor for part, tensor in kept.items()}
     return state | {name: torch.empty(0) for name in plan.guards}
+
+
+@contextmanager
+def holding(model: Any, state: Mapping[str, Tensor] | None) -> Iterator[None]:
+    """Let the RPQ weights of a model hold the tensors of a state dict, such as an average's, inside the block.
+
+    Raises:
+        SourceError: it has not all tensors of an RPQ weight, or others.
+    """
+    given = {} if state is None else {w: _given(w, state, names) for w, names in surgery.paths_of(model).items()}
+    if given and is_offloaded(model):
+        raise SourceError(
+            f"{type(model).__name__} is offloaded: save_pretrained writes no other state_dict than its own"
+        )
+    before = [(w, dict(w._parameters), dict(w._buffers)) for w in given]
+    try:
+        for weight, tensors in given.items():
+            for name, tensor in tensors.items():
+                weight.set_tensor(name, tensor.detach())
+        yield
+    finally:
+        for weight, parameters, buffers in before:
+            weight._parameters.update(parameters)
+            weight._buffers.update(buffers)
+            weight.guard()
+
+
+def _given(weight: RPQWeight, state: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """Return the tensors that a state dict holds of a weight with these names."""
+    prefix = next((p for p in (f"{n}_rpq." for n in names) if f"{p}codes" in state), f"{names[0]}_rpq.")
+    try:
+        given = weight.given(state, prefix)
+    except ValueError as e:
+        raise SourceError(f"state_dict: {e}") from None
+    missing = next((part for part in weight.tensors() if part not in given), None)
+    if missing is not None:
+        raise SourceError(
+            f"state_dict holds no {prefix}{missing}: pass the whole state dict of this converted model, or none; "
+            "rpq_convert.restore(model) takes dense weights"
+        )
+    return given
 
 
 @functools.cache
@@ -163,7 +209,8 @@ def _save_pretrained(plain: Callable[..., Any]) -> Callable[..., Any]:
         if not surgery.layers_of(self):
             attach(self)
             return plain(self, *args, **kwargs)
-        with unwrapped(self):
+        given = signature.bind(self, *args, **kwargs).arguments.get("state_dict")
+        with unwrapped(self), holding(self, given):
             return save(self, *args, **kwargs)
 
     def save(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -189,6 +236,7 @@ def _save_pretrained(plain: Callable[..., Any]) -> Callable[..., Any]:
             raise SourceError(
                 f"{folder} holds {others[0]}, whose config.json would describe RPQ weights: save the variant {variant!r} to a folder of its own"
             )
+        self.hf_quantizer.dense = asked.get("state_dict")
         done = plain(self, *args, **kwargs, save_original_format=False)
         if asked.get("is_main_process", True):
             for path, time in before.items():

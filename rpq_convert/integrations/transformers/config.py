@@ -63,5 +63,9 @@ class RPQConfig(QuantizationConfigMixin):
         base = {"quant_method": METHOD, "format_version": self.format_version}
         return base | (self.stored if self.stored["modules"] else self.options)
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return what `to_dict` says: transformers asks the config of a model in memory as it asks that of a file."""
+        return self.to_dict().get(name, default)
+
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()

@@ -34,6 +34,7 @@ class RPQQuantizer(HfQuantizer):
     contents: Contents | None = None  # of a converted folder
     placed: placing.Placed | None = None
     signatures: Mapping[Path, tuple[int, ...]] = {}  # of the files that are read
+    dense: Mapping[str, torch.Tensor] | None = None  # `state_dict` of save_pretrained, which transformers forgets
     ties: Mapping[str, str] = {}  # the model's own; while weights are read, it has others
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -97,7 +98,7 @@ class RPQQuantizer(HfQuantizer):
         from rpq_convert.integrations.transformers.attaching import attach, state_to_save
 
         attach(model)
-        return state_to_save(model), {}
+        return state_to_save(model, self.dense), {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
