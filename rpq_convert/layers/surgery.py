@@ -49,7 +49,9 @@ def make_ahead(model: nn.Module) -> None:
         for name, weight in layer.rpq_weights().items():
             if not is_hooked(weight) and weight.stored_tensor("codes").is_cpu:
                 getattr(layer, name)
-                weight.caches.product = weight.product()
+                weight.parts()
+                if type(layer).forward is linear_forward.forward:
+                    weight.caches.product = weight.product()
 
 
 # called with every model whose layers were converted, loaded or restored

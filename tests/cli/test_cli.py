@@ -190,7 +190,12 @@ def test_json_is_all_of_stdout_and_quiet_says_nothing(bert, tmp_path):
     assert json.loads(rpq("audit", tmp_path / "a", "--json").stdout)["rows"] == report["rows"]
 
 
-@pytest.mark.parametrize("asked", [("--target-size", "100kB"), ("--bits", 4.5), ("--max-error", 0.02)])
+LESS_OFTEN = [
+    pytest.param(asked, marks=pytest.mark.slow) for asked in (("--target-size", "100kB"), ("--max-error", 0.02))
+]
+
+
+@pytest.mark.parametrize("asked", [("--bits", 4.5), *LESS_OFTEN])
 def test_sizes_to_a_budget(bert, tmp_path, asked):
     shapes_alone = () if asked[0] == "--max-error" else ("--sensitivity", "shape")  # it needs no sensitivities
     plan = json.loads(rpq("plan", bert, *asked, *shapes_alone, "--json").stdout)
@@ -619,8 +624,11 @@ def test_no_fit_is_lost_while_files_are_hashed(bert, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "room, where",
-    [(0.01, "rpq_source.json"), (0.5, "pieces"), (1.7, "partial/model.safetensors")],
-    ids=["start", "fit", "assembly"],
+    [
+        pytest.param(0.01, "rpq_source.json", id="start", marks=pytest.mark.slow),
+        pytest.param(0.5, "pieces", id="fit"),
+        pytest.param(1.7, "partial/model.safetensors", id="assembly", marks=pytest.mark.slow),
+    ],
 )
 def test_a_disk_that_fills_meanwhile(bert, tmp_path, monkeypatch, room, where):
     monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=1 << 40))  # before it fills

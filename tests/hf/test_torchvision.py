@@ -17,6 +17,7 @@ def alone(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=path)
 
 
+@pytest.mark.slow
 def test_an_import_of_rpq_convert_neither_fixes_nor_breaks_it():
     plain, beside = alone("import torchvision"), alone("import rpq_convert, torchvision")
     assert beside.returncode == plain.returncode

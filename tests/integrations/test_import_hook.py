@@ -126,6 +126,7 @@ def test_the_import_changes_nothing_else_in_a_process():
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_transformers_knows_the_method_as_soon_as_its_quantizers_are_imported():
     done = alone(REGISTERED)
     assert done.returncode == 0, done.stderr[-2000:]

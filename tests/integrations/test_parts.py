@@ -224,7 +224,7 @@ def compiled_blocks(when):
     return model
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", [pytest.param("before", marks=pytest.mark.slow), "after"])
 def test_compiled_submodules_are_saved_under_their_own_names(when, tmp_path):
     """Names with `_orig_mod` in them would be found by no class, which loads random weights in their place."""
     model = compiled_blocks(when)

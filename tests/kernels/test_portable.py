@@ -22,7 +22,6 @@ rpq.convert(model["wide"], dim=8, axis="in", fit="random", grow=True)
 rpq.convert(model["narrow"], dim=2, axis="out", fit="random", grow=True)
 rpq.convert(model["words"], dim=4, fit="random", grow=True)
 rpq.convert(model["spots"], dim=8, fit="random", grow=True)
-{after}
 for tokens in (1, 2, 8, 40):
     x = torch.randn(tokens, 96, requires_grad=True)
     for name in ("wide", "narrow"):
@@ -46,8 +45,8 @@ print("the same")
 """
 
 
-def run(before: str, after: str, check: str, **environment: str) -> None:
-    code = CODE.format(before=before, after=after, check=check)
+def run(before: str, check: str, **environment: str) -> None:
+    code = CODE.format(before=before, check=check)
     out = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
     )
@@ -58,7 +57,7 @@ def run(before: str, after: str, check: str, **environment: str) -> None:
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names a processor of another kind")
 def test_a_processor_without_avx_computes_the_same(tmp_path):
     run(
-        "from rpq_convert.kernels.jit import vectors\nassert not vectors.HAS_VBMI and not vectors.HAS_FLOAT16", "",
+        "from rpq_convert.kernels.jit import vectors\nassert not vectors.HAS_VBMI and not vectors.HAS_FLOAT16",
         "assert kernels.backend_for('cpu').__name__.endswith('cpu.backend')",
         NUMBA_CPU_NAME="x86-64", NUMBA_CPU_FEATURES="+sse2", NUMBA_CACHE_DIR=str(tmp_path),
     )  # fmt: skip
@@ -66,8 +65,8 @@ def test_a_processor_without_avx_computes_the_same(tmp_path):
 
 def test_without_numba_torch_alone_computes_the_same_and_one_warning_says_why():
     run(
-        "", "sys.modules['numba'] = None\nkernels.backend_for.cache_clear()\nkernels.numba_fails.cache_clear()\n"
-        "import warnings\ncaught = warnings.catch_warnings(record=True)\nseen = caught.__enter__()",
+        "rpq.convert\nsys.modules['numba'] = None\nimport warnings\ncaught = warnings.catch_warnings(record=True)\nseen = caught.__enter__()\n"
+        "kernels.backend_for.cache_clear()\nkernels.numba_fails.cache_clear()",
         "assert kernels.backend_for('cpu').__name__.endswith('reference')\n"
         "said = [str(w.message) for w in seen if 'numba' in str(w.message)]\n"
         "assert len(said) == 1 and 'import of numba halted' in said[0] and 'pip install' in said[0], said\n"

@@ -241,6 +241,7 @@ def test_gradients_of_the_reference_are_autograds(axis, stages):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_program_can_be_saved_and_made_independent_of_this_library(small, tmp_path):
     x = torch.randint(0, 300, (3, 7))
     program = torch.export.export(small, (x,))

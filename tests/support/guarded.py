@@ -40,13 +40,8 @@ def guarded(tensor: Tensor, *, front: bool) -> Tensor:
 
 def guard_prepared(front: bool) -> None:
     """Guard the tables as well that are made of codebooks."""
-    plain = prepared._prepare
-
-    def prepare(codebooks: Tensor, kind: str) -> object:
-        made = plain(codebooks, kind)
-        return tuple(guarded(t, front=front) for t in made) if isinstance(made, tuple) else guarded(made, front=front)
-
-    prepared._prepare = prepare
+    plain = prepared._tables
+    prepared._tables = lambda tensor, kind: tuple(guarded(t, front=front) for t in plain(tensor, kind))
 
 
 def outputs(front: bool) -> None:
