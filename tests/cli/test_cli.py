@@ -680,7 +680,7 @@ def test_a_worker_that_dies_is_told_and_the_run_goes_on(bert, tmp_path):
         options = ("--effort", "fast", "--bits", 4, "--executor", "processes", "--workers", 2)
         fails(4, "convert", bert, "--out", out, *options, says=("a worker process died", "to go on"))
         killer.result()
-    assert "done before" in rpq("convert", bert, "--out", out, "--bits", 4, "--effort", "fast").stderr
+    assert "done before" in rpq("convert", bert, "--out", out, "--bits", 4, "--effort", "fast", "--verbose").stderr
 
 
 def test_time_limits_locks_and_damaged_pieces_are_told(bare, tmp_path, monkeypatch):
