@@ -25,7 +25,7 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # what is inside the
 
 
 def install() -> None:
-    """Let models of sentence-transformers save what it loads again; the second owner is that of versions before 6."""
+    """Let models of sentence-transformers save what it loads again; the second owner is that of older versions."""
     for module, name in OWNERS.items():
         kind = getattr(sys.modules.get(module), name, None)
         if kind is not None and "save" in vars(kind):

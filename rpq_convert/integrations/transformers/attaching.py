@@ -237,7 +237,10 @@ def _save_pretrained(plain: Callable[..., Any]) -> Callable[..., Any]:
                 f"{folder} holds {others[0]}, whose config.json would describe RPQ weights: save the variant {variant!r} to a folder of its own"
             )
         self.hf_quantizer.dense = asked.get("state_dict")
-        done = plain(self, *args, **kwargs, save_original_format=False)
+        try:
+            done = plain(self, *args, **kwargs, save_original_format=False)
+        finally:
+            self.hf_quantizer.dense = None
         if asked.get("is_main_process", True):
             for path, time in before.items():
                 if WEIGHTS.fullmatch(path.name) and path.is_file() and path.stat().st_mtime_ns == time:

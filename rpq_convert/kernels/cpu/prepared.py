@@ -49,11 +49,11 @@ class Prepared:
         place, shape, dtype = tensor.data_ptr(), tensor.shape, tensor.dtype
         if (place, shape, dtype) != (self.place, self.shape, self.dtype) or not place or not tensor.is_contiguous():
             return False
-        self._note(tensor)
-        for kind, tables in self.tables.items():
+        for kind, tables in self.tables.copy().items():
             for table, new in zip(tables, _tables(tensor, kind)):
                 if table.data_ptr() != new.data_ptr():
                     table.copy_(new)
+        self._note(tensor)  # at last: another thread that finds it noted uses the tables
         return True
 
     def unchanged(self, tensor: Tensor) -> bool:
