@@ -32,8 +32,8 @@ ABOUT = """\
 MiniLM: mean cosine of sentences with the dense model's. ViT: pictures that get the dense model's class.
 fast: weights alone. good: calibrated on synthetic inputs (ViT: on its data). best: calibrated on data and tuned.
 minutes: of SmolLM2, about, on one thread. docs/quality.md has more, `rpq convert` measures your model.
-Presets are as small in memory as on disk. --bits above 2 and up to 7 keep more in the same bytes on disk: SmolLM2 at
-4 bits has 1.23x from weights alone. Codes are entropy-coded there, and one byte each in memory."""
+Presets are as small in memory as on disk. --bits above 2 and up to 7 keep more in the same bytes on disk: codes are
+entropy-coded there, and one byte each in memory."""
 
 
 def _table(presets: list[Any]) -> list[str]:
@@ -41,8 +41,8 @@ def _table(presets: list[Any]) -> list[str]:
     from rpq_convert.planning.options import DEFAULT_PRESET
     from rpq_convert.report.measured import DATA, FAST, SELF, TUNED, row
 
-    def pair(key: str, bits: float, show: Any, efforts: tuple[str, ...] = (FAST, SELF, TUNED)) -> str:
-        found = [row(key, bits, effort) for effort in efforts]
+    def pair(key: str, bits: float, coded: bool, show: Any, efforts: tuple[str, ...] = (FAST, SELF, TUNED)) -> str:
+        found = [row(key, bits, effort, coded=coded) for effort in efforts]
         while found and found[-1] is None:
             found.pop()
         return " / ".join("-" if r is None else show(r) for r in found)
@@ -57,22 +57,24 @@ def _table(presets: list[Any]) -> list[str]:
     lines.append(
         f"{'':<27}{'fast / good / best':<23} {'fast / good':<12} {'fast / good / best':<20} fast / good / best"
     )
+
+    def line(name: str, bits: float, coded: bool) -> str:
+        known = row("smollm2", bits, FAST, coded=coded) or row("smollm2", bits, TUNED, coded=coded)
+        cells = (
+            pair("smollm2", bits, coded, times), pair("minilm", bits, coded, lambda r: f"{r.value:.2f}", (FAST, SELF)),
+            pair("vit", bits, coded, lambda r: f"{100 * r.value:.0f} %", (FAST, DATA, TUNED)), pair("smollm2", bits, coded, minutes),
+        )  # fmt: skip
+        smaller = "" if known is None else f"{known.smaller:.1f}x"
+        shown = " ".join(f"{cell:<{width}}" for cell, width in zip(cells, (23, 12, 20, 10)))
+        return f"{name:<10} {bits:>5g} {smaller:>8}   {shown}".rstrip()
+
     for preset in sorted(presets, key=lambda p: -p.settings.get("bits", 0)):
         if (bits := preset.settings.get("bits")) is None:
             lines.append(f"{preset.name:<10} {preset.description}")
-            continue
-        star, known = (
-            "*" if preset.name == DEFAULT_PRESET else "",
-            row("smollm2", bits, FAST) or row("smollm2", bits, TUNED),
-        )
-        cells = (
-            pair("smollm2", bits, times), pair("minilm", bits, lambda r: f"{r.value:.2f}", (FAST, SELF)),
-            pair("vit", bits, lambda r: f"{100 * r.value:.0f} %", (FAST, DATA, TUNED)), pair("smollm2", bits, minutes),
-        )  # fmt: skip
-        smaller = "" if known is None else f"{known.smaller:.1f}x"
-        widths = (23, 12, 20, 10)
-        shown = " ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths))
-        lines.append(f"{preset.name + star:<10} {bits:>5g} {smaller:>8}   {shown}".rstrip())
+        else:
+            lines.append(line(preset.name + "*" * (preset.name == DEFAULT_PRESET), bits, False))
+            if row("smollm2", bits, FAST, coded=True):
+                lines.append(line(f"--bits {bits:g}", bits, True))
     return [*lines, "", *ABOUT.splitlines()]
 
 

@@ -13,6 +13,7 @@ import typer
 from typer import Argument, Option
 
 from rpq_convert.errors import FolderError, PlanError
+from rpq_convert.planning.options import SHARED_BY
 from rpq_convert.planning.rules import parse_rule, preset_names
 from rpq_convert.storage.room import check_apart
 
@@ -169,14 +170,14 @@ def _meant(name: str, value: Any) -> Any:
 
 
 def _sensitivity(text: str) -> Any:
-    if text == "shape":
+    if text in SHARED_BY:
         return text
     from rpq_convert.schemas import kinds
     from rpq_convert.schemas.checking import read_json
     from rpq_convert.storage.sources import did_you_mean
 
     if not Path(text).is_file():
-        raise PlanError(f"sensitivities {text} is no file, nor 'shape'{did_you_mean(text)}")
+        raise PlanError(f"sensitivities {text} is no file, nor 'shape' or 'measured'{did_you_mean(text)}")
     return read_json(text, kinds.SENSITIVITIES, PlanError)
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.quality.compress TASK_FOLDER TASK PEER SETTINGS_JSON OUT_FOLDER
 
-Writes `weights.safetensors`, the model's tensors after the tool, decoded; and `facts.json`: bytes, minutes, peak memory.
+Writes `weights.safetensors`, the model's tensors after the tool, decoded; and `facts.json`: bytes, those in memory, minutes, peak memory.
 """
 
 from __future__ import annotations
@@ -46,12 +46,14 @@ def main(folder: str, name: str, peer: str, settings: str, out: str) -> None:
     names = set(model.state_dict())
     tool = importlib.import_module(f"benchmarks.quality.peers.{peer}")
     start = time.perf_counter()
-    size = tool.compress(model, json.loads(settings), Data(task, Path(folder)))
+    found = tool.compress(model, json.loads(settings), Data(task, Path(folder)))
     minutes = (time.perf_counter() - start) / 60
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # MiB, from Linux's KiB
     tensors = {n: t.detach().clone().contiguous() for n, t in model.state_dict().items() if n in names}
     save_file(tensors, Path(out) / "weights.safetensors")
-    (Path(out) / "facts.json").write_text(json.dumps({"bytes": size, "minutes": minutes, "peak_mb": peak}))
+    size, memory = found if isinstance(found, tuple) else (found, found)
+    facts = {"bytes": size, "memory": memory, "minutes": minutes, "peak_mb": peak}
+    (Path(out) / "facts.json").write_text(json.dumps(facts))
 
 
 if __name__ == "__main__":

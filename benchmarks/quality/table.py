@@ -18,7 +18,8 @@ HEADER = """# Quality for the bytes, tool by tool
 - Each tool converts the same dense model on a CPU. The same code then decodes and measures its weights.
 - **MB** (10^6 bytes) counts everything that a file holds: codes, codebooks, scales and zero points, and at 16 bits what a tool
   leaves alone.
-- **Bits** are all those bytes per parameter. In the settings of rpq-convert they are those of a preset: as small in memory as on disk.
+- **Bits** are all those bytes per parameter. In the settings of rpq-convert they are those of a preset, as small in memory as on disk;
+  where they say "entropy-coded", a code takes one byte **in memory**.
 - No row of its size or below beats a row in **bold**.
 - **Minutes** are of one thread, or of as many as stand beside them, on a shared machine. They show an order of magnitude.
 - **Peak MB** is the memory of the tool's process, with the dense model in float32 and imports.
@@ -60,17 +61,18 @@ def _section(name: str, task: Any, rows: Sequence[Row]) -> str:
             lines += [f"![loss against bytes, tool by tool]({_picture(name)})", ""]
         columns = task.columns
         lines += [
-            "| MB | bits | tool | settings | "
+            "| MB | in memory | bits | tool | settings | "
             + " | ".join(c.replace("_", " ") for c in columns)
             + " | minutes | peak MB |"
         ]
-        lines += ["|---" * (6 + len(columns)) + "|"]
+        lines += ["|---" * (7 + len(columns)) + "|"]
         best: float | None = None
         for row in done:
             loss = _loss(task, row)
             leads = best is None or loss < best
             best = loss if leads else best
-            cells = [f"{row['bytes'] / 1e6:.1f}", f"{_bits(task, row):.2f}", _title(row), _words(row["settings"])]
+            sizes = [f"{size / 1e6:.1f}" for size in (row["bytes"], row.get("memory", row["bytes"]))]
+            cells = [*sizes, f"{_bits(task, row):.2f}", _title(row), _words(row["settings"])]
             cells += [_figure(c, row["metrics"][c]) for c in columns]
             threads = row.get("threads", 1)
             cells += [
@@ -125,6 +127,7 @@ def _words(settings: Row) -> str:
         "embedding": lambda v: "embedding dense" if v == 16 else f"embedding {v}" + ("" if isinstance(v, str) else " bits"),
         "calibrated": lambda v: "calibrated", "own": lambda v: "calibrated on synthetic inputs", "steps": lambda v: f"{v} steps of tuning",
         "recode": lambda v: "code updates", "codebooks": lambda v: "codebooks of one byte",
+        "storage": lambda v: "entropy-coded", "sensitivity": lambda v: "bits shared by sensitivities, measured without data",
         "outliers": lambda v: f"{100 * v:g} % outliers",
         "target_size": lambda v: f"sizes chosen for {v / 1e6:.1f} MB",
         "imatrix": lambda v: "importance matrix", "iters": lambda v: f"{v} iterations",

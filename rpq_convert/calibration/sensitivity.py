@@ -2,8 +2,8 @@
 
 To second order the expected loss from small independent errors e is 1/2 sum F e^2, where F, the Fisher information's
 diagonal, is the mean square of the gradients of log p(y) for y drawn from the model itself: one backward pass serves every
-parameter. e is what a quick fit leaves (2 bits, dim 4), not noise of its size: k-means errs most on large weights, and on
-SmolLM2's embedding these matter 2.3 times as much as its average weight, on a value projection half as much.
+parameter. e is what a quick fit leaves (2 bits, dim 4; 3 bits where codes are entropy-coded), not noise of its size: k-means errs most
+on large weights, and on SmolLM2's embedding these matter 2.3 times as much as its average weight, on a value projection half as much.
 
 For outputs that are no logits, F is the mean square of the gradients of random signs times the output (Hutchinson 1989),
 over the output's energy. Not used: noise in one layer at a time, which takes a pass per layer.
@@ -30,15 +30,17 @@ from rpq_convert.inputs.synthetic import SEQUENCES, probe_inputs
 from rpq_convert.layers import surgery
 from rpq_convert.layers.weight import RPQWeight
 from rpq_convert.planning import planner
-from rpq_convert.planning.options import PlanKeywords, PlanOptions
+from rpq_convert.planning.options import MEASURED, PlanKeywords, PlanOptions
 from rpq_convert.planning.plan import Job
 from rpq_convert.planning.slots import walk
 from rpq_convert.running.call import call, first_tensor, without_padding
 from rpq_convert.running.modes import quiet
 
-PROBE = (4, 1)  # dim and stages of the quick fit
+PROBE, CODED_PROBE = {"dim": 4, "stages": 1}, {"bits": 3.0}  # sizes of the quick fit
 STEPS = 8  # per octave, to which results are rounded: threads and machines add up in other orders
-LARGEST = 8 * 10**9  # bytes of a model that is loaded whole to be measured without being asked
+# Bytes of a model that is loaded whole to be measured without being asked: for a budget; and where it is calibrated, which takes
+# the memory of a block.
+LARGEST, LARGEST_CALIBRATED = 8 * 10**9, 2 * 10**9
 Progress = Callable[[int, int], None]
 T = TypeVar("T")
 LEAST = 0.01  # of the average weight's, at least: a weight that no input reached still counts
@@ -62,7 +64,8 @@ def sensitivities(
         data: inputs such as the model will see, as for `rpq.convert(calibration=)`; a few suffice.
             By default synthetic inputs: a language model writes its own text, others get random tokens or smooth noise.
         progress: called with the number of weights and inputs done, and of all.
-        options: those of `rpq.plan` that say what is converted (rules, include, exclude, …), and `seed`.
+        options: those of `rpq.plan` that say what is converted (rules, include, exclude, …), `seed`, and `storage="rans"` for the errors
+            of entropy-coded weights.
 
     Returns:
         Parameter name -> nats per prediction (outputs with logits) or relative squared output error, per unit of relative
@@ -74,7 +77,8 @@ def sensitivities(
     Example:
         >>> rpq.convert(model, target_size="50MB", sensitivity=rpq.sensitivities(model, batches))
     """
-    (asked,) = take({**options, "dim": PROBE[0], "stages": PROBE[1]}, PlanOptions)
+    size = CODED_PROBE if options.get("storage") == "rans" else PROBE
+    (asked,) = take({**options, **size}, PlanOptions)
     generator = torch.Generator().manual_seed(asked.seed)
     with quiet(model) as restore:
         items = probe_inputs(model, generator) if data is None else prepare(data, model, "data")
@@ -177,9 +181,10 @@ def _backward(model: nn.Module, item: Any, generator: torch.Generator, restore: 
         return float(main.detach().double().square().sum())
 
 
-def needs_sensitivities(options: PlanOptions) -> bool:
-    """Return whether the plan for these options needs measured sensitivities."""
-    return options.measures
+def needs_sensitivities(options: PlanOptions, *, calibrated: bool = False) -> bool:
+    """Return whether the plan for these options needs measured sensitivities: for a budget, and, to share an average of bits, of a
+    model that runs to be calibrated anyway."""
+    return options.measures or (calibrated and options.shares and options.sensitivity is None)
 
 
 def measure_for(
@@ -190,6 +195,10 @@ def measure_for(
 ) -> PlanOptions:
     """Return a plan's options with measured sensitivities, where this model can be run."""
     found = measured(options, model, data, progress)
+    if found is None and options.sensitivity == MEASURED:
+        raise NothingToRun(
+            "this model cannot be measured here: it has no weights, or nothing to run it on; leave sensitivity out"
+        )
     return options if found is None else replace(options, sensitivity=found)
 
 
@@ -202,10 +211,11 @@ def measured(
     """Return what a model that these options convert is sensitive to; None where it cannot be run, or is too large to load."""
     ready = model()
     size = sum(p.numel() * p.element_size() for p in ready.parameters())
-    if size > LARGEST or any(p.is_meta for p in ready.parameters()):
+    if size > (LARGEST if options.measures else LARGEST_CALIBRATED) or any(p.is_meta for p in ready.parameters()):
         return None
     inputs = None if data is None else prepare(data, ready, "calibration")
-    what = {name: getattr(options, name) for name in ("rules", "include", "exclude", "seed", "axis", "fit")}
+    what = {name: getattr(options, name) for name in ("rules", "include", "exclude", "seed", "axis")}
+    what |= {"storage": "rans"} if options.coded else {"fit": options.fit}
     try:
         found = sensitivities(ready, inputs and inputs[:SEQUENCES], progress=progress, **what)
     except NothingToRun:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -17,11 +18,13 @@ from rpq_convert.inputs.items import Calibration
 from rpq_convert.layers import surgery
 from rpq_convert.planning import budget
 from rpq_convert.planning.heads import head_rules
-from rpq_convert.planning.options import PlanKeywords, PlanOptions
+from rpq_convert.planning.options import MEASURED, PlanKeywords, PlanOptions
 from rpq_convert.planning.plan import Plan
 from rpq_convert.planning.quantized import refuse_model
+from rpq_convert.planning.rates import rates_of
 from rpq_convert.report.curve import Curve
 from rpq_convert.running.wrappers import unwrapped
+from rpq_convert.showing import one_line
 from rpq_convert.storage.options import SourceKeywords, SourceOptions
 from rpq_convert.storage.sources import is_drawn
 
@@ -40,7 +43,8 @@ def plan(target: nn.Module | str | Path | Any, **options: Unpack[ConversionKeywo
         options: fields of `PlanOptions` (preset, bits, target_size, max_error, sensitivity, dim, codebooks, axis, rules, include,
             exclude, fit, seed, dtype, …) and of `SourceOptions` (factory, revision, token, local_files_only, allow_pickle). With a
             budget (target_size, an average of bits) and weights at hand, a live model or a folder, the model is run to measure
-            its sensitivities, unless they are given or `sensitivity="shape"`.
+            its sensitivities, unless they are given or `sensitivity="shape"`; with `bits` of entropy-coded weights
+            it is where `sensitivity="measured"`.
 
     Raises:
         PlanError: what was asked cannot be planned. SourceError: nothing found, or a broken file.
@@ -94,10 +98,10 @@ def open_target(target: Any, source: SourceOptions, options: PlanOptions, *, mea
 def plan_opened(
     opened: Opened, options: PlanOptions, *, data: Calibration | None = None, progress: Progress | None = None
 ) -> Plan:
-    """Plan a conversion; where sizes are chosen to a budget and the weights are at hand, the model is measured.
+    """Plan a conversion; where the weights are at hand, the model is measured for a budget, and to share bits where it is calibrated.
 
     Args:
-        data, progress: as for `sensitivities`.
+        data: what it is calibrated on, if it is. progress: as for `sensitivities`.
 
     Raises:
         PlanError: what was asked cannot be planned, or another tool has quantized the model.
@@ -105,11 +109,21 @@ def plan_opened(
     options.check_used()
     if opened.model is not None:
         refuse_model(opened.model)
-    if needs_sensitivities(options) and opened.model is not None:
-        options = measure_for(options, opened.filled, data, progress)
+    notes, asked = [*_notes(opened)], options.sensitivity
     rules = None if opened.model is None else head_rules(opened.model)
-    made = budget.make_plan(opened.slots(), options, head_rules=rules, warnings=_notes(opened))
-    return replace(made, dropped=opened.dropped())
+    made = partial(budget.make_plan, opened.slots(), head_rules=rules)
+    if opened.model is None:
+        pass
+    elif options.measures:
+        options = measure_for(options, opened.filled, data, progress)
+    elif needs_sensitivities(options, calibrated=data is not None) and len(rates_of(made(options))) > 1:
+        try:
+            options = measure_for(options, opened.filled, data, progress)
+        except Exception as e:  # a model may not be made to run backward
+            notes.append(f"bits are shared by shapes alone, as the model could not be measured: {one_line(str(e))}")
+    plan = made(options, warnings=notes)
+    how = {"sensitivity": MEASURED} if asked == MEASURED else {}
+    return replace(plan, options={**plan.options, **how}, dropped=opened.dropped())
 
 
 def sweep_opened(

@@ -4,8 +4,10 @@ A plan is made at every rate; what a parameter gets in each of them, and staying
 its exact bytes and loses `sensitivity x harm of the expected error`; `allocate` chooses. The outcome is an ordinary plan whose jobs
 say their specs, so nothing after it knows of budgets.
 
-Measured sensitivities (`rpq.sensitivities`) decide most. Without them shapes alone do: every weight counts the same, one
-of an embedding or of an output layer, whose errors reach every prediction, EMBEDDED times as much.
+Measured sensitivities (`rpq.sensitivities`) decide most. Without them shapes alone do (`rates.by_shape`): every weight of a layer
+counts the same, one of an output layer more, one of a table that is only looked up less.
+
+An average of bits of entropy-coded weights is no budget: any rate is possible, so `rates.share` finds them at once.
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ from typing import Any
 from rpq_convert.core.sizes import parse_size
 from rpq_convert.errors import PlanError
 from rpq_convert.planning import planner
-from rpq_convert.planning.choices import SHAPES, Choices, Sensitivity, sizes_of
+from rpq_convert.planning.choices import SHAPES, Choices, sizes_of
 from rpq_convert.planning.options import PlanOptions
 from rpq_convert.planning.plan import Plan
+from rpq_convert.planning.rates import Sensitivity, share
 from rpq_convert.planning.rules import Rule, load_preset, preset_names, split_bits
 from rpq_convert.planning.slots import Slot
 from rpq_convert.report.curve import Curve
@@ -48,7 +51,8 @@ def make_plan(
         PlanError: a budget that cannot be met (it names the sizes that can).
     """
     if not options.budgets:
-        return planner.make_plan(slots, options, head_rules=head_rules, warnings=warnings)
+        plan = planner.make_plan(slots, options, head_rules=head_rules, warnings=warnings)
+        return share(plan, slots, options) if options.shares else plan
     choices = Choices(slots, options, options.sensitivity, warnings)
     if options.max_error is not None:
         return choices.within_error(options.max_error).plan

@@ -17,6 +17,7 @@ from rpq_convert.planning.allocation import Allocation, allocate
 from rpq_convert.planning.options import PlanOptions
 from rpq_convert.planning.plan import Job, Plan, Skip
 from rpq_convert.planning.planner import warnings_of
+from rpq_convert.planning.rates import Costs, Sensitivity
 from rpq_convert.planning.slots import Slot
 from rpq_convert.report.curve import Sample
 
@@ -54,12 +55,10 @@ CODED = (
 # codebook: by what factor for every bit, fitted to SmolLM2's perplexities, [one stage, several]. Below, they no longer add up as
 # squares: by what factor for every bit, fitted to MiniLM's cosine with its word embedding alone at 1.6, 1.33 and 1 bits.
 HARM, BELOW = (1.2, 1.1), 1.7
-EMBEDDED = 4.0
 ROUNDING = 1e-7
 CLOSE = 0.99  # of a budget is to be used
 BY = "the budget"
 SHAPES = "sizes were chosen by shapes alone; measured sensitivities choose better (rpq.sensitivities)"
-Sensitivity = float | Mapping[Any, float]
 
 
 @dataclass(frozen=True)
@@ -94,16 +93,6 @@ def sizes_of(options: PlanOptions) -> list[dict[str, Any]]:
     return [{"dim": dim, "stages": stages} for dim, stages in RATES]
 
 
-def by_shape(slot: Slot) -> float:
-    """Return what a parameter's relative error counts where nothing was measured."""
-    weights = math.prod(slot.shape)
-    if slot.view is None or not weights:
-        return float(weights)
-    inputs, outputs = slot.view.matrix_shape(slot.shape, "out")
-    embeds = slot.view.axis == "in" or any("Embedding" in k for k in slot.kinds)
-    return weights * (EMBEDDED if embeds or outputs > 8 * inputs else 1.0)
-
-
 def expected(job: Job) -> float:
     """Return a job's expected relative squared error as a fit, at least that of rounding to 16 bits."""
     return max(ROUNDING, job.spec.expected_error(job.weight_view, job.shape))
@@ -115,17 +104,6 @@ def harm(spec: Spec, error: float) -> float:
         return error
     factor: float = BELOW ** (2 - spec.bits) if spec.bits < 2 else HARM[spec.stages > 1] ** (spec.bits - 2)
     return error * factor
-
-
-def interpolate(measured: Mapping[Any, float], bits: float) -> float:
-    """Return the loss at a rate from losses measured at others: log-linear in bits, the end pieces continued."""
-    points = sorted((float(b), max(float(loss), 1e-300)) for b, loss in measured.items())
-    if len(points) == 1:
-        one: float = points[0][1] * 4.0 ** (points[0][0] - bits)
-        return one
-    k = next((i for i in range(1, len(points) - 1) if bits <= points[i][0]), len(points) - 1)
-    (b0, l0), (b1, l1) = points[k - 1], points[k]
-    return math.exp(math.log(l0) + (math.log(l1) - math.log(l0)) * (bits - b0) / (b1 - b0))
 
 
 class Choices:
@@ -143,13 +121,9 @@ class Choices:
         warnings: Sequence[str] = (),
     ) -> None:
         self.slots, self.warnings = slots, tuple(warnings)
-        self.measured = {} if sensitivity is None or isinstance(sensitivity, str) else dict(sensitivity)
         one = replace(options, preset=None, bits=None, target_size=None, max_error=None, sensitivity=None)
-        known = {n for s in slots for n in (s.name, *s.aliases)}
-        strange = [n for n in self.measured if n not in known]
-        if strange:
-            raise PlanError(f"sensitivity names {strange[0]}, which the model does not have")
         self.uniform = [planner.make_plan(slots, replace(one, **size), warnings=warnings) for size in sizes_of(options)]
+        self.costs = Costs(slots, sensitivity, {j.name for p in self.uniform for j in p.jobs})
         decisions = [_in_order(p, slots) for p in self.uniform]
         self.items = [self._options(slot, list(dict.fromkeys(d[i] for d in decisions))) for i, slot in enumerate(slots)]
         self.free = {i for i, o in enumerate(self.items) if any(isinstance(x.decision, Job) for x in o)}
@@ -183,20 +157,11 @@ class Choices:
         return sum(s.nbytes for s in self.slots)  # the largest offset that a header may hold
 
     def _loss(self, slot: Slot, job: Job, error: float) -> float:
-        known = next((self.measured[n] for n in (slot.name, *slot.aliases) if n in self.measured), None)
-        if known is None:
-            return by_shape(slot) * self._unit * harm(job.spec, error)
-        return interpolate(known, job.spec.bits) if isinstance(known, Mapping) else known * harm(job.spec, error)
+        return self.costs.of(slot, job.spec, harm(job.spec, error))
 
-    @cached_property
-    def _unit(self) -> float:
-        """What counts as one where nothing is measured: 1 / all, or what it is on average where it is measured."""
-        shapes = {n: by_shape(s) for s in self.slots for n in (s.name, *s.aliases)}
-        plain = {n: v for n, v in self.measured.items() if not isinstance(v, Mapping)}
-        if plain:
-            return sum(plain.values()) / max(1.0, sum(shapes[n] for n in plain))
-        jobs = {j.name for p in self.uniform for j in p.jobs}
-        return 1 / max(1.0, sum(shapes[n] for n in jobs))
+    @property
+    def measured(self) -> bool:
+        return bool(self.costs.measured)
 
     def within_size(self, target: int) -> Point:
         """Return the best plan whose weight files take at most `target` bytes."""

@@ -22,6 +22,8 @@ Given = (
 SIZE, WHAT = "Size and quality", "What to convert"
 DEFAULT_PRESET = "5bit"  # the smallest within 10 % of SmolLM2-135M: docs/default-preset.md
 DEFAULT_SHARD = "5GB"
+MEASURED = "measured"
+SHARED_BY = ("shape", MEASURED)
 # Between these bits files hold codes entropy-coded where only `bits` are given: the best quality for their bytes (docs/decisions.md).
 CODED_ABOVE, MOST_CODED = 2.0, 7.0
 DECIDING = ("preset", "bits", "target_size", "max_error", "codebooks", "dim")  # the sizes, one of them at a time
@@ -46,7 +48,7 @@ class PlanOptions:
     )
     bits: float | None = setting(
         None,
-        "Code bits per weight in files, 0.05 to 8; above 2 and up to 7 entropy-coded there, and one byte each in memory.",
+        "Code bits per weight in files on average, 0.05 to 8; above 2 and up to 7 entropy-coded there, and one byte each in memory.",
         record=ALWAYS, panel=SIZE,
     )  # fmt: skip
     target_size: str | int | None = setting(
@@ -61,8 +63,9 @@ class PlanOptions:
     )  # fmt: skip
     sensitivity: str | Mapping[str, Any] | None = setting(
         None,
-        "Sensitivities for a budget: JSON of name to number, or shapes alone. By default the model is run and measured.",
-        record=NEVER, metavar="FILE|shape", panel=SIZE,
+        "What bits are shared by: JSON of name to number, shapes alone, or measured: the model is run. By default measured for a budget, "
+        "and where it is calibrated.",
+        record=NEVER, metavar="FILE|shape|measured", panel=SIZE,
     )  # fmt: skip
     dim: int | None = setting(None, "Length of a sub-vector.", least=1, record=ALWAYS, panel=SIZE)
     codebooks: str | int | None = setting(
@@ -148,8 +151,10 @@ class PlanOptions:
                 "reproducible needs sensitivities that are given: a model is run to measure them, and processors round that in other "
                 "ways; give sensitivity='shape', or a mapping"
             )
-        if isinstance(self.sensitivity, str) and self.sensitivity != "shape":
-            raise PlanError(f"sensitivity must be 'shape' or a mapping from names to numbers, not {self.sensitivity!r}")
+        if isinstance(self.sensitivity, str) and self.sensitivity not in SHARED_BY:
+            raise PlanError(
+                f"sensitivity must be 'shape', 'measured' or a mapping from names to numbers, not {self.sensitivity!r}"
+            )
         if self.max_error is not None and self.fit == "random":
             raise PlanError(
                 "max_error is of a fit, and fit='random' draws codebooks without looking at weights; leave one out"
@@ -160,8 +165,12 @@ class PlanOptions:
         """Whether files are to hold codes entropy-coded, in any number of bits: where that is asked for, or best for the bits."""
         if self.storage is not None or self.fit is not None:
             return self.storage == "rans" or self.fit == "ecvq"
-        alone = self.bits is not None and self.sensitivity is None
-        return alone and CODED_ABOVE < self.bits <= MOST_CODED  # type: ignore[operator]
+        return self.bits is not None and CODED_ABOVE < self.bits <= MOST_CODED
+
+    @property
+    def shares(self) -> bool:
+        """Whether entropy-coded parameters share an average of bits."""
+        return self.coded and self.bits is not None
 
     @property
     def budgets(self) -> dict[str, Any]:
@@ -173,12 +182,14 @@ class PlanOptions:
     @property
     def chooses(self) -> bool:
         """Whether sizes are chosen by what the model is sensitive to."""
-        return bool(self.budgets.keys() - {"max_error"})
+        return self.shares or bool(self.budgets.keys() - {"max_error"})
 
     @property
     def measures(self) -> bool:
         """Whether the model is run to measure what it is sensitive to."""
-        return self.chooses and self.sensitivity is None and self.fit != "random"
+        if self.sensitivity is None:
+            return bool(self.budgets.keys() - {"max_error"}) and self.fit != "random"
+        return self.sensitivity == MEASURED
 
     def check_used(self) -> None:
         """Refuse what serves a curve, and does nothing for a single plan.

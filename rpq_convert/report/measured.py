@@ -25,6 +25,7 @@ class Measured:
         value: a multiple of the base's perplexity (SmolLM2), the mean cosine of sentences (MiniLM), or the share of pictures that get
             the base's class (ViT).
         minutes: of one thread, on a shared machine. smaller: than float32, as a factor.
+        coded: whether codes are entropy-coded in files; else they are as small in memory.
     """
 
     model: str
@@ -33,6 +34,7 @@ class Measured:
     value: float
     minutes: float
     smaller: float
+    coded: bool = False
 
 
 @cache
@@ -50,9 +52,14 @@ def rows() -> tuple[Measured, ...]:
     return tuple(Measured(**row) for row in _read()["rows"])
 
 
-def row(model: str, bits: float, effort: str) -> Measured | None:
-    """Return what was measured at these bits; None where it was not."""
-    return next((r for r in rows() if (r.model, r.bits, r.effort) == (model, bits, effort)), None)
+def row(model: str, bits: float, effort: str, *, coded: bool | None = None) -> Measured | None:
+    """Return what was measured at these bits; None where it was not.
+
+    Args:
+        coded: whether codes are entropy-coded; None: whichever `--bits` means.
+    """
+    found = [r for r in rows() if (r.model, r.bits, r.effort) == (model, bits, effort) and coded in (None, r.coded)]
+    return max(found, key=lambda r: r.coded, default=None)
 
 
 def summary(model: str = "smollm2") -> str:

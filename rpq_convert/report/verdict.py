@@ -114,12 +114,12 @@ def times(ratio: float) -> str:
 def _advice(report: Report, name: str) -> str:
     """Return what helps a model that has lost something, with the figures of the known model that is most like it."""
     bits, calibrated, tuned = code_bits(report), "calibration" in report.options, "tuning" in report.options
-    model = METRICS[name].model
+    model, coded = METRICS[name].model, report.held_bytes > report.bytes
     said = []
     if not calibrated and bits < 6:
-        said.append(f"--calibrate self helps{_measured(model, bits, FAST, SELF, report.params)}")
+        said.append(f"--calibrate self helps{_measured(model, bits, FAST, SELF, coded, report.params)}")
     if not tuned and bits < 5 and (calibrated or bits < 3):
-        said.append(f"text or pictures like yours and rpq tune help more{_measured(model, bits, SELF, TUNED)}")
+        said.append(f"text or pictures like yours and rpq tune help more{_measured(model, bits, SELF, TUNED, coded)}")
     if bits < 8:
         said.append(f"so do more bits{_more(model, bits)}")
     return ", ".join(said) or "give --check-data to measure on your own data"
@@ -132,12 +132,12 @@ def code_bits(report: Report) -> float:
     return 8 * sum(r.code_bytes for r in rows) / weights if weights else 8.0
 
 
-def _measured(model: str, bits: float, before: str, after: str, parameters: int = 0) -> str:
+def _measured(model: str, bits: float, before: str, after: str, coded: bool, parameters: int = 0) -> str:
     """Return figures of a known model before and after, in brackets; empty where there are none."""
     if not model:
         return ""
     known = measured.nearest(model, bits)
-    a, b = (measured.row(model, known, effort) for effort in (before, after))
+    a, b = (measured.row(model, known, effort, coded=coded) for effort in (before, after))
     if a is None or b is None:
         return ""
     title = measured.models()[model]
@@ -153,7 +153,7 @@ def _more(model: str, bits: float) -> str:
     for effort in (FAST, DATA):
         better = [r for r in known if r.model == model and r.effort == effort and r.bits > bits + 0.5]
         if better:
-            best = min(better, key=lambda r: r.bits)
+            best = min(better, key=lambda r: (r.bits, not r.coded))
             return f" (--bits {best.bits:g}: {_value(model, best.value)})"
     return ""
 

@@ -46,7 +46,7 @@ COMBINATIONS = [  # keywords, error, what is said
     ({"target_size": "1MB", "codebooks": 2}, PlanError, "give one of target_size, codebooks"),
     ({"stages": 2}, PlanError, "stages needs dim"),
     ({"bits": 4, "stages": 2}, PlanError, "stages needs dim"),
-    ({"bits": 4, "sensitivity": "shape"}, PlanError, "sensitivity serves a target_size"),
+    ({"preset": "4bit", "sensitivity": "shape"}, PlanError, "sensitivity serves a target_size"),
     ({"max_error": 0.1, "sensitivity": {"0.weight": 1.0}}, PlanError, "sensitivity serves a target_size"),
     ({"max_error": 0.1, "fit": "random"}, PlanError, "max_error is of a fit"),
     ({"bits": 4, "fit": "random", "calibration": DATA}, PlanError, "calibration serves a fit"),

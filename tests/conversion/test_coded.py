@@ -48,9 +48,12 @@ def test_sizes_are_those_of_the_plan_and_of_the_rate(folders):
     assert files == plan.files
     stored = load_file(out / "model.safetensors")
     coded = [j for j in plan.jobs if j.spec.rate is not None]
-    assert {j.spec.rate for j in coded} == {3.5} and len(coded) == 11  # all but the small keys and values
+    assert len(coded) == 11  # all but the small keys and values
+    numbers = [torch.Size(job.shape).numel() for job in coded]
+    bits = [8 * len(stored[f"{job.name}_rpq.stream"]) / n for job, n in zip(coded, numbers)]
+    assert bits == pytest.approx([j.spec.rate for j in coded], abs=8 / min(numbers))
+    assert 3.498 < sum(b * n for b, n in zip(bits, numbers)) / sum(numbers) <= 3.5
     for job in coded:
-        assert len(stored[f"{job.name}_rpq.stream"]) == int(3.5 * torch.Size(job.shape).numel() / 8)
         assert f"{job.name}_rpq.codes" not in stored
     row = next(r for r in rpq.audit(out).rows if r.name == coded[0].name)
     assert row.code_bytes == len(stored[f"{coded[0].name}_rpq.stream"]) + 512

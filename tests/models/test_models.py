@@ -106,11 +106,12 @@ def test_more_bits_in_fewer_bytes_are_taken_where_codebooks_outweigh_codes(bits,
 def test_kernels_of_few_inputs_get_eight_bits_unless_a_rule_names_them():
     blocks = nn.Conv2d(3, 512, 3), nn.Conv2d(512, 512, 3, groups=512), nn.Conv2d(512, 512, 1), nn.Embedding(4096, 16)
     model = nn.Sequential(*blocks)
-    assert [j.spec.bits for j in rpq.plan(model, bits=4).jobs] == [8, 8, 4, 4]
+    few = [j.spec.bits for j in rpq.plan(model, bits=4).jobs]
+    assert few[:2] == [8, 8] and few[2] > 4 > few[3]  # the others share an average of 4
     assert [j.spec.bits for j in rpq.plan(model, preset="4bit").jobs] == [8, 8, 4, 4]
     assert "at most 32 inputs" in rpq.plan(model, bits=4).explain("1.weight")
     rule = {"match": "1", "bits": 4}
-    assert [j.spec.bits for j in rpq.plan(model, bits=4, rules=[rule]).jobs] == [8, 4, 4, 4]
+    assert [j.spec.bits for j in rpq.plan(model, bits=4, rules=[rule]).jobs] == [8, 4, *few[2:]]
     assert {j.spec.dim for j in rpq.plan(model, dim=2, axis="in").jobs} == {2}
     with pytest.raises(rpq.PlanError, match="bits must be"):
         rpq.plan(model, bits=True)

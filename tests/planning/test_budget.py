@@ -16,7 +16,7 @@ from torch import nn
 
 import rpq_convert as rpq
 from rpq_convert.planning.allocation import allocate
-from rpq_convert.planning.choices import interpolate
+from rpq_convert.planning.rates import interpolate
 
 
 def llama(tied=True, seed=0):
@@ -167,8 +167,8 @@ def test_budgets_that_cannot_be():
         ({"target_size": "1MB", "bits": 4}, "give one of bits, target_size"),
         ({"target_size": "1MB", "preset": "4bit"}, "give one of preset, target_size"),
         ({"target_size": "1MB", "sensitivity": {"nothing": 1.0}}, "names nothing"),
-        ({"target_size": "1MB", "sensitivity": "guess"}, "'shape' or a mapping"),
-        ({"bits": 4, "sensitivity": {"lm_head.weight": 1.0}}, "sensitivity serves"),
+        ({"target_size": "1MB", "sensitivity": "guess"}, "'shape', 'measured' or a mapping"),
+        ({"preset": "4bit", "sensitivity": {"lm_head.weight": 1.0}}, "sensitivity serves"),
     ):
         with pytest.raises(rpq.PlanError, match=says):
             rpq.plan(model, **wrong)

@@ -5,7 +5,8 @@ Each file has
 - `TITLE`: the tool's name, and `ENVIRONMENT`: the requirements file in ../requirements that it runs in (None: this project's);
 - `SETTINGS`: what to run it with, a list per task; a task that is absent is one that the tool cannot do;
 - `compress(model, settings, data)`: replace the model's weights, in place, by what the tool would store, decoded, and return
-  the bytes of all that it would store. `data` is (calibration batches, the task's folder); data-free tools ignore it.
+  the bytes of all that it would store; and, where the model takes more in memory, the bytes there. `data` is (calibration batches,
+  the task's folder); data-free tools ignore it.
 
 Bytes are those of the tensors in a checkpoint: codes packed to their bits, scales and zero points, and every untouched tensor;
 floating-point numbers at 16 bits or fewer, as every tool's users keep them, whatever they were computed in.

@@ -17,9 +17,12 @@ _OWN = [
     {"bits": b, "own": True} for b in (4, 3, 2)
 ]  # no data: to text that the model writes itself, random tokens, noise
 _OUTLIERS = [{"bits": 4, "outliers": 0.005, **how} for how in ({}, {"own": True}, {"calibrated": True})]
-_CODED = [  # entropy-coded: by file bytes, 8 bits in memory
-    {"bits": b, "storage": "rans", **how} for b in (3.98, 3.03) for how in ({}, {"own": True}, {"calibrated": True})
-] + [{"bits": 2.04, "storage": "rans", "calibrated": True}]
+_HOW = ({}, {"sensitivity": "measured"}, {"own": True}, {"calibrated": True})
+_CODED = [
+    {"bits": b, "storage": "rans", **how} for b in (3.98, 3.03) for how in _HOW
+]  # entropy-coded: 8 bits in memory
+_TWO_CODED = {"bits": 2.04, "storage": "rans", "calibrated": True}
+_CODED_PICTURES = [{"bits": b, "storage": "rans", **how} for b in (4.4, 4, 3) for how in _HOW]
 _FINE = [{"bits": b, "calibrated": True} for b in (8, 6, 2.67)]  # against others' 8 bits, Q5_K_M, GPTQ's 3 bits
 _SIZED = {  # in the bytes of 2 bits for every weight
     "smollm2": {"target_size": 34_500_000, "calibrated": True},
@@ -34,10 +37,10 @@ _TEXT_TUNED = [
 _PICTURES = [*_FREE, *_OWN, *_CALIBRATED, *({"bits": b, "calibrated": True, "steps": 200} for b in (2, 1))]
 _BYTES = [{**s, "codebooks": "float8_e4m3fn"} for s in _PICTURES if s["bits"] <= 2 and "own" not in s]
 SETTINGS = {
-    "smollm2": [*_FREE, *_CODED, *_OWN, *_OUTLIERS, *_CALIBRATED, *_FINE, _SIZED["smollm2"], *_TEXT_TUNED],
+    "smollm2": [*_FREE, *_CODED, _TWO_CODED, *_OWN, *_OUTLIERS, *_CALIBRATED, *_FINE, _SIZED["smollm2"], *_TEXT_TUNED],
     "smollm2-as-shipped": [{"bits": 4}],
-    "minilm": [*_FREE, *_OWN, *_OUTLIERS, *_CALIBRATED, _SIZED["minilm"], _TWO_TUNED],
-    "efficientnet": _PICTURES,
+    "minilm": [*_FREE, *_CODED, *_OWN, *_OUTLIERS, *_CALIBRATED, _SIZED["minilm"], _TWO_TUNED],
+    "efficientnet": [*_PICTURES, *_CODED_PICTURES],
     "resnet": [*_PICTURES, *_BYTES],
     "vit": [*_PICTURES, *_BYTES],
 }
@@ -55,7 +58,7 @@ def _own(model: nn.Module) -> list[Any]:
     return rpq.own_inputs(model)
 
 
-def compress(model: nn.Module, settings: dict[str, Any], data: Any) -> int:
+def compress(model: nn.Module, settings: dict[str, Any], data: Any) -> tuple[int, int]:
     """`settings`: options of `rpq.convert`, and `calibrated`, `own` (inputs), `codebooks` (their dtype), `steps`, `rate`
     and `recode` (of tuning).
     """
@@ -71,11 +74,11 @@ def compress(model: nn.Module, settings: dict[str, Any], data: Any) -> int:
         options["rules"] = [{"match": "*", "codebook_dtype": codebooks}]
     if calibrated or own:
         options["calibration"] = _own if own else data.calibration
-    rpq.convert(model, **options)
+    report = rpq.convert(model, **options)
     if base is not None:
         batches = data.tuning
         how |= {"loss": data.task.loss, "steps": steps, "autocast": torch.bfloat16}
         rpq.tune(model, base, batches[:-4], held_out=batches[-4:], **how)
-    size = untouched(model)
+    memory = untouched(model)
     rpq.restore(model)
-    return size
+    return memory - (report.held_bytes - report.bytes), memory
