@@ -189,7 +189,7 @@ class Conversion:
             self.opened = self.opened.fetched()
             if callable(self.data) and self.opened.model is not None:
                 self.data = self.data(self.opened.filled())  # written once, for the measurement and the fit
-        plan = self._planned(self.data if self.options.measures else None)
+        plan = self._planned()
         if self.dry_run:
             return plan
         self._check_room(plan, workers)
@@ -198,12 +198,8 @@ class Conversion:
         if (
             self.opened.slots() != before
         ):  # the weights say more than their headers: tied names with values of their own
-            plan = self._planned(self.data if self.options.measures else None)
+            plan = self._planned()
         self._choose(plan)
-        if self.data is not None and not self.options.measures and needs_sensitivities(self.options, calibrated=True):
-            if callable(self.data):
-                self.data = self.data(self.opened.filled())
-            plan = self._planned(self.data, told=plan.warnings)
         return plan
 
     def _choose(self, plan: Plan) -> None:
@@ -229,12 +225,12 @@ class Conversion:
         check_memory(plan.jobs, available(), drawn=self.opened.is_drawn)
         say(needed(plan, workers, drawn=self.opened.is_drawn))
 
-    def _planned(self, data: Any, told: tuple[str, ...] = ()) -> Plan:
+    def _planned(self) -> Plan:
         from rpq_convert.conversion.plans import plan_opened
 
         with phase("planned"), progress() as tell:
-            plan = plan_opened(self.opened, self.options, data=data, progress=partial(tell, "sensitivities"))
-        warn(tuple(w for w in plan.warnings if w not in told))
+            plan = plan_opened(self.opened, self.options, data=self.data, progress=partial(tell, "sensitivities"))
+        warn(plan.warnings)
         detail(chosen(plan))
         return plan
 

@@ -38,9 +38,7 @@ from rpq_convert.running.modes import quiet
 
 PROBE, CODED_PROBE = {"dim": 4, "stages": 1}, {"bits": 3.0}  # sizes of the quick fit
 STEPS = 8  # per octave, to which results are rounded: threads and machines add up in other orders
-# Bytes of a model that is loaded whole to be measured without being asked: for a budget; and where it is calibrated, which takes
-# the memory of a block.
-LARGEST, LARGEST_CALIBRATED = 8 * 10**9, 2 * 10**9
+LARGEST = 8 * 10**9  # bytes of a model that is loaded whole to be measured without being asked
 Progress = Callable[[int, int], None]
 T = TypeVar("T")
 LEAST = 0.01  # of the average weight's, at least: a weight that no input reached still counts
@@ -181,10 +179,9 @@ def _backward(model: nn.Module, item: Any, generator: torch.Generator, restore: 
         return float(main.detach().double().square().sum())
 
 
-def needs_sensitivities(options: PlanOptions, *, calibrated: bool = False) -> bool:
-    """Return whether the plan for these options needs measured sensitivities: for a budget, and, to share an average of bits, of a
-    model that runs to be calibrated anyway."""
-    return options.measures or (calibrated and options.shares and options.sensitivity is None)
+def needs_sensitivities(options: PlanOptions) -> bool:
+    """Return whether the plan for these options needs measured sensitivities."""
+    return options.measures
 
 
 def measure_for(
@@ -211,7 +208,7 @@ def measured(
     """Return what a model that these options convert is sensitive to; None where it cannot be run, or is too large to load."""
     ready = model()
     size = sum(p.numel() * p.element_size() for p in ready.parameters())
-    if size > (LARGEST if options.measures else LARGEST_CALIBRATED) or any(p.is_meta for p in ready.parameters()):
+    if size > LARGEST or any(p.is_meta for p in ready.parameters()):
         return None
     inputs = None if data is None else prepare(data, ready, "calibration")
     what = {name: getattr(options, name) for name in ("rules", "include", "exclude", "seed", "axis")}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -21,10 +20,8 @@ from rpq_convert.planning.heads import head_rules
 from rpq_convert.planning.options import MEASURED, PlanKeywords, PlanOptions
 from rpq_convert.planning.plan import Plan
 from rpq_convert.planning.quantized import refuse_model
-from rpq_convert.planning.rates import rates_of
 from rpq_convert.report.curve import Curve
 from rpq_convert.running.wrappers import unwrapped
-from rpq_convert.showing import one_line
 from rpq_convert.storage.options import SourceKeywords, SourceOptions
 from rpq_convert.storage.sources import is_drawn
 
@@ -98,10 +95,10 @@ def open_target(target: Any, source: SourceOptions, options: PlanOptions, *, mea
 def plan_opened(
     opened: Opened, options: PlanOptions, *, data: Calibration | None = None, progress: Progress | None = None
 ) -> Plan:
-    """Plan a conversion; where the weights are at hand, the model is measured for a budget, and to share bits where it is calibrated.
+    """Plan a conversion; where sizes are chosen to a budget and the weights are at hand, the model is measured.
 
     Args:
-        data: what it is calibrated on, if it is. progress: as for `sensitivities`.
+        data, progress: as for `sensitivities`.
 
     Raises:
         PlanError: what was asked cannot be planned, or another tool has quantized the model.
@@ -109,19 +106,11 @@ def plan_opened(
     options.check_used()
     if opened.model is not None:
         refuse_model(opened.model)
-    notes, asked = [*_notes(opened)], options.sensitivity
-    rules = None if opened.model is None else head_rules(opened.model)
-    made = partial(budget.make_plan, opened.slots(), head_rules=rules)
-    if opened.model is None:
-        pass
-    elif options.measures:
+    asked = options.sensitivity
+    if needs_sensitivities(options) and opened.model is not None:
         options = measure_for(options, opened.filled, data, progress)
-    elif needs_sensitivities(options, calibrated=data is not None) and len(rates_of(made(options))) > 1:
-        try:
-            options = measure_for(options, opened.filled, data, progress)
-        except Exception as e:  # a model may not be made to run backward
-            notes.append(f"bits are shared by shapes alone, as the model could not be measured: {one_line(str(e))}")
-    plan = made(options, warnings=notes)
+    rules = None if opened.model is None else head_rules(opened.model)
+    plan = budget.make_plan(opened.slots(), options, head_rules=rules, warnings=_notes(opened))
     how = {"sensitivity": MEASURED} if asked == MEASURED else {}
     return replace(plan, options={**plan.options, **how}, dropped=opened.dropped())
 

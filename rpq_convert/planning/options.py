@@ -63,8 +63,7 @@ class PlanOptions:
     )  # fmt: skip
     sensitivity: str | Mapping[str, Any] | None = setting(
         None,
-        "What bits are shared by: JSON of name to number, shapes alone, or measured: the model is run. By default measured for a budget, "
-        "and where it is calibrated.",
+        "What bits are shared by: JSON of name to number, shapes alone (the default for --bits), or measured: the model is run (for a budget).",
         record=NEVER, metavar="FILE|shape|measured", panel=SIZE,
     )  # fmt: skip
     dim: int | None = setting(None, "Length of a sub-vector.", least=1, record=ALWAYS, panel=SIZE)

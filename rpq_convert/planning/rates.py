@@ -110,9 +110,9 @@ def share(plan: Plan, slots: Sequence[Slot], options: PlanOptions) -> Plan:
     jobs = [j for j in plan.jobs if j.spec.rate == bits and j.name in free]
     numbers = [math.prod(j.shape) for j in jobs]
     each = [costs.of(free[j.name], j.spec, 1.0) / n for j, n in zip(jobs, numbers)]
-    if len(set(each)) < 2:
-        return plan
     wanted = [round(STEPS * DAMPED * float(log2(max(c, 1e-300))) / 2) for c in each]
+    if len(set(wanted)) < 2:
+        return plan
     low, high = (round(STEPS * b) for b in (max(bits - BELOW, bits / 2), min(bits + ABOVE, MOST_CODED)))
 
     def rates(level: int) -> list[float]:
@@ -129,11 +129,6 @@ def share(plan: Plan, slots: Sequence[Slot], options: PlanOptions) -> Plan:
     found = {j.name: _with_rate(j, rate, bits) for j, rate in zip(jobs, rates(least))}
     by = {} if options.sensitivity is None else {"sensitivity": "given" if costs.measured else "by shape"}
     return replace(plan, jobs=tuple(found.get(j.name, j) for j in plan.jobs), options={**plan.options, **by})
-
-
-def rates_of(plan: Plan) -> dict[str, float]:
-    """Return the rates of a plan's entropy-coded parameters."""
-    return {j.name: j.spec.rate for j in plan.jobs if j.spec.rate is not None}
 
 
 def _has_own(slot: Slot, options: PlanOptions) -> bool:
