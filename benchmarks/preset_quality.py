@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from rpq_convert.conversion.effort import REFERENCE, rate
+
 DOCS, FILE = Path("docs/quality.jsonl"), Path("configs/quality.json")
 MODELS = {
     "smollm2": {"name": "SmolLM2-135M", "metric": "ratio", "parameters": 134_515_008},
@@ -67,7 +69,8 @@ def known() -> list[dict[str, Any]]:
                 cell = cells.get((model, json.dumps(settings, sort_keys=True)))
                 if cell is not None:
                     value = cell["metrics"][MODELS[model]["metric"]]
-                    found.append(row(model, bits, effort, value, cell["minutes"], cell["bytes"], coded))
+                    minutes = cell["minutes"] * cell.get("rate", REFERENCE) / REFERENCE  # earlier cells did not say it
+                    found.append(row(model, bits, effort, value, minutes, cell["bytes"], coded))
     return found
 
 
@@ -93,7 +96,7 @@ def measured(text: Path, pairs: Path) -> list[dict[str, Any]]:
             model = copy.deepcopy(base)
             began = time.perf_counter()
             report = rpq.convert(model, preset="5bit", calibration=calibration)
-            minutes = (time.perf_counter() - began) / 60
+            minutes = (time.perf_counter() - began) / 60 * rate() / REFERENCE
             found.append(row(name, DEFAULT, effort, judge(model), minutes, report.bytes))
             print(found[-1], flush=True)
     return found

@@ -199,7 +199,11 @@ class Conversion:
             self.opened.slots() != before
         ):  # the weights say more than their headers: tied names with values of their own
             plan = self._planned()
+        given = self.data is not None
         self._choose(plan)
+        if self.data is not None and not given and self.options.shares and not self.options.measures:
+            # weights that are calibrated share bits in another way
+            plan = self._planned(told=plan.warnings)
         return plan
 
     def _choose(self, plan: Plan) -> None:
@@ -225,12 +229,12 @@ class Conversion:
         check_memory(plan.jobs, available(), drawn=self.opened.is_drawn)
         say(needed(plan, workers, drawn=self.opened.is_drawn))
 
-    def _planned(self) -> Plan:
+    def _planned(self, told: tuple[str, ...] = ()) -> Plan:
         from rpq_convert.conversion.plans import plan_opened
 
         with phase("planned"), progress() as tell:
             plan = plan_opened(self.opened, self.options, data=self.data, progress=partial(tell, "sensitivities"))
-        warn(plan.warnings)
+        warn(tuple(w for w in plan.warnings if w not in told))
         detail(chosen(plan))
         return plan
 

@@ -29,6 +29,7 @@ from benchmarks.quality.environments import CannotInstall, python_of
 from benchmarks.quality.sources import Sources
 from benchmarks.quality.table import document, pictures
 from benchmarks.quality.tasks import TASKS
+from rpq_convert.conversion.effort import rate
 
 PEERS = sorted(p.stem for p in Path(peers.__path__[0]).glob("*.py") if p.stem != "__init__")
 Row = dict[str, Any]
@@ -129,7 +130,7 @@ def _run(cell: Row, folder: Path, asked: argparse.Namespace) -> Row:
         if done.returncode:
             print(done.stderr[-4000:], file=sys.stderr)
             return {"error": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1][:300]}
-        facts = json.loads((Path(out) / "facts.json").read_text())
+        facts = json.loads((Path(out) / "facts.json").read_text()) | {"rate": rate()}
         model = TASKS[cell["task"]].load(folder)
         model.load_state_dict(load_file(Path(out) / "weights.safetensors"))
     metrics = TASKS[cell["task"]].measure(model, folder)

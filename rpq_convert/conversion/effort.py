@@ -130,10 +130,10 @@ def _seconds(opened: Opened, weights: int, bits: float, coded: bool, effort: str
     ]
     row = min(rows, key=lambda r: (abs(r.bits - bits), r.coded != coded))
     share = weights / measured.models()[row.model]["parameters"]
-    return 60 * row.minutes * share * REFERENCE / _rate()
+    return 60 * row.minutes * share * REFERENCE / rate()
 
 
-def _rate() -> float:
+def rate() -> float:
     """Return the operations per second of a product on this machine, as busy as it is."""
     a = torch.ones(SIDE, SIDE)
     took = []

@@ -98,7 +98,7 @@ def plan_opened(
     """Plan a conversion; where sizes are chosen to a budget and the weights are at hand, the model is measured.
 
     Args:
-        data, progress: as for `sensitivities`.
+        data: what it is calibrated on, if it is. progress: as for `sensitivities`.
 
     Raises:
         PlanError: what was asked cannot be planned, or another tool has quantized the model.
@@ -110,7 +110,8 @@ def plan_opened(
     if needs_sensitivities(options) and opened.model is not None:
         options = measure_for(options, opened.filled, data, progress)
     rules = None if opened.model is None else head_rules(opened.model)
-    plan = budget.make_plan(opened.slots(), options, head_rules=rules, warnings=_notes(opened))
+    fed = data is not None
+    plan = budget.make_plan(opened.slots(), options, head_rules=rules, warnings=_notes(opened), calibrated=fed)
     how = {"sensitivity": MEASURED} if asked == MEASURED else {}
     return replace(plan, options={**plan.options, **how}, dropped=opened.dropped())
 

@@ -34,6 +34,7 @@ def make_plan(
     *,
     head_rules: Sequence[Rule] | None = None,
     warnings: Sequence[str] = (),
+    calibrated: bool = False,
 ) -> Plan:
     """Plan as `planner.make_plan` does, the size of each parameter chosen where a budget is given.
 
@@ -45,14 +46,14 @@ def make_plan(
             codebooks and scales counted. `sensitivity` is a mapping from parameter names to loss per unit of relative squared
             error, as `rpq.sensitivities` measures it; or to {bits: loss}, losses that were measured at some sizes. Names left
             out count by their shape, all with `"shape"`. Parameters that a rule gives a size keep it.
-        head_rules, warnings: as for `planner.make_plan`.
+        head_rules, warnings: as for `planner.make_plan`. calibrated: whether fits are to inputs.
 
     Raises:
         PlanError: a budget that cannot be met (it names the sizes that can).
     """
     if not options.budgets:
         plan = planner.make_plan(slots, options, head_rules=head_rules, warnings=warnings)
-        return share(plan, slots, options) if options.shares else plan
+        return share(plan, slots, options, calibrated=calibrated) if options.shares else plan
     choices = Choices(slots, options, options.sensitivity, warnings)
     if options.max_error is not None:
         return choices.within_error(options.max_error).plan

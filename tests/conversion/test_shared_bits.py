@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from rpq_convert.cli import group
 from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
 import rpq_convert as rpq
 from rpq_convert.errors import NothingToRun, TimeLimitReached
@@ -57,3 +59,29 @@ def test_a_run_that_was_stopped_goes_on(tmp_path):
         rpq.convert_checkpoint(tmp_path / "dense", tmp_path / "out", **options, time_limit=1e-3)
     rpq.convert_checkpoint(tmp_path / "dense", tmp_path / "out", **options)
     assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+
+
+def test_a_calibrated_head_has_no_more_bits_than_layers():
+    alone, fed = rpq.convert(llama(), bits=4), rpq.convert(llama(), bits=4, calibration=WORDS)
+    rates = [{r.name: r.spec for r in report.rows if r.decision == "rpq"} for report in (alone, fed)]
+    assert all("in 4 bits" in spec for spec in rates[1].values())
+    assert {n for n, spec in rates[0].items() if "in 4." in spec} == {"model.embed_tokens.weight"}
+
+
+def test_the_command_shares_them_as_its_effort_does(tmp_path):
+    llama().save_pretrained(tmp_path / "dense")
+    for effort, many in (("good", False), ("fast", True)):
+        arguments = [
+            tmp_path / "dense",
+            "--bits",
+            4,
+            "--effort",
+            effort,
+            "--out",
+            tmp_path / effort,
+            "--no-check",
+            "-q",
+        ]
+        assert CliRunner().invoke(group, ["convert", *map(str, arguments)]).exit_code == 0
+        found = {r.spec.split("entropy-coded")[1] for r in rpq.audit(tmp_path / effort).rows if r.decision == "rpq"}
+        assert (len(found) > 1) is many

@@ -120,6 +120,7 @@ def test_recalibration_and_tuning_are_steps_of_their_own(converted, base, tmp_pa
         ({"preset": "4bit", "seed": 3}, "--preset 4bit --seed 3"),
         ({"target_size": 50_000_000, "sensitivity": "given"}, "--target-size 50000000"),
         ({"target_size": 50_000_000, "sensitivity": "by shape"}, "--target-size 50000000 --sensitivity shape"),
+        ({"bits": 4, "sensitivity": "measured"}, "--bits 4 --sensitivity measured"),
         ({"dim": 8, "stages": 3}, "--rule *:dim=8,stages=3"),
         ({"bits": 2.5, "grow": True, "include": ["a b", "c"]}, "--bits 2.5 --grow --include a b --include c"),
         ({"bits": 4, "asked": {"calibrate": "t.csv", "text_field": "x"}}, "--bits 4 --calibrate t.csv --text-field x"),
