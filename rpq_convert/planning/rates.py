@@ -29,25 +29,24 @@ BELOW, ABOVE = (
 DAMPED = 0.8  # of the bits that sensitivities ask for, which are measured on few inputs and for errors of another size
 # What an error of a table counts, in errors of a layer's weights. One that is only looked up: MiniLM at 3 bits loses .237 of its mean
 # cosine where that is 4, .135 at 1, .063 at 1/4 and .052 at 1/16. A head, whose errors reach every prediction: SmolLM2's, which it looks up
-# as well; k-means errs most on its large weights. Calibration leaves less of all errors but those of what is looked up.
+# as well; k-means errs most on its large weights.
 LOOKED_UP, HEAD, CODED_HEAD = 1 / 16, 4.0, 1.7
-CALIBRATED_LOOKED_UP, CALIBRATED_HEAD = 1 / 8, 1.0
 
 
-def by_shape(slot: Slot, *, coded: bool = False, calibrated: bool = False) -> float:
+def by_shape(slot: Slot, *, coded: bool = False) -> float:
     """Return what a parameter's relative error counts where nothing was measured.
 
     Args:
-        coded: whether its codes are entropy-coded. calibrated: and fitted to its inputs.
+        coded: whether its codes are entropy-coded.
     """
     weights = math.prod(slot.shape)
     if slot.view is None or not weights:
         return float(weights)
     if slot.looked_up:
-        return weights * (CALIBRATED_LOOKED_UP if calibrated else LOOKED_UP)
+        return weights * LOOKED_UP
     inputs, outputs = slot.view.matrix_shape(slot.shape, "out")
     if slot.view.axis == "in" or outputs > 8 * inputs:
-        return weights * (CALIBRATED_HEAD if calibrated else CODED_HEAD if coded else HEAD)
+        return weights * (CODED_HEAD if coded else HEAD)
     return float(weights)
 
 
@@ -70,17 +69,14 @@ class Costs:
         sensitivity: parameter names -> loss per unit of relative squared error, or {bits: loss}; names left out, and all with None or
             `"shape"`, count by their shape.
         converted: names of the parameters whose shapes together count 1 where nothing is measured.
-        calibrated: whether fits are to inputs.
 
     Raises:
         PlanError: a name that the model does not have.
     """
 
     def __init__(
-        self, slots: Sequence[Slot], sensitivity: Mapping[str, Sensitivity] | str | None, converted: Iterable[str],
-        *, calibrated: bool = False,
-    ) -> None:  # fmt: skip
-        self.calibrated = calibrated
+        self, slots: Sequence[Slot], sensitivity: Mapping[str, Sensitivity] | str | None, converted: Iterable[str]
+    ) -> None:
         self.measured = {} if sensitivity is None or isinstance(sensitivity, str) else dict(sensitivity)
         shapes = {n: by_shape(s) for s in slots for n in (s.name, *s.aliases)}
         if strange := [n for n in self.measured if n not in shapes]:
@@ -95,23 +91,22 @@ class Costs:
         """Return what a parameter of this form costs with this relative squared error."""
         known = next((self.measured[n] for n in (slot.name, *slot.aliases) if n in self.measured), None)
         if known is None:
-            shape = by_shape(slot, coded=spec.rate is not None, calibrated=self.calibrated)
-            return shape * self.unit * error
+            return by_shape(slot, coded=spec.rate is not None) * self.unit * error
         return interpolate(known, spec.bits) if isinstance(known, Mapping) else known * error
 
 
-def share(plan: Plan, slots: Sequence[Slot], options: PlanOptions, *, calibrated: bool = False) -> Plan:
+def share(plan: Plan, slots: Sequence[Slot], options: PlanOptions) -> Plan:
     """Return a plan whose entropy-coded parameters take `options.bits` on average; those keep their rate that a rule gives one.
 
     Args:
-        plan: of these slots, with that rate for all. calibrated: whether they are fitted to inputs.
+        plan: of these slots, with that rate for all.
 
     Raises:
         PlanError: as `Costs`.
     """
     bits = options.bits
     assert bits is not None
-    costs = Costs(slots, options.sensitivity, [j.name for j in plan.jobs], calibrated=calibrated)
+    costs = Costs(slots, options.sensitivity, [j.name for j in plan.jobs])
     free = {s.name: s for s in slots if not _has_own(s, options)}
     jobs = [j for j in plan.jobs if j.spec.rate == bits and j.name in free]
     numbers = [math.prod(j.shape) for j in jobs]
