@@ -22,10 +22,7 @@ from rpq_convert.planning.slots import Slot
 
 Sensitivity = float | Mapping[Any, float]
 STEPS = 1000  # of a bit
-BELOW, ABOVE = (
-    0.7,
-    1.2,
-)  # bits that a weight's rate may lie below and above the average: errors add up while they are small
+BELOW, ABOVE = 0.7, 1.2  # bits that a rate may lie below and above the average: errors add up while they are small
 DAMPED = 0.8  # of the bits that sensitivities ask for, which are measured on few inputs and for errors of another size
 # What an error of a table counts, in errors of a layer's weights. One that is only looked up: MiniLM at 3 bits loses .237 of its mean
 # cosine where that is 4, .135 at 1, .063 at 1/4 and .052 at 1/16. A head, whose errors reach every prediction: SmolLM2's, which it looks up

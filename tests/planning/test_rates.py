@@ -40,7 +40,7 @@ def test_the_bytes_are_those_of_equal_rates():
         plan = rpq.plan(model, bits=4, sensitivity=sensitivity)
         assert len(set(rates(plan).values())) > 1
         assert stream_bytes(equal) * 0.999 < stream_bytes(plan) <= stream_bytes(equal)
-        assert all(3 <= rate <= 5.5 for rate in rates(plan).values())
+        assert all(3.3 <= rate <= 5.2 for rate in rates(plan).values())
 
 
 def test_shapes_alone_give_a_table_fewer_bits_and_a_head_more():
@@ -71,7 +71,9 @@ def test_a_rule_keeps_its_bits_and_one_weight_has_them_all():
 def test_little_room_is_kept_to():
     for bits in (2.1, 6.9, 0.5):
         plan = rpq.plan(Model(), bits=bits, storage="rans", sensitivity={"up.weight": 1e30, "down.weight": 1e-30})
-        assert all(max(bits - 1, bits / 2) <= rate <= min(7, bits + 1.5) for rate in rates(plan).values())
+        assert all(
+            max(bits - 0.7, bits / 2) - 1e-9 <= rate <= min(7, bits + 1.2) + 1e-9 for rate in rates(plan).values()
+        )
         equal = rpq.plan(Model(), bits=bits, storage="rans", rules=[{"match": "*", "bits": bits}])
         assert stream_bytes(plan) <= stream_bytes(equal)
 
