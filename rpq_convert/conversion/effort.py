@@ -83,14 +83,13 @@ def choose(asked: str | None, opened: Opened, plan: Plan, *, given: str = "") ->
     bits = sum(job.spec.bits * math.prod(job.shape) for job in fitted) / weights if weights else ENOUGH
     if not fitted:
         return Chosen(FAST)
-    coded = any(job.spec.rate is not None for job in fitted)
     if any(job.reproducible for job in fitted):
-        about = _about(SLOWER * _seconds(opened, weights, bits, coded, FAST))
+        about = _about(SLOWER * _seconds(opened, weights, bits, FAST))
         return Chosen(FAST, f"effort fast: weights alone, reproducible, about {about}")
     why = "" if given else _cannot(opened, search=asked is not None)
     if asked in (GOOD, BEST) and why:
         raise PlanError(f"effort {asked} needs inputs, and {why}; give some to calibrate on, or take effort fast")
-    costs = {effort: _seconds(opened, weights, bits, coded, effort) for effort in (FAST, GOOD, BEST)}
+    costs = {effort: _seconds(opened, weights, bits, effort) for effort in (FAST, GOOD, BEST)}
     if asked == FAST or (asked is None and not given and bits >= ENOUGH):
         return Chosen(FAST, f"effort fast: weights alone, about {_about(costs[FAST])}")
     if asked is None and not given:
@@ -121,14 +120,13 @@ def _too_large(opened: Opened) -> str:
     return f"calibration needs about {COPIES * dense / 1e9:.1f} GB of memory, and {left / 1e9:.1f} GB are free"
 
 
-def _seconds(opened: Opened, weights: int, bits: float, coded: bool, effort: str) -> float:
+def _seconds(opened: Opened, weights: int, bits: float, effort: str) -> float:
     """Return about how long fits take: what a known model took, by the number of weights and the rate of this machine."""
     model = "smollm2" if opened.model is not None and writes_text(opened.model) else "minilm"
     how = {FAST: measured.FAST, GOOD: measured.SELF, BEST: measured.TUNED}[effort]
-    rows = [r for r in measured.rows() if r.model == model and r.effort == how] or [
-        r for r in measured.rows() if r.model == "smollm2" and r.effort == how
-    ]
-    row = min(rows, key=lambda r: (abs(r.bits - bits), r.coded != coded))
+    known = [r for r in measured.rows() if r.effort == how and not r.coded]  # these were measured on a quiet machine
+    rows = [r for r in known if r.model == model] or [r for r in known if r.model == "smollm2"]
+    row = min(rows, key=lambda r: abs(r.bits - bits))
     share = weights / measured.models()[row.model]["parameters"]
     return 60 * row.minutes * share * REFERENCE / rate()
 
