@@ -11,7 +11,7 @@ import typer
 from typer import Argument, Option
 
 from rpq_convert.conversion.options import QualityOptions, RunOptions
-from rpq_convert.planning.options import DECIDING, PlanOptions
+from rpq_convert.planning.options import DECIDING, MEASURED, PlanOptions
 from rpq_convert.report.measured import models, summary
 from rpq_convert.running.memory import within
 from rpq_convert.showing import printable
@@ -32,11 +32,11 @@ from .talk import detail, phase, say, warn
 if TYPE_CHECKING:
     from rpq_convert.planning.plan import Plan
 
-MEASURED = (
+KNOWN_FIGURES = (
     f"Measured on {models()['smollm2']['name']}, perplexity as a multiple of the dense model's: {summary()}. `rpq presets` has more models, "
     "efforts and minutes."
 )
-CONVERT_EPILOG = "\n\n".join([MEASURED, examples(
+CONVERT_EPILOG = "\n\n".join([KNOWN_FIGURES, examples(
     "rpq-convert facebook/opt-66b --codebooks heads",
     "rpq-convert facebook/opt-125m --bits 4 --rule 'type:Embedding:bits=8' --exclude '*lm_head*'",
     "rpq-convert weights.safetensors --factory mymodel:build --out small",
@@ -196,7 +196,7 @@ def _sweep(src: str, file: Path | None, json: bool, options: PlanOptions, source
 
     known, options = options.sensitivity, replace(options, sensitivity=None)
     with phase("planned"), progress() as tell:
-        opened = open_target(src, source, options, measured=known is None)
+        opened = open_target(src, source, options, measured=known in (None, MEASURED))
         curve = sweep_opened(opened, options, sensitivity=known, progress=partial(tell, "sensitivities"))
     warn(curve.warnings)
     if file is not None:

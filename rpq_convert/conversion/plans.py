@@ -69,7 +69,7 @@ def sweep(target: nn.Module | str | Path | Any, *, points: int = 24, **options: 
     sensitivity = options.pop("sensitivity", None)
     asked, source = take(options, PlanOptions, SourceOptions)
     with unwrapped(target) as inside:
-        opened = open_target(inside, source, asked, measured=sensitivity is None)
+        opened = open_target(inside, source, asked, measured=sensitivity in (None, MEASURED))
         return sweep_opened(opened, asked, points=points, sensitivity=sensitivity)
 
 
@@ -120,7 +120,7 @@ def sweep_opened(
     opened: Opened, options: PlanOptions, *, points: int = 24, sensitivity: Any = None, progress: Progress | None = None
 ) -> Curve:
     """Return the curve of size against expected quality, by measured sensitivities where `plan_opened` would measure them."""
-    if sensitivity is None and opened.model is not None:
+    if opened.model is not None and sensitivity in (None, MEASURED):
         sensitivity = measured(options, opened.filled, progress=progress)
     return budget.sweep(opened.slots(), options, sensitivity, points=points, warnings=_notes(opened))
 

@@ -85,3 +85,8 @@ def test_the_command_shares_them_as_its_effort_does(tmp_path):
         assert CliRunner().invoke(group, ["convert", *map(str, arguments)]).exit_code == 0
         found = {r.spec.split("entropy-coded")[1] for r in rpq.audit(tmp_path / effort).rows if r.decision == "rpq"}
         assert (len(found) > 1) is many
+
+
+def test_a_curve_is_measured_where_that_is_asked_for():
+    asked, default, shape = (rpq.sweep(llama(), points=3, sensitivity=s) for s in ("measured", None, "shape"))
+    assert asked == default != shape
