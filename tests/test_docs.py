@@ -145,6 +145,7 @@ class _References(HTMLParser):
             self.loaded.append(given["href"])
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_warnings_and_asks_the_internet_for_nothing(tmp_path):
     """About 10 seconds on one core."""
     pytest.importorskip("zensical", reason="the documentation tools are not installed: make docs")

@@ -7,6 +7,7 @@ import factories
 import pytest
 import torch
 import transformers as tf
+from often import often
 from paths import SUPPORT
 from PIL import Image
 from rpq_convert.cli import group
@@ -30,7 +31,7 @@ MODELS = {
 }
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=often(MODELS, ("language model", "outputs")))
 def spoken(request, tmp_path_factory):
     """A dense checkpoint with a tokenizer, and a text: (kind, folder, file)."""
     folder = tmp_path_factory.mktemp(request.param.replace(" ", "-"))

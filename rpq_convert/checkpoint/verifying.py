@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
@@ -89,7 +90,7 @@ def _check_files(
         raise VerifyError(f"{folder / unlisted[0]} is not in the manifest")
     for name, facts in listed.items():
         file = folder / name
-        if not is_inside(name) or not file.is_file():
+        if not is_inside(name) or not os.path.isfile(file):
             raise VerifyError(f"{file} is missing")
         if name in edited:
             continue

@@ -237,7 +237,7 @@ def _inside(folder: Path, name: str) -> Path:
     """Return a shard's path, refusing one that leaves the folder."""
     if "/" in name or not is_inside(name):
         raise SourceError(f"{folder}: the index names {name!r}, which leaves the folder")
-    if not (folder / name).is_file():
+    if not os.path.isfile(folder / name):  # pathlib's raises where no file can have the name
         raise SourceError(f"{folder / name} is missing, the index names it")
     return folder / name
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,4 +91,4 @@ def _earlier(path: Path, known: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def is_whole(path: Path, facts: Mapping[str, Any]) -> bool:
     """Return whether a file is as a record describes it."""
-    return path.is_file() and path.stat().st_size == facts["bytes"] and sha256(path) == facts["sha256"]
+    return os.path.isfile(path) and path.stat().st_size == facts["bytes"] and sha256(path) == facts["sha256"]

@@ -80,6 +80,7 @@ def test_below_six_bits_the_default_calibrates_and_says_what_it_costs(tmp_path):
     assert "effort fast: weights alone, about" in high.stderr
 
 
+@pytest.mark.slow
 def test_the_best_effort_calibrates_and_tunes(llama, tmp_path):
     save_file({"input_ids": torch.randint(300, (64, 8))}, tmp_path / "ids.safetensors")
     how = ("--bits", 4, "--effort", "best", "--calibrate", tmp_path / "ids.safetensors", "--grow", "--no-check")

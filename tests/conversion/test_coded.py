@@ -100,6 +100,7 @@ def test_a_damaged_stream_is_refused_by_name(folders, tmp_path):
         rpq.verify(tmp_path)
 
 
+@pytest.mark.slow
 def test_calibrated_recalibrated_and_trained_codes_fit_their_streams(folders, tmp_path):
     dense, _, _, _ = folders
     base, model = build(), build()

@@ -51,6 +51,7 @@ def test_both_conversions_agree(tmp_path):
     assert {r.spec for r in equal.rows if r.decision == "rpq"}.isdisjoint(rates.values())
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on(tmp_path):
     llama().save_pretrained(tmp_path / "dense")
     options = {"bits": 4, "sensitivity": "measured", "calibration": WORDS, "progress": False}
@@ -61,6 +62,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path):
     assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_calibrated_head_has_no_more_bits_than_layers():
     alone, fed = rpq.convert(llama(), bits=4), rpq.convert(llama(), bits=4, calibration=WORDS)
     rates = [{r.name: r.spec for r in report.rows if r.decision == "rpq"} for report in (alone, fed)]
@@ -68,6 +70,7 @@ def test_a_calibrated_head_has_no_more_bits_than_layers():
     assert {n for n, spec in rates[0].items() if "in 4." in spec} == {"model.embed_tokens.weight"}
 
 
+@pytest.mark.slow
 def test_the_command_shares_them_as_its_effort_does(tmp_path):
     llama().save_pretrained(tmp_path / "dense")
     for effort, many in (("good", False), ("fast", True)):

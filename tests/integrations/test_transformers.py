@@ -84,6 +84,11 @@ def test_a_fresh_process_needs_the_import_alone(folders, tmp_path):
     with torch.no_grad():
         expected = rpq.load(out)(torch.arange(12)[None]).logits
     assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
+
+
+@pytest.mark.slow
+def test_without_the_import_nothing_is_loaded(folders):
+    _, out = folders("OPT")
     unaware = subprocess.run([sys.executable, "-c", UNAWARE, out], capture_output=True, text=True)
     assert unaware.returncode != 0, "random weights would be the result"
     assert "Unknown quantization type, got rpq" in unaware.stderr and "embed_tokens.weight" in unaware.stderr

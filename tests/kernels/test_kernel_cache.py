@@ -83,6 +83,7 @@ def block(tree):
     return {"HOME": "/dev/null/none", "XDG_CACHE_HOME": "/dev/null/none", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have another folder for caches")
 def test_where_nothing_can_be_written_a_temporary_folder_serves_and_one_line_says_so(tree, tmp_path):
     environment = block(tree) | {"TMPDIR": str(tmp_path)}

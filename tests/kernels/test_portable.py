@@ -74,6 +74,7 @@ def test_without_numba_torch_alone_computes_the_same_and_one_warning_says_why():
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_an_error_of_our_own_kernels_is_not_taken_for_a_missing_numba():
     code = (
         "import sys, pytest\nfrom rpq_convert import kernels\nsys.modules['rpq_convert.kernels.cpu.backend'] = None\n"

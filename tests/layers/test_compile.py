@@ -48,8 +48,8 @@ def small():
 
 ROWS = {row.name: row for row in zoo.ZOO}
 EACH_KIND = (
-    "Linear", "Linear own forward", "transformers Conv1D", "Embedding", "EmbeddingBag mean", "Conv1d", "Conv2d groups reflect",
-    "ConvTranspose2d groups", "Bilinear", "MultiheadAttention", "GRUCell", "weight norm", "tied", "experts", "raw parameter", "pruned",
+    "Linear", "transformers Conv1D", "Embedding", "EmbeddingBag mean", "Conv2d groups reflect", "MultiheadAttention", "GRUCell",
+    "weight norm", "tied", "experts",
 )  # fmt: skip
 
 

@@ -151,7 +151,7 @@ def _segformer(width: int) -> torch.nn.Module:
 EXPERTS = {"num_experts_per_tok": 2}
 # name -> a function of the hidden width
 # One of every kind: encoder, decoder, experts, state space, convolutions, encoder and decoder, sound, pictures, several at once.
-EACH_KIND = ("BERT", "GPT-2", "Mixtral", "gpt-oss", "Mamba 2", "T5", "Whisper", "EnCodec", "CLIP", "SegFormer")
+EACH_KIND = ("BERT", "GPT-2", "gpt-oss", "Mamba 2", "T5", "EnCodec", "CLIP")
 
 ARCHITECTURES = {
     # encoders of text
