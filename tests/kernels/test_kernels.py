@@ -54,9 +54,13 @@ def close(a, b, limit=2e-6):
     return float((a - b).norm()) <= limit * float(b.norm())
 
 
-def set_tile_time(monkeypatch, time):
-    for module in (costs, kernels):
-        monkeypatch.setattr(module, "amx_time", time)
+WAYS = {"lookup_time": costs.LOOKUPS, "vector_time": costs.VECTORS, "amx_time": costs.TILES}
+
+
+def prefer(monkeypatch, way):
+    """Let products of codes go one way, whatever the number of tokens."""
+    for name in ("lookup_time", "vector_time", "amx_time"):
+        monkeypatch.setattr(costs, name, lambda *_, time=0 if WAYS[name] == way else math.inf: time)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 8, 9, 40, 100])
@@ -69,8 +73,9 @@ def test_linear_and_its_gradients(case, axis, tokens, monkeypatch):
     expected = x @ plain_weight(codes, books, scales, layout).T + bias
     gradient = torch.randn_like(expected)
     wanted = torch.autograd.grad(expected, inputs, gradient)
-    for function, by_amx in ((linear, math.inf), (decoded_linear, math.inf), (linear, 0)):
-        set_tile_time(monkeypatch, lambda *_, time=by_amx: time if amx.amx_allowed() else math.inf)
+    tried = [(linear, costs.LOOKUPS), (decoded_linear, costs.LOOKUPS), (linear, costs.VECTORS)]
+    for function, way in tried + [(linear, costs.TILES)] * amx.amx_allowed():
+        prefer(monkeypatch, way)
         out = function(x, codes, books, scales, bias, layout)
         assert close(out, expected)
         for found, want in zip(torch.autograd.grad(out, inputs, gradient), wanted):
@@ -408,7 +413,8 @@ def test_decoded_keeps_weights_for_a_block():
 def test_cost_prefers_codes_where_they_win(monkeypatch):
     wide = Layout("in", 4096, 4096, 8, 512, 1)
     assert max(cost(wide, t) for t in (1, 8, 64, 512)) < 1
-    set_tile_time(monkeypatch, lambda *_: math.inf)
+    for name in ("vector_time", "amx_time"):
+        monkeypatch.setattr(costs, name, lambda *_: math.inf)
     assert cost(Layout("out", 4096, 4096, 1, 1, 1), 512) > 1
 
 

@@ -8,37 +8,61 @@ import torch
 
 from rpq_convert.core.layout import Layout
 from rpq_convert.kernels.cpu import amx_products
-from rpq_convert.kernels.jit.vectors import HAS_AMX, HAS_BFLOAT16, TWO_FMA_512
+from rpq_convert.kernels.jit.register_tiles import TOKENS
+from rpq_convert.kernels.jit.vectors import HAS_AMX, HAS_BFLOAT16, PROCESSOR, TWO_FMA_512
 
+LOOKUPS, VECTORS, TILES = "lookups", "vectors", "tiles"  # ways to multiply that never expand a whole weight
 IMAGES = 1.6  # what lookups over the pixels of images cost more: pixels lie along rows, and 16 seldom divide them
 
 
 def cost(layout: Layout, tokens: int, dtype: torch.dtype = torch.float32) -> float:
     """Return the time of a layer that never expands its weight over that of decoding it and multiplying, roughly."""
     lookup = layout.axis == "in"
-    own = min(lookup_time(lookup, layout, tokens), amx_time(lookup, layout, tokens, dtype))
-    return own / decode_time(lookup, tokens, dtype)
+    return best(lookup, layout, tokens, dtype)[0] / decode_time(lookup, tokens, dtype)
+
+
+def best(lookup: bool, layout: Layout, tokens: int, dtype: torch.dtype) -> tuple[float, str]:
+    """Return the time of the fastest way that never expands the weight, and which it is."""
+    return min(
+        (lookup_time(lookup, layout, tokens), LOOKUPS),
+        (vector_time(lookup, layout, tokens), VECTORS),
+        (amx_time(lookup, layout, tokens, dtype), TILES),
+    )
 
 
 def pointwise_cost(layout: Layout, images: int, pixels: int) -> float:
     """The same for `pointwise`."""
-    return min(pixel_times(layout, images, pixels)) / decode_time(layout.axis == "in", images * pixels, torch.float32)
+    return best_for_pixels(layout, images, pixels)[0] / decode_time(layout.axis == "in", images * pixels, torch.float32)
 
 
-def pixel_times(layout: Layout, images: int, pixels: int) -> tuple[float, float]:
-    """Return the times of lookups and of tiles for images: tiles take whole groups of an image's pixels."""
+def best_for_pixels(layout: Layout, images: int, pixels: int) -> tuple[float, str]:
+    """As `best`, for images: tiles take whole groups of an image's pixels."""
     lookup, padded = layout.axis == "in", images * -(-pixels // 16) * 16
-    return IMAGES * lookup_time(lookup, layout, images * pixels), amx_time(lookup, layout, padded, torch.float32)
+    return min(
+        (IMAGES * lookup_time(lookup, layout, images * pixels), LOOKUPS),
+        (vector_time(lookup, layout, images * pixels), VECTORS),
+        (amx_time(lookup, layout, padded, torch.float32), TILES),
+    )
 
 
 # Times of a product with every token, in those of one token by a dense product in float32. Few tokens are bound by memory,
 # where codes always win. From benchmarks/speed.py on AMD EPYC 9004 and Intel Sapphire Rapids, where dense products are 1.75
 # times as fast beside lookups.
-FASTER = 1.75 if TWO_FMA_512 else 1.0
+FASTER = 1.75 if TWO_FMA_512 else 0.9 if PROCESSOR == "znver5" else 1.0
+# A token by `vector_products`. torch multiplies by Intel's library, which uses half of an AMD processor's AVX-512: measured on Zen 5;
+# 0.87 there with AVX2 alone, from which those of the earlier ones are taken
+VECTOR = {"znver5": 0.48, "znver1": 1.0}.get(PROCESSOR, 0.9 if PROCESSOR.startswith("znver") else math.inf)
 
 
 def lookup_time(lookup: bool, layout: Layout, tokens: int) -> float:
     return FASTER * tokens * layout.one_token_times[lookup]
+
+
+def vector_time(lookup: bool, layout: Layout, tokens: int) -> float:
+    """Few tokens wait for what is expanded, some 0.4 or 0.25 nanoseconds a weight."""
+    if tokens <= 16:
+        return math.inf
+    return VECTOR * -(-tokens // TOKENS) * TOKENS + layout.stages * (24 if lookup else 16)
 
 
 def decode_time(lookup: bool, tokens: int, dtype: torch.dtype) -> float:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from rpq_convert.core.layout import Layout
 from rpq_convert.kernels import reference
-from rpq_convert.kernels.cpu import amx_products
+from rpq_convert.kernels.cpu import amx_products, vector_products
 from rpq_convert.kernels.cpu import tasks as a
-from rpq_convert.kernels.cpu.cost import amx_time, decode_time, lookup_time, pixel_times
+from rpq_convert.kernels.cpu.cost import LOOKUPS, TILES, best, best_for_pixels, decode_time, lookup_time
 from rpq_convert.kernels.cpu.few_tokens import LONGEST
 from rpq_convert.kernels.cpu.launch import Launch, decodes, share
 from rpq_convert.kernels.cpu.prepared import SMALL, cached_float32, contiguous_float32, pointer, prepared
@@ -58,15 +58,14 @@ def pointwise(
     assert flat is not None
     images, _, pixels = x.shape
     lookup = layout.axis == "in"
-    by_lookups, by_amx = pixel_times(layout, images, pixels)
-    if by_amx < by_lookups:
-        out = flat.new_empty(images, layout.outputs, pixels)
+    out = flat.new_empty(images, layout.outputs, pixels)
+    _, way = best_for_pixels(layout, images, pixels)
+    if way != LOOKUPS:
         by_token, result = flat.transpose(1, 2), out.transpose(1, 2)
-        _by_amx(lookup, by_token, x.dtype, codes, codebooks, layout, None, scales, bias, result)
+        _by_pieces(way, lookup, by_token, x.dtype, codes, codebooks, layout, None, scales, bias, result)
         return out.to(x.dtype)
     books, norms = prepared(codebooks, "lookup")
     launch = Launch(lookup, layout, codes, books, norms)
-    out = flat.new_empty(images, layout.outputs, pixels)
     for image, result in zip(flat, out):  # tokens are the pixels of an image [columns, pixels]
         fields = launch.fields(
             (a.X, image.data_ptr()), (a.OUT, result.data_ptr()), (a.TOKENS, pixels), (a.SCALES, pointer(scales)),
@@ -167,7 +166,8 @@ def decoded_gradients(
     dx = None
     if needs[0]:
         back, tokens = layout.axis != "in", len(x)
-        if amx_time(back, layout, tokens, x.dtype) < decode_time(back, tokens, x.dtype):
+        time, way = best(back, layout, tokens, x.dtype)
+        if way != LOOKUPS and time < decode_time(back, tokens, x.dtype):
             dx = apply(back, gradient, codes, codebooks, layout, factors=scales).to(x.dtype)
         else:
             with torch.no_grad():
@@ -189,8 +189,9 @@ def apply(
     factors, scales, bias = cached_float32(factors), cached_float32(scales), contiguous_float32(bias)
     x = contiguous_float32(x)  # type: ignore[assignment]
     out = x.new_empty(tokens, layout.n if lookup else layout.length)
-    if amx_time(lookup, layout, tokens, dtype) < lookup_time(lookup, layout, tokens):
-        _by_amx(lookup, x[None], dtype, codes, codebooks, layout, factors, scales, bias, out[None])
+    _, way = best(lookup, layout, tokens, dtype)
+    if way != LOOKUPS:
+        _by_pieces(way, lookup, x[None], dtype, codes, codebooks, layout, factors, scales, bias, out[None])
         return out
     launch = (launch_of_one if tokens == 1 else launch_for)(lookup, codes, codebooks, layout)
     if launch.digits is not None and tokens * layout.dim <= DIGITS_WORK:
@@ -208,11 +209,18 @@ def apply(
     return out
 
 
-def _by_amx(
-    lookup: bool, x: Tensor, dtype: torch.dtype, codes: Tensor, codebooks: Tensor, layout: Layout, factors: Tensor | None,
+def _by_pieces(
+    way: str, lookup: bool, x: Tensor, dtype: torch.dtype, codes: Tensor, codebooks: Tensor, layout: Layout, factors: Tensor | None,
     scales: Tensor | None, bias: Tensor | None, out: Tensor,
 ) -> None:  # fmt: skip
-    """Write the products of x [images, tokens, columns], which was of `dtype`, to out."""
+    """Write the products of x [images, tokens, columns], which was of `dtype`, to out, expanding pieces of the matrix."""
+    if way != TILES:
+        books, _ = prepared(codebooks, "lookup")
+        half = books.dtype == torch.float16
+        vector_products.multiply_all(
+            lookup, x, codes, books, layout, half, pointer(factors), pointer(scales), pointer(bias), out
+        )  # fmt: skip
+        return
     tables = prepared(codebooks, "float32" if lookup else "float32 transposed")
     parts = amx_products.parts_of(dtype, codebooks)
     amx_products.multiply(

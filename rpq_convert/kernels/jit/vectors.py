@@ -30,13 +30,15 @@ def _features() -> dict[str, bool]:
 
 
 FEATURES = _features()
+PROCESSOR = getattr(config, "CPU_NAME", None) or llvmlite.binding.get_host_cpu_name()  # LLVM's name for it, as "znver5"
 HAS_VBMI = platform.machine() in ("x86_64", "AMD64") and bool(FEATURES.get("avx512vbmi"))
 HAS_VNNI = HAS_VBMI and bool(FEATURES.get("avx512vnni"))
 HAS_FLOAT16 = platform.machine() in ("aarch64", "arm64") or bool(FEATURES.get("f16c"))
 HAS_BFLOAT16 = bool(FEATURES.get("avx512bf16"))  # dense products in bfloat16 are faster than in float32
 HAS_AMX = bool(FEATURES.get("amx-bf16"))  # and much faster
-# Intel's AVX-512 processors multiply two full registers a cycle, AMD's up to Zen 4 one: dense products gain, lookups do not
-TWO_FMA_512 = bool(FEATURES.get("avx512f")) and not llvmlite.binding.get_host_cpu_name().startswith("znver")
+# Intel's AVX-512 processors multiply two full registers a cycle, AMD's up to Zen 4 one, and torch's own products on any of AMD's: dense
+# products gain, lookups do not
+TWO_FMA_512 = bool(FEATURES.get("avx512f")) and not PROCESSOR.startswith("znver")
 FLAGS = ("avx2", "avx512f", "avx512vnni", "avx512vbmi", "avx512bf16", "amx-bf16", "neon")  # that kernels ask for
 
 
