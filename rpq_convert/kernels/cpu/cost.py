@@ -9,7 +9,7 @@ import torch
 from rpq_convert.core.layout import Layout
 from rpq_convert.kernels.cpu import amx_products
 from rpq_convert.kernels.jit.register_tiles import TOKENS
-from rpq_convert.kernels.jit.vectors import HAS_AMX, HAS_BFLOAT16, PROCESSOR, TWO_FMA_512
+from rpq_convert.kernels.jit.vectors import HAS_AMX, HAS_BFLOAT16, HAS_VBMI, PROCESSOR, TWO_FMA_512
 
 LOOKUPS, VECTORS, TILES = "lookups", "vectors", "tiles"  # ways to multiply that never expand a whole weight
 IMAGES = 1.6  # what lookups over the pixels of images cost more: pixels lie along rows, and 16 seldom divide them
@@ -25,7 +25,7 @@ def best(lookup: bool, layout: Layout, tokens: int, dtype: torch.dtype) -> tuple
     """Return the time of the fastest way that never expands the weight, and which it is."""
     return min(
         (lookup_time(lookup, layout, tokens), LOOKUPS),
-        (vector_time(lookup, layout, tokens), VECTORS),
+        (vector_time(lookup, layout, tokens, dtype), VECTORS),
         (amx_time(lookup, layout, tokens, dtype), TILES),
     )
 
@@ -40,7 +40,7 @@ def best_for_pixels(layout: Layout, images: int, pixels: int) -> tuple[float, st
     lookup, padded = layout.axis == "in", images * -(-pixels // 16) * 16
     return min(
         (IMAGES * lookup_time(lookup, layout, images * pixels), LOOKUPS),
-        (vector_time(lookup, layout, images * pixels), VECTORS),
+        (vector_time(lookup, layout, images * pixels, torch.float32), VECTORS),
         (amx_time(lookup, layout, padded, torch.float32), TILES),
     )
 
@@ -49,32 +49,34 @@ def best_for_pixels(layout: Layout, images: int, pixels: int) -> tuple[float, st
 # where codes always win. From benchmarks/speed.py on AMD EPYC 9004 and Intel Sapphire Rapids, where dense products are 1.75
 # times as fast beside lookups.
 FASTER = 1.75 if TWO_FMA_512 else 0.9 if PROCESSOR == "znver5" else 1.0
-# A token by `vector_products`. torch multiplies by Intel's library, which uses half of an AMD processor's AVX-512: measured on Zen 5;
-# 0.87 there with AVX2 alone, from which those of the earlier ones are taken
-VECTOR = {"znver5": 0.48, "znver1": 1.0}.get(PROCESSOR, 0.9 if PROCESSOR.startswith("znver") else math.inf)
+BFLOAT16 = 4.4 if PROCESSOR == "znver5" else 2.4  # how much faster dense bfloat16 is than float32
+# A token by `vector_products`, in bfloat16 half of it. torch multiplies float32 by Intel's library, which uses half of an AMD
+# processor's AVX-512: measured on Zen 5; 0.87 there with AVX2 alone, from which those of the earlier ones are taken
+VECTOR = {"znver5": 0.46, "znver1": 1.0}.get(PROCESSOR, 0.9 if PROCESSOR.startswith("znver") else math.inf)
 
 
 def lookup_time(lookup: bool, layout: Layout, tokens: int) -> float:
     return FASTER * tokens * layout.one_token_times[lookup]
 
 
-def vector_time(lookup: bool, layout: Layout, tokens: int) -> float:
-    """Few tokens wait for what is expanded, some 0.4 or 0.25 nanoseconds a weight."""
-    if tokens <= 16:
+def vector_time(lookup: bool, layout: Layout, tokens: int, dtype: torch.dtype) -> float:
+    """Few tokens wait for what is expanded: 0.1 nanoseconds a weight where 64 codes are taken at a time, else 0.3."""
+    if tokens <= (3 if lookup else 16):  # along outputs `few_tokens` serves up to sixteen
         return math.inf
-    return VECTOR * -(-tokens // TOKENS) * TOKENS + layout.stages * (24 if lookup else 16)
+    rate = VECTOR / 2 if dtype == torch.bfloat16 and HAS_BFLOAT16 else VECTOR
+    return rate * -(-tokens // TOKENS) * TOKENS + layout.stages * (6 if HAS_VBMI and lookup else 20)
 
 
 def decode_time(lookup: bool, tokens: int, dtype: torch.dtype) -> float:
     """A decoded weight counts as 50 tokens (90 where a sub-vector lies along a row).
 
-    Dense bfloat16 is 2.4 times as fast as float32 where the processor has it, with AMX 5.8 times.
+    Dense bfloat16 is 2.4 times as fast as float32 where the processor has it, on Zen 5 4.4, with AMX 5.8 times.
     """
     decoded = 90.0 if lookup else 50.0
     if dtype == torch.bfloat16 and HAS_AMX:
         return tokens / 5.8 + 2.4 * decoded
     if dtype == torch.bfloat16 and HAS_BFLOAT16:
-        return (tokens + 1.5 * decoded) / 2.4
+        return tokens / BFLOAT16 + 0.6 * decoded
     return tokens + decoded
 
 

@@ -215,11 +215,9 @@ def _by_pieces(
 ) -> None:  # fmt: skip
     """Write the products of x [images, tokens, columns], which was of `dtype`, to out, expanding pieces of the matrix."""
     if way != TILES:
-        books, _ = prepared(codebooks, "lookup")
-        half = books.dtype == torch.float16
         vector_products.multiply_all(
-            lookup, x, codes, books, layout, half, pointer(factors), pointer(scales), pointer(bias), out
-        )  # fmt: skip
+            lookup, x, dtype, codes, codebooks, layout, pointer(factors), pointer(scales), pointer(bias), out
+        )
         return
     tables = prepared(codebooks, "float32" if lookup else "float32 transposed")
     parts = amx_products.parts_of(dtype, codebooks)

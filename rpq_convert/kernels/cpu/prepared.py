@@ -84,7 +84,8 @@ def prepared(codebooks: Tensor, kind: Any, make: Callable[[], Any] | None = None
     Args:
         kind: "lookup": (codebooks as [stages, books, dim, 256], norms of the longest codewords [stages, books]); float32, or
             float16 where that is what they are and there are many, as memory is what limits a few tokens. "digits": (bytes
-            [stages, books, dim, 3, 256], steps [stages, books]), see `few_tokens`. A dtype's name: in that dtype, as stored; with
+            [stages, books, dim, 3, 256], steps [stages, books]), see `few_tokens`. A dtype's name and " planes": the bytes of its
+            numbers, lowest first, [stages, books, dim, bytes, 256]. A dtype's name: in that dtype, as stored; with
             " transposed" after it, as [stages, books, dim, 256]. Any other: what `make` returns.
     """
     if codebooks.is_inference():
@@ -134,9 +135,11 @@ def _made(codebooks: Tensor, kind: str) -> tuple[Tensor, ...]:
         whole = (codebooks.double() / step[..., None, None].double()).round().long() + 0x808080
         digits = torch.stack([whole >> 8 * i & 255 for i in range(3)], -1).to(torch.uint8)  # [..., 256, dim, 3]
         return digits.movedim(-3, -1).contiguous(), step * 65536
-    name, _, transposed = kind.partition(" ")
+    name, _, order = kind.partition(" ")
     kept = codebooks.to(getattr(torch, name))
-    return ((kept.transpose(-1, -2) if transposed else kept).contiguous(),)
+    if order == "planes":
+        return (kept.contiguous().view(torch.uint8).unflatten(-1, (kept.shape[-1], -1)).movedim(-3, -1).contiguous(),)
+    return ((kept.transpose(-1, -2) if order else kept).contiguous(),)
 
 
 def contiguous_float32(t: Tensor | None) -> Tensor | None:

@@ -1,8 +1,8 @@
 """Products of many tokens with a coded matrix that expand no more of it than stays in the cache.
 
-What is expanded is OUTPUTS columns by some 192 terms, in the order in which vector registers read it, and it is multiplied by all
+What is expanded is COLUMNS columns by some 192 terms, in the order in which vector registers read it, and it is multiplied by all
 tokens at once. `tiled_linear` expands rows for torch's own product instead, which orders them once more; and that product, of Intel's
-library, is less than half as fast as AMD's registers allow. So these are faster than a dense layer there.
+library, is less than half as fast as AMD's registers allow in float32. What is bfloat16 is multiplied as bfloat16, as in torch.
 """
 
 from __future__ import annotations
@@ -10,58 +10,75 @@ from __future__ import annotations
 import threading
 
 import numpy as np
+import torch
 from numba import carray
 from torch import Tensor
 
 from rpq_convert.core.layout import Layout
 from rpq_convert.kernels.cpu import lookup as k
+from rpq_convert.kernels.cpu.prepared import SMALL, pointer, prepared
+from rpq_convert.kernels.jit.amx import split_in_two, write_pair, write_upper
+from rpq_convert.kernels.jit.byte_tables import in_write_order, load_bytes, table_lookup, write_words, zero_bytes
 from rpq_convert.kernels.jit.cache import njit
 from rpq_convert.kernels.jit.memory import address_of, fetch_add, read_byte, read_float, read_long, write_float
-from rpq_convert.kernels.jit.register_tiles import BYTES, OUTPUTS, TOKENS, multiply_tile
+from rpq_convert.kernels.jit.register_tiles import BYTES, OUTPUTS, TOKENS, multiply_short_tile, multiply_tile
 from rpq_convert.kernels.jit.threads import COUNT, FIRST, NEXT, SCRATCH, SCRATCH_BYTES, SLOT, run
-from rpq_convert.kernels.jit.vectors import LANES, add, load, multiply, store
+from rpq_convert.kernels.jit.vectors import HAS_BFLOAT16, HAS_VBMI, LANES, add, load, multiply, store, width
 
 TOTAL = 48
 (
-    CODES, BY_STAGE, BY_BLOCK, BY_ROW, BOOKS, STAGES, BOOK_COUNT, BLOCKS, DIM, ROWS, HALF,
-    LOOKUP, X, BY_IMAGE_IN, BY_TOKEN_IN, BY_COLUMN_IN, FACTORS, TOTAL_TOKENS, PER_IMAGE, WIDTH_IN, TERMS, LOADED,
+    CODES, BY_STAGE, BY_BLOCK, BY_ROW, BOOKS, STAGES, BOOK_COUNT, BLOCKS, DIM, ROWS, HALF, PLANES, WORDS,
+    LOOKUP, SHORT, X, BY_IMAGE_IN, BY_TOKEN_IN, BY_COLUMN_IN, FACTORS, TOTAL_TOKENS, PER_IMAGE, WIDTH_IN, TERMS, LOADED,
     OUT, BY_IMAGE_OUT, BY_TOKEN_OUT, BY_COLUMN_OUT, SCALES, BIAS, WIDTH_OUT,
-) = range(FIRST, FIRST + 29)  # fmt: skip
-DEPTH = 192  # terms expanded at a time: with twelve tokens they fill a first-level cache of 32 KiB
+) = range(FIRST, FIRST + 32)  # fmt: skip
+DEPTH = 192  # terms expanded at a time, twice as many in bfloat16: with twelve tokens they fill a first-level cache of 32 KiB
+COLUMNS = 2 * OUTPUTS  # of the result that are made at a time: two panels
 SLAB = 1 << 23  # bytes of tokens that are held in their new order at a time
 LEAST = 240  # tokens, or more of them where they are short
-SIXTEEN = LANES[16]
+TWO, FOUR, EIGHT, SIXTEEN = (LANES[lanes] for lanes in (2, 4, 8, 16))
 
 
 @njit(cache=True, nogil=True)
-def _load_group(a, group):
-    """Write TOKENS tokens, times FACTORS, as [pieces of TERMS terms, groups, TOKENS, TERMS]; those beyond the last are zeros."""
-    groups = (a[TOTAL_TOKENS] + TOKENS - 1) // TOKENS
+def _up(number, step):
+    return (number + step - 1) // step * step
+
+
+@njit(cache=True, nogil=True)
+def _by_token(a):
+    """Return the bytes of a token's terms in their new order: whole registers."""
+    return (2 if a[SHORT] else 4) * _up(a[TERMS], 16)
+
+
+@njit(cache=True, nogil=True)
+def _load_group(a, group, room):
+    """Write TOKENS tokens, times FACTORS, as [pieces of TERMS terms, groups, TOKENS, terms]; those beyond the last are zeros."""
+    by_token = _by_token(a)
+    by_piece = by_token * _up(a[TOTAL_TOKENS], TOKENS)
     for t in range(TOKENS):
         number = group * TOKENS + t
         there = number < a[TOTAL_TOKENS]
         from_ = a[X] + 4 * (number // a[PER_IMAGE] * a[BY_IMAGE_IN] + number % a[PER_IMAGE] * a[BY_TOKEN_IN])
         for first in range(0, a[WIDTH_IN], a[TERMS]):
-            to = a[LOADED] + 4 * a[TERMS] * TOKENS * (first // a[TERMS] * groups + group) + 4 * t * a[TERMS]
+            to = a[LOADED] + first // a[TERMS] * by_piece + number * by_token
             count = min(a[TERMS], a[WIDTH_IN] - first)
-            i = 0
-            if not there:
-                for i in range(count):
-                    write_float(to + 4 * i, k.ZERO)
-                continue
-            if a[BY_COLUMN_IN] == 1:
-                while i + 16 <= count:
+            for i in range(0, count, 16):
+                if there and a[BY_COLUMN_IN] == 1 and i + 16 <= count:
                     values = load(from_ + 4 * (first + i), SIXTEEN)
                     if a[FACTORS] != 0:
                         values = multiply(values, load(a[FACTORS] + 4 * (first + i), SIXTEEN))
+                else:
+                    k.clear(room, 16)
+                    if there:
+                        for j in range(min(16, count - i)):
+                            value = read_float(from_ + 4 * (first + i + j) * a[BY_COLUMN_IN])
+                            if a[FACTORS] != 0:
+                                value *= read_float(a[FACTORS] + 4 * (first + i + j))
+                            write_float(room + 4 * j, value)
+                    values = load(room, SIXTEEN)
+                if a[SHORT]:
+                    write_upper(to + 2 * i, split_in_two(values)[0])
+                else:
                     store(to + 4 * i, values)
-                    i += 16
-            while i < count:
-                value = read_float(from_ + 4 * (first + i) * a[BY_COLUMN_IN])
-                if a[FACTORS] != 0:
-                    value *= read_float(a[FACTORS] + 4 * (first + i))
-                write_float(to + 4 * i, value)
-                i += 1
 
 
 @njit(cache=True, nogil=True)
@@ -82,6 +99,29 @@ def _pick(code, by_code, count, table, to, apart, more):
     while i < count:
         _write(to + i * apart, read_float(table + 4 * read_byte(code + i * by_code)), more)
         i += 1
+
+
+@njit(cache=True, nogil=True)
+def _copy(tag, code, by_code, count, words, to):
+    """Write the codewords [256, lanes of the tag] that `count` codes name, each to a row of OUTPUTS numbers."""
+    for i in range(count):
+        store(to + 4 * OUTPUTS * i, load(words + 4 * width(tag) * read_byte(code + i * by_code), tag))
+
+
+@njit(cache=True, nogil=True)
+def _copy_words(a, low, columns, first, count, to):
+    """As `_expand`, for whole codewords of 2, 4 or 8 numbers that run across the columns."""
+    dim = a[DIM]
+    for column in range(0, columns, dim):
+        b = (low + column) // dim
+        code = a[CODES] + b * a[BY_BLOCK] + first * a[BY_ROW]
+        words = a[WORDS] + 1024 * dim * (b * a[BOOK_COUNT] // a[BLOCKS])
+        if dim == 2:
+            _copy(TWO, code, a[BY_ROW], count, words, to + 4 * column)
+        elif dim == 4:
+            _copy(FOUR, code, a[BY_ROW], count, words, to + 4 * column)
+        else:
+            _copy(EIGHT, code, a[BY_ROW], count, words, to + 4 * column)
 
 
 @njit(cache=True, nogil=True)
@@ -108,6 +148,75 @@ def _expand(a, low, columns, first, count, room, to):
                     _pick(code, a[BY_ROW], count, table, to + 4 * (begin + j), 4 * OUTPUTS, False)
                 else:
                     _pick(code, a[BY_ROW], count, table, to + 4 * (begin + j), 4 * OUTPUTS, True)
+
+
+@njit(cache=True, nogil=True)
+def _shorten(wide, terms, to):
+    """Write float32 [terms, OUTPUTS] as pairs of terms in bfloat16; the terms are an even number."""
+    for pair in range(terms // 2):
+        for register in range(0, 4 * OUTPUTS, 64):
+            at = wide + 8 * OUTPUTS * pair + register
+            low, _ = split_in_two(load(at, SIXTEEN))
+            high, _ = split_in_two(load(at + 4 * OUTPUTS, SIXTEEN))
+            write_pair(to + 4 * OUTPUTS * pair + register, low, high)
+
+
+@njit(cache=True, nogil=True)
+def _picked(codes, plane):
+    return table_lookup(
+        codes, load_bytes(plane), load_bytes(plane + 64), load_bytes(plane + 128), load_bytes(plane + 192)
+    )
+
+
+@njit(cache=True, nogil=True)
+def _codes_of(a, term, low):
+    """Return the codes of COLUMNS columns for a term, and the planes of their coordinate."""
+    b = term // a[DIM]
+    coordinate = (b * a[BOOK_COUNT] // a[BLOCKS]) * a[DIM] + term - b * a[DIM]
+    codes = in_write_order(load_bytes(a[CODES] + b * a[BY_BLOCK] + low * a[BY_ROW]))
+    return codes, a[PLANES] + (512 if a[SHORT] else 1024) * coordinate
+
+
+@njit(cache=True, nogil=True)
+def _expand_planes(a, low, first, count, to, second):
+    """Write COLUMNS columns and `count` terms to two panels, 64 codes at a time; the numbers' bytes are picked one by one."""
+    if a[SHORT]:
+        for pair in range((count + 1) // 2):
+            codes, at = _codes_of(a, first + 2 * pair, low)
+            b0, b1 = _picked(codes, at), _picked(codes, at + 256)
+            b2 = zero_bytes()
+            b3 = b2
+            if 2 * pair + 1 < count:
+                codes, at = _codes_of(a, first + 2 * pair + 1, low)
+                b2, b3 = _picked(codes, at), _picked(codes, at + 256)
+            row = 4 * OUTPUTS * pair
+            write_words(to + row, second + row, b0, b1, b2, b3)
+        return
+    for i in range(count):
+        codes, at = _codes_of(a, first + i, low)
+        row = 4 * OUTPUTS * i
+        write_words(
+            to + row,
+            second + row,
+            _picked(codes, at),
+            _picked(codes, at + 256),
+            _picked(codes, at + 512),
+            _picked(codes, at + 768),
+        )
+
+
+@njit(cache=True, nogil=True)
+def _panel(a, low, columns, first, count, room, wide, to):
+    """Write a panel of at most OUTPUTS columns, what is not there as zeros."""
+    target = wide if a[SHORT] else to
+    if columns < OUTPUTS or count % 2:
+        k.clear(target, OUTPUTS * _up(count, 2))
+    if a[WORDS] != 0 and columns % a[DIM] == 0:
+        _copy_words(a, low, columns, first, count, target)
+    else:
+        _expand(a, low, columns, first, count, room, target)
+    if a[SHORT]:
+        _shorten(wide, _up(count, 2), to)
 
 
 @njit(cache=True, nogil=True)
@@ -139,36 +248,51 @@ def _store(a, sums, low, columns):
 def load_tokens(data):
     """Bring groups of tokens into their new order."""
     a, base = carray(data, TOTAL), address_of(data)
+    room = a[SCRATCH] + fetch_add(base + 8 * SLOT) * a[SCRATCH_BYTES]
     while True:
         group = fetch_add(base + 8 * NEXT)
         if group >= a[COUNT]:
             return
-        _load_group(a, group)
+        _load_group(a, group, room)
 
 
 def products(data):
-    """Make OUTPUTS columns of the result for all tokens."""
+    """Make COLUMNS columns of the result for all tokens."""
     a, base = carray(data, TOTAL), address_of(data)
-    weights = a[SCRATCH] + fetch_add(base + 8 * SLOT) * a[SCRATCH_BYTES]  # [TERMS, OUTPUTS]
-    groups = (a[TOTAL_TOKENS] + TOKENS - 1) // TOKENS
-    sums = weights + 4 * OUTPUTS * a[TERMS]
-    room = sums + BYTES * groups
+    wide = a[SCRATCH] + fetch_add(base + 8 * SLOT) * a[SCRATCH_BYTES]  # float32 before it is shortened
+    by_panel = 4 * OUTPUTS * _up(a[TERMS], 2)
+    weights = wide + by_panel
+    groups = _up(a[TOTAL_TOKENS], TOKENS) // TOKENS
+    sums = weights + 2 * by_panel
+    room = sums + 2 * BYTES * groups
+    by_token = _by_token(a)
     while True:
-        low = OUTPUTS * fetch_add(base + 8 * NEXT)
-        if low >= OUTPUTS * a[COUNT]:
+        low = COLUMNS * fetch_add(base + 8 * NEXT)
+        if low >= COLUMNS * a[COUNT]:
             return
-        columns = min(OUTPUTS, a[WIDTH_OUT] - low)
-        if columns < OUTPUTS:
-            k.clear(weights, OUTPUTS * a[TERMS])
-        k.clear(sums, BYTES // 4 * groups)
+        columns = min(COLUMNS, a[WIDTH_OUT] - low)
+        panels = _up(columns, OUTPUTS) // OUTPUTS
+        k.clear(sums, 2 * groups * (BYTES // 4))
         for first in range(0, a[WIDTH_IN], a[TERMS]):
             count = min(a[TERMS], a[WIDTH_IN] - first)
-            _expand(a, low, columns, first, count, room, weights)
-            x = a[LOADED] + 4 * a[TERMS] * TOKENS * groups * (first // a[TERMS])
-            for group in range(groups):
-                at = x + 4 * a[TERMS] * TOKENS * group
-                multiply_tile(at, weights, count, 4 * a[TERMS], sums + BYTES * group)
-        _store(a, sums, low, columns)
+            by_planes = a[PLANES] != 0 and columns == COLUMNS
+            if by_planes:
+                _expand_planes(a, low, first, count, weights, weights + by_panel)
+            x = a[LOADED] + first // a[TERMS] * by_token * TOKENS * groups
+            for p in range(panels):
+                panel = weights + by_panel * p
+                if not by_planes:
+                    start = low + OUTPUTS * p
+                    _panel(a, start, min(OUTPUTS, a[WIDTH_OUT] - start), first, count, room, wide, panel)
+                for group in range(groups):
+                    at, y = x + by_token * TOKENS * group, sums + BYTES * (groups * p + group)
+                    if a[SHORT]:
+                        multiply_short_tile(at, panel, (count + 1) // 2, by_token, y)
+                    else:
+                        multiply_tile(at, panel, count, by_token, y)
+        for p in range(panels):
+            start = low + OUTPUTS * p
+            _store(a, sums + BYTES * groups * p, start, min(OUTPUTS, a[WIDTH_OUT] - start))
 
 
 _local = threading.local()
@@ -185,21 +309,30 @@ def _room(size: int) -> np.ndarray:
 
 
 def multiply_all(
-    lookup: bool, x: Tensor, codes: Tensor, books: Tensor, layout: Layout, half: bool, factors: int, scales: int, bias: int,
+    lookup: bool, x: Tensor, dtype: torch.dtype, codes: Tensor, codebooks: Tensor, layout: Layout, factors: int, scales: int, bias: int,
     out: Tensor,
 ) -> None:  # fmt: skip
     """Write `x M^T` (`lookup`) or `x M` to out [images, tokens, rows], x [images, tokens, columns]; float32 of any strides.
 
     Args:
-        books: codebooks [stages, books, dim, 256], float16 where `half`, else float32.
+        dtype: what x was before; bfloat16 is multiplied by weights that are rounded to bfloat16, where the processor can.
         factors, scales, bias: addresses of float32, or 0: what multiplies the columns of x and those of the result, and what is
             added to these.
     """
     width_in, width_out = (layout.length, layout.n) if lookup else (layout.n, layout.length)
+    short = dtype == torch.bfloat16 and HAS_BFLOAT16
     unit = layout.dim if lookup else 1
-    terms = min(max(1, DEPTH // unit) * unit, -(-width_in // unit) * unit)
-    depth = -(-width_in // terms) * terms
-    most = TOKENS * max(LEAST, SLAB // (4 * depth)) // TOKENS
+    unit = 2 * unit if short and unit % 2 else unit
+    terms = min(max(1, (2 if short else 1) * DEPTH // unit) * unit, -(-width_in // unit) * unit)
+    depth = -(-width_in // terms) * -(-terms // 16) * 16 // (2 if short else 1)  # floats of a token
+    most = TOKENS * (max(LEAST, SLAB // (4 * depth)) // TOKENS)
+    books, _ = prepared(codebooks, "lookup")
+    planes = words = None
+    if layout.stages == 1 and codebooks.numel() <= SMALL:
+        if HAS_VBMI and lookup and codes.stride(2) == 1:
+            planes = prepared(codebooks, "bfloat16 planes" if short else "float32 planes")
+        elif not lookup and layout.dim in (2, 4, 8):
+            words = prepared(codebooks, "float32")
     images, tokens, _ = x.shape
     step = max(1, most // tokens)
     for image in range(0, images, step):
@@ -212,10 +345,11 @@ def multiply_all(
             groups = -(-total // TOKENS)
             loaded = _room(groups * TOKENS * depth)
             fields = (
-                codes.data_ptr(), *codes.stride(), books.data_ptr(), *layout.shape, half,
-                lookup, given.data_ptr(), *given.stride(), factors, total, given.shape[1], width_in, terms, loaded.ctypes.data,
+                codes.data_ptr(), *codes.stride(), books.data_ptr(), *layout.shape, books.dtype == torch.float16, pointer(planes),
+                pointer(words), lookup, short, given.data_ptr(), *given.stride(), factors, total, given.shape[1], width_in, terms, loaded.ctypes.data,
                 result.data_ptr(), *result.stride(), scales, bias, width_out,
             )  # fmt: skip
-            run(load_tokens, fields, groups)
-            run(products, fields, -(-width_out // OUTPUTS), OUTPUTS * terms + BYTES // 4 * groups + layout.room)
+            run(load_tokens, fields, groups, 16)
+            scratch = 3 * OUTPUTS * (terms + terms % 2) + 2 * BYTES // 4 * groups + layout.room
+            run(products, fields, -(-width_out // COLUMNS), scratch)
             del loaded  # until here: only its address was used

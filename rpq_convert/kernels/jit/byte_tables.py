@@ -196,6 +196,11 @@ def bytes_of_128(context):
 
 
 @intrinsic
+def zero_bytes(context):
+    return i8x64(), lambda context, builder, signature, args: ir.Constant(llvm_type(i8x64), [0] * 64)
+
+
+@intrinsic
 def zero_ints(context):
     """Return 16 zeros."""
     return i32x16(), lambda context, builder, signature, args: ir.Constant(llvm_type(i32x16), [0] * 16)
@@ -226,6 +231,37 @@ def add_planes(context, address, b0, b1, b2):
         return context.get_dummy_value()
 
     return types.void(types.int64, b0, b1, b2), emit
+
+
+@intrinsic
+def in_write_order(context, codes):
+    """Return 64 codes so ordered that `write_words` puts what they name back in order."""
+
+    def emit(context, builder, signature, args):
+        order = [16 * quarter + 4 * lane + i for lane in range(4) for quarter in range(4) for i in range(4)]
+        return _shuffle(builder, args[0], args[0], order)
+
+    return codes(codes), emit
+
+
+@intrinsic
+def write_words(context, first, second, b0, b1, b2, b3):
+    """Write 64 words of 32 bits, given by their bytes, lowest first: 32 to each address."""
+
+    def emit(context, builder, signature, args):
+        first, second, *planes = args
+        pairs, whole = ir.VectorType(ir.IntType(16), 32), llvm_type(i32x16)
+        for high, start in ((False, first), (True, second)):
+            low16, high16 = (
+                builder.bitcast(_interleave(builder, *two, high), pairs) for two in (planes[:2], planes[2:])
+            )
+            for upper in (False, True):
+                value = builder.bitcast(_interleave(builder, low16, high16, upper), whole)
+                at = builder.add(start, ir.Constant(ir.IntType(64), 64 * upper))
+                builder.store(value, pointer_to(builder, at, whole), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, b0, b1, b2, b3), emit
 
 
 def position_of(number: int) -> int:

@@ -57,6 +57,17 @@ def test_as_exact_as_float32(way, axis, n, length, dim, books, stages, tokens, i
 
 @ways
 @pytest.mark.parametrize("axis", ["in", "out"])
+@pytest.mark.parametrize("dim", [1, 2, 3, 8])
+def test_bfloat16(way, axis, dim):
+    layout, codes, tables = make(axis, 190, 203, dim, 1, 1, torch.bfloat16)
+    x = torch.randn(2, 40, layout.inputs).bfloat16()
+    out = torch.empty(2, 40, layout.outputs)
+    linear._by_pieces(way, axis == "in", x.float(), x.dtype, codes, tables, layout, None, None, None, out)
+    assert error(out, x, codes, tables, layout) < 1e-5, "codebooks in bfloat16 are multiplied as they are"
+
+
+@ways
+@pytest.mark.parametrize("axis", ["in", "out"])
 def test_books_shared_by_some_blocks(way, axis):
     layout, codes, tables = make(axis, 70, 196, 4, 5, 2)
     x = torch.randn(1, 20, layout.inputs)
