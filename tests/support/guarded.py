@@ -14,14 +14,14 @@ from torch import Tensor
 
 from rpq_convert.core.axes import WeightView
 from rpq_convert.core.spec import Spec
-from rpq_convert.kernels.cpu import backend, linear, prepared
+from rpq_convert.kernels.cpu import backend, linear, prepared, vector_products
 from rpq_convert.layers.weight import RPQWeight
 
 PAGE = mmap.PAGESIZE
 LIBC = ctypes.CDLL(None, use_errno=True)
 SHAPES = ((1, 1), (7, 5), (64, 64), (33, 70), (70, 33), (130, 300), (513, 65))
 DIMS = (1, 2, 3, 4, 6, 7, 8, 16, 64, 70)
-TOKENS = (1, 2, 4, 8, 9, 17, 40)
+TOKENS = (1, 2, 4, 8, 9, 17, 40, 200)
 
 
 def guarded(tensor: Tensor, *, front: bool) -> Tensor:
@@ -76,6 +76,11 @@ def exercise(rpq: RPQWeight, front: bool) -> None:
             backend.linear(x, codes, codebooks, scales, given, rpq.layout)
             linear.linear(x, codes, codebooks, scales, given, rpq.layout)
             backend.tiled_linear(x, codes, codebooks, scales, given, rpq.layout)
+            short = dtype if vector_products.takes_short(x) else torch.float32
+            vector_products.multiply_all(
+                rpq.layout.axis == "in", x.to(short)[None], dtype, codes, codebooks, rpq.layout, 0, 0, bias.data_ptr(),
+                x.new_empty(1, tokens, outputs, dtype=short),
+            )  # fmt: skip
         if trains:
             gradient = guarded(torch.randn(tokens, outputs).to(dtype), front=front)
             needs = (True, True, scales is not None)

@@ -18,7 +18,7 @@ from rpq_convert.core.layout import Layout
 from rpq_convert.kernels import reference
 from rpq_convert.kernels.cpu import amx_products, vector_products
 from rpq_convert.kernels.cpu import tasks as a
-from rpq_convert.kernels.cpu.cost import LOOKUPS, TILES, best, best_for_pixels, decode_time, lookup_time
+from rpq_convert.kernels.cpu.cost import LOOKUPS, TILES, VECTORS, best, best_for_pixels, decode_time, lookup_time
 from rpq_convert.kernels.cpu.few_tokens import LONGEST
 from rpq_convert.kernels.cpu.launch import Launch, decodes, share
 from rpq_convert.kernels.cpu.prepared import SMALL, cached_float32, contiguous_float32, pointer, prepared
@@ -79,7 +79,7 @@ def pointwise(
 def _forward(
     x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor | None, bias: Tensor | None, layout: Layout
 ) -> Tensor:
-    out = apply(layout.axis == "in", x, codes, codebooks, layout, scales=scales, bias=bias)
+    out = apply(layout.axis == "in", x, codes, codebooks, layout, scales=scales, bias=bias, short=True)
     return out if out.dtype == x.dtype else out.to(x.dtype)
 
 
@@ -179,17 +179,18 @@ def decoded_gradients(
 
 def apply(
     lookup: bool, x: Tensor, codes: Tensor, codebooks: Tensor, layout: Layout, *,
-    factors: Tensor | None = None, scales: Tensor | None = None, bias: Tensor | None = None,
+    factors: Tensor | None = None, scales: Tensor | None = None, bias: Tensor | None = None, short: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Return `x M^T` (a lookup, x [tokens, length]) or `x M` (bins, x [tokens, n]) in float32.
+    """Return `x M^T` (a lookup, x [tokens, length]) or `x M` (bins, x [tokens, n]) in float32; `short` allows x's dtype.
 
     `factors` multiply x's columns before, `scales` and `bias` the result's columns after.
     """
     dtype, tokens = x.dtype, x.shape[0]
     factors, scales, bias = cached_float32(factors), cached_float32(scales), contiguous_float32(bias)
-    x = contiguous_float32(x)  # type: ignore[assignment]
-    out = x.new_empty(tokens, layout.n if lookup else layout.length)
     _, way = best(lookup, layout, tokens, dtype)
+    if not (short and way == VECTORS and factors is None and vector_products.takes_short(x)):
+        x = contiguous_float32(x)  # type: ignore[assignment]
+    out = x.new_empty(tokens, layout.n if lookup else layout.length)
     if way != LOOKUPS:
         _by_pieces(way, lookup, x[None], dtype, codes, codebooks, layout, factors, scales, bias, out[None])
         return out

@@ -64,6 +64,10 @@ def test_bfloat16(way, axis, dim):
     out = torch.empty(2, 40, layout.outputs)
     linear._by_pieces(way, axis == "in", x.float(), x.dtype, codes, tables, layout, None, None, None, out)
     assert error(out, x, codes, tables, layout) < 1e-5, "codebooks in bfloat16 are multiplied as they are"
+    if way == VECTORS and vector_products.takes_short(x):
+        short = torch.empty(2, 40, layout.outputs, dtype=torch.bfloat16)
+        linear._by_pieces(way, axis == "in", x, x.dtype, codes, tables, layout, None, None, None, short)
+        assert float((short.double() - out).abs().max() / out.abs().max()) < 2**-8
 
 
 @ways
