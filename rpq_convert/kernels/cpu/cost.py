@@ -12,7 +12,8 @@ from rpq_convert.kernels.jit.register_tiles import TOKENS
 from rpq_convert.kernels.jit.vectors import HAS_AMX, HAS_BFLOAT16, HAS_VBMI, PROCESSOR, TWO_FMA_512
 
 LOOKUPS, VECTORS, TILES = "lookups", "vectors", "tiles"  # ways to multiply that never expand a whole weight
-IMAGES = 1.6  # what lookups over the pixels of images cost more: pixels lie along rows, and 16 seldom divide them
+# What lookups and registers take more for the pixels of images than for tokens: pixels lie along rows, and 16 seldom divide them
+IMAGES, IMAGES_BY_REGISTERS = 1.6, 1.45
 
 
 def cost(layout: Layout, tokens: int, dtype: torch.dtype = torch.float32) -> float:
@@ -31,8 +32,9 @@ def best(lookup: bool, layout: Layout, tokens: int, dtype: torch.dtype) -> tuple
 
 
 def pointwise_cost(layout: Layout, images: int, pixels: int) -> float:
-    """The same for `pointwise`."""
-    return best_for_pixels(layout, images, pixels)[0] / decode_time(layout.axis == "in", images * pixels, torch.float32)
+    """The same for `pointwise`, over a convolution."""
+    decoded = DECODED[layout.axis == "in"]
+    return best_for_pixels(layout, images, pixels)[0] / (CONVOLUTION * images * pixels + decoded)
 
 
 def best_for_pixels(layout: Layout, images: int, pixels: int) -> tuple[float, str]:
@@ -40,7 +42,7 @@ def best_for_pixels(layout: Layout, images: int, pixels: int) -> tuple[float, st
     lookup, padded = layout.axis == "in", images * -(-pixels // 16) * 16
     return min(
         (IMAGES * lookup_time(lookup, layout, images * pixels), LOOKUPS),
-        (vector_time(lookup, layout, images * pixels, torch.float32), VECTORS),
+        (IMAGES_BY_REGISTERS * vector_time(lookup, layout, images * pixels, torch.float32), VECTORS),
         (amx_time(lookup, layout, padded, torch.float32), TILES),
     )
 
@@ -49,6 +51,8 @@ def best_for_pixels(layout: Layout, images: int, pixels: int) -> tuple[float, st
 # where codes always win. From benchmarks/speed.py on AMD EPYC 9004 and Intel Sapphire Rapids, where dense products are 1.75
 # times as fast beside lookups.
 FASTER = 1.75 if TWO_FMA_512 else 0.9 if PROCESSOR == "znver5" else 1.0
+CONVOLUTION = 0.5 if PROCESSOR == "znver5" else 1.0  # dense convolutions are oneDNN's, which uses all of AVX-512
+DECODED = 50.0, 90.0  # tokens that a decoded weight counts; the second where a sub-vector lies along a row
 BFLOAT16 = 4.4 if PROCESSOR == "znver5" else 2.4  # how much faster dense bfloat16 is than float32
 # A token by `vector_products`, in bfloat16 half of it. torch multiplies float32 by Intel's library, which uses half of an AMD
 # processor's AVX-512: measured on Zen 5; 0.87 there with AVX2 alone, from which those of the earlier ones are taken
@@ -68,11 +72,11 @@ def vector_time(lookup: bool, layout: Layout, tokens: int, dtype: torch.dtype) -
 
 
 def decode_time(lookup: bool, tokens: int, dtype: torch.dtype) -> float:
-    """A decoded weight counts as 50 tokens (90 where a sub-vector lies along a row).
+    """Return the time of decoding and multiplying.
 
     Dense bfloat16 is 2.4 times as fast as float32 where the processor has it, on Zen 5 4.4, with AMX 5.8 times.
     """
-    decoded = 90.0 if lookup else 50.0
+    decoded = DECODED[lookup]
     if dtype == torch.bfloat16 and HAS_AMX:
         return tokens / 5.8 + 2.4 * decoded
     if dtype == torch.bfloat16 and HAS_BFLOAT16:
