@@ -32,6 +32,7 @@ from torch.nn import functional as F
 
 import rpq_convert as rpq
 from rpq_convert.hf import torchvision
+from rpq_convert.kernels.jit.vectors import PROCESSOR
 from rpq_convert.nn import RPQLinear
 
 torchvision.fix()
@@ -419,6 +420,7 @@ def main() -> None:
     cpu = next(
         (c.split(":")[1].strip() for c in info.splitlines() if c.startswith("model name")), "an unknown processor"
     )
+    cpu += f" ({PROCESSOR})"  # some say no more than "AMD EPYC"
     has = [
         name
         for name in ("avx2", "avx512f", "avx512_vbmi", "avx512_bf16", "amx_bf16", "avx512_fp16")
@@ -427,7 +429,7 @@ def main() -> None:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30
     print(
         f"# Speed\n\nPrinted by `python benchmarks/speed.py > docs/benchmarks.md`: {torch.get_num_threads()} threads of {cpu} "
-        f"({', '.join(has)}), {memory} GiB, Python {platform.python_version()}, torch {torch.__version__}. "
+        f"with {', '.join(has)}, {memory} GiB, Python {platform.python_version()}, torch {torch.__version__}. "
         + __doc__.split("processor\n\n", 1)[1].strip()
         + "\n\n[What limits speed](speed-limits.md) explains the figures."
     )

@@ -13,7 +13,6 @@ tokens.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -39,7 +38,7 @@ from rpq_convert.kernels.jit.amx import (
 )
 from rpq_convert.kernels.jit.cache import njit
 from rpq_convert.kernels.jit.memory import address_of, fetch_add, prefetch
-from rpq_convert.kernels.jit.threads import COUNT, NEXT, SCRATCH, SCRATCH_BYTES, SLOT, run
+from rpq_convert.kernels.jit.threads import COUNT, NEXT, SCRATCH, SCRATCH_BYTES, SLOT, held_room, run
 from rpq_convert.kernels.jit.vectors import load
 
 TOTAL = 48
@@ -57,17 +56,12 @@ _TILE_CONFIG = tile_config()
 
 
 @njit(cache=True, nogil=True)
-def _up(number, step):
-    return (number + step - 1) // step * step
-
-
-@njit(cache=True, nogil=True)
 def _load_tokens(a, group, room):
     """Write the parts of 16 tokens as tiles: [pieces of terms, groups, steps of 32 terms, parts]."""
     image, start = group // a[PER_IMAGE], 16 * (group % a[PER_IMAGE])
     tokens = min(16, a[TOKENS] - start) if image < a[IMAGES] else 0
     x = a[X] + 4 * (image * a[BY_IMAGE_IN] + start * a[BY_TOKEN_IN])
-    steps, parts = _up(a[TERMS], 32) // 32, a[X_PARTS]
+    steps, parts = k.rounded_up(a[TERMS], 32) // 32, a[X_PARTS]
     for first in range(0, a[WIDTH_IN], a[TERMS]):
         length = min(a[TERMS], a[WIDTH_IN] - first)
         factors = a[FACTORS] + 4 * first if a[FACTORS] != 0 else 0
@@ -197,8 +191,8 @@ def _multiply(w, x, steps, w_parts, x_parts, y, y2):
 @njit(cache=True, nogil=True)
 def _serve(a, mine, low, high, scratch):
     """Make rows `low` to `high` of the result for all tokens."""
-    steps = _up(a[TERMS], 32) // 32
-    rows, groups = _up(high - low, 32), a[GROUPS]  # both whole pairs of tiles
+    steps = k.rounded_up(a[TERMS], 32) // 32
+    rows, groups = k.rounded_up(high - low, 32), a[GROUPS]  # both whole pairs of tiles
     w = scratch
     y = w + TILE * a[PARTS] * steps * (rows // 16)  # [groups, rows, 16]
     room = y + 64 * rows * groups
@@ -264,20 +258,6 @@ def products(data):
     load_tile_config(scratch)
 
 
-_local = threading.local()
-
-
-def _room(size: int) -> np.ndarray:
-    """Return `size` bytes of this thread that the next call overwrites; fresh pages cost as much as filling them."""
-    held = getattr(_local, "room", None)
-    if held is None or held.size < size + 64:
-        held = np.empty(size + 64, np.uint8)
-        if size <= HELD:
-            _local.room = held
-    start = -held.ctypes.data % 64
-    return held[start : start + size]
-
-
 def supports(layout: Layout) -> bool:
     """Whether this machine has AMX, and sub-vectors are short enough."""
     return layout.dim <= WIDEST and amx_allowed()
@@ -331,7 +311,7 @@ def multiply(
         images, tokens, _ = given.shape
         per_image = -(-tokens // 16)
         groups = -(-images * per_image // 2) * 2
-        loaded = _room(groups * by_group)
+        loaded = held_room(groups * by_group, HELD)
         fields = (
             codes.data_ptr(), *codes.stride(), tables.data_ptr(), layout.stages, layout.books, layout.blocks, layout.dim, layout.n, layout.length,
             0, 32 * steps, 0, 0, 0, 0, 0,

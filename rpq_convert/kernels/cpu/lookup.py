@@ -41,6 +41,11 @@ ZERO = np.float32(0)
 
 
 @njit(cache=True, nogil=True)
+def rounded_up(number, step):
+    return (number + step - 1) // step * step
+
+
+@njit(cache=True, nogil=True)
 def clear(address, floats):
     """Zero a stretch of floats, 16 at a time; `floats` is rounded up."""
     zero = spread(ZERO, np.int16(0))

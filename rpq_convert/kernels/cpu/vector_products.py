@@ -7,8 +7,6 @@ library, is less than half as fast as AMD's registers allow in float32. What is 
 
 from __future__ import annotations
 
-import threading
-
 import numpy as np
 import torch
 from numba import carray
@@ -16,47 +14,46 @@ from torch import Tensor
 
 from rpq_convert.core.layout import Layout
 from rpq_convert.kernels.cpu import lookup as k
+from rpq_convert.kernels.cpu.pieces import (
+    AFTER,
+    EIGHT,
+    PLANES,
+    SHORT,
+    SIXTEEN,
+    expand_panel,
+    expand_two_panels,
+)
 from rpq_convert.kernels.cpu.prepared import SMALL, pointer, prepared
-from rpq_convert.kernels.jit.amx import split_in_two, write_pair, write_upper
-from rpq_convert.kernels.jit.byte_tables import in_write_order, load_bytes, table_lookup, write_words, zero_bytes
+from rpq_convert.kernels.jit.amx import split_in_two, write_upper
 from rpq_convert.kernels.jit.cache import njit
 from rpq_convert.kernels.jit.memory import (
     address_of,
     fetch_add,
-    read_byte,
     read_float,
-    read_long,
     read_short,
     write_float,
     write_short,
 )
 from rpq_convert.kernels.jit.register_tiles import BYTES, OUTPUTS, TOKENS, multiply_short_tile, multiply_tile
-from rpq_convert.kernels.jit.threads import COUNT, FIRST, NEXT, SCRATCH, SCRATCH_BYTES, SLOT, run
-from rpq_convert.kernels.jit.vectors import HAS_BFLOAT16, HAS_VBMI, LANES, add, load, multiply, store, width
+from rpq_convert.kernels.jit.threads import COUNT, NEXT, SCRATCH, SCRATCH_BYTES, SLOT, held_room, run
+from rpq_convert.kernels.jit.vectors import HAS_BFLOAT16, HAS_VBMI, add, load, multiply, store
 
 TOTAL = 48
 (
-    CODES, BY_STAGE, BY_BLOCK, BY_ROW, BOOKS, STAGES, BOOK_COUNT, BLOCKS, DIM, ROWS, HALF, PLANES, WORDS,
-    LOOKUP, SHORT, X, BY_IMAGE_IN, BY_TOKEN_IN, BY_COLUMN_IN, FACTORS, TOTAL_TOKENS, PER_IMAGE, WIDTH_IN, TERMS, LOADED,
-    OUT, BY_IMAGE_OUT, BY_TOKEN_OUT, BY_COLUMN_OUT, SCALES, BIAS, WIDTH_OUT, SHORT_X, SHORT_OUT, PARTS,
-) = range(FIRST, FIRST + 35)  # fmt: skip
+    X, BY_IMAGE_IN, BY_TOKEN_IN, BY_COLUMN_IN, FACTORS, TOTAL_TOKENS, PER_IMAGE, WIDTH_IN, TERMS, LOADED, OUT, BY_IMAGE_OUT,
+    BY_TOKEN_OUT, BY_COLUMN_OUT, SCALES, BIAS, WIDTH_OUT, SHORT_X, SHORT_OUT, PARTS,
+) = range(AFTER, AFTER + 20)  # fmt: skip
 DEPTH = 192  # terms expanded at a time, twice as many in bfloat16: with twelve tokens they fill a first-level cache of 32 KiB
 COLUMNS = 2 * OUTPUTS  # of the result that are made at a time: two panels
 SLAB = 1 << 23  # bytes of tokens that are held in their new order at a time
 ENOUGH = 16  # tasks; where columns make fewer, tokens are divided as well
 LEAST = 240  # tokens, or more of them where they are short
-TWO, FOUR, EIGHT, SIXTEEN = (LANES[lanes] for lanes in (2, 4, 8, 16))
-
-
-@njit(cache=True, nogil=True)
-def _up(number, step):
-    return (number + step - 1) // step * step
 
 
 @njit(cache=True, nogil=True)
 def _by_token(a):
     """Return the bytes of a token's terms in their new order: whole registers."""
-    return (2 if a[SHORT] else 4) * _up(a[TERMS], 16)
+    return (2 if a[SHORT] else 4) * k.rounded_up(a[TERMS], 16)
 
 
 @njit(cache=True, nogil=True)
@@ -75,7 +72,7 @@ def _copy_short(from_, count, padded, to):
 def _load_group(a, group, room):
     """Write TOKENS tokens, times FACTORS, as [pieces of TERMS terms, groups, TOKENS, terms]; those beyond the last are zeros."""
     by_token = _by_token(a)
-    by_piece = by_token * _up(a[TOTAL_TOKENS], TOKENS)
+    by_piece = by_token * k.rounded_up(a[TOTAL_TOKENS], TOKENS)
     for t in range(TOKENS):
         number = group * TOKENS + t
         there = number < a[TOTAL_TOKENS]
@@ -86,7 +83,7 @@ def _load_group(a, group, room):
             to = a[LOADED] + first // a[TERMS] * by_piece + number * by_token
             count = min(a[TERMS], a[WIDTH_IN] - first)
             if a[SHORT_X]:
-                _copy_short(from_ + 2 * first, count if there else 0, _up(count, 16), to)
+                _copy_short(from_ + 2 * first, count if there else 0, k.rounded_up(count, 16), to)
                 continue
             for i in range(0, count, 16):
                 if there and a[BY_COLUMN_IN] == 1 and i + 16 <= count:
@@ -106,144 +103,6 @@ def _load_group(a, group, room):
                     write_upper(to + 2 * i, split_in_two(values)[0])
                 else:
                     store(to + 4 * i, values)
-
-
-@njit(cache=True, nogil=True)
-def _write(to, value, more):
-    write_float(to, read_float(to) + value if more else value)
-
-
-@njit(cache=True, nogil=True)
-def _pick(code, by_code, count, table, to, apart, more):
-    """Write the numbers of a table [256] that `count` codes name, `apart` bytes from one to the next; `more` adds them."""
-    i = 0
-    if by_code == 1:
-        while i + 8 <= count:  # eight codes in one read
-            eight = read_long(code + i)
-            for j in range(8):
-                _write(to + (i + j) * apart, read_float(table + 4 * ((eight >> 8 * j) & 255)), more)
-            i += 8
-    while i < count:
-        _write(to + i * apart, read_float(table + 4 * read_byte(code + i * by_code)), more)
-        i += 1
-
-
-@njit(cache=True, nogil=True)
-def _copy(tag, code, by_code, count, words, to):
-    """Write the codewords [256, lanes of the tag] that `count` codes name, each to a row of OUTPUTS numbers."""
-    for i in range(count):
-        store(to + 4 * OUTPUTS * i, load(words + 4 * width(tag) * read_byte(code + i * by_code), tag))
-
-
-@njit(cache=True, nogil=True)
-def _copy_words(a, low, columns, first, count, to):
-    """As `_expand`, for whole codewords of 2, 4 or 8 numbers that run across the columns."""
-    dim = a[DIM]
-    for column in range(0, columns, dim):
-        b = (low + column) // dim
-        code = a[CODES] + b * a[BY_BLOCK] + first * a[BY_ROW]
-        words = a[WORDS] + 1024 * dim * (b * a[BOOK_COUNT] // a[BLOCKS])
-        if dim == 2:
-            _copy(TWO, code, a[BY_ROW], count, words, to + 4 * column)
-        elif dim == 4:
-            _copy(FOUR, code, a[BY_ROW], count, words, to + 4 * column)
-        else:
-            _copy(EIGHT, code, a[BY_ROW], count, words, to + 4 * column)
-
-
-@njit(cache=True, nogil=True)
-def _expand(a, low, columns, first, count, room, to):
-    """Write columns `low` to `low + columns` and terms `first` to `first + count` of the product's matrix as [terms, OUTPUTS]."""
-    shape = a[STAGES], a[BOOK_COUNT], a[BLOCKS], a[DIM], a[ROWS], a[HALF]
-    dim = a[DIM]
-    start, length = (first, count) if a[LOOKUP] else (low, columns)  # what is cut into sub-vectors
-    across = low if a[LOOKUP] else first
-    for b in range(start // dim, (start + length + dim - 1) // dim):
-        begin = b * dim - start
-        for s in range(a[STAGES]):
-            book = k.fetch_codebook(a[BOOKS], shape, s, b, room)
-            code = a[CODES] + s * a[BY_STAGE] + b * a[BY_BLOCK] + across * a[BY_ROW]
-            for j in range(max(0, -begin), min(dim, length - begin)):
-                table = book + 1024 * j
-                if a[LOOKUP]:
-                    row = to + 4 * OUTPUTS * (begin + j)
-                    if s == 0:
-                        _pick(code, a[BY_ROW], columns, table, row, 4, False)
-                    else:
-                        _pick(code, a[BY_ROW], columns, table, row, 4, True)
-                elif s == 0:
-                    _pick(code, a[BY_ROW], count, table, to + 4 * (begin + j), 4 * OUTPUTS, False)
-                else:
-                    _pick(code, a[BY_ROW], count, table, to + 4 * (begin + j), 4 * OUTPUTS, True)
-
-
-@njit(cache=True, nogil=True)
-def _shorten(wide, terms, to):
-    """Write float32 [terms, OUTPUTS] as pairs of terms in bfloat16; the terms are an even number."""
-    for pair in range(terms // 2):
-        for register in range(0, 4 * OUTPUTS, 64):
-            at = wide + 8 * OUTPUTS * pair + register
-            low, _ = split_in_two(load(at, SIXTEEN))
-            high, _ = split_in_two(load(at + 4 * OUTPUTS, SIXTEEN))
-            write_pair(to + 4 * OUTPUTS * pair + register, low, high)
-
-
-@njit(cache=True, nogil=True)
-def _picked(codes, plane):
-    return table_lookup(
-        codes, load_bytes(plane), load_bytes(plane + 64), load_bytes(plane + 128), load_bytes(plane + 192)
-    )
-
-
-@njit(cache=True, nogil=True)
-def _codes_of(a, term, low):
-    """Return the codes of COLUMNS columns for a term, and the planes of their coordinate."""
-    b = term // a[DIM]
-    coordinate = (b * a[BOOK_COUNT] // a[BLOCKS]) * a[DIM] + term - b * a[DIM]
-    codes = in_write_order(load_bytes(a[CODES] + b * a[BY_BLOCK] + low * a[BY_ROW]))
-    return codes, a[PLANES] + (512 if a[SHORT] else 1024) * coordinate
-
-
-@njit(cache=True, nogil=True)
-def _expand_planes(a, low, first, count, to, second):
-    """Write COLUMNS columns and `count` terms to two panels, 64 codes at a time; the numbers' bytes are picked one by one."""
-    if a[SHORT]:
-        for pair in range((count + 1) // 2):
-            codes, at = _codes_of(a, first + 2 * pair, low)
-            b0, b1 = _picked(codes, at), _picked(codes, at + 256)
-            b2 = zero_bytes()
-            b3 = b2
-            if 2 * pair + 1 < count:
-                codes, at = _codes_of(a, first + 2 * pair + 1, low)
-                b2, b3 = _picked(codes, at), _picked(codes, at + 256)
-            row = 4 * OUTPUTS * pair
-            write_words(to + row, second + row, b0, b1, b2, b3)
-        return
-    for i in range(count):
-        codes, at = _codes_of(a, first + i, low)
-        row = 4 * OUTPUTS * i
-        write_words(
-            to + row,
-            second + row,
-            _picked(codes, at),
-            _picked(codes, at + 256),
-            _picked(codes, at + 512),
-            _picked(codes, at + 768),
-        )
-
-
-@njit(cache=True, nogil=True)
-def _panel(a, low, columns, first, count, room, wide, to):
-    """Write a panel of at most OUTPUTS columns, what is not there as zeros."""
-    target = wide if a[SHORT] else to
-    if columns < OUTPUTS or count % 2:
-        k.clear(target, OUTPUTS * _up(count, 2))
-    if a[WORDS] != 0 and columns % a[DIM] == 0:
-        _copy_words(a, low, columns, first, count, target)
-    else:
-        _expand(a, low, columns, first, count, room, target)
-    if a[SHORT]:
-        _shorten(wide, _up(count, 2), to)
 
 
 @njit(cache=True, nogil=True)
@@ -305,9 +164,9 @@ def products(data):
     """Make COLUMNS columns of the result for all tokens, or for one of PARTS parts of them."""
     a, base = carray(data, TOTAL), address_of(data)
     wide = a[SCRATCH] + fetch_add(base + 8 * SLOT) * a[SCRATCH_BYTES]  # float32 before it is shortened
-    by_panel = 4 * OUTPUTS * _up(a[TERMS], 2)
+    by_panel = 4 * OUTPUTS * k.rounded_up(a[TERMS], 2)
     weights = wide + by_panel
-    groups = _up(a[TOTAL_TOKENS], TOKENS) // TOKENS
+    groups = k.rounded_up(a[TOTAL_TOKENS], TOKENS) // TOKENS
     part = (groups + a[PARTS] - 1) // a[PARTS]
     sums = weights + 2 * by_panel
     room = sums + 2 * BYTES * part
@@ -319,19 +178,19 @@ def products(data):
         low, begin = COLUMNS * (number // a[PARTS]), part * (number % a[PARTS])
         end = min(begin + part, groups)
         columns = min(COLUMNS, a[WIDTH_OUT] - low)
-        panels = _up(columns, OUTPUTS) // OUTPUTS
+        panels = k.rounded_up(columns, OUTPUTS) // OUTPUTS
         k.clear(sums, 2 * part * (BYTES // 4))
         for first in range(0, a[WIDTH_IN], a[TERMS]):
             count = min(a[TERMS], a[WIDTH_IN] - first)
             by_planes = a[PLANES] != 0 and columns == COLUMNS
             if by_planes:
-                _expand_planes(a, low, first, count, weights, weights + by_panel)
+                expand_two_panels(a, low, first, count, weights, weights + by_panel)
             x = a[LOADED] + first // a[TERMS] * by_token * TOKENS * groups
             for p in range(panels):
                 panel = weights + by_panel * p
                 if not by_planes:
                     start = low + OUTPUTS * p
-                    _panel(a, start, min(OUTPUTS, a[WIDTH_OUT] - start), first, count, room, wide, panel)
+                    expand_panel(a, start, min(OUTPUTS, a[WIDTH_OUT] - start), first, count, room, wide, panel)
                 for group in range(begin, end):
                     at, y = x + by_token * TOKENS * group, sums + BYTES * (part * p + group - begin)
                     if a[SHORT]:
@@ -342,19 +201,6 @@ def products(data):
             start = low + OUTPUTS * p
             last = min(TOKENS * end, a[TOTAL_TOKENS])
             _store(a, sums + BYTES * part * p, TOKENS * begin, last, start, min(OUTPUTS, a[WIDTH_OUT] - start))
-
-
-_local = threading.local()
-
-
-def _room(size: int) -> np.ndarray:
-    """Return `size` floats of this thread that the next call overwrites; fresh pages cost as much as filling them."""
-    held = getattr(_local, "room", None)
-    if held is None or held.size < size:
-        held = np.empty(size, np.float32)
-        if 4 * size <= SLAB:
-            _local.room = held
-    return held
 
 
 def takes_short(x: Tensor) -> bool:
@@ -401,7 +247,7 @@ def multiply_all(
             pieces = -(-width_out // COLUMNS)
             most_parts = 4 if planes is not None else 2  # each expands its columns for itself
             parts = max(1, min(most_parts, groups // 8, -(-ENOUGH // pieces)))
-            loaded = _room(groups * TOKENS * depth)
+            loaded = held_room(4 * groups * TOKENS * depth, SLAB)
             fields = (
                 codes.data_ptr(), *codes.stride(), books.data_ptr(), *layout.shape, books.dtype == torch.float16, pointer(planes),
                 pointer(words), lookup, short, given.data_ptr(), *given.stride(), factors, total, given.shape[1], width_in, terms, loaded.ctypes.data,

@@ -128,6 +128,20 @@ def _together(function: Any, address: int, at: int, threads: int) -> None:
         other.result()
 
 
+def held_room(size: int, most: int) -> np.ndarray:
+    """Return `size` bytes of this thread that the next call overwrites, aligned to a cache line.
+
+    Fresh pages cost as much as filling them, so what is not more than `most` is kept.
+    """
+    held = getattr(_local, "room", None)
+    if held is None or held.size < size + 64:
+        held = np.empty(size + 64, np.uint8)
+        if size <= most:
+            _local.room = held
+    start = -held.ctypes.data % 64
+    return held[start : start + size]
+
+
 def _scratch(floats: int) -> int:
     """Return the address of a buffer that belongs to the calling thread, aligned to a cache line."""
     held = getattr(_local, "buffer", None)
