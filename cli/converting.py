@@ -202,7 +202,7 @@ class Conversion:
         given = self.data is not None
         self._choose(plan)
         if self.data is not None and not given and self.options.shares and not self.options.measures:
-            # calibrated weights have equal bits
+            # calibrated weights share their bits otherwise
             plan = self._planned(told=plan.warnings)
         return plan
 

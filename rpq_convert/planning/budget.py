@@ -53,8 +53,7 @@ def make_plan(
     """
     if not options.budgets:
         plan = planner.make_plan(slots, options, head_rules=head_rules, warnings=warnings)
-        equal = calibrated and options.sensitivity is None  # shapes say nothing of what calibration leaves
-        return share(plan, slots, options) if options.shares and not equal else plan
+        return share(plan, slots, options, calibrated=calibrated) if options.shares else plan
     choices = Choices(slots, options, options.sensitivity, warnings)
     if options.max_error is not None:
         return choices.within_error(options.max_error).plan

@@ -30,11 +30,12 @@ DAMPED = 0.8  # of the bits that sensitivities ask for, which are measured on fe
 LOOKED_UP, HEAD, CODED_HEAD = 1 / 16, 4.0, 1.7
 
 
-def by_shape(slot: Slot, *, coded: bool = False) -> float:
+def by_shape(slot: Slot, *, coded: bool = False, calibrated: bool = False) -> float:
     """Return what a parameter's relative error counts where nothing was measured.
 
     Args:
-        coded: whether its codes are entropy-coded.
+        coded: whether its codes are entropy-coded. calibrated: whether fits are to inputs, which leaves a head's errors no worse than
+            others'.
     """
     weights = math.prod(slot.shape)
     if slot.view is None or not weights:
@@ -43,7 +44,7 @@ def by_shape(slot: Slot, *, coded: bool = False) -> float:
         return weights * LOOKED_UP
     inputs, outputs = slot.view.matrix_shape(slot.shape, "out")
     if slot.view.axis == "in" or outputs > 8 * inputs:
-        return weights * (CODED_HEAD if coded else HEAD)
+        return weights * (1.0 if calibrated else CODED_HEAD if coded else HEAD)
     return float(weights)
 
 
@@ -65,15 +66,21 @@ class Costs:
         slots: the model.
         sensitivity: parameter names -> loss per unit of relative squared error, or {bits: loss}; names left out, and all with None or
             `"shape"`, count by their shape.
-        converted: names of the parameters whose shapes together count 1 where nothing is measured.
+        converted: names of the parameters whose shapes together count 1 where nothing is measured. calibrated: as for `by_shape`.
 
     Raises:
         PlanError: a name that the model does not have.
     """
 
     def __init__(
-        self, slots: Sequence[Slot], sensitivity: Mapping[str, Sensitivity] | str | None, converted: Iterable[str]
+        self,
+        slots: Sequence[Slot],
+        sensitivity: Mapping[str, Sensitivity] | str | None,
+        converted: Iterable[str],
+        *,
+        calibrated: bool = False,
     ) -> None:
+        self.calibrated = calibrated
         self.measured = {} if sensitivity is None or isinstance(sensitivity, str) else dict(sensitivity)
         shapes = {n: by_shape(s) for s in slots for n in (s.name, *s.aliases)}
         if strange := [n for n in self.measured if n not in shapes]:
@@ -88,22 +95,23 @@ class Costs:
         """Return what a parameter of this form costs with this relative squared error."""
         known = next((self.measured[n] for n in (slot.name, *slot.aliases) if n in self.measured), None)
         if known is None:
-            return by_shape(slot, coded=spec.rate is not None) * self.unit * error
+            return by_shape(slot, coded=spec.rate is not None, calibrated=self.calibrated) * self.unit * error
         return interpolate(known, spec.bits) if isinstance(known, Mapping) else known * error
 
 
-def share(plan: Plan, slots: Sequence[Slot], options: PlanOptions) -> Plan:
+def share(plan: Plan, slots: Sequence[Slot], options: PlanOptions, *, calibrated: bool = False) -> Plan:
     """Return a plan whose entropy-coded parameters take `options.bits` on average; those keep their rate that a rule gives one.
 
     Args:
-        plan: of these slots, with that rate for all.
+        plan: of these slots, with that rate for all. calibrated: whether fits are to inputs.
 
     Raises:
         PlanError: as `Costs`.
     """
     bits = options.bits
     assert bits is not None
-    costs = Costs(slots, options.sensitivity, [j.name for j in plan.jobs])
+    by_table = calibrated and options.sensitivity is None
+    costs = Costs(slots, options.sensitivity, [j.name for j in plan.jobs], calibrated=by_table)
     free = {s.name: s for s in slots if not _has_own(s, options)}
     jobs = [j for j in plan.jobs if j.spec.rate == bits and j.name in free]
     numbers = [math.prod(j.shape) for j in jobs]

@@ -1,8 +1,10 @@
 """An average of bits is shared by what errors cost."""
 
 import math
+import re
 
 import pytest
+import torch
 from torch import nn
 
 import rpq_convert as rpq
@@ -46,6 +48,13 @@ def test_the_bytes_are_those_of_equal_rates():
 def test_shapes_alone_give_a_table_fewer_bits_and_a_head_more():
     found = rates(rpq.plan(Model(), bits=4))
     assert found["table"] < found["up"] == found["down"] < found["head"]
+
+
+def test_calibrated_weights_take_bits_from_a_table_that_is_only_looked_up_alone():
+    data = [torch.randint(1000, (2, 8))]
+    found = {r.name.removesuffix(".weight"): r.spec for r in rpq.convert(Model(), bits=4, calibration=data).rows}
+    bits = {name: re.search(r"([\d.]+) bits", found[name])[1] for name in ("table", "up", "down", "head")}
+    assert bits["up"] == bits["down"] == bits["head"] > bits["table"]
 
 
 def test_what_costs_more_gets_more_bits():

@@ -24,6 +24,8 @@ _CODED = [
 _TWO_CODED = {"bits": 2.04, "storage": "rans", "calibrated": True}
 _CODED_PICTURES = [{"bits": b, "storage": "rans", **how} for b in (4.4, 4, 3) for how in _HOW]
 _FINE = [{"bits": b, "calibrated": True} for b in (8, 6, 2.67)]  # against others' 8 bits, Q5_K_M, GPTQ's 3 bits
+# what 4.15 bits in memory can be from weights alone: bits by measured sensitivities, and inputs rotated
+_ROTATED = {"target_size": 69_700_000, "rotation": 64}
 _SIZED = {  # in the bytes of 2 bits for every weight
     "smollm2": {"target_size": 34_500_000, "calibrated": True},
     "minilm": {"target_size": 5_915_000, "calibrated": True},
@@ -37,7 +39,18 @@ _TEXT_TUNED = [
 _PICTURES = [*_FREE, *_OWN, *_CALIBRATED, *({"bits": b, "calibrated": True, "steps": 200} for b in (2, 1))]
 _BYTES = [{**s, "codebooks": "float8_e4m3fn"} for s in _PICTURES if s["bits"] <= 2 and "own" not in s]
 SETTINGS = {
-    "smollm2": [*_FREE, *_CODED, _TWO_CODED, *_OWN, *_OUTLIERS, *_CALIBRATED, *_FINE, _SIZED["smollm2"], *_TEXT_TUNED],
+    "smollm2": [
+        *_FREE,
+        *_CODED,
+        _TWO_CODED,
+        *_OWN,
+        *_OUTLIERS,
+        *_CALIBRATED,
+        *_FINE,
+        _ROTATED,
+        _SIZED["smollm2"],
+        *_TEXT_TUNED,
+    ],
     "smollm2-as-shipped": [{"bits": 4}],
     "minilm": [*_FREE, *_CODED, *_OWN, *_OUTLIERS, *_CALIBRATED, _SIZED["minilm"], _TWO_TUNED],
     "efficientnet": [*_PICTURES, *_CODED_PICTURES],

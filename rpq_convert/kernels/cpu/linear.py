@@ -187,7 +187,7 @@ def apply(
     """
     dtype, tokens = x.dtype, x.shape[0]
     factors, scales, bias = cached_float32(factors), cached_float32(scales), contiguous_float32(bias)
-    _, way = best(lookup, layout, tokens, dtype)
+    way = best(lookup, layout, tokens, dtype)[1] if tokens > 1 else LOOKUPS
     if not (short and way == VECTORS and factors is None and vector_products.takes_short(x)):
         x = contiguous_float32(x)  # type: ignore[assignment]
     out = x.new_empty(tokens, layout.n if lookup else layout.length)
