@@ -32,7 +32,7 @@ ABOUT = """\
 MiniLM: mean cosine of sentences with the dense model's. ViT: pictures that get the dense model's class.
 fast: weights alone. good: calibrated on synthetic inputs (ViT: on its data). best: calibrated on data and tuned.
 minutes: of SmolLM2, about, on one thread. docs/quality.md has more, `rpq convert` measures your model.
-Presets are as small in memory as on disk. --bits above 2 and up to 7 keep more in the same bytes on disk: codes are
+Presets are as small in memory as on disk. --bits from 3 to 7 keep more in the same bytes on disk: codes are
 entropy-coded there, and one byte each in memory."""
 
 

@@ -25,7 +25,7 @@ DEFAULT_SHARD = "5GB"
 MEASURED = "measured"
 SHARED_BY = ("shape", MEASURED)
 # Between these bits files hold codes entropy-coded where only `bits` are given: the best quality for their bytes (docs/decisions.md).
-CODED_ABOVE, MOST_CODED = 2.0, 7.0
+CODED_FROM, MOST_CODED = 3.0, 7.0
 DECIDING = ("preset", "bits", "target_size", "max_error", "codebooks", "dim")  # the sizes, one of them at a time
 
 
@@ -48,7 +48,7 @@ class PlanOptions:
     )
     bits: float | None = setting(
         None,
-        "Code bits per weight in files on average, 0.05 to 8; above 2 and up to 7 entropy-coded there, and one byte each in memory.",
+        "Code bits per weight in files on average, 0.05 to 8; from 3 to 7 entropy-coded there, and one byte each in memory.",
         record=ALWAYS, panel=SIZE,
     )  # fmt: skip
     target_size: str | int | None = setting(
@@ -104,7 +104,7 @@ class PlanOptions:
     )
     storage: str | None = setting(
         None,
-        "How files hold codes: bytes, as small in memory, or entropy-coded (rans): the best quality for a file's bytes. rans with bits above 2.",
+        "How files hold codes: bytes, as small in memory, or entropy-coded (rans): the best quality for a file's bytes. rans with bits from 3 to 7.",
         choices=STORAGES,
         panel=SIZE,
     )
@@ -164,7 +164,7 @@ class PlanOptions:
         """Whether files are to hold codes entropy-coded, in any number of bits: where that is asked for, or best for the bits."""
         if self.storage is not None or self.fit is not None:
             return self.storage == "rans" or self.fit == "ecvq"
-        return self.bits is not None and CODED_ABOVE < self.bits <= MOST_CODED
+        return self.bits is not None and CODED_FROM <= self.bits <= MOST_CODED
 
     @property
     def shares(self) -> bool:
