@@ -55,8 +55,9 @@ CONVOLUTION = 0.5 if PROCESSOR == "znver5" else 1.0  # dense convolutions are on
 DECODED = 50.0, 90.0  # tokens that a decoded weight counts; the second where a sub-vector lies along a row
 BFLOAT16 = 4.4 if PROCESSOR == "znver5" else 2.4  # how much faster dense bfloat16 is than float32
 # A token by `vector_products`, in bfloat16 half of it. torch multiplies float32 by Intel's library, which uses half of an AMD
-# processor's AVX-512: measured on Zen 5; 0.87 there with AVX2 alone, from which those of the earlier ones are taken
-VECTOR = {"znver5": 0.46, "znver1": 1.0}.get(PROCESSOR, 0.9 if PROCESSOR.startswith("znver") else math.inf)
+# processor's AVX-512: measured on Zen 5; 0.87 there with AVX2 alone, from which those of Zen 2 to 4 are taken. Of Zen 1, whose units are
+# half as wide, it gets all (33e9 operations a second and core)
+VECTOR = {"znver5": 0.46, "znver1": math.inf}.get(PROCESSOR, 0.9 if PROCESSOR.startswith("znver") else math.inf)
 
 
 def lookup_time(lookup: bool, layout: Layout, tokens: int) -> float:
