@@ -66,10 +66,11 @@ def lookup_time(lookup: bool, layout: Layout, tokens: int) -> float:
 
 def vector_time(lookup: bool, layout: Layout, tokens: int, dtype: torch.dtype) -> float:
     """Few tokens wait for what is expanded: 0.1 nanoseconds a weight where 64 codes are taken at a time, else 0.3."""
-    if tokens <= (3 if lookup else 16):  # along outputs `few_tokens` serves up to sixteen
+    quick = HAS_VBMI and lookup and layout.stages == 1
+    if tokens <= (3 if quick else 16):
         return math.inf
     rate = VECTOR / 2 if dtype == torch.bfloat16 and HAS_BFLOAT16 else VECTOR
-    return rate * -(-tokens // TOKENS) * TOKENS + layout.stages * (6 if HAS_VBMI and lookup else 20)
+    return rate * -(-tokens // TOKENS) * TOKENS + layout.stages * (6 if quick else 20)
 
 
 def decode_time(lookup: bool, tokens: int, dtype: torch.dtype) -> float:
